@@ -1,0 +1,57 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# The first Python from 3.11 to 3.13 that runs.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+
+# With an NVIDIA driver torch is what pip finds, or what is installed already (the CUDA build); without one it is the
+# pinned CPU build, taken from PyTorch's own index where that can be reached.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+ifeq ($(HAS_GPU),yes)
+VENV_FLAGS := --system-site-packages
+PIP_FLAGS :=
+else
+VENV_FLAGS :=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+PIP_FLAGS = -c constraints/cpu.txt $(shell curl -fsI -m 5 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX))
+endif
+
+.PHONY: demo test lint types layers tests test-slow test-gpu setup clean
+
+demo: setup
+	$(BIN)/antiphon demo
+
+test: lint types layers tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+layers: setup
+	$(BIN)/lint-imports
+
+tests: setup
+	$(BIN)/pytest -m "not slow and not gpu and not multigpu"
+
+test-slow: setup  # minutes each: the larger sizes of the same checks
+	$(BIN)/pytest -m "slow"
+
+test-gpu: setup  # needs CUDA devices
+	$(BIN)/pytest -m "gpu or multigpu"
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints/cpu.txt
+	@test -n "$(PYTHON)" || { echo "No Python from 3.11 to 3.13 was found; install one, or run make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,39 @@
+"""Process groups, agreement, and the transports that move tokens to experts and back.
+
+Uses the streams that it is given and never switches lanes. The one place that calls `torch.distributed`.
+
+    group = RankGroup.connect(rank=0, size=2, init_method="file:///tmp/meet", timeout_s=60)
+    transport = create_transport("alltoall", shape, group=group, streams=CpuStreams(), num_lanes=2)
+    rows = finish(transport.dispatch(x_TD, routes))
+    y_TD = finish(transport.combine(experts(rows)))
+"""
+
+from antiphon.comm.agreement import exchange
+from antiphon.comm.group import RankGroup
+from antiphon.comm.link import Link
+from antiphon.comm.progress import ProgressBoard
+from antiphon.comm.registry import (
+    TransportSpec,
+    choose_transport,
+    create_transport,
+    load_transport,
+    parse_transport,
+)
+from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
+
+__all__ = [
+    "ExpertShape",
+    "Flight",
+    "Link",
+    "ProgressBoard",
+    "RankGroup",
+    "Routes",
+    "Rows",
+    "Transport",
+    "TransportSpec",
+    "choose_transport",
+    "create_transport",
+    "exchange",
+    "load_transport",
+    "parse_transport",
+]

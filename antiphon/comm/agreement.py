@@ -1,0 +1,34 @@
+"""The exchange by which all ranks see the same proposals before a step. The decision itself is `planning`'s."""
+
+from __future__ import annotations
+
+import torch
+
+from antiphon.comm.group import RankGroup
+from antiphon.core.errors import PeerError
+from antiphon.core.plan import ROW_SIZE, Proposal
+
+__all__ = ["exchange"]
+
+
+def exchange(group: RankGroup, proposal: Proposal) -> list[Proposal]:
+    """Every rank's proposal, in order of rank: the same list on every rank.
+
+    Raises `PeerError` if a rank does not come in time, or if the ranks run under different policies or (in the
+    debug mode that records it) issued their collectives in a different order.
+    """
+    if group.size == 1:
+        return [proposal]
+    mine = torch.tensor(proposal.to_row(), dtype=torch.int64)
+    rows = torch.empty(group.size * ROW_SIZE, dtype=torch.int64)
+    group.all_gather(rows, mine, "agreement").wait()
+    proposals = [Proposal.from_row(row) for row in rows.view(group.size, ROW_SIZE).tolist()]
+    settled = len({p.wave for p in proposals}) == 1 or any(p.num_tokens for p in proposals)
+    if settled and len({p.policy for p in proposals}) > 1:
+        raise PeerError(
+            f"the ranks decide by different options (fingerprints {[p.policy for p in proposals]}); "
+            "start every rank with the same options"
+        )
+    if len({p.order for p in proposals}) > 1:
+        raise PeerError(f"the ranks issued different collectives: {group.first_order_difference()}")
+    return proposals

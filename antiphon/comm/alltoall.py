@@ -1,0 +1,111 @@
+"""`alltoall`: counts, then a variable all-to-all with one copy of a token for each destination rank.
+
+    dispatch   tokens ordered by destination rank ──counts──► ──rows──►  rows ordered by source rank
+    combine    partial sums go back the same way; the owner adds them in float32 at least, in order of rank
+
+The counts must be on the host before the rows can be sent. On the CPU, where compute blocks the host anyway, both are
+sent in `dispatch`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from antiphon.comm.group import RankGroup
+from antiphon.comm.row_layout import LaneBuffers, RowLayout
+from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
+from antiphon.runtime import Streams
+
+__all__ = ["AllToAllTransport"]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Exchange:
+    """What combine must know of the dispatch that it answers."""
+
+    num_tokens: int
+    tokens_N: torch.Tensor  # token of every row sent, ordered by destination rank
+    sent: list[int]  # rows sent to each rank
+    received: list[int]  # rows received from each rank
+
+
+class AllToAllTransport(Transport):
+    """Exact routing over the process group's variable all-to-all."""
+
+    name = "alltoall"
+
+    def __init__(self, shape: ExpertShape, *, group: RankGroup, streams: Streams, num_lanes: int) -> None:
+        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes)
+        self._layout = RowLayout(shape)
+        self._buffers = [LaneBuffers(torch.device("cpu")) for _ in range(num_lanes)]
+        self._exchanges: list[_Exchange | None] = [None] * num_lanes
+
+    def send_tokens(
+        self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
+    ) -> Flight[Rows]:
+        exchange = self._plan_exchange(routes, label)
+        self._exchanges[lane] = exchange
+        buffers, layout = self._buffers[lane], self._layout
+        packed = buffers.get("packed", sum(exchange.sent), layout.row_bytes, torch.uint8)
+        layout.x(packed).copy_(x_TD[exchange.tokens_N])
+        layout.weights(packed).copy_(routes.weights_TK[exchange.tokens_N])
+        layout.ids(packed).copy_(routes.ids_TK[exchange.tokens_N])
+        received = buffers.get("received", sum(exchange.received), layout.row_bytes, torch.uint8)
+
+        with self.streams.comm(after=self.streams.record()):
+            work = self.group.all_to_all(received, packed, label, out_splits=exchange.received, in_splits=exchange.sent)
+
+        def wait() -> Rows:
+            work.wait()
+            return Rows(layout.x(received), self.local_ids(layout.ids(received)), layout.weights(received))
+
+        num_bytes = self._remote_rows(exchange) * layout.row_bytes
+        return Flight(wait=wait, ready_ns=work.ready_ns, num_bytes=num_bytes, num_messages=2)
+
+    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
+        exchange = self._exchanges[lane]
+        assert exchange is not None
+        hidden_size, dtype = self.shape.hidden_size, self.shape.dtype
+        buffers = self._buffers[lane]
+        partials = buffers.get("partials", sum(exchange.received), hidden_size, dtype).copy_(partial_RD)
+        home = buffers.get("home", sum(exchange.sent), hidden_size, dtype)
+
+        with self.streams.comm(after=self.streams.record()):
+            work = self.group.all_to_all(home, partials, label, out_splits=exchange.sent, in_splits=exchange.received)
+
+        def wait() -> torch.Tensor:
+            work.wait()
+            return self._add_in_rank_order(home, exchange)
+
+        num_bytes = self._remote_rows(exchange) * hidden_size * dtype.itemsize
+        return Flight(wait=wait, ready_ns=work.ready_ns, num_bytes=num_bytes)
+
+    def _plan_exchange(self, routes: Routes, label: str) -> _Exchange:
+        num_tokens, num_ranks = routes.ids_TK.shape[0], self.group.size
+        reached_TW = torch.zeros(num_tokens, num_ranks, dtype=torch.bool)
+        reached_TW.scatter_(1, routes.ids_TK // self.experts_per_rank, True)
+        sent_W = reached_TW.sum(0)
+        received_W = torch.empty_like(sent_W)
+        ones = [1] * num_ranks
+        self.group.all_to_all(received_W, sent_W, f"counts of {label}", out_splits=ones, in_splits=ones).wait()
+        return _Exchange(
+            num_tokens=num_tokens,
+            tokens_N=reached_TW.t().nonzero()[:, 1],
+            sent=sent_W.tolist(),
+            received=received_W.tolist(),
+        )
+
+    def _add_in_rank_order(self, home_ND: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+        wide = self.shape.weight_dtype
+        out_TD = torch.zeros(exchange.num_tokens, self.shape.hidden_size, dtype=wide)
+        for tokens, rows in zip(
+            torch.split(exchange.tokens_N, exchange.sent), torch.split(home_ND, exchange.sent), strict=True
+        ):
+            out_TD.index_add_(0, tokens, rows.to(wide))
+        return out_TD.to(self.shape.dtype)
+
+    def _remote_rows(self, exchange: _Exchange) -> int:
+        mine = self.group.rank
+        return max(sum(rows) - rows[mine] for rows in (exchange.sent, exchange.received))

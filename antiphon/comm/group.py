@@ -1,0 +1,192 @@
+"""One rank's end of a process group: the collectives that Antiphon uses, with a time limit and a named culprit.
+
+All ranks must issue the same collectives in the same order; with `record_order` the group keeps a fingerprint of
+its own order, which the agreement compares.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from antiphon.comm.progress import ProgressBoard
+from antiphon.core.errors import PeerError
+from antiphon.runtime import current_lane
+
+__all__ = ["Collective", "RankGroup"]
+
+
+class Collective:
+    """A collective under way. It keeps its tensors alive until it is waited for."""
+
+    __slots__ = ("_group", "_label", "_ready_ns", "_tensors", "_work")
+
+    def __init__(self, group: RankGroup, work: dist.Work, label: str, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._group = group
+        self._work = work
+        self._label = label
+        self._tensors = tensors
+        self._ready_ns: int | None = None
+        work.get_future().add_done_callback(self._note_ready)
+
+    def _note_ready(self, _: object) -> None:
+        self._ready_ns = time.perf_counter_ns()
+
+    def wait(self) -> None:
+        """Block until the data is there. Raises `PeerError` after the group's time limit or if a peer ended."""
+        self._group.wait_for(self._work, self._label)
+
+    def ready_ns(self) -> int | None:
+        """When the data was there, as far as this process has noticed."""
+        return self._ready_ns
+
+
+class RankGroup:
+    """One rank of a group of `size`. A group of one needs no process group and moves nothing.
+
+    timeout_s: longest wait for a peer. board: where to say where this rank is; optional.
+    Not thread-safe: one host thread issues everything.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        size: int,
+        process_group: dist.ProcessGroup | None = None,
+        timeout_s: float = 60.0,
+        board: ProgressBoard | None = None,
+    ) -> None:
+        assert 0 <= rank < size
+        assert size == 1 or process_group is not None
+        self.rank = rank
+        self.size = size
+        self.timeout_s = timeout_s
+        self._process_group = process_group
+        self._board = board
+        self._order: list[str] | None = None
+
+    @classmethod
+    def connect(
+        cls,
+        *,
+        rank: int,
+        size: int,
+        init_method: str,
+        timeout_s: float = 60.0,
+        board: ProgressBoard | None = None,
+    ) -> RankGroup:
+        """Meet the other ranks over gloo; `init_method` as in `torch.distributed.init_process_group`.
+
+        Raises `PeerError` if not all ranks come within `timeout_s`.
+        """
+        if board is not None:
+            board.mark(rank, "waiting to meet its peers")
+        try:
+            dist.init_process_group(
+                "gloo", init_method=init_method, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+            )
+        except (RuntimeError, dist.DistError) as error:
+            raise PeerError(_missing(f"rank {rank} could not meet its peers", rank, board, error)) from error
+        return cls(rank=rank, size=size, process_group=dist.group.WORLD, timeout_s=timeout_s, board=board)
+
+    def close(self) -> None:
+        """Leave the process group. Peers that still wait for this rank get an error."""
+        if self._process_group is not None:
+            dist.destroy_process_group(self._process_group)
+            self._process_group = None
+
+    # ---- collectives; every tensor is contiguous, the outputs may not be read before the wait
+
+    def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> Collective:
+        """`out` [W * n, ...] gets `mine` [n, ...] of every rank, in order of rank."""
+        return self._start(_all_gather, label, out, mine)
+
+    def all_to_all(
+        self,
+        out: torch.Tensor,
+        mine: torch.Tensor,
+        label: str,
+        *,
+        out_splits: Sequence[int],
+        in_splits: Sequence[int],
+    ) -> Collective:
+        """Rows of `mine` go to the ranks by `in_splits`; `out` gets theirs by `out_splits`."""
+        splits = {"output_split_sizes": list(out_splits), "input_split_sizes": list(in_splits)}
+        return self._start(dist.all_to_all_single, label, out, mine, **splits)
+
+    def all_gather_object(self, value: object) -> list[Any]:
+        """Every rank's `value`; slow, for errors and set-up."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._process_group)
+        return values
+
+    def _start(self, operation: Any, label: str, out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Collective:
+        if self._order is not None:
+            self._order.append(f"{label}, lane {current_lane()}: {operation.__name__}")
+        try:
+            work = operation(out, mine, group=self._process_group, async_op=True, **options)
+        except RuntimeError as error:
+            raise PeerError(
+                _missing(f"rank {self.rank} could not start {label!r}", self.rank, self._board, error)
+            ) from error
+        return Collective(self, work, label, (out, mine))
+
+    def wait_for(self, work: dist.Work, label: str) -> None:
+        where = f"{label}, lane {current_lane()}"
+        if self._board is not None:
+            self._board.mark(self.rank, f"waiting for {where}")
+        start = time.monotonic()
+        try:
+            work.wait(timedelta(seconds=self.timeout_s))
+        except RuntimeError as error:
+            waited = f"rank {self.rank} waited {time.monotonic() - start:.1f} s for {where} in vain"
+            raise PeerError(_missing(waited, self.rank, self._board, error)) from error
+        if self._board is not None:
+            self._board.mark(self.rank, f"computing after {where}")
+
+    # ---- the debug mode that compares the order of collectives
+
+    def record_order(self) -> None:
+        """Keep a list of all collectives from now on, for `order_fingerprint`."""
+        self._order = []
+
+    def order_fingerprint(self) -> int:
+        """A checksum of the collectives since the last check; 0 if they are not recorded."""
+        return 0 if self._order is None else zlib.crc32("\n".join(self._order).encode()) | 1 << 32
+
+    def clear_order(self) -> None:
+        """Forget the collectives so far: the ranks have compared them."""
+        if self._order is not None:
+            self._order.clear()
+
+    def first_order_difference(self) -> str:
+        """Compare the recorded collectives of all ranks and describe the first difference. All ranks must call it."""
+        orders = self.all_gather_object(self._order)
+        for number in range(max(map(len, orders))):
+            names = [order[number] if number < len(order) else "nothing" for order in orders]
+            if len(set(names)) > 1:
+                said = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+                return f"collective {number} differs: {said}"
+        return "no difference"
+
+
+def _all_gather(out: torch.Tensor, mine: torch.Tensor, **options: Any) -> dist.Work:
+    # torch 2.13 renames the call and warns about the old name, which is the only one that 2.11 has.
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work = call(out, mine, **options)
+    return work
+
+
+def _missing(what: str, rank: int, board: ProgressBoard | None, error: Exception) -> str:
+    peers = f"; {board.describe(except_rank=rank)}" if board is not None else ""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{what}{peers} ({reason})"

@@ -1,0 +1,112 @@
+"""Transports by name: what a user writes, which one `auto` takes and why, and how each is made.
+
+auto | local | allgather | alltoall
+simulated[:INNER[:BANDWIDTH[:LATENCY]]]     such as simulated:alltoall:200MB/s:1ms
+package.module:Class                        a `Transport` of the user's own
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+from antiphon.comm.group import RankGroup
+from antiphon.comm.link import Link, parse_link
+from antiphon.comm.transport import ExpertShape, Transport
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.runtime import Streams
+
+__all__ = ["TransportSpec", "choose_transport", "create_transport", "load_transport", "parse_transport"]
+
+_CLASSES = {
+    "local": "antiphon.comm.local:LocalTransport",
+    "allgather": "antiphon.comm.allgather:AllGatherTransport",
+    "alltoall": "antiphon.comm.alltoall:AllToAllTransport",
+}
+_NAMES = ("auto", *_CLASSES, "simulated")
+
+_WORTHWHILE_SAVING = 0.25
+"""Share of the bytes that exact routing must save before it is worth the exchange of counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportSpec:
+    """A parsed transport option. `name` is a known name, `auto` or the path of a class."""
+
+    name: str
+    link: Link | None = None  # set for a simulated link
+
+    def __str__(self) -> str:
+        return self.name if self.link is None else f"simulated {self.name} ({self.link})"
+
+
+def parse_transport(text: str) -> TransportSpec:
+    """Raises `OptionError` for a name or link that is not known."""
+    first, *rest = text.split(":")
+    if "." in first:
+        if len(rest) != 1 or not rest[0].isidentifier():
+            raise OptionError(f"transport={text!r} is not package.module:Class; name the class after one colon")
+        return TransportSpec(name=text)
+    if first not in _NAMES:
+        raise unknown_value("transport", text, _NAMES)
+    if first != "simulated":
+        if rest:
+            raise OptionError(f"transport={text!r} has settings, which only simulated takes; use {first!r}")
+        return TransportSpec(name=first)
+    if len(rest) > 3:
+        raise OptionError(f"transport={text!r} has too many parts; use simulated:INNER:BANDWIDTH:LATENCY")
+    settings: list[str | None] = [*rest, *[None] * (3 - len(rest))]
+    inner, bandwidth, latency = settings[0] or "auto", settings[1], settings[2]
+    if inner not in ("auto", *_CLASSES):
+        raise unknown_value("transport inside simulated", inner, ("auto", *_CLASSES))
+    return TransportSpec(name=inner, link=parse_link(bandwidth, latency))
+
+
+def choose_transport(spec: TransportSpec, shape: ExpertShape, num_ranks: int) -> tuple[TransportSpec, str]:
+    """The transport to use, with `auto` settled, and why.
+
+    A token with K experts reaches W(1 - (1 - 1/W)^K) of W ranks on average; `alltoall` sends one copy to each of
+    these, `allgather` one to all, but without an exchange of counts that the host must wait for.
+    """
+    if num_ranks == 1 and (spec.name == "auto" or spec.name in _CLASSES):
+        return replace(spec, name="local"), "one rank holds all experts, nothing is sent"
+    if spec.name == "local":
+        raise OptionError(f"transport 'local' works on one rank, not on {num_ranks}; use auto, alltoall or allgather")
+    if spec.name != "auto":
+        return spec, "as asked"
+    reached = num_ranks * (1 - (1 - 1 / num_ranks) ** shape.top_k)
+    saving = 1 - reached / num_ranks
+    fact = f"with {shape.top_k} experts a token reaches {reached:.1f} of {num_ranks} ranks"
+    if saving < _WORTHWHILE_SAVING:
+        return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes"
+    return replace(spec, name="alltoall"), f"{fact}: exact routing saves {saving:.0%} of the bytes"
+
+
+def create_transport(
+    spec: TransportSpec | str, shape: ExpertShape, *, group: RankGroup, streams: Streams, num_lanes: int
+) -> Transport:
+    """Make the transport of this rank. Every rank must make the same one.
+
+    Raises `OptionError` for an unknown name, a class that cannot be loaded, or ranks that the transport cannot serve.
+    """
+    spec = parse_transport(spec) if isinstance(spec, str) else spec
+    spec, _ = choose_transport(spec, shape, group.size)
+    transport = load_transport(spec)(shape, group=group, streams=streams, num_lanes=num_lanes)
+    if spec.link is None:
+        return transport
+    from antiphon.comm.simulated import SimulatedTransport  # only where it is asked for
+
+    return SimulatedTransport(transport, spec.link)
+
+
+def load_transport(spec: TransportSpec) -> type[Transport]:
+    """The class behind a name that is not `auto`. Raises `OptionError` if it cannot be loaded."""
+    path = _CLASSES.get(spec.name, spec.name)
+    module_name, _, class_name = path.partition(":")
+    try:
+        loaded = getattr(import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"transport {path!r} cannot be loaded: {error}; check the path and PYTHONPATH") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
+        raise OptionError(f"transport {path!r} is not a subclass of antiphon.comm.Transport")
+    return loaded

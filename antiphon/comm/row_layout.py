@@ -1,0 +1,63 @@
+"""How a token travels: one row of bytes with its hidden state, its expert ids and its weights.
+
+    | x: D numbers of the model's dtype | weights: K of float32 or float64 | ids: K of int32 | filling |
+
+Rows are multiples of 16 bytes, so that every part can be viewed in its own dtype without a copy.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from antiphon.comm.transport import ExpertShape
+
+__all__ = ["LaneBuffers", "RowLayout"]
+
+_ROW_ALIGNMENT = 16
+
+
+class RowLayout:
+    """Offsets of the parts of a row, for one shape of experts."""
+
+    def __init__(self, shape: ExpertShape) -> None:
+        self.shape = shape
+        self._x_end = _aligned(shape.hidden_size * shape.dtype.itemsize, 8)
+        self._weights_end = self._x_end + shape.top_k * shape.weight_dtype.itemsize
+        self._ids_end = self._weights_end + shape.top_k * 4
+        self.row_bytes = _aligned(self._ids_end, _ROW_ALIGNMENT)
+
+    def x(self, rows: torch.Tensor) -> torch.Tensor:
+        """The hidden states [N, D] in `rows` [N, row_bytes] of uint8: a view."""
+        return rows[:, : self.shape.hidden_size * self.shape.dtype.itemsize].view(self.shape.dtype)
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """The routing weights [N, K]: a view."""
+        return rows[:, self._x_end : self._weights_end].view(self.shape.weight_dtype)
+
+    def ids(self, rows: torch.Tensor) -> torch.Tensor:
+        """The expert ids [N, K] of int32: a view."""
+        return rows[:, self._weights_end : self._ids_end].view(torch.int32)
+
+
+class LaneBuffers:
+    """Named buffers of one lane that only grow: nothing is allocated once a size has been seen.
+
+    A buffer is owned by the transport; `get` returns its first rows, valid until the next `get` of the same name.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous [num_rows, width] of `dtype`, contents undefined."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[0] < num_rows:
+            buffer = torch.empty(num_rows, width, dtype=dtype, device=self._device)
+            self._buffers[name] = buffer
+        assert buffer.shape[1] == width and buffer.dtype == dtype, f"buffer {name!r} has another shape"
+        return buffer[:num_rows]
+
+
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

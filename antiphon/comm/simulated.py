@@ -1,0 +1,74 @@
+"""`simulated`: wraps another transport and delays completion by a link model, without using the processor.
+
+The data really travels by the wrapped transport; it counts as arrived when that is done and the modelled link, which
+carries one communication of this rank after the other, has had its time. Waiting is a sleep, so compute of the other
+lane runs at full speed. What is measured with it is always named as simulated.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TypeVar
+
+import torch
+
+from antiphon.comm.link import Link
+from antiphon.comm.transport import Flight, Routes, Rows, Transport
+
+__all__ = ["SimulatedTransport"]
+
+T = TypeVar("T")
+
+
+class SimulatedTransport(Transport):
+    """`inner` over a slower link."""
+
+    name = "simulated"
+
+    def __init__(self, inner: Transport, link: Link) -> None:
+        super().__init__(inner.shape, group=inner.group, streams=inner.streams, num_lanes=inner.num_lanes)
+        self.inner = inner
+        self.link = link
+        self._busy_until_ns = 0
+
+    def send_tokens(
+        self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
+    ) -> Flight[Rows]:
+        return self._delayed(self.inner.send_tokens(lane, x_TD, routes, tokens_by_rank, label))
+
+    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
+        return self._delayed(self.inner.send_partials(lane, partial_RD, label))
+
+    def _delayed(self, flight: Flight[T]) -> Flight[T]:
+        arrival_ns = 0
+
+        def occupy_link() -> None:
+            nonlocal arrival_ns
+            start_ns = max(time.perf_counter_ns(), self._busy_until_ns)
+            self._busy_until_ns = start_ns + int(flight.num_bytes / self.link.bytes_per_s * 1e9)
+            arrival_ns = self._busy_until_ns + int(flight.num_messages * self.link.latency_s * 1e9)
+
+        def launch() -> None:
+            assert flight.launch is not None
+            flight.launch()
+            occupy_link()
+
+        def wait() -> T:
+            result = flight.wait()
+            while (left_ns := arrival_ns - time.perf_counter_ns()) > 0:
+                time.sleep(left_ns * 1e-9)
+            return result
+
+        def ready_ns() -> int | None:
+            inner_ns = flight.ready_ns() if flight.ready_ns is not None else None
+            return arrival_ns if inner_ns is None else max(arrival_ns, inner_ns)
+
+        if flight.launch is None:
+            occupy_link()
+        return Flight(
+            wait=wait,
+            launch=None if flight.launch is None else launch,
+            ready_ns=ready_ns,
+            num_bytes=flight.num_bytes,
+            num_messages=flight.num_messages,
+        )

@@ -1,0 +1,198 @@
+"""The contract of every transport, and the part of it that all share.
+
+    dispatch   sends each token to the ranks that hold its experts
+    combine    brings the partial sums home and adds them
+
+Contract, for every implementation and tested for each:
+
+- Lanes: one set of buffers a lane; the lane is the one that is running. Lanes may be anywhere between their phases.
+- Order: on a lane, dispatch and combine alternate, each finished before the next. All ranks call them in the same
+  order on every lane, ranks without tokens too.
+- Sources: `x_TD` is read before `dispatch` returns, or after an event on the compute stream that it records.
+- Results: `Rows` belong to the transport and are valid until the next dispatch of the same lane; the result of
+  `combine` [T, D] is new and the caller's. Both are safe on the compute stream once finished.
+- Sums: over experts of one rank in float32 at least (by the caller), over ranks as the transport says.
+
+Shapes: `T` tokens of this rank, `D` hidden size, `K` experts per token, `R` rows received, `W` ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+
+from antiphon.comm.group import RankGroup
+from antiphon.core.errors import LaneError, OptionError
+from antiphon.runtime import Pending, Streams, current_lane
+
+__all__ = ["ExpertShape", "Flight", "Routes", "Rows", "Transport"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """The experts of one model, as a transport needs to know them. Rank r of W holds experts r*E/W to (r+1)*E/W."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the routing weights: float32, or float64 for a float64 model."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def experts_per_rank(self, num_ranks: int) -> int:
+        """Raises `OptionError` if the experts do not divide by the ranks."""
+        if num_ranks < 1 or self.num_experts % num_ranks:
+            fitting = ", ".join(str(n) for n in range(1, self.num_experts + 1) if self.num_experts % n == 0)
+            raise OptionError(
+                f"num_experts={self.num_experts} is not divisible by ranks={num_ranks}; use {fitting} ranks"
+            )
+        return self.num_experts // num_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Where a router sends each token: expert ids [T, K] (int64, all different in a row) and weights [T, K]."""
+
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a rank received: tokens, their experts as indices on this rank (-1: another rank's), their weights."""
+
+    x_RD: torch.Tensor
+    ids_RK: torch.Tensor
+    weights_RK: torch.Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Flight(Generic[T]):
+    """What an implementation returns of a communication that it has sent; see `Pending` for the fields."""
+
+    wait: Callable[[], T]
+    launch: Callable[[], None] | None = None
+    ready_ns: Callable[[], int | None] | None = None
+    num_bytes: int = 0
+    num_messages: int = 1
+
+
+class _Phase(Enum):
+    IDLE = "idle"
+    DISPATCHING = "dispatching"
+    RECEIVED = "received"
+    COMBINING = "combining"
+
+
+class Transport(ABC):
+    """Dispatch and combine. Implementations fill in `send_tokens` and `send_partials`."""
+
+    name: ClassVar[str]
+
+    def __init__(self, shape: ExpertShape, *, group: RankGroup, streams: Streams, num_lanes: int) -> None:
+        self.shape = shape
+        self.group = group
+        self.streams = streams
+        self.num_lanes = num_lanes
+        self.experts_per_rank = shape.experts_per_rank(group.size)
+        self._phases = [_Phase.IDLE] * num_lanes
+
+    def dispatch(
+        self,
+        x_TD: torch.Tensor,
+        routes: Routes,
+        *,
+        tokens_by_rank: tuple[int, ...] | None = None,
+        label: str = "",
+    ) -> Pending[Rows]:
+        """Send each token to the ranks of its experts.
+
+        x_TD: [T, D] in the shape's dtype; T may be 0. tokens_by_rank: T of every rank if the caller knows it (an
+        engine does), which spares some transports an exchange; the same tuple on all ranks, or `None` on all.
+        label: the place in the model, such as "layer 3", for recordings and errors.
+        Raises `LaneError` out of order, `OptionError` for tensors that do not fit the shape.
+        """
+        self._check(x_TD, routes)
+        lane = self._enter(_Phase.IDLE, _Phase.DISPATCHING, "dispatch")
+        flight = self.send_tokens(lane, x_TD, routes, tokens_by_rank, f"dispatch {label}".rstrip())
+        return self._pending(lane, flight, _Phase.RECEIVED, f"dispatch {label}".rstrip())
+
+    def combine(self, partial_RD: torch.Tensor, *, label: str = "") -> Pending[torch.Tensor]:
+        """Send home the partial sums of the rows that this lane received last; the result is [T, D], in order.
+
+        partial_RD: [R, D] in the shape's dtype, rows in the order of `Rows`. Raises as `dispatch` does.
+        """
+        lane = self._enter(_Phase.RECEIVED, _Phase.COMBINING, "combine")
+        flight = self.send_partials(lane, partial_RD, f"combine {label}".rstrip())
+        return self._pending(lane, flight, _Phase.IDLE, f"combine {label}".rstrip())
+
+    def reset(self) -> None:
+        """Forget what is under way on all lanes, after a failed run. Peers must do the same."""
+        self._phases = [_Phase.IDLE] * self.num_lanes
+
+    @abstractmethod
+    def send_tokens(
+        self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
+    ) -> Flight[Rows]:
+        """Start a dispatch on `lane`."""
+
+    @abstractmethod
+    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
+        """Start the combine that answers the last dispatch on `lane`."""
+
+    def local_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Global expert ids as indices on this rank, int64; -1 for the experts of other ranks and for -1."""
+        first = self.group.rank * self.experts_per_rank
+        local = ids.to(torch.int64) - first
+        return local.masked_fill_((local < 0) | (local >= self.experts_per_rank), -1)
+
+    def _enter(self, before: _Phase, after: _Phase, verb: str) -> int:
+        lane = current_lane()
+        if lane >= self.num_lanes:
+            raise LaneError(f"lane {lane} uses a transport that was made for {self.num_lanes} lanes; make it for more")
+        if self._phases[lane] is not before:
+            raise LaneError(
+                f"{verb} on lane {lane} while it is {self._phases[lane].value}; "
+                "dispatch and combine alternate, and each is finished before the next"
+            )
+        self._phases[lane] = after
+        return lane
+
+    def _pending(self, lane: int, flight: Flight[T], after: _Phase, label: str) -> Pending[T]:
+        def wait() -> T:
+            result = flight.wait()
+            self._phases[lane] = after
+            return result
+
+        return Pending(
+            wait,
+            label=label,
+            launch=flight.launch,
+            ready_ns=flight.ready_ns,
+            num_bytes=flight.num_bytes,
+            num_messages=flight.num_messages,
+        )
+
+    def _check(self, x_TD: torch.Tensor, routes: Routes) -> None:
+        shape = self.shape
+        if x_TD.dim() != 2 or x_TD.shape[1] != shape.hidden_size or x_TD.dtype != shape.dtype:
+            raise OptionError(
+                f"tokens are {list(x_TD.shape)} {x_TD.dtype}; "
+                f"this transport takes [T, {shape.hidden_size}] {shape.dtype}"
+            )
+        expected = (x_TD.shape[0], shape.top_k)
+        if routes.ids_TK.shape != expected or routes.weights_TK.shape != expected:
+            raise OptionError(
+                f"routes are {list(routes.ids_TK.shape)} and {list(routes.weights_TK.shape)}; "
+                f"{x_TD.shape[0]} tokens with {shape.top_k} experts each need {list(expected)}"
+            )

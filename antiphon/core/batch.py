@@ -1,0 +1,136 @@
+"""What one step runs on one rank: the batch, and the micro-batches that it is cut into.
+
+Pure data. Who fills what: the scheduler makes `RequestSlice` and `Batch`; `splitting` makes `MicroBatch` and
+its `AttentionMetadata`, always from request slices and never by slicing finished fields, so that a new field
+cannot be forgotten by the cut.
+
+Shapes: `T` tokens of a micro-batch, `N` requests that decode one token, `B` KV blocks of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+__all__ = [
+    "AttentionMetadata",
+    "Batch",
+    "DecodeGroup",
+    "MicroBatch",
+    "PrefillSlice",
+    "RequestSlice",
+    "current_micro_batch",
+    "use_micro_batch",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSlice:
+    """The tokens of one request that one step, or one lane of it, computes."""
+
+    request_id: int
+    token_ids: tuple[int, ...]  # new tokens, whose keys and values this step writes
+    context_len: int  # tokens of the request that are in the KV cache before them
+    block_ids: tuple[int, ...]  # KV blocks of the whole request, in order of position
+
+    @property
+    def query_len(self) -> int:
+        return len(self.token_ids)
+
+    def cut(self, start: int, stop: int) -> RequestSlice:
+        """Tokens `start:stop` of this slice; what lies before them becomes context."""
+        return RequestSlice(
+            request_id=self.request_id,
+            token_ids=self.token_ids[start:stop],
+            context_len=self.context_len + start,
+            block_ids=self.block_ids,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The requests and tokens of one step on one rank; empty on an idle rank."""
+
+    rank: int
+    requests: tuple[RequestSlice, ...]
+
+    @property
+    def query_lens(self) -> list[int]:
+        return [request.query_len for request in self.requests]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+    @property
+    def decode_only(self) -> bool:
+        """Whether every request continues by one token; false for an empty batch."""
+        return bool(self.requests) and all(r.query_len == 1 and r.context_len > 0 for r in self.requests)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGroup:
+    """All slices of one token, computed together."""
+
+    rows_N: torch.Tensor  # int64, their rows in the micro-batch
+    block_table_NB: torch.Tensor  # int64, padded with block 0, which the mask hides
+    seq_lens_N: torch.Tensor  # int64, context plus the new token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillSlice:
+    """One slice of several tokens."""
+
+    start: int  # first row in the micro-batch
+    stop: int
+    context_len: int
+    block_ids_B: torch.Tensor  # int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """What attention needs to know of one micro-batch."""
+
+    slots_T: torch.Tensor  # int64, where each token's keys and values go: block * block_size + offset
+    decodes: DecodeGroup | None
+    prefills: tuple[PrefillSlice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One part of a batch. A part without tokens is a dummy: its peers' experts still need it."""
+
+    # set by splitting
+    lane: int
+    requests: tuple[RequestSlice, ...]
+    token_ids_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64
+    attention: AttentionMetadata
+    # set by the plan
+    tokens_by_rank: tuple[int, ...]  # tokens of this lane on every rank
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
+
+
+_current: ContextVar[MicroBatch] = ContextVar("antiphon_micro_batch")
+
+
+def current_micro_batch() -> MicroBatch:
+    """The micro-batch that the calling lane runs. `LookupError` outside a forward pass."""
+    return _current.get()
+
+
+@contextmanager
+def use_micro_batch(part: MicroBatch) -> Iterator[None]:
+    """Make `part` the current micro-batch of this context; a lane has a context of its own."""
+    token = _current.set(part)
+    try:
+        yield
+    finally:
+        _current.reset(token)

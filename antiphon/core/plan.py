@@ -1,0 +1,122 @@
+"""What a step does, and the rows by which the ranks agree on it.
+
+`Proposal` is what one rank says before a step, packed into one fixed-size row of int64. `Plan` is what all ranks
+computed from all rows: the same on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+__all__ = ["MAX_LANES", "ROW_SIZE", "Plan", "Proposal", "Refusal", "plan_kind"]
+
+MAX_LANES = 8
+"""Most lanes a plan can have: the row has a fixed size."""
+
+_FIXED_FIELDS = 8
+ROW_SIZE = _FIXED_FIELDS + MAX_LANES
+"""Length of a row, in int64 words."""
+
+
+class Refusal(IntEnum):
+    """Why a rank cannot cut its batch."""
+
+    NONE = 0
+    TOO_FEW_TOKENS = 1
+    NO_BOUNDARY = 2
+
+    @property
+    def text(self) -> str:
+        return _REFUSAL_TEXT[self]
+
+
+_REFUSAL_TEXT = {
+    Refusal.NONE: "can be cut",
+    Refusal.TOO_FEW_TOKENS: "fewer tokens than lanes",
+    Refusal.NO_BOUNDARY: "no request boundary near the cut",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What one rank offers for the next step.
+
+    `part_tokens` are the tokens of each lane if the step is split; one entry if this rank's batch cannot be cut.
+    `wave` is the newest message of the front process that the rank has seen, `policy` a fingerprint of the
+    options that decide, `order` one of the collectives issued so far (0: not recorded). Ranks must agree in both.
+    """
+
+    num_tokens: int
+    decode_only: bool
+    part_tokens: tuple[int, ...]
+    refusal: Refusal = Refusal.NONE
+    wave: int = 0
+    policy: int = 0
+    order: int = 0
+
+    @property
+    def can_split(self) -> bool:
+        return len(self.part_tokens) > 1
+
+    def to_row(self) -> list[int]:
+        """`ROW_SIZE` integers."""
+        fixed = [
+            self.num_tokens,
+            int(self.decode_only),
+            int(self.refusal),
+            self.wave,
+            self.policy,
+            self.order,
+            len(self.part_tokens),
+            0,
+        ]
+        return fixed + list(self.part_tokens) + [0] * (MAX_LANES - len(self.part_tokens))
+
+    @staticmethod
+    def from_row(row: list[int]) -> Proposal:
+        """The inverse of `to_row`."""
+        num_parts = row[6]
+        return Proposal(
+            num_tokens=row[0],
+            decode_only=bool(row[1]),
+            refusal=Refusal(row[2]),
+            wave=row[3],
+            policy=row[4],
+            order=row[5],
+            part_tokens=tuple(row[_FIXED_FIELDS : _FIXED_FIELDS + num_parts]),
+        )
+
+
+def plan_kind(num_lanes: int) -> str:
+    """`serial`, `dual`, `3-lane`, ..."""
+    return {1: "serial", 2: "dual"}.get(num_lanes, f"{num_lanes}-lane")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One step's plan, equal on all ranks."""
+
+    part_tokens: tuple[tuple[int, ...], ...]  # [rank][lane]
+    reason: str  # a short fixed text, counted in the statistics
+    detail: str = ""  # the numbers behind the reason
+    idle: bool = False  # no rank has work, and all have seen the same messages
+
+    @property
+    def num_lanes(self) -> int:
+        return len(self.part_tokens[0])
+
+    @property
+    def kind(self) -> str:
+        return plan_kind(self.num_lanes)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no rank has a token to run."""
+        return not any(any(parts) for parts in self.part_tokens)
+
+    def tokens_by_rank(self, lane: int) -> tuple[int, ...]:
+        return tuple(parts[lane] for parts in self.part_tokens)
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail or self.reason}"

@@ -1,0 +1,93 @@
+"""How the front talks to the ranks: one interface, whether the only rank lives in this process or each has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from antiphon.comm import RankGroup
+from antiphon.core.errors import EngineError
+from antiphon.core.policy import OverlapPolicy
+from antiphon.engine.build import build_engine
+from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.request import Request, TokenOutput
+from antiphon.timeline import StepTimeline
+
+__all__ = ["Client", "InProcessClient"]
+
+
+class Client(Protocol):
+    """The ranks, as the front sees them. After an error every call raises `EngineError`."""
+
+    def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
+        """Start requests; item r goes to rank r."""
+        ...
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        """Forget requests wherever they are; outputs under way may still come."""
+        ...
+
+    def poll(self) -> list[TokenOutput]:
+        """What has been generated since the last call; waits until there is something. Time-limited."""
+        ...
+
+    def reconfigure(self, policy: OverlapPolicy) -> None:
+        """Change the policy of all ranks; only while no request is open."""
+        ...
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """`StepEngine.statistics` of every rank."""
+        ...
+
+    def timelines(self) -> list[list[StepTimeline]]:
+        """The last steps of every rank."""
+        ...
+
+    def close(self) -> None:
+        """End all workers; may be called again."""
+        ...
+
+
+class InProcessClient:
+    """One rank, in this process: no worker is started."""
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        self._engine = build_engine(config, RankGroup(rank=0, size=1))
+        self._ended = ""
+
+    def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
+        self._check()
+        self._engine.scheduler.add(requests_by_rank[0])
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        self._engine.scheduler.abort(request_ids)
+
+    def poll(self) -> list[TokenOutput]:
+        self._check()
+        try:
+            return self._engine.step().outputs
+        except BaseException as error:
+            # A step that broke off leaves requests half done: it is fatal here as it is in a group.
+            self._ended = f"a step failed on rank 0: {type(error).__name__}: {error}"
+            if isinstance(error, Exception):
+                raise EngineError(self._ended) from error
+            raise
+
+    def reconfigure(self, policy: OverlapPolicy) -> None:
+        self._check()
+        self._engine.reconfigure(policy)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        self._check()
+        return [self._engine.statistics()]
+
+    def timelines(self) -> list[list[StepTimeline]]:
+        self._check()
+        return [list(self._engine.recorder.steps)]
+
+    def close(self) -> None:
+        self._ended = self._ended or "it was closed"
+
+    def _check(self) -> None:
+        if self._ended:
+            raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")

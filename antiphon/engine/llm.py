@@ -1,0 +1,312 @@
+"""`LLM`: the offline API. It tokenises, spreads requests over the ranks, and collects their texts."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from inspect import signature
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.errors import OptionError, RequestError
+from antiphon.core.policy import OverlapPolicy
+from antiphon.core.sampling import GeneratedOutput, SamplingParams
+from antiphon.engine.client import Client, InProcessClient
+from antiphon.engine.config import EngineConfig, ResolvedConfig
+from antiphon.engine.request import Request, TokenOutput
+from antiphon.engine.tokenizer import Tokenizer
+from antiphon.engine.worker_client import WorkerClient
+from antiphon.timeline import StepTimeline
+
+__all__ = ["LLM"]
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A request under way."""
+
+    place: int  # among the prompts of the call
+    request: Request
+    prompt: str
+    rank: int
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    logits: list[bytes] = field(default_factory=list)
+    prompt_logits: bytes | None = None
+
+
+class LLM:
+    """A model on one or more ranks.
+
+    model: folder of a Hugging Face checkpoint, or "tiny-deepseek", the one that is bundled.
+    ranks: processes that share the experts; they must divide the number of experts. With one rank no process is
+        started.
+    dbo: dual-batch overlap, "auto", "on" or "off". transport: "auto", "local", "allgather", "alltoall", or
+        "simulated:INNER:BANDWIDTH:LATENCY". dtype: "auto" (float32 on CPUs), "float32", "bfloat16", "float64".
+    split: where a batch is cut, "token" or "request-boundary". micro_batches: parts of a split step, 2 to 8.
+    dbo_prefill_token_threshold, dbo_decode_token_threshold: tokens on the busiest rank from which a step is split;
+        by default 512 and 32 under "auto" and none under "on".
+    max_num_batched_tokens: tokens of one step on one rank; also the longest prompt. max_num_seqs: requests that run
+        at once on one rank. max_model_len: longest text, prompt and output together.
+    block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank.
+    seed: from which requests without a seed take theirs. timeout_s: longest wait for another process.
+    debug_order: compare the collectives of all ranks before every step.
+
+    Raises `OptionError` and `ModelError` (both `ValueError`) before anything is started, `EngineError` if a worker
+    does not come up. Not thread-safe. Leaving the context, `close`, and the end of the process end all workers.
+
+        with LLM(ranks=2, dbo="on") as llm:
+            outputs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
+    """
+
+    def __init__(
+        self,
+        model: str = BUNDLED_MODEL,
+        *,
+        ranks: int = 1,
+        dbo: str = "auto",
+        transport: str = "auto",
+        dtype: str = "auto",
+        split: str = "token",
+        micro_batches: int = 2,
+        dbo_prefill_token_threshold: int | None = None,
+        dbo_decode_token_threshold: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_num_seqs: int = 256,
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        kv_cache_memory: int | None = None,
+        seed: int = 0,
+        timeout_s: float = 120.0,
+        debug_order: bool = False,
+        **unknown: object,
+    ) -> None:
+        if unknown:
+            raise _unknown_option(next(iter(unknown)))
+        options = EngineConfig(
+            model=str(model),
+            ranks=ranks,
+            transport=transport,
+            dtype=str(dtype).removeprefix("torch."),
+            policy=OverlapPolicy(
+                dbo=dbo,
+                split=split,
+                micro_batches=micro_batches,
+                prefill_threshold=dbo_prefill_token_threshold,
+                decode_threshold=dbo_decode_token_threshold,
+            ),
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            kv_cache_memory=kv_cache_memory,
+            seed=seed,
+            timeout_s=timeout_s,
+            debug_order=debug_order,
+        )
+        self.config: ResolvedConfig = options.resolve()
+        self._policy = options.policy
+        self._tokenizer = Tokenizer(self.config.options.model)
+        self._client: Client = InProcessClient(self.config) if ranks == 1 else WorkerClient(self.config)
+        self._close = weakref.finalize(self, self._client.close)
+        self._num_requests = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers. The object cannot be used afterwards; calling it again does nothing."""
+        self._close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int, int, int], None] | None = None,
+    ) -> list[GeneratedOutput]:
+        """Continue every prompt; the results are in the order of the prompts.
+
+        prompts: texts, or lists of token ids; one prompt alone is a list of one.
+        sampling_params: one for all prompts, or one for each.
+        progress: called with (prompts finished, prompts in all, tokens generated) after every step.
+        Raises `RequestError` (a `ValueError`) before anything runs if a prompt cannot be served; the engine stays
+        usable. Raises `EngineError` if a rank fails; the engine has ended then.
+        """
+        requests = self._make_requests(prompts, sampling_params)
+        opened = {one.request.request_id: one for one in requests}
+        by_rank: list[list[Request]] = [[] for _ in range(self.config.options.ranks)]
+        for one in requests:
+            by_rank[one.rank].append(one.request)
+        num_finished = num_tokens = 0
+        self._client.submit(by_rank)
+        try:
+            while num_finished < len(requests):
+                for output in self._client.poll():
+                    if (item := opened.get(output.request_id)) is not None:
+                        _take(item, output)
+                        num_tokens += 1
+                        num_finished += output.finish_reason is not None
+                if progress is not None:
+                    progress(num_finished, len(requests), num_tokens)
+        except BaseException:
+            self._client.abort([one.request.request_id for one in requests if not one.finish_reason])
+            raise
+        return [self._output(one) for one in requests]
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a chat, ready for the assistant's answer: `[{"role": "user", "content": "..."}]`."""
+        return self._tokenizer.chat(messages)
+
+    def reconfigure(self, *, dbo: str | None = None, split: str | None = None) -> None:
+        """Change `dbo` or `split` of all ranks between two calls of `generate`, without loading the model again."""
+        policy = replace(self._policy, dbo=dbo or self._policy.dbo, split=split or self._policy.split)
+        self._client.reconfigure(policy)
+        self._policy = policy
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start.
+
+        `steps`, `steps_by_plan` (plan -> steps), `serial_reasons` (reason -> steps), which are the same on all ranks;
+        `overlap` (plan -> seconds of rank 0: `time_s`, `communication_s`, `hidden_s`, `exposed_s`, and `num_bytes`);
+        `kv_blocks` and `unfinished` summed over ranks; `ranks`, `transport`, `dbo`.
+        """
+        by_rank = self._client.statistics()
+        first = by_rank[0]
+        blocks = {name: sum(rank["kv_blocks"][name] for rank in by_rank) for name in ("total", "free")}
+        return {
+            "steps": first["steps"],
+            "steps_by_plan": first["steps_by_plan"],
+            "serial_reasons": first["serial_reasons"],
+            "overlap": first["overlap"],
+            "kv_blocks": {**blocks, "block_size": first["kv_blocks"]["block_size"]},
+            "unfinished": sum(rank["unfinished"] for rank in by_rank),
+            "ranks": self.config.options.ranks,
+            "transport": self.config.transport_name,
+            "dbo": self._policy.dbo,
+        }
+
+    def timelines(self) -> list[list[StepTimeline]]:
+        """The last steps of every rank with all their events, oldest first."""
+        return self._client.timelines()
+
+    # ---- requests
+
+    def _make_requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[_Open]:
+        prompt_list = _as_list(prompts)
+        params_list = _params_for(prompt_list, sampling_params)
+        token_lists = [self._token_ids(place, prompt) for place, prompt in enumerate(prompt_list)]
+        load = [0] * self.config.options.ranks
+        requests = []
+        for place, (prompt, ids, params) in enumerate(zip(prompt_list, token_lists, params_list, strict=True)):
+            request = self._make_request(place, ids, params)
+            rank = load.index(min(load))
+            load[rank] += request.most_tokens
+            text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+            requests.append(_Open(place, request, text, rank))
+        self._num_requests += len(requests)
+        return requests
+
+    def _make_request(self, place: int, prompt_ids: list[int], params: SamplingParams) -> Request:
+        config = self.config
+        longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
+        if len(prompt_ids) > longest:
+            limit, remedy = (
+                (f"max_model_len={config.max_model_len} leaves room for {longest}", "shorten it")
+                if longest < config.max_num_batched_tokens
+                else (f"a step takes at most {longest}", "raise max_num_batched_tokens")
+            )
+            raise RequestError(f"prompt {place} has {len(prompt_ids)} tokens, but {limit}; {remedy}")
+        request = Request(
+            request_id=self._num_requests + place,
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            max_tokens=min(params.max_tokens, config.max_model_len - len(prompt_ids)),
+            seed=params.seed if params.seed is not None else config.options.seed + self._num_requests + place,
+        )
+        if request.most_tokens > config.kv_capacity_tokens:
+            raise RequestError(
+                f"prompt {place} and its output need {request.most_tokens} tokens of KV cache, but a rank holds "
+                f"{config.kv_capacity_tokens}; lower max_tokens or raise kv_cache_memory"
+            )
+        return request
+
+    def _token_ids(self, place: int, prompt: Prompt) -> list[int]:
+        vocab_size = self.config.model.vocab_size
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise RequestError(f"prompt {place} is empty; give at least one token")
+        for token_id in ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                raise RequestError(f"prompt {place} has token id {token_id!r}; use integers from 0 to {vocab_size - 1}")
+        return ids
+
+    def _output(self, item: _Open) -> GeneratedOutput:
+        return GeneratedOutput(
+            prompt=item.prompt,
+            prompt_token_ids=list(item.request.prompt_ids),
+            text=self._tokenizer.decode(item.token_ids),
+            token_ids=item.token_ids,
+            finish_reason=item.finish_reason,
+            logits=self._logits(b"".join(item.logits)) if item.request.params.return_logits else None,
+            prompt_logits=None if item.prompt_logits is None else self._logits(item.prompt_logits),
+        )
+
+    def _logits(self, data: bytes) -> torch.Tensor:
+        dtype = torch.promote_types(self.config.dtype, torch.float32)
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(-1, self.config.model.vocab_size)
+
+
+def _take(item: _Open, output: TokenOutput) -> None:
+    item.token_ids.append(output.token_id)
+    item.finish_reason = output.finish_reason or ""
+    if output.logits is not None:
+        item.logits.append(output.logits)
+    if output.prompt_logits is not None:
+        item.prompt_logits = output.prompt_logits
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts is a {type(prompts).__name__}; pass a text, a list of texts, or token ids")
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    for place, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | Sequence):
+            raise RequestError(f"prompt {place} is a {type(prompt).__name__}; pass a text or a list of token ids")
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_for(
+    prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * len(prompts)
+    if len(sampling_params) != len(prompts):
+        raise RequestError(
+            f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params; pass one, or one each"
+        )
+    return list(sampling_params)
+
+
+def _unknown_option(name: str) -> OptionError:
+    valid = [option for option in signature(LLM.__init__).parameters if option not in ("self", "unknown")]
+    near = get_close_matches(name, valid, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(valid)}"
+    return OptionError(f"LLM has no option {name!r}{hint}")

@@ -1,0 +1,128 @@
+"""What the front process and the workers say to each other: msgpack over ZeroMQ.
+
+Every message to the workers carries a wave, a number that grows by one with each and is the same for all ranks. The
+ranks put the newest wave they have seen into their agreement row; they stop stepping only when nobody has work and
+all have seen the same wave, so no rank can sleep through a message that another one acts on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+
+from antiphon.core.policy import OverlapPolicy
+from antiphon.core.sampling import SamplingParams
+from antiphon.engine.request import Request, TokenOutput
+from antiphon.timeline import StepTimeline
+
+__all__ = [
+    "Answer",
+    "Ask",
+    "Failed",
+    "FromWorker",
+    "NewRequest",
+    "Ready",
+    "Reconfigure",
+    "Stop",
+    "ToWorker",
+    "Tokens",
+    "Work",
+    "decode_from_worker",
+    "decode_to_worker",
+    "encode",
+]
+
+
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked request; see `engine.request.Request`."""
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    params: dict[str, Any]
+    max_tokens: int
+    seed: int
+
+    @staticmethod
+    def of(request: Request) -> NewRequest:
+        return NewRequest(
+            request_id=request.request_id,
+            prompt_ids=request.prompt_ids,
+            params=asdict(request.params),
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+        )
+
+    def to_request(self) -> Request:
+        return Request(
+            request_id=self.request_id,
+            prompt_ids=self.prompt_ids,
+            params=SamplingParams(**self.params),
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+        )
+
+
+class ToWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of the messages to a worker."""
+
+    wave: int
+
+
+class Work(ToWorker, frozen=True, kw_only=True, tag=True):
+    """Requests to start and to forget; empty for a rank that only has to join in."""
+
+    requests: list[NewRequest] = []
+    abort: list[int] = []
+
+
+class Reconfigure(ToWorker, frozen=True, kw_only=True, tag=True):
+    """Another policy; sent only while no request is open, and answered by `Answer`."""
+
+    policy: OverlapPolicy
+
+
+class Ask(ToWorker, frozen=True, kw_only=True, tag=True):
+    """Answered by `Answer` with the statistics, or with the last steps."""
+
+    timeline: bool = False
+
+
+class Stop(ToWorker, frozen=True, kw_only=True, tag=True):
+    """End the process."""
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The rank has loaded its model."""
+
+    pid: int
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a step has generated on this rank."""
+
+    outputs: list[TokenOutput]
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To `Ask` and `Reconfigure`, by wave."""
+
+    wave: int
+    stats: dict[str, Any] = {}
+    timeline: list[StepTimeline] = []
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The rank is about to end. `kind` is the class of the error, `traceback` is for the log."""
+
+    kind: str
+    message: str
+    traceback: str
+
+
+FromWorker = Ready | Tokens | Answer | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(Work | Reconfigure | Ask | Stop).decode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

@@ -1,0 +1,34 @@
+"""Runs the micro-batches of a step through the model, one lane each. The lanes overlap here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from antiphon.core.batch import MicroBatch, use_micro_batch
+from antiphon.models.deepseek import DeepseekV3Model
+from antiphon.runtime import Recorder, Streams, run_lanes
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """Holds the model of this rank."""
+
+    def __init__(self, model: DeepseekV3Model, *, streams: Streams, recorder: Recorder | None = None) -> None:
+        self.model = model
+        self._streams = streams
+        self._recorder = recorder
+
+    @torch.inference_mode()
+    def run(self, parts: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Hidden states [T, D] of every part. One part runs without lanes, by the same code."""
+        functions = [partial(self._forward, part) for part in parts]
+        return run_lanes(functions, streams=self._streams, recorder=self._recorder)
+
+    def _forward(self, part: MicroBatch) -> torch.Tensor:
+        with use_micro_batch(part):
+            hidden_TD: torch.Tensor = self.model(part.token_ids_T, part.positions_T)
+            return hidden_TD

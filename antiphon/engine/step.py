@@ -1,0 +1,75 @@
+"""One step of one rank, in six phases. All ranks run their steps in lockstep.
+
+scheduler ─► agreement ─► splitting ─► lanes ─► sampler ─► scheduler
+   batch        plan        parts      hidden    tokens      outputs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from antiphon.comm import RankGroup, exchange
+from antiphon.core.plan import Plan, Proposal
+from antiphon.core.policy import OverlapPolicy
+from antiphon.engine.request import TokenOutput
+from antiphon.engine.runner import Runner
+from antiphon.engine.sampler import Sampler
+from antiphon.engine.scheduler import Scheduler
+from antiphon.engine.stats import StepStats
+from antiphon.planning import Planner
+from antiphon.splitting import join, split
+from antiphon.timeline import StepRecorder
+
+__all__ = ["StepEngine", "StepResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did; no outputs if no rank had work."""
+
+    plan: Plan
+    outputs: list[TokenOutput]
+
+
+@dataclass(slots=True, kw_only=True)
+class StepEngine:
+    """The parts of one rank. An exception inside `step` is fatal: the peers are communicating already."""
+
+    group: RankGroup
+    scheduler: Scheduler
+    planner: Planner
+    runner: Runner
+    sampler: Sampler
+    recorder: StepRecorder
+    stats: StepStats
+    wave: int = 0  # the newest message of the front process
+
+    def step(self) -> StepResult:
+        """Run one step of the whole group; every rank must call it."""
+        batch = self.scheduler.next_batch()  # 1 what to run; may be empty
+        plan = self.agree(self.planner.propose(batch, wave=self.wave, order=self.group.order_fingerprint()))  # 2
+        if plan.is_empty:
+            return StepResult(plan, [])
+        with self.recorder.step(self.stats.num_steps, kind=plan.kind, num_tokens=batch.num_tokens) as timeline:
+            parts = split(batch, plan, block_size=self.scheduler.pool.block_size)  # 3 one micro-batch or several
+            hidden = self.runner.run(parts)  # 4 the lanes overlap here
+        sampled = self.sampler(join(hidden), batch)  # 5
+        self.stats.add(plan, timeline)
+        return StepResult(plan, self.scheduler.commit(batch, sampled))  # 6
+
+    def agree(self, proposal: Proposal) -> Plan:
+        """One plan for all ranks: exchange the proposals, then decide by the same pure function."""
+        proposals = exchange(self.group, proposal)
+        self.group.clear_order()
+        return self.planner.decide(proposals)
+
+    def reconfigure(self, policy: OverlapPolicy) -> None:
+        """Decide by another policy from the next step on; all ranks must change it between the same steps."""
+        self.planner.policy = policy
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts since the start, and the state of the KV cache."""
+        pool = self.scheduler.pool
+        blocks = {"total": pool.num_usable, "free": pool.num_free, "block_size": pool.block_size}
+        return {**self.stats.to_dict(), "kv_blocks": blocks, "unfinished": self.scheduler.num_unfinished}

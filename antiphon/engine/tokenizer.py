@@ -1,0 +1,42 @@
+"""The checkpoint's tokenizer, by transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from antiphon.core.errors import ModelError
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer:
+    """Text to token ids and back, as the checkpoint's files say. Reads only the local folder."""
+
+    def __init__(self, folder: str) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import AutoTokenizer  # takes seconds, and only the front needs it
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"the tokenizer in {folder} cannot be loaded ({reason}); download it again") from error
+
+    def encode(self, text: str) -> list[int]:
+        """With the special tokens that the checkpoint puts in front."""
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """By the checkpoint's chat template, up to where the assistant answers."""
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except ValueError as error:
+            raise ModelError(f"this checkpoint cannot format a chat ({str(error).splitlines()[0]})") from error
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,163 @@
+"""One rank in a process of its own: `python -m antiphon.engine.worker --rank R --folder DIR`.
+
+Started by `worker_client`, never by hand. The folder holds `options.json`, the front's socket, the meeting place of
+the ranks and the progress board. The worker ends when the front says so, when the front's end of its standard input
+closes (the front has died), or after an error, which it reports first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import msgspec
+import torch
+import zmq
+
+from antiphon.comm import ProgressBoard, RankGroup
+from antiphon.core.errors import AntiphonError
+from antiphon.engine.build import build_engine
+from antiphon.engine.config import EngineConfig
+from antiphon.engine.messages import (
+    Answer,
+    Ask,
+    Failed,
+    FromWorker,
+    Ready,
+    Reconfigure,
+    Stop,
+    Tokens,
+    ToWorker,
+    Work,
+    decode_to_worker,
+    encode,
+)
+from antiphon.engine.step import StepEngine
+
+__all__ = ["OPTIONS_FILE", "PROGRESS_FILE", "SOCKET_FILE", "main"]
+
+logger = logging.getLogger("antiphon.engine.worker")
+
+OPTIONS_FILE = "options.json"
+SOCKET_FILE = "front.sock"
+PROGRESS_FILE = "progress"
+_MEETING_FILE = "meeting"
+
+_FAREWELL_MS = 2000
+
+
+class Worker:
+    """The loop of one rank: take messages, step, send tokens."""
+
+    def __init__(self, socket: zmq.Socket[bytes], engine: StepEngine) -> None:
+        self._socket = socket
+        self._engine = engine
+        self._stopped = False
+
+    def run(self) -> None:
+        """Returns after `Stop`. Sleeps in the socket while no rank has work."""
+        idle = True
+        while True:
+            self._take_messages(block=idle)
+            if self._stopped:
+                return
+            result = self._engine.step()
+            idle = result.plan.idle
+            if result.outputs:
+                _send(self._socket, Tokens(outputs=result.outputs))
+
+    def _take_messages(self, *, block: bool) -> None:
+        while block or self._socket.poll(0):
+            block = False
+            self._handle(decode_to_worker(self._socket.recv()))
+
+    def _handle(self, message: ToWorker) -> None:
+        self._engine.wave = message.wave
+        match message:
+            case Work():
+                self._engine.scheduler.abort(message.abort)
+                self._engine.scheduler.add(request.to_request() for request in message.requests)
+            case Reconfigure():
+                self._engine.reconfigure(message.policy)
+                _send(self._socket, Answer(wave=message.wave))
+            case Ask():
+                _send(self._socket, self._answer(message))
+            case Stop():
+                self._stopped = True
+
+    def _answer(self, ask: Ask) -> Answer:
+        if ask.timeline:
+            return Answer(wave=ask.wave, timeline=list(self._engine.recorder.steps))
+        return Answer(wave=ask.wave, stats=self._engine.statistics())
+
+
+def main() -> int:
+    """Exit code 0 after `Stop`, 1 after an error."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {arguments.rank} %(name)s: %(message)s")
+    _end_with_front()
+    socket = zmq.Context().socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, str(arguments.rank).encode())
+    socket.setsockopt(zmq.LINGER, _FAREWELL_MS)
+    socket.connect(f"ipc://{arguments.folder / SOCKET_FILE}")
+    try:
+        _serve(socket, arguments.rank, arguments.folder)
+    except Exception as error:
+        logger.exception("rank %d fails", arguments.rank)
+        message = str(error) if isinstance(error, AntiphonError) else f"{type(error).__name__}: {error}"
+        _send(socket, Failed(kind=type(error).__name__, message=message, traceback=traceback.format_exc()))
+        socket.close()
+        socket.context.term()
+        return 1
+    return 0
+
+
+def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
+    options = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=EngineConfig)
+    torch.set_num_threads(_threads_per_rank(options.ranks))
+    board = ProgressBoard(folder / PROGRESS_FILE, size=options.ranks)
+    board.mark(rank, "loading the model")
+    group = RankGroup.connect(
+        rank=rank,
+        size=options.ranks,
+        init_method=f"file://{folder / _MEETING_FILE}",
+        timeout_s=options.timeout_s,
+        board=board,
+    )
+    engine = build_engine(options.resolve(), group)
+    board.mark(rank, "ready")
+    _send(socket, Ready(pid=os.getpid()))
+    Worker(socket, engine).run()
+    group.close()
+
+
+def _threads_per_rank(ranks: int) -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, (os.cpu_count() or 1) // ranks)
+
+
+def _end_with_front() -> None:
+    """End this process when the front is gone, whatever this process is doing then."""
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="front-watch", daemon=True).start()
+
+
+def _send(socket: zmq.Socket[bytes], message: FromWorker) -> None:
+    socket.send(encode(message))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

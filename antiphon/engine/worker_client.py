@@ -1,0 +1,237 @@
+"""Starts one worker process a rank and talks to them; turns whatever happens to one of them into one clear error."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from antiphon.comm import ProgressBoard
+from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError
+from antiphon.core.policy import OverlapPolicy
+from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.messages import (
+    Answer,
+    Ask,
+    Failed,
+    FromWorker,
+    NewRequest,
+    Ready,
+    Reconfigure,
+    Stop,
+    Tokens,
+    ToWorker,
+    Work,
+    decode_from_worker,
+    encode,
+)
+from antiphon.engine.request import Request, TokenOutput
+from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE
+from antiphon.timeline import StepTimeline
+
+__all__ = ["WorkerClient"]
+
+_POLL_MS = 100
+_CAUSE_S = 2.0  # how long other ranks get to report before the cause of a failure is named
+_STOP_S = 5.0
+_LONGEST_SOCKET_FOLDER = 80  # a socket's path has a limit of about 100 characters
+
+
+class WorkerClient:
+    """Owns the worker processes and a private folder with their sockets, logs and progress board."""
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        self._ranks = config.options.ranks
+        self._patience_s = config.options.timeout_s * 1.5
+        self._wave = 0
+        self._ended = ""
+        self._failures: dict[int, Failed] = {}
+        self._folder = _private_folder()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        try:
+            self._board = ProgressBoard(self._folder / PROGRESS_FILE, size=self._ranks)
+            self._socket.bind(f"ipc://{self._folder / SOCKET_FILE}")
+            (self._folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(config.options))
+            self._processes = [self._start(rank) for rank in range(self._ranks)]
+            waiting = set(range(self._ranks))
+            while waiting:
+                for rank, message in self._receive("start"):
+                    if isinstance(message, Ready):
+                        waiting.discard(rank)
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
+        wave = self._next_wave()
+        for rank, requests in enumerate(requests_by_rank):
+            self._send(rank, Work(wave=wave, requests=[NewRequest.of(request) for request in requests]))
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        if not self._ended:
+            self._send_all(Work(wave=self._next_wave(), abort=list(request_ids)))
+
+    def poll(self) -> list[TokenOutput]:
+        self._check()
+        messages = self._receive("generate")
+        return [output for _, message in messages if isinstance(message, Tokens) for output in message.outputs]
+
+    def reconfigure(self, policy: OverlapPolicy) -> None:
+        self._ask(Reconfigure(wave=self._next_wave(), policy=policy))
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return [answer.stats for answer in self._ask(Ask(wave=self._next_wave()))]
+
+    def timelines(self) -> list[list[StepTimeline]]:
+        return [answer.timeline for answer in self._ask(Ask(wave=self._next_wave(), timeline=True))]
+
+    def close(self) -> None:
+        """Ask the workers to stop, end those that do not within 5 s, and remove the folder."""
+        if not self._ended:
+            self._ended = "it was closed"
+            self._wave += 1
+            self._send_all(Stop(wave=self._wave))
+            deadline = time.monotonic() + _STOP_S
+            while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        self._kill()
+        if not self._socket.closed:
+            self._socket.close()
+            self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ---- processes
+
+    def _start(self, rank: int) -> subprocess.Popen[bytes]:
+        environment = dict(os.environ)
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        # Workers find modules where this process does, also in a notebook or a script's own folder.
+        environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+        with (self._folder / f"rank{rank}.log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "antiphon.engine.worker", "--rank", str(rank), "--folder", str(self._folder)],
+                stdin=subprocess.PIPE,  # closes when this process ends, and the worker with it
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches this process only
+            )
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+
+    # ---- messages
+
+    def _next_wave(self) -> int:
+        self._check()
+        self._wave += 1
+        return self._wave
+
+    def _send(self, rank: int, message: ToWorker) -> None:
+        self._socket.send_multipart([str(rank).encode(), encode(message)])
+
+    def _send_all(self, message: ToWorker) -> None:
+        for rank in range(self._ranks):
+            self._send(rank, message)
+
+    def _ask(self, question: Reconfigure | Ask) -> list[Answer]:
+        self._send_all(question)
+        answers: dict[int, Answer] = {}
+        while len(answers) < self._ranks:
+            for rank, message in self._receive("answer"):
+                if isinstance(message, Answer) and message.wave == question.wave:
+                    answers[rank] = message
+        return [answers[rank] for rank in range(self._ranks)]
+
+    def _receive(self, what: str) -> list[tuple[int, FromWorker]]:
+        """The messages that are there, at least one. Raises when a rank fails or all are silent for too long."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            messages = self._read(_POLL_MS)
+            if self._failures or any(process.poll() is not None for process in self._processes):
+                raise self._failure(what)
+            if messages:
+                return messages
+            if time.monotonic() > deadline:
+                raise self._end(f"no rank answered for {self._patience_s:.0f} s ({what}): {self._board.describe()}")
+
+    def _read(self, timeout_ms: int) -> list[tuple[int, FromWorker]]:
+        messages = []
+        while self._socket.poll(timeout_ms):
+            timeout_ms = 0
+            identity, body = self._socket.recv_multipart()
+            rank, message = int(identity), decode_from_worker(body)
+            if isinstance(message, Failed):
+                self._failures[rank] = message
+            messages.append((rank, message))
+        return messages
+
+    # ---- failures
+
+    def _failure(self, what: str) -> AntiphonError:
+        """Find the cause: the other ranks fail as well as soon as one does, and get a moment to say so."""
+        deadline = time.monotonic() + _CAUSE_S
+        while time.monotonic() < deadline and not all(
+            rank in self._failures or process.poll() is not None for rank, process in enumerate(self._processes)
+        ):
+            self._read(_POLL_MS)
+        self._read(0)
+        for rank, process in enumerate(self._processes):
+            code = process.poll()
+            if code is not None and code < 0:
+                name = signal.Signals(-code).name
+                return self._end(f"rank {rank} (pid {process.pid}) was killed by {name} during {what}")
+        own = [(rank, failure) for rank, failure in self._failures.items() if failure.kind != "PeerError"]
+        for rank, failure in own or list(self._failures.items()):
+            kind = {"ModelError": ModelError, "OptionError": OptionError}.get(failure.kind)
+            if kind is not None:
+                self._end(failure.message)
+                return kind(failure.message)
+            error = self._end(f"rank {rank} failed during {what}: {failure.message}")
+            error.add_note(f"On rank {rank}:\n{failure.traceback}")
+            return error
+        rank, process = next((r, p) for r, p in enumerate(self._processes) if p.poll() is not None)
+        return self._end(
+            f"rank {rank} (pid {process.pid}) ended with code {process.returncode} during {what}; "
+            f"its last words: {self._last_words(rank)}"
+        )
+
+    def _last_words(self, rank: int) -> str:
+        lines = (self._folder / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "none"
+
+    def _end(self, reason: str) -> EngineError:
+        self._ended = reason
+        error = EngineError(f"{reason}; the engine has ended, make a new LLM")
+        self.close()
+        return error
+
+    def _check(self) -> None:
+        if self._ended:
+            raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")
+
+
+def _private_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="antiphon-"))
+    if len(str(folder)) <= _LONGEST_SOCKET_FOLDER:
+        return folder
+    folder.rmdir()
+    return Path(tempfile.mkdtemp(prefix="antiphon-", dir="/tmp"))

@@ -1,0 +1,61 @@
+"""The experts of one rank over the rows it received: sort by expert, two grouped products, add up.
+
+Shapes: `R` rows, `K` experts per token, `E` experts of this rank, `D` hidden size, `F` expert width,
+`X` (row, expert) pairs that this rank computes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["grouped_experts", "grouped_product", "grouped_product_reference"]
+
+_ALIGNMENT_BYTES = 16  # torch's grouped product needs it of the strides
+
+
+def grouped_experts(
+    x_RD: torch.Tensor,
+    ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EGD: torch.Tensor,
+    down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """Weighted sum over this rank's experts of `down(silu(gate x) * up x)`, for every row: [R, D] in x's dtype.
+
+    ids_RK: index among this rank's experts, -1 for an expert of another rank. weights_RK: float32 (or float64).
+    gate_up_EGD: [E, 2F, D], gate rows above up rows. down_EDF: [E, D, F].
+    Products are in x's dtype, the sum over experts in float32 at least. A row without local experts is zero.
+    The result is new and the caller's; safe on the stream that is current.
+    """
+    wide = torch.promote_types(x_RD.dtype, torch.float32)
+    out_RD = torch.zeros(x_RD.shape, dtype=wide, device=x_RD.device)
+    pair_ids = ids_RK.flatten()
+    order_X = pair_ids.argsort(stable=True)
+    order_X = order_X[(pair_ids < 0).sum() :]
+    rows_X = order_X // ids_RK.shape[1]
+    ends_E = torch.bincount(pair_ids[order_X], minlength=gate_up_EGD.shape[0]).cumsum(0)
+    gate_XF, up_XF = grouped_product(x_RD[rows_X], gate_up_EGD, ends_E).chunk(2, dim=-1)
+    y_XD = grouped_product(F.silu(gate_XF) * up_XF, down_EDF, ends_E)
+    out_RD.index_add_(0, rows_X, y_XD.to(wide) * weights_RK.flatten()[order_X].to(wide).unsqueeze(1))
+    return out_RD.to(x_RD.dtype)
+
+
+def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """`x @ weight[e].T` for the rows of each expert e, which end at `ends_E[e]`: [X, N]."""
+    row_bytes = [x_XD.shape[1] * x_XD.element_size(), weight_END.shape[1] * x_XD.element_size()]
+    aligned = all(size % _ALIGNMENT_BYTES == 0 for size in row_bytes)
+    if x_XD.dtype == torch.float64 or not aligned or x_XD.shape[0] == 0:
+        return grouped_product_reference(x_XD, weight_END, ends_E)
+    return F.grouped_mm(x_XD.contiguous(), weight_END.transpose(1, 2), offs=ends_E.to(torch.int32))
+
+
+def grouped_product_reference(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """The same as a loop over experts: any dtype, any size."""
+    out_XN = x_XD.new_empty(x_XD.shape[0], weight_END.shape[1])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            torch.mm(x_XD[start:end], weight_END[expert].t(), out=out_XN[start:end])
+        start = end
+    return out_XN

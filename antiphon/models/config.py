@@ -1,0 +1,94 @@
+"""What the engine needs to know of any model, and the reading of a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from antiphon.core.errors import ModelError
+
+__all__ = ["ConfigFile", "ModelConfig", "read_json"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Sizes that every architecture has. Counts are of the whole model, not of a rank."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    num_experts: int
+    top_k: int
+    kv_width: int  # numbers that the KV cache keeps of a token in a layer
+    eos_token_ids: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `ModelError` if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist; pass the folder of a Hugging Face checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not an object; download it again")
+    return value
+
+
+class ConfigFile:
+    """A `config.json`, read key by key with checks that name the file, the key and what was expected."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "config.json"
+        self._values = read_json(self.path)
+
+    @property
+    def architecture(self) -> str:
+        names = self._values.get("architectures")
+        if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+            raise ModelError(f"{self.path} names architectures={names!r}; exactly one is expected")
+        return names[0]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._values.get(key, default)
+
+    def count(self, key: str, *, minimum: int = 1) -> int:
+        """A required integer."""
+        value = self._values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ModelError(f"{self.path} has {key}={value!r}; an integer of at least {minimum} is needed")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self._values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ModelError(f"{self.path} has {key}={value!r}; a number is needed")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._values.get(key, default)
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.path} has {key}={value!r}; true or false is needed")
+        return value
+
+    def require(self, key: str, supported: tuple[Any, ...], default: Any) -> None:
+        """Refuse a checkpoint whose `key` is not one of the supported values."""
+        value = self._values.get(key, default)
+        if value not in supported:
+            names = " or ".join(repr(item) for item in supported)
+            raise ModelError(f"{self.path} has {key}={value!r}, which is not supported; only {names}")
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """From `generation_config.json` if it has them, else from `config.json`."""
+        generation = self.path.with_name("generation_config.json")
+        value = read_json(generation).get("eos_token_id") if generation.exists() else None
+        value = self._values.get("eos_token_id") if value is None else value
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) for item in ids):
+            raise ModelError(f"{self.path} has eos_token_id={value!r}; token ids are needed")
+        return tuple(ids)

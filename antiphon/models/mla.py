@@ -1,0 +1,118 @@
+"""Multi-head latent attention (DeepSeek-V2 paper, section 2.1) over the paged latent cache.
+
+Shapes: `T` tokens, `D` hidden size, `H` heads, `C` latent size, `P2` rotary dimensions, `Q` dimensions of a head
+without rotary, `V` value dimensions, `P` pairs of rotary dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from antiphon.core.batch import current_micro_batch
+from antiphon.kernels.mla_attention import decode_attention, gather_blocks, prefill_attention, write_latents
+from antiphon.kernels.norm_rope import apply_rope
+from antiphon.models.layers import Linear, RMSNorm
+from antiphon.models.rope import RopeConfig, score_scale
+from antiphon.runtime import order_point
+
+__all__ = ["LatentAttention", "LatentAttentionConfig"]
+
+_LATENT_NORM_EPS = 1e-6  # not in the checkpoint's config; DeepSeek and transformers use this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttentionConfig:
+    """Sizes of the attention of one layer."""
+
+    hidden_size: int
+    num_heads: int
+    query_rank: int | None  # None: the query has no low-rank bottleneck
+    latent_size: int
+    query_size: int  # Q
+    value_size: int  # V
+    bias: bool
+    rope: RopeConfig
+
+    @property
+    def head_size(self) -> int:
+        return self.query_size + self.rope.size
+
+
+class LatentAttention(nn.Module):
+    """Attention of one layer. The engine sets `cache_blocks` [num_blocks, block_size, C + P2] before the first step."""
+
+    cache_blocks: torch.Tensor
+
+    def __init__(self, config: LatentAttentionConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.scale = score_scale(config.rope, config.head_size)
+        query_width = config.num_heads * config.head_size
+        if config.query_rank is None:
+            self.q_proj = Linear(config.hidden_size, query_width, dtype=dtype)
+        else:
+            self.q_a_proj = Linear(config.hidden_size, config.query_rank, dtype=dtype, bias=config.bias)
+            self.q_a_layernorm = RMSNorm(config.query_rank, eps=_LATENT_NORM_EPS, dtype=dtype)
+            self.q_b_proj = Linear(config.query_rank, query_width, dtype=dtype)
+        latent_width = config.latent_size + config.rope.size
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, latent_width, dtype=dtype, bias=config.bias)
+        self.kv_a_layernorm = RMSNorm(config.latent_size, eps=_LATENT_NORM_EPS, dtype=dtype)
+        self.kv_b_proj = Linear(
+            config.latent_size, config.num_heads * (config.query_size + config.value_size), dtype=dtype
+        )
+        self.o_proj = Linear(config.num_heads * config.value_size, config.hidden_size, dtype=dtype, bias=config.bias)
+
+    def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        metadata = current_micro_batch().attention
+        q_THQ = self._queries(x_TD, cos_TP, sin_TP)
+        write_latents(self.cache_blocks, metadata.slots_T, self._latents(x_TD, cos_TP, sin_TP))
+        order_point(("keys and values", self.layer))
+
+        key_up_HQC, value_up_HVC = self._up_projections()
+        out_THV = q_THQ.new_empty(x_TD.shape[0], self.config.num_heads, self.config.value_size)
+        for prefill in metadata.prefills:
+            length = prefill.context_len + prefill.stop - prefill.start
+            latents_LC = gather_blocks(self.cache_blocks, prefill.block_ids_B, length)
+            out_THV[prefill.start : prefill.stop] = prefill_attention(
+                q_THQ[prefill.start : prefill.stop], latents_LC, key_up_HQC, value_up_HVC, self.scale
+            )
+        if (decodes := metadata.decodes) is not None:
+            out_THV[decodes.rows_N] = decode_attention(
+                q_THQ[decodes.rows_N],
+                self.cache_blocks,
+                decodes.block_table_NB,
+                decodes.seq_lens_N,
+                key_up_HQC,
+                value_up_HVC,
+                self.scale,
+            )
+        out_TD: torch.Tensor = self.o_proj(out_THV.flatten(1))
+        return out_TD
+
+    def _queries(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        """[T, H, Q + P2], rotary part behind."""
+        config = self.config
+        if config.query_rank is None:
+            q_TX = self.q_proj(x_TD)
+        else:
+            q_TX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+        plain, rotary = q_TX.unflatten(1, (config.num_heads, -1)).split([config.query_size, config.rope.size], dim=-1)
+        rotary = apply_rope(rotary, cos_TP, sin_TP, interleaved=config.rope.interleaved)
+        return torch.cat([plain, rotary], dim=-1)
+
+    def _latents(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        """[T, C + P2]: what the cache keeps of each token."""
+        config = self.config
+        latent_TC, rotary = self.kv_a_proj_with_mqa(x_TD).split([config.latent_size, config.rope.size], dim=-1)
+        rotary = apply_rope(rotary, cos_TP, sin_TP, interleaved=config.rope.interleaved)
+        return torch.cat([self.kv_a_layernorm(latent_TC), rotary], dim=-1)
+
+    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """From a latent to the keys [H, Q, C] and values [H, V, C] of every head: views."""
+        config = self.config
+        up_HXC = self.kv_b_proj.weight.view(config.num_heads, -1, config.latent_size)
+        return up_HXC[:, : config.query_size], up_HXC[:, config.query_size :]

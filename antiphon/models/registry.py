@@ -1,0 +1,58 @@
+"""Architectures by the name in `config.json`."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from antiphon.comm import ExpertShape, RankGroup, Transport, create_transport
+from antiphon.core.errors import ModelError
+from antiphon.models.config import ConfigFile, ModelConfig
+from antiphon.models.deepseek import DeepseekV3Config, DeepseekV3Model
+from antiphon.runtime import CpuStreams
+
+__all__ = ["KNOWN_ARCHITECTURES", "build_model", "expert_shape", "read_config", "skeleton"]
+
+_ARCHITECTURES = {"DeepseekV3ForCausalLM": (DeepseekV3Config, DeepseekV3Model)}
+
+KNOWN_ARCHITECTURES = tuple(_ARCHITECTURES)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model in `folder`. Raises `ModelError` if it is not there, unknown, or asks for what is not supported."""
+    if not folder.is_dir():
+        raise ModelError(f"model {str(folder)!r} is not a folder; pass the folder of a Hugging Face checkpoint")
+    file = ConfigFile(folder)
+    if file.architecture not in _ARCHITECTURES:
+        near = get_close_matches(file.architecture, KNOWN_ARCHITECTURES, n=1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise ModelError(
+            f"{file.path} has architecture {file.architecture!r}, which is not known; "
+            f"known are {', '.join(KNOWN_ARCHITECTURES)}{hint}"
+        )
+    config_class, _ = _ARCHITECTURES[file.architecture]
+    return config_class.read(file)
+
+
+def expert_shape(config: ModelConfig, dtype: torch.dtype) -> ExpertShape:
+    """The experts of a model, for its transport."""
+    return ExpertShape(num_experts=config.num_experts, top_k=config.top_k, hidden_size=config.hidden_size, dtype=dtype)
+
+
+def build_model(config: ModelConfig, transport: Transport) -> DeepseekV3Model:
+    """This rank's part of the model, weights not yet filled, in the dtype of the transport's shape."""
+    _, model_class = _ARCHITECTURES[config.architecture]
+    assert isinstance(config, DeepseekV3Config)
+    return model_class(config, transport)
+
+
+def skeleton(config: ModelConfig) -> DeepseekV3Model:
+    """The whole model without memory behind it: for the names and shapes that a checkpoint must have."""
+    group = RankGroup(rank=0, size=1)
+    with torch.device("meta"):
+        transport = create_transport(
+            "local", expert_shape(config, torch.float32), group=group, streams=CpuStreams(), num_lanes=1
+        )
+        return build_model(config, transport)

@@ -1,0 +1,116 @@
+"""Rotary angles: plain and yarn.
+
+Source of yarn: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", as DeepSeek uses it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from antiphon.core.errors import ModelError
+from antiphon.models.config import ConfigFile
+
+__all__ = ["RopeConfig", "rope_angles", "rope_tables", "score_scale"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yarn:
+    """Stretching of the rotary angles to a longer context."""
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+    attention_factor: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """`size` rotary dimensions of a head, base `theta`."""
+
+    size: int
+    theta: float
+    interleaved: bool
+    yarn: Yarn | None
+
+    @staticmethod
+    def read(file: ConfigFile, *, size: int, interleaved: bool) -> RopeConfig:
+        """From `rope_parameters`, or `rope_theta` and `rope_scaling` of older checkpoints."""
+        parameters: dict[str, Any] = file.get("rope_parameters") or file.get("rope_scaling") or {}
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind not in ("default", "yarn"):
+            raise ModelError(f"{file.path} has rope_type={kind!r}, which is not supported; only 'default' or 'yarn'")
+        theta = parameters.get("rope_theta", file.number("rope_theta", 10_000.0))
+        yarn = None if kind == "default" else _read_yarn(file, parameters)
+        return RopeConfig(size=size, theta=float(theta), interleaved=interleaved, yarn=yarn)
+
+
+def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
+    try:
+        return Yarn(
+            factor=float(parameters["factor"]),
+            original_positions=int(
+                parameters.get("original_max_position_embeddings") or file.count("max_position_embeddings")
+            ),
+            beta_fast=float(parameters.get("beta_fast") or 32),
+            beta_slow=float(parameters.get("beta_slow") or 1),
+            mscale=float(parameters.get("mscale") or 0),
+            mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
+            attention_factor=parameters.get("attention_factor"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file.path} has yarn parameters that cannot be read ({error!r})") from error
+
+
+def rope_angles(config: RopeConfig) -> torch.Tensor:
+    """Angle per position of every pair: float32 [size / 2]."""
+    exponents = torch.arange(0, config.size, 2, dtype=torch.float32) / config.size
+    plain = 1.0 / config.theta**exponents
+    yarn = config.yarn
+    if yarn is None:
+        return plain
+    low = max(math.floor(_pair_of_rotations(config, yarn, yarn.beta_fast)), 0)
+    high = min(math.ceil(_pair_of_rotations(config, yarn, yarn.beta_slow)), config.size - 1)
+    ramp = (torch.arange(config.size // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return plain / yarn.factor * (1 - keep) + plain * keep
+
+
+def rope_tables(
+    angles_P: torch.Tensor, positions_T: torch.Tensor, config: RopeConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [T, P] at every position, computed in float32."""
+    angles_TP = positions_T.unsqueeze(1).to(torch.float32) * angles_P
+    scale = 1.0 if config.yarn is None else _table_scale(config.yarn)
+    return (angles_TP.cos() * scale).to(dtype), (angles_TP.sin() * scale).to(dtype)
+
+
+def _table_scale(yarn: Yarn) -> float:
+    if yarn.attention_factor is not None:
+        return float(yarn.attention_factor)
+    if yarn.mscale and yarn.mscale_all_dim:
+        return _magnitude(yarn.factor, yarn.mscale) / _magnitude(yarn.factor, yarn.mscale_all_dim)
+    return _magnitude(yarn.factor, 1.0)
+
+
+def score_scale(config: RopeConfig, head_size: int) -> float:
+    """The factor of attention scores: 1 / sqrt(head size), with yarn's correction."""
+    scale = 1 / math.sqrt(head_size)
+    if config.yarn is not None and config.yarn.mscale_all_dim:
+        scale *= _magnitude(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def _pair_of_rotations(config: RopeConfig, yarn: Yarn, rotations: float) -> float:
+    positions = yarn.original_positions
+    return config.size * math.log(positions / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -1,0 +1,6 @@
+"""What a step does: the proposal of one rank, and the decision that all ranks make from all proposals."""
+
+from antiphon.planning.decision import decide
+from antiphon.planning.planner import Planner
+
+__all__ = ["Planner", "decide"]

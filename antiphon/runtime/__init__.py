@@ -1,0 +1,42 @@
+"""Lanes: run several functions in one host thread, handing the thread over only at `switch` and `finish`.
+
+This package stands alone: it knows no batches, models or transports. It runs callables on lanes and orders streams.
+
+    from antiphon.runtime import finish, run_lanes
+
+    def half(x):
+        sent = transport.dispatch(x, ids, weights)  # a Pending: the data is on its way
+        shared = shared_experts(x)                  # covers part of it
+        rows = finish(sent)                         # the other lane computes here
+        ...
+
+    outputs = run_lanes([lambda: half(x0), lambda: half(x1)])
+
+One thread, two lanes; `=` computes, `.` is on the wire:
+
+    lane 0   ==dispatch.......==expert==combine.......==
+    lane 1             ==dispatch......==expert==combine.......==
+    time  ------------------------------------------------------->
+"""
+
+from antiphon.runtime.hook import EventKind, LaneEvent, Recorder
+from antiphon.runtime.lanes import run_lanes
+from antiphon.runtime.pending import Pending
+from antiphon.runtime.streams import CpuStreams, Event, Streams
+from antiphon.runtime.traps import current_lane, finish, num_lanes, order_point, switch
+
+__all__ = [
+    "CpuStreams",
+    "Event",
+    "EventKind",
+    "LaneEvent",
+    "Pending",
+    "Recorder",
+    "Streams",
+    "current_lane",
+    "finish",
+    "num_lanes",
+    "order_point",
+    "run_lanes",
+    "switch",
+]

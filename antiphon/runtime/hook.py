@@ -1,0 +1,78 @@
+"""The recorder hook: what a run of lanes tells whoever listens.
+
+Off, it costs one lookup an event. A recorder that raises is switched off with one warning; the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+__all__ = ["EventKind", "Hook", "LaneEvent", "Recorder"]
+
+logger = logging.getLogger("antiphon.runtime")
+
+
+class EventKind(Enum):
+    """What happened to a lane."""
+
+    START = "start"
+    SWITCH_OUT = "switch-out"
+    SWITCH_IN = "switch-in"
+    SENT = "sent"  # a pending was made
+    WAIT = "wait"  # the lane begins to wait for it
+    ARRIVED = "arrived"  # the wait is over
+    END = "end"
+
+
+@dataclass(frozen=True, slots=True)
+class LaneEvent:
+    """One event. `pending` numbers the pendings of a run; -1 where there is none.
+
+    `ready_ns` is when the data of an ARRIVED pending was there, `None` where the transport cannot tell.
+    """
+
+    kind: EventKind
+    lane: int
+    label: str
+    time_ns: int
+    pending: int = -1
+    num_bytes: int = 0
+    ready_ns: int | None = None
+
+
+class Recorder(Protocol):
+    """Receives every event of a run, in order, on the host thread that runs the lanes."""
+
+    def on_event(self, event: LaneEvent) -> None: ...
+
+
+class Hook:
+    """Holds at most one recorder and drops it when it fails."""
+
+    __slots__ = ("_recorder",)
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+
+    def emit(
+        self,
+        kind: EventKind,
+        lane: int,
+        label: str,
+        pending: int = -1,
+        num_bytes: int = 0,
+        ready_ns: int | None = None,
+    ) -> None:
+        if self._recorder is None:
+            return
+        try:
+            self._recorder.on_event(
+                LaneEvent(kind, lane, label, time.perf_counter_ns(), pending, num_bytes, ready_ns),
+            )
+        except Exception as error:
+            logger.warning("the recorder failed and is off for the rest of this run: %r", error)
+            self._recorder = None

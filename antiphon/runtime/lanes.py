@@ -1,0 +1,138 @@
+"""Run functions on lanes: round robin from lane 0, in one host thread.
+
+The caller is the hub. It resumes lane 0 until that lane switches, then lane 1, and so on; a lane that has ended is
+passed over. The order of operations is fixed by the functions and never by timing.
+
+    hub ─► lane 0 ──switch─► hub ─► lane 1 ──switch─► hub ─► lane 0 ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from functools import partial
+from typing import TypeVar
+
+from greenlet import greenlet
+
+from antiphon.core.errors import LaneError
+from antiphon.runtime.hook import EventKind, Hook, Recorder
+from antiphon.runtime.lane import Lane, LaneCancelled, RunState, current
+from antiphon.runtime.streams import CpuStreams, Streams
+from antiphon.runtime.torch_state import TorchState
+from antiphon.runtime.traps import check_lane_state
+
+__all__ = ["run_lanes"]
+
+T = TypeVar("T")
+
+_MAX_CANCEL_SWITCHES = 100
+
+
+def run_lanes(
+    functions: Sequence[Callable[[], T]],
+    *,
+    streams: Streams | None = None,
+    recorder: Recorder | None = None,
+) -> list[T]:
+    """Run every function on a lane of its own and return their results in order.
+
+    functions: any number; none gives an empty list. One function is called directly: no greenlet is made.
+    streams: the compute and comm stream; the CPU's when left out.
+    recorder: receives the events of the run.
+
+    Each lane gets a copy of the caller's context variables. Lanes may switch unequally often and end early.
+    If a lane raises, the other lanes are cancelled at their switch (`LaneCancelled`, a `BaseException`), what is
+    pending is abandoned, and the exception is raised here once, with its own traceback.
+    Raises `LaneError` for a run of several lanes inside a lane, for a pending that nobody finished, and for torch
+    state that a lane left changed.
+    """
+    streams = streams if streams is not None else CpuStreams()
+    outer = current.get()
+    if outer is not None and outer.greenlet is not None:
+        raise LaneError(f"run_lanes was called inside lane {outer.index}; lanes cannot be nested")
+    run = RunState(
+        num_lanes=len(functions),
+        streams=streams,
+        hook=Hook(recorder),
+        torch_state=TorchState.read(streams.device_types),
+    )
+    lanes: list[Lane] = []
+    for index in range(len(functions)):
+        lanes.append(Lane(index=index, run=run, previous=lanes[-1] if lanes else None))
+    try:
+        if len(functions) == 1:
+            results = [_run_alone(lanes[0], functions[0])]
+        else:
+            results = _run_round_robin(lanes, functions)
+    except BaseException:
+        _abandon_pendings(lanes)
+        raise
+    streams.join()
+    return results
+
+
+def _run_alone(lane: Lane, function: Callable[[], T]) -> T:
+    return copy_context().run(_lane_main, lane, function)
+
+
+def _run_round_robin(lanes: list[Lane], functions: Sequence[Callable[[], T]]) -> list[T]:
+    results: dict[int, T] = {}
+
+    def body(lane: Lane, function: Callable[[], T]) -> None:
+        results[lane.index] = _lane_main(lane, function)
+
+    greenlets = []
+    for lane, function in zip(lanes, functions, strict=True):
+        lane.greenlet = greenlet(partial(body, lane, function))
+        lane.greenlet.gr_context = copy_context()
+        greenlets.append(lane.greenlet)
+    try:
+        while not all(lane.done for lane in lanes):
+            for lane, lane_greenlet in zip(lanes, greenlets, strict=True):
+                if not lane.done:
+                    lane_greenlet.switch()
+    except BaseException as error:
+        _cancel(lanes, error)
+        raise
+    return [results[index] for index in range(len(lanes))]
+
+
+def _lane_main(lane: Lane, function: Callable[[], T]) -> T:
+    current.set(lane)
+    lane.hook.emit(EventKind.START, lane.index, "")
+    try:
+        result = function()
+        check_lane_state(lane, "ends")
+        if lane.pendings:
+            labels = ", ".join(repr(pending.label) for pending in lane.pendings.values())
+            raise LaneError(f"lane {lane.index} ended with pending {labels} not finished; call finish on it")
+        return result
+    finally:
+        lane.done = True
+        lane.hook.emit(EventKind.END, lane.index, "")
+
+
+def _cancel(lanes: list[Lane], error: BaseException) -> None:
+    """End every lane that has started and not ended; what they raise on the way is noted on `error`."""
+    for lane in lanes:
+        if lane.done or lane.greenlet is None or not lane.greenlet:
+            continue  # ended, or never started
+        for _ in range(_MAX_CANCEL_SWITCHES):
+            try:
+                lane.greenlet.throw(LaneCancelled())
+            except LaneCancelled:
+                break
+            except BaseException as second:
+                error.add_note(f"lane {lane.index} failed too, while it was cancelled: {second!r}")
+                break
+            if not lane.greenlet:  # it has ended
+                break
+        else:
+            error.add_note(f"lane {lane.index} did not end within {_MAX_CANCEL_SWITCHES} cancellations")
+
+
+def _abandon_pendings(lanes: list[Lane]) -> None:
+    for lane in lanes:
+        for pending in list(lane.pendings.values()):
+            pending.abandon()

@@ -1,0 +1,37 @@
+"""PyTorch's thread-wide switches that a lane must leave as it found them.
+
+Grad mode, inference mode and autocast belong to the host thread, not to a lane: a lane that enters
+`torch.no_grad()` and switches inside it changes them for the other lanes. Set them once, outside `run_lanes`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["TorchState"]
+
+
+class TorchState(NamedTuple):
+    """A reading of the thread-wide switches."""
+
+    grad_mode: bool
+    inference_mode: bool
+    autocast: tuple[bool, ...]
+
+    @staticmethod
+    def read(device_types: tuple[str, ...]) -> TorchState:
+        return TorchState(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            tuple(torch.is_autocast_enabled(device_type) for device_type in device_types),
+        )
+
+    def changes(self, now: TorchState) -> str:
+        """What differs between this reading and a later one, in words; empty if nothing."""
+        return ", ".join(
+            f"{name.replace('_', ' ')} {before} -> {after}"
+            for name, before, after in zip(self._fields, self, now, strict=True)
+            if before != after
+        )

@@ -1,0 +1,87 @@
+"""The traps: the only file whose functions hand the host thread from one lane to another.
+
+Whoever reads a model looks for `finish` and `switch`; between two of them no other lane runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TypeVar
+
+from greenlet import getcurrent
+
+from antiphon.core.errors import LaneError
+from antiphon.runtime.hook import EventKind
+from antiphon.runtime.lane import Lane, current
+from antiphon.runtime.pending import Pending
+from antiphon.runtime.torch_state import TorchState
+
+__all__ = ["check_lane_state", "current_lane", "finish", "num_lanes", "order_point", "switch"]
+
+T = TypeVar("T")
+
+
+def switch(label: str = "") -> None:
+    """Hand the host thread to the next lane; returns when it is this lane's turn again.
+
+    Outside lanes, and in a run of one lane, it returns at once. `label` names the switch in recordings and errors.
+    Raises `LaneError` if the lane left torch's thread-wide state changed or is not on the compute stream.
+    """
+    lane = current.get()
+    if lane is None or lane.greenlet is None:
+        return
+    check_lane_state(lane, f"switches at {label!r}")
+    if getcurrent() is not lane.greenlet:
+        raise LaneError(f"switch({label!r}) was called in a greenlet inside lane {lane.index}; call it in the lane")
+    lane.hook.emit(EventKind.SWITCH_OUT, lane.index, label)
+    lane.greenlet.parent.switch()
+    lane.hook.emit(EventKind.SWITCH_IN, lane.index, label)
+
+
+def finish(pending: Pending[T]) -> T:
+    """Switch once, then wait for `pending` and return its result. Never polls."""
+    switch(pending.label)
+    return pending.wait()
+
+
+def current_lane() -> int:
+    """The index of the lane that is running; 0 outside lanes."""
+    lane = current.get()
+    return 0 if lane is None else lane.index
+
+
+def num_lanes() -> int:
+    """How many lanes the current run has; 1 outside lanes."""
+    lane = current.get()
+    return 1 if lane is None else lane.run.num_lanes
+
+
+def order_point(key: Hashable) -> None:
+    """Assert that the lane before this one has passed `key` as often as this one, or has ended; then pass it.
+
+    Attention calls it after it has queued its key and value writes of a layer: a request that straddles the cut
+    reads in lane i what lane i-1 wrote in the same step.
+    """
+    lane = current.get()
+    if lane is None:
+        return
+    count = lane.points_passed.get(key, 0) + 1
+    before = lane.previous
+    if before is not None and not before.done and before.points_passed.get(key, 0) < count:
+        raise LaneError(
+            f"lane {lane.index} reached {key!r} before lane {before.index}: its requests may read what lane "
+            f"{before.index} has not written; give every lane the same switches before this point"
+        )
+    lane.points_passed[key] = count
+
+
+def check_lane_state(lane: Lane, doing: str) -> None:
+    """Raise `LaneError` if torch's state is not what it was at the start, or another stream is current."""
+    changes = lane.run.torch_state.changes(TorchState.read(lane.run.streams.device_types))
+    if changes:
+        raise LaneError(
+            f"lane {lane.index} {doing} with torch state changed ({changes}), which holds for all lanes of the "
+            "thread; set it once, outside run_lanes"
+        )
+    if not lane.run.streams.on_compute_stream():
+        raise LaneError(f"lane {lane.index} {doing} away from the compute stream; leave the stream context first")

@@ -1,0 +1,117 @@
+"""Where to cut a batch: the rules `token` and `request-boundary`.
+
+`token` cuts anywhere, so that the parts differ by one token at most; a request that straddles a cut becomes two
+slices. `request-boundary` cuts between requests only, where a boundary is near enough to the even cut. A decode-only
+batch, one token a request, is cut evenly by both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.plan import MAX_LANES, Refusal
+from antiphon.core.policy import SPLIT_RULES
+
+__all__ = ["CUT_RULES", "Cut", "find_cut", "request_boundary"]
+
+CUT_RULES = SPLIT_RULES
+
+DEFAULT_IMBALANCE_RATIO = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Tokens of each part; a single part, and why, if the batch cannot be cut."""
+
+    part_tokens: tuple[int, ...]
+    refusal: Refusal = Refusal.NONE
+
+
+def request_boundary(
+    query_lens: Sequence[int] | None,
+    *,
+    num_tokens: int,
+    decode_only: bool = False,
+    imbalance_ratio: float = DEFAULT_IMBALANCE_RATIO,
+) -> tuple[int, int]:
+    """The boundary between requests at which to cut a batch in two: (token index, request index).
+
+    query_lens: tokens of each request. num_tokens: tokens of the batch, used if `decode_only` (one token a request:
+    cut in the middle); else the tokens are the sum of `query_lens`.
+    Returns (0, 0) if no boundary leaves both parts within `imbalance_ratio` (strictly) of the even cut and not empty.
+    Raises `OptionError` (a `ValueError`) for a ratio outside [0, 1] and for negative lengths.
+    Source of the rule: vLLM-Ascend's dual-batch overlap (pull request 941).
+    """
+    _check_ratio(imbalance_ratio)
+    if decode_only:
+        middle = num_tokens // 2
+        return (middle, middle)
+    query_lens = [] if query_lens is None else query_lens
+    total = _checked_sum(query_lens)
+    return _boundary_near(query_lens, total // 2, total, imbalance_ratio)
+
+
+def find_cut(
+    query_lens: Sequence[int],
+    *,
+    num_parts: int,
+    rule: str,
+    decode_only: bool = False,
+    imbalance_ratio: float = DEFAULT_IMBALANCE_RATIO,
+) -> Cut:
+    """Cut a batch into `num_parts` parts by the named rule; one part if that is not possible.
+
+    Raises `OptionError` for an unknown rule or a number of parts outside 1 to `MAX_LANES`.
+    """
+    if rule not in CUT_RULES:
+        raise unknown_value("split", rule, CUT_RULES)
+    if not 1 <= num_parts <= MAX_LANES:
+        raise OptionError(f"num_parts={num_parts} is out of range; use 1 to {MAX_LANES}")
+    total = _checked_sum(query_lens)
+    whole = (total,)
+    if num_parts == 1:
+        return Cut(whole)
+    if total < num_parts:
+        return Cut(whole, Refusal.TOO_FEW_TOKENS)
+    targets = [total * part // num_parts for part in range(1, num_parts)]
+    if rule == "token" or decode_only:
+        return Cut(_lengths(targets, total))
+    cuts = [_boundary_near(query_lens, target, total, imbalance_ratio)[0] for target in targets]
+    if 0 in cuts or len(set(cuts)) < len(cuts):
+        return Cut(whole, Refusal.NO_BOUNDARY)
+    return Cut(_lengths(cuts, total))
+
+
+def _boundary_near(query_lens: Sequence[int], target: int, total: int, imbalance_ratio: float) -> tuple[int, int]:
+    tolerance = total * imbalance_ratio
+    tokens = 0
+    for index, length in enumerate(query_lens):
+        before, tokens = tokens, tokens + length
+        if tokens < target:
+            continue
+        if abs(tokens - target) < tolerance and tokens < total:
+            return (tokens, index + 1)
+        if abs(before - target) < tolerance and before > 0:
+            return (before, index)
+        break
+    return (0, 0)
+
+
+def _lengths(cuts: Sequence[int], total: int) -> tuple[int, ...]:
+    edges = [0, *cuts, total]
+    return tuple(stop - start for start, stop in pairwise(edges))
+
+
+def _checked_sum(query_lens: Sequence[int]) -> int:
+    for index, length in enumerate(query_lens):
+        if length < 0:
+            raise OptionError(f"query_lens[{index}]={length} is negative; lengths are counts of tokens")
+    return sum(query_lens)
+
+
+def _check_ratio(imbalance_ratio: float) -> None:
+    if not 0 <= imbalance_ratio <= 1:
+        raise OptionError(f"imbalance_ratio={imbalance_ratio} is out of range; use 0 to 1")

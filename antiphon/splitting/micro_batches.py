@@ -1,0 +1,115 @@
+"""From a batch and a plan to micro-batches, and back.
+
+Each part's metadata is built from its requests; nothing that is finished is ever sliced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from antiphon.core.batch import AttentionMetadata, Batch, DecodeGroup, MicroBatch, PrefillSlice, RequestSlice
+from antiphon.core.plan import Plan
+from antiphon.splitting.slices import MicroSlice, token_slices
+from antiphon.splitting.tensors import join_tensors
+
+__all__ = ["build_micro_batch", "join", "split"]
+
+
+def split(batch: Batch, plan: Plan, *, block_size: int) -> list[MicroBatch]:
+    """One micro-batch for each lane of the plan; a lane that gets no token of this rank is a dummy."""
+    part_tokens = plan.part_tokens[batch.rank]
+    assert sum(part_tokens) == batch.num_tokens, f"plan {plan.part_tokens} is not for {batch.num_tokens} tokens"
+    filled = [lane for lane, tokens in enumerate(part_tokens) if tokens > 0]
+    slices: dict[int, MicroSlice] = {}
+    if filled:
+        cuts = list(accumulate(part_tokens[lane] for lane in filled))[:-1]
+        slices = dict(zip(filled, token_slices(batch.query_lens, cuts), strict=True))
+    return [
+        build_micro_batch(
+            _requests_of(batch.requests, slices[lane]) if lane in slices else (),
+            lane=lane,
+            tokens_by_rank=plan.tokens_by_rank(lane),
+            block_size=block_size,
+        )
+        for lane in range(plan.num_lanes)
+    ]
+
+
+def join(hidden_parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The hidden states of all lanes [T, D] in the order of the batch."""
+    joined: torch.Tensor = join_tensors(list(hidden_parts))
+    return joined
+
+
+def _requests_of(requests: Sequence[RequestSlice], part: MicroSlice) -> tuple[RequestSlice, ...]:
+    """The requests of one part; a request that straddles a cut is shortened to the tokens inside."""
+    position = sum(request.query_len for request in requests[: part.request_slice.start])
+    chosen = []
+    for request in requests[part.request_slice]:
+        start = max(part.token_slice.start - position, 0)
+        stop = min(part.token_slice.stop - position, request.query_len)
+        chosen.append(request.cut(start, stop))
+        position += request.query_len
+    return tuple(chosen)
+
+
+def build_micro_batch(
+    requests: Sequence[RequestSlice],
+    *,
+    lane: int,
+    tokens_by_rank: tuple[int, ...],
+    block_size: int,
+) -> MicroBatch:
+    """Tokens, positions and attention metadata of the given slices. Tensors are on the CPU."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    decodes: list[tuple[int, RequestSlice]] = []
+    prefills: list[PrefillSlice] = []
+    for request in requests:
+        start = len(token_ids)
+        token_ids.extend(request.token_ids)
+        for position in range(request.context_len, request.context_len + request.query_len):
+            positions.append(position)
+            slots.append(request.block_ids[position // block_size] * block_size + position % block_size)
+        if request.query_len == 1:
+            decodes.append((start, request))
+        else:
+            prefills.append(
+                PrefillSlice(
+                    start=start,
+                    stop=len(token_ids),
+                    context_len=request.context_len,
+                    block_ids_B=torch.tensor(_used_blocks(request, block_size), dtype=torch.int64),
+                )
+            )
+    return MicroBatch(
+        lane=lane,
+        requests=tuple(requests),
+        token_ids_T=torch.tensor(token_ids, dtype=torch.int64),
+        positions_T=torch.tensor(positions, dtype=torch.int64),
+        attention=AttentionMetadata(
+            slots_T=torch.tensor(slots, dtype=torch.int64),
+            decodes=_decode_group(decodes, block_size) if decodes else None,
+            prefills=tuple(prefills),
+        ),
+        tokens_by_rank=tokens_by_rank,
+    )
+
+
+def _used_blocks(request: RequestSlice, block_size: int) -> tuple[int, ...]:
+    num_tokens = request.context_len + request.query_len
+    return request.block_ids[: -(-num_tokens // block_size)]
+
+
+def _decode_group(decodes: Sequence[tuple[int, RequestSlice]], block_size: int) -> DecodeGroup:
+    tables = [_used_blocks(request, block_size) for _, request in decodes]
+    width = max(map(len, tables))
+    return DecodeGroup(
+        rows_N=torch.tensor([row for row, _ in decodes], dtype=torch.int64),
+        block_table_NB=torch.tensor([list(table) + [0] * (width - len(table)) for table in tables], dtype=torch.int64),
+        seq_lens_N=torch.tensor([request.context_len + 1 for _, request in decodes], dtype=torch.int64),
+    )

@@ -1,0 +1,78 @@
+"""How much communication a step hid, from its events.
+
+    communication   time in which at least one communication was under way: from sent to arrived
+    exposed         time in which a lane blocked the host to wait for one
+    hidden          communication - exposed: what compute covered
+
+A communication whose transport cannot tell when its data was there (none was sent: `local`) does not count.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from antiphon.runtime import EventKind, LaneEvent
+from antiphon.timeline.recorder import StepTimeline
+
+__all__ = ["OverlapTotals", "StepOverlap", "measure_overlap"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOverlap:
+    """The overlap of one step on one rank."""
+
+    time_s: float
+    communication_s: float
+    exposed_s: float
+    hidden_s: float
+    num_bytes: int
+
+
+def measure_overlap(step: StepTimeline) -> StepOverlap:
+    """Compute the overlap of a finished step."""
+    sent: dict[int, LaneEvent] = {}
+    wait_start_ns: dict[int, int] = {}
+    intervals: list[tuple[int, int]] = []
+    exposed_ns = num_bytes = 0
+    for event in step.events:
+        if event.kind is EventKind.SENT:
+            sent[event.pending] = event
+        elif event.kind is EventKind.WAIT:
+            wait_start_ns[event.pending] = event.time_ns
+        elif event.kind is EventKind.ARRIVED and event.ready_ns is not None:
+            intervals.append((sent[event.pending].time_ns, min(event.ready_ns, event.time_ns)))
+            exposed_ns += max(0, min(event.ready_ns, event.time_ns) - wait_start_ns[event.pending])
+            num_bytes += event.num_bytes
+    communication_ns = _union_ns(intervals)
+    return StepOverlap(
+        time_s=step.duration_s,
+        communication_s=communication_ns * 1e-9,
+        exposed_s=exposed_ns * 1e-9,
+        hidden_s=max(0, communication_ns - exposed_ns) * 1e-9,
+        num_bytes=num_bytes,
+    )
+
+
+def _union_ns(intervals: list[tuple[int, int]]) -> int:
+    total = covered_until = 0
+    for start, stop in sorted(intervals):
+        total += max(0, stop - max(start, covered_until))
+        covered_until = max(covered_until, stop)
+    return total
+
+
+class OverlapTotals:
+    """Sums of step overlaps by kind of plan."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+
+    def add(self, kind: str, overlap: StepOverlap) -> None:
+        for name, value in asdict(overlap).items():
+            self._sums[kind][name] += value
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`."""
+        return {kind: dict(sums) for kind, sums in self._sums.items()}
