@@ -6,6 +6,7 @@ its own order, which the agreement compares.
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from antiphon.comm.progress import ProgressBoard
 from antiphon.core.errors import PeerError
-from antiphon.runtime import current_lane
+from antiphon.runtime import current_lane, num_lanes
 
 __all__ = ["Collective", "RankGroup"]
 
@@ -131,7 +132,7 @@ class RankGroup:
 
     def _start(self, operation: Any, label: str, out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Collective:
         if self._order is not None:
-            self._order.append(f"{label}, lane {current_lane()}: {operation.__name__}")
+            self._order.append(f"{_where(label)}: {operation.__name__}")
         try:
             work = operation(out, mine, group=self._process_group, async_op=True, **options)
         except RuntimeError as error:
@@ -141,7 +142,7 @@ class RankGroup:
         return Collective(self, work, label, (out, mine))
 
     def wait_for(self, work: dist.Work, label: str) -> None:
-        where = f"{label}, lane {current_lane()}"
+        where = _where(label)
         if self._board is not None:
             self._board.mark(self.rank, f"waiting for {where}")
         start = time.monotonic()
@@ -188,5 +189,14 @@ def _all_gather(out: torch.Tensor, mine: torch.Tensor, **options: Any) -> dist.W
 
 def _missing(what: str, rank: int, board: ProgressBoard | None, error: Exception) -> str:
     peers = f"; {board.describe(except_rank=rank)}" if board is not None else ""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{what}{peers} ({reason})"
+    return f"{what}{peers} ({_reason(error)})"
+
+
+def _reason(error: Exception) -> str:
+    """The fact in gloo's message, without its place in the source and its advice."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[\S+\] ", "", lines[0]).partition(" This is typically")[0].rstrip(".")
+
+
+def _where(label: str) -> str:
+    return f"{label}, lane {current_lane()}" if num_lanes() > 1 else label

@@ -21,4 +21,4 @@ class LocalTransport(Transport):
         return Flight(wait=lambda: rows, num_messages=0)
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
-        return Flight(wait=lambda: partial_RD, num_messages=0)
+        return Flight(wait=partial_RD.clone, num_messages=0)

@@ -76,7 +76,7 @@ def choose_transport(spec: TransportSpec, shape: ExpertShape, num_ranks: int) ->
         return spec, "as asked"
     reached = num_ranks * (1 - (1 - 1 / num_ranks) ** shape.top_k)
     saving = 1 - reached / num_ranks
-    fact = f"with {shape.top_k} experts a token reaches {reached:.1f} of {num_ranks} ranks"
+    fact = f"routed uniformly, a token with {shape.top_k} experts reaches {reached:.1f} of {num_ranks} ranks"
     if saving < _WORTHWHILE_SAVING:
         return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes"
     return replace(spec, name="alltoall"), f"{fact}: exact routing saves {saving:.0%} of the bytes"

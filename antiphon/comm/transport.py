@@ -106,6 +106,7 @@ class Transport(ABC):
         self.num_lanes = num_lanes
         self.experts_per_rank = shape.experts_per_rank(group.size)
         self._phases = [_Phase.IDLE] * num_lanes
+        self._num_rows = [0] * num_lanes  # received last
 
     def dispatch(
         self,
@@ -124,8 +125,14 @@ class Transport(ABC):
         """
         self._check(x_TD, routes)
         lane = self._enter(_Phase.IDLE, _Phase.DISPATCHING, "dispatch")
-        flight = self.send_tokens(lane, x_TD, routes, tokens_by_rank, f"dispatch {label}".rstrip())
-        return self._pending(lane, flight, _Phase.RECEIVED, f"dispatch {label}".rstrip())
+        label = f"dispatch {label}".rstrip()
+        flight = self.send_tokens(lane, x_TD, routes, tokens_by_rank, label)
+
+        def received(rows: Rows) -> None:
+            self._phases[lane] = _Phase.RECEIVED
+            self._num_rows[lane] = rows.x_RD.shape[0]
+
+        return _pending(flight, label, received)
 
     def combine(self, partial_RD: torch.Tensor, *, label: str = "") -> Pending[torch.Tensor]:
         """Send home the partial sums of the rows that this lane received last; the result is [T, D], in order.
@@ -133,8 +140,20 @@ class Transport(ABC):
         partial_RD: [R, D] in the shape's dtype, rows in the order of `Rows`. Raises as `dispatch` does.
         """
         lane = self._enter(_Phase.RECEIVED, _Phase.COMBINING, "combine")
-        flight = self.send_partials(lane, partial_RD, f"combine {label}".rstrip())
-        return self._pending(lane, flight, _Phase.IDLE, f"combine {label}".rstrip())
+        expected = (self._num_rows[lane], self.shape.hidden_size)
+        if partial_RD.shape != expected or partial_RD.dtype != self.shape.dtype:
+            self._phases[lane] = _Phase.RECEIVED
+            raise OptionError(
+                f"partial sums are {list(partial_RD.shape)} {partial_RD.dtype}; "
+                f"the rows received need {list(expected)} {self.shape.dtype}"
+            )
+        label = f"combine {label}".rstrip()
+        flight = self.send_partials(lane, partial_RD, label)
+
+        def came_home(_: torch.Tensor) -> None:
+            self._phases[lane] = _Phase.IDLE
+
+        return _pending(flight, label, came_home)
 
     def reset(self) -> None:
         """Forget what is under way on all lanes, after a failed run. Peers must do the same."""
@@ -168,21 +187,6 @@ class Transport(ABC):
         self._phases[lane] = after
         return lane
 
-    def _pending(self, lane: int, flight: Flight[T], after: _Phase, label: str) -> Pending[T]:
-        def wait() -> T:
-            result = flight.wait()
-            self._phases[lane] = after
-            return result
-
-        return Pending(
-            wait,
-            label=label,
-            launch=flight.launch,
-            ready_ns=flight.ready_ns,
-            num_bytes=flight.num_bytes,
-            num_messages=flight.num_messages,
-        )
-
     def _check(self, x_TD: torch.Tensor, routes: Routes) -> None:
         shape = self.shape
         if x_TD.dim() != 2 or x_TD.shape[1] != shape.hidden_size or x_TD.dtype != shape.dtype:
@@ -196,3 +200,21 @@ class Transport(ABC):
                 f"routes are {list(routes.ids_TK.shape)} and {list(routes.weights_TK.shape)}; "
                 f"{x_TD.shape[0]} tokens with {shape.top_k} experts each need {list(expected)}"
             )
+
+
+def _pending(flight: Flight[T], label: str, arrived: Callable[[T], None]) -> Pending[T]:
+    """The flight as a pending that calls `arrived` with its result."""
+
+    def wait() -> T:
+        result = flight.wait()
+        arrived(result)
+        return result
+
+    return Pending(
+        wait,
+        label=label,
+        launch=flight.launch,
+        ready_ns=flight.ready_ns,
+        num_bytes=flight.num_bytes,
+        num_messages=flight.num_messages,
+    )

@@ -90,7 +90,7 @@ class Ask(ToWorker, frozen=True, kw_only=True, tag=True):
 
 
 class Stop(ToWorker, frozen=True, kw_only=True, tag=True):
-    """End the process."""
+    """Forget all requests, and end the process as soon as all ranks have seen this."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from antiphon.core.batch import MicroBatch, use_micro_batch
-from antiphon.models.deepseek import DeepseekV3Model
+from antiphon.models import CausalLM
 from antiphon.runtime import Recorder, Streams, run_lanes
 
 __all__ = ["Runner"]
@@ -17,7 +17,7 @@ __all__ = ["Runner"]
 class Runner:
     """Holds the model of this rank."""
 
-    def __init__(self, model: DeepseekV3Model, *, streams: Streams, recorder: Recorder | None = None) -> None:
+    def __init__(self, model: CausalLM, *, streams: Streams, recorder: Recorder | None = None) -> None:
         self.model = model
         self._streams = streams
         self._recorder = recorder
@@ -30,5 +30,4 @@ class Runner:
 
     def _forward(self, part: MicroBatch) -> torch.Tensor:
         with use_micro_batch(part):
-            hidden_TD: torch.Tensor = self.model(part.token_ids_T, part.positions_T)
-            return hidden_TD
+            return self.model(part.token_ids_T, part.positions_T)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import threading
 import traceback
 from pathlib import Path
@@ -60,12 +59,10 @@ class Worker:
         self._stopped = False
 
     def run(self) -> None:
-        """Returns after `Stop`. Sleeps in the socket while no rank has work."""
+        """Sleeps in the socket while no rank has work. Returns when all ranks have seen `Stop`."""
         idle = True
-        while True:
+        while not (idle and self._stopped):
             self._take_messages(block=idle)
-            if self._stopped:
-                return
             result = self._engine.step()
             idle = result.plan.idle
             if result.outputs:
@@ -88,6 +85,7 @@ class Worker:
             case Ask():
                 _send(self._socket, self._answer(message))
             case Stop():
+                self._engine.scheduler.abort(list(self._engine.scheduler.requests))
                 self._stopped = True
 
     def _answer(self, ask: Ask) -> Answer:
@@ -114,10 +112,12 @@ def main() -> int:
         logger.exception("rank %d fails", arguments.rank)
         message = str(error) if isinstance(error, AntiphonError) else f"{type(error).__name__}: {error}"
         _send(socket, Failed(kind=type(error).__name__, message=message, traceback=traceback.format_exc()))
-        socket.close()
-        socket.context.term()
-        return 1
-    return 0
+        exit_code = 1
+    else:
+        exit_code = 0
+    socket.close()
+    socket.context.term()  # waits until the front has the last message, 2 s at most
+    return exit_code
 
 
 def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
@@ -148,7 +148,7 @@ def _end_with_front() -> None:
     """End this process when the front is gone, whatever this process is doing then."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(1024):
+        while os.read(0, 1024):  # not sys.stdin, whose lock would disturb the interpreter's end
             pass
         os._exit(1)
 
@@ -160,4 +160,6 @@ def _send(socket: zmq.Socket[bytes], message: FromWorker) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    logging.shutdown()
+    os._exit(exit_code)  # torch takes a second to unload

@@ -198,21 +198,32 @@ class WorkerClient:
             code = process.poll()
             if code is not None and code < 0:
                 name = signal.Signals(-code).name
-                return self._end(f"rank {rank} (pid {process.pid}) was killed by {name} during {what}")
-        own = [(rank, failure) for rank, failure in self._failures.items() if failure.kind != "PeerError"]
-        for rank, failure in own or list(self._failures.items()):
-            kind = {"ModelError": ModelError, "OptionError": OptionError}.get(failure.kind)
-            if kind is not None:
-                self._end(failure.message)
-                return kind(failure.message)
-            error = self._end(f"rank {rank} failed during {what}: {failure.message}")
-            error.add_note(f"On rank {rank}:\n{failure.traceback}")
-            return error
-        rank, process = next((r, p) for r, p in enumerate(self._processes) if p.poll() is not None)
-        return self._end(
-            f"rank {rank} (pid {process.pid}) ended with code {process.returncode} during {what}; "
-            f"its last words: {self._last_words(rank)}"
-        )
+                return self._end(
+                    f"rank {rank} (pid {process.pid}) was killed by {name} during {what}; "
+                    f"its last words: {self._last_words(rank)}"
+                )
+        complaints = []
+        for rank, failure in self._failures.items():
+            if failure.kind == "PeerError":
+                complaints.append((rank, failure))
+            else:
+                return self._end_by(rank, failure, what)
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None and rank not in self._failures:
+                return self._end(
+                    f"rank {rank} (pid {process.pid}) ended with code {process.returncode} during {what}; "
+                    f"its last words: {self._last_words(rank)}"
+                )
+        return self._end_by(*complaints[0], what)
+
+    def _end_by(self, rank: int, failure: Failed, what: str) -> AntiphonError:
+        kind = {"ModelError": ModelError, "OptionError": OptionError}.get(failure.kind)
+        if kind is not None:
+            self._end(failure.message)
+            return kind(failure.message)
+        error = self._end(f"rank {rank} failed during {what}: {failure.message}")
+        error.add_note(f"On rank {rank}:\n{failure.traceback}")
+        return error
 
     def _last_words(self, rank: int) -> str:
         lines = (self._folder / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()

@@ -1,7 +1,7 @@
 """The experts of one rank over the rows it received: sort by expert, two grouped products, add up.
 
 Shapes: `R` rows, `K` experts per token, `E` experts of this rank, `D` hidden size, `F` expert width,
-`X` (row, expert) pairs that this rank computes.
+`X` (row, expert) pairs that this rank computes, `G` = 2F (gate and up), `N` outputs of a product.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def _moe_layer(config: DeepseekV3Config, layer: int, transport: Transport) -> Mo
 
 
 class DeepseekV3Model(nn.Module):
-    """The whole model on one rank: all of attention, this rank's experts."""
+    """The whole model on one rank; the calls are those of `CausalLM`."""
 
     def __init__(self, config: DeepseekV3Config, transport: Transport) -> None:
         super().__init__()
@@ -149,7 +149,6 @@ class DeepseekV3Model(nn.Module):
         self._angles_P: torch.Tensor | None = None
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, D] after the last norm, of the current micro-batch."""
         x_TD: torch.Tensor = self.embed_tokens(token_ids_T)
         if self._angles_P is None:
             self._angles_P = rope_angles(self.config.attention.rope).to(x_TD.device)
@@ -160,19 +159,16 @@ class DeepseekV3Model(nn.Module):
         return x_TD
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """[N, V] in float32 at least."""
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits_NV = F.linear(hidden_ND, head)
         return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
     def bind_kv_cache(self, cache_by_layer: torch.Tensor) -> None:
-        """Give every layer its part of the cache [layers, num_blocks, block_size, kv_width]."""
         for layer, cache_blocks in zip(self.layers, cache_by_layer, strict=True):
             assert isinstance(layer, DeepseekV3Layer)
             layer.self_attn.cache_blocks = cache_blocks
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Checkpoint names of everything that this rank reads, and the tensors or views that they fill."""
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             if ".experts." not in name:
                 yield name if name.startswith("lm_head.") else f"model.{name}", tensor

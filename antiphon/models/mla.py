@@ -100,7 +100,8 @@ class LatentAttention(nn.Module):
             q_TX = self.q_proj(x_TD)
         else:
             q_TX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        plain, rotary = q_TX.unflatten(1, (config.num_heads, -1)).split([config.query_size, config.rope.size], dim=-1)
+        q_THQ = q_TX.view(-1, config.num_heads, config.head_size)
+        plain, rotary = torch.split(q_THQ, [config.query_size, config.rope.size], dim=-1)
         rotary = apply_rope(rotary, cos_TP, sin_TP, interleaved=config.rope.interleaved)
         return torch.cat([plain, rotary], dim=-1)
 

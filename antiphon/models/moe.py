@@ -79,7 +79,7 @@ class SigmoidRouter(nn.Module):
         config = self.config
         if config.top_groups == config.num_groups:
             return choice_TE
-        choice_TGe = choice_TE.view(choice_TE.shape[0], config.num_groups, -1)
+        choice_TGe = choice_TE.view(-1, config.num_groups, config.num_experts // config.num_groups)
         group_scores_TG = choice_TGe.topk(2, dim=-1).values.sum(-1)
         best_TG = group_scores_TG.topk(config.top_groups, sorted=False).indices
         refused_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TG, False)

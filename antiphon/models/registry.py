@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Transport, create_transport
 from antiphon.core.errors import ModelError
+from antiphon.models.causal_lm import CausalLM
 from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.deepseek import DeepseekV3Config, DeepseekV3Model
 from antiphon.runtime import CpuStreams
 
 __all__ = ["KNOWN_ARCHITECTURES", "build_model", "expert_shape", "read_config", "skeleton"]
 
-_ARCHITECTURES = {"DeepseekV3ForCausalLM": (DeepseekV3Config, DeepseekV3Model)}
+
+class _Architecture(NamedTuple):
+    read_config: Callable[[ConfigFile], ModelConfig]
+    build: Callable[[Any, Transport], CausalLM]  # takes the config that read_config gives
+
+
+_ARCHITECTURES = {"DeepseekV3ForCausalLM": _Architecture(DeepseekV3Config.read, DeepseekV3Model)}
 
 KNOWN_ARCHITECTURES = tuple(_ARCHITECTURES)
 
@@ -32,8 +41,7 @@ def read_config(folder: Path) -> ModelConfig:
             f"{file.path} has architecture {file.architecture!r}, which is not known; "
             f"known are {', '.join(KNOWN_ARCHITECTURES)}{hint}"
         )
-    config_class, _ = _ARCHITECTURES[file.architecture]
-    return config_class.read(file)
+    return _ARCHITECTURES[file.architecture].read_config(file)
 
 
 def expert_shape(config: ModelConfig, dtype: torch.dtype) -> ExpertShape:
@@ -41,14 +49,12 @@ def expert_shape(config: ModelConfig, dtype: torch.dtype) -> ExpertShape:
     return ExpertShape(num_experts=config.num_experts, top_k=config.top_k, hidden_size=config.hidden_size, dtype=dtype)
 
 
-def build_model(config: ModelConfig, transport: Transport) -> DeepseekV3Model:
+def build_model(config: ModelConfig, transport: Transport) -> CausalLM:
     """This rank's part of the model, weights not yet filled, in the dtype of the transport's shape."""
-    _, model_class = _ARCHITECTURES[config.architecture]
-    assert isinstance(config, DeepseekV3Config)
-    return model_class(config, transport)
+    return _ARCHITECTURES[config.architecture].build(config, transport)
 
 
-def skeleton(config: ModelConfig) -> DeepseekV3Model:
+def skeleton(config: ModelConfig) -> CausalLM:
     """The whole model without memory behind it: for the names and shapes that a checkpoint must have."""
     group = RankGroup(rank=0, size=1)
     with torch.device("meta"):

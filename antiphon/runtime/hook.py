@@ -41,6 +41,7 @@ class LaneEvent:
     time_ns: int
     pending: int = -1
     num_bytes: int = 0
+    num_messages: int = 0
     ready_ns: int | None = None
 
 
@@ -65,13 +66,14 @@ class Hook:
         label: str,
         pending: int = -1,
         num_bytes: int = 0,
+        num_messages: int = 0,
         ready_ns: int | None = None,
     ) -> None:
         if self._recorder is None:
             return
         try:
             self._recorder.on_event(
-                LaneEvent(kind, lane, label, time.perf_counter_ns(), pending, num_bytes, ready_ns),
+                LaneEvent(kind, lane, label, time.perf_counter_ns(), pending, num_bytes, num_messages, ready_ns),
             )
         except Exception as error:
             logger.warning("the recorder failed and is off for the rest of this run: %r", error)

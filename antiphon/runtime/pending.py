@@ -99,7 +99,9 @@ class Pending(Generic[T]):
 
     def _emit(self, kind: EventKind, ready_ns: int | None = None) -> None:
         if self._lane is not None:
-            self._lane.hook.emit(kind, self._lane.index, self.label, self._number, self.num_bytes, ready_ns)
+            self._lane.hook.emit(
+                kind, self._lane.index, self.label, self._number, self.num_bytes, self.num_messages, ready_ns
+            )
 
 
 def _name(lane: Lane | None) -> str:

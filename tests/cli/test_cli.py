@@ -1,0 +1,136 @@
+"""The command line as its users see it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antiphon import LLM, SamplingParams, cli
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["antiphon", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def run_apart(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "antiphon.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.processes
+def test_generate_prints_one_json_object_a_prompt_and_the_statistics(one_rank: LLM, tmp_path: Path) -> None:
+    prompts = ["Once upon a time", 'A "quoted" prompt', "The ship"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts[1:]) + "\n\n")
+    arguments = ["--ranks", "2", "--dbo", "on", "--prompt", prompts[0], "--prompts-file", str(tmp_path / "prompts.txt")]
+    ended = run_apart("generate", *arguments, "--max-tokens", "6", "--json")
+    assert ended.returncode == 0, ended.stderr
+    *rows, last = map(json.loads, ended.stdout.splitlines())
+    expected = one_rank.generate(prompts, SamplingParams(max_tokens=6))
+    assert [row["prompt"] for row in rows] == prompts
+    assert [row["token_ids"] for row in rows] == [output.token_ids for output in expected]
+    assert [row["text"] for row in rows] == [output.text for output in expected]
+    assert {row["finish_reason"] for row in rows} == {"length"}
+    assert last["stats"]["steps"] == 6
+    assert last["stats"]["steps_by_plan"] == {"serial": 0, "dual": 6}
+    for word in ("model:", "ranks:", "transport:", "KV cache:", "dbo:"):
+        assert word in ended.stderr
+
+
+def test_generate_prints_texts_and_a_summary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["antiphon", "generate", "--prompt", "Once upon a time", "--max-tokens", "8"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr()
+    assert not ended.value.code
+    assert printed.out.startswith("Once upon a time")
+    assert "no calibration exists yet" in printed.err
+    assert (
+        "8 steps: 8 serial (serial because below the prefill threshold: 1, below the decode threshold: 7)"
+        in printed.err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ([], "error: there is no prompt; use --prompt TEXT or --prompts-file FILE"),
+        (["--dbo", "onn"], "error: dbo='onn' is not known; use one of auto, off, on; did you mean 'on'?"),
+        (["--transport", "altoall"], "did you mean 'alltoall'?"),
+        (["--ranks", "5"], "error: num_experts=32 is not divisible by ranks=5; use 1, 2, 4, 8, 16, 32 ranks"),
+        (["--temperature", "-1"], "error: temperature=-1.0 is out of range"),
+        (["--max-tokens", "0"], "error: max_tokens=0 is out of range; use an integer of at least 1"),
+        (["--model", "/no/such"], "error: model '/no/such' is not a folder"),
+        (["--prompts-file", "/no/such"], "error: --prompts-file /no/such cannot be read"),
+        (["--split", "tokens"], "did you mean 'token'?"),
+        (["--rank", "2"], "No such option: --rank"),
+        (["--ranks", "two"], "Invalid value for '--ranks'"),
+    ],
+)
+def test_mistakes_give_one_clear_line(
+    arguments: list[str], pattern: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = [] if not arguments or arguments[0] == "--prompts-file" else ["--prompt", "x"]
+    assert run_here(monkeypatch, "generate", *arguments, *prompt) == 2
+    printed = capsys.readouterr()
+    assert pattern in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    if pattern.startswith("error:"):
+        assert len(printed.err.strip().splitlines()) == 1
+
+
+def test_a_prompt_that_is_too_long_gives_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 6000}))
+    assert run_here(monkeypatch, "generate", "--prompts-file", str(tmp_path / "long.jsonl")) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("error: prompt 0 has ") and "max_model_len=4096 leaves room for 4095" in last_line
+
+
+@pytest.mark.parametrize("line", ["no json", "{}", '{"prompt": 3}', "[]"])
+def test_a_wrong_line_in_a_prompts_file_is_named(
+    line: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "fine"}\n' + line)
+    assert run_here(monkeypatch, "generate", "--prompts-file", str(tmp_path / "prompts.jsonl")) == 2
+    assert 'line 2 is not a JSON object with a text "prompt"' in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_a_lane_that_raises_gives_one_line_and_no_traceback() -> None:
+    transport = ["--transport", "tests.support.transports:NoGreenlets", "--dbo", "on", "--ranks", "2"]
+    ended = run_apart("generate", "--prompt", "Once upon a time", *transport)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.strip().splitlines()[-1].startswith("error: rank ")
+    assert "a greenlet reached dispatch layer 1" in ended.stderr
+
+
+def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == "antiphon 0.1.0\n"
+    assert run_here(monkeypatch, "generate", "--help") == 0
+    text = capsys.readouterr().out
+    for option in (
+        "--model",
+        "--ranks",
+        "--dbo",
+        "--transport",
+        "--prompt",
+        "--prompts-file",
+        "--max-tokens",
+        "--json",
+    ):
+        assert option in text

@@ -1,0 +1,28 @@
+"""One thread a process, no model hub, and the engines that many tests share: one start serves many checks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ["OMP_NUM_THREADS"] = "1"  # workers inherit it
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from antiphon import LLM
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[LLM]:
+    with LLM(ranks=1) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[LLM]:
+    with LLM(ranks=2, transport="alltoall", debug_order=True) as llm:
+        yield llm

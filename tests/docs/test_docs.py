@@ -1,0 +1,135 @@
+"""What the documents name exists, and what they show runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text()
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [block for found, block in fenced if found == language]
+
+
+def resolve(name: str) -> object:
+    """Import `antiphon.a.b.c`, where the last parts may be attributes."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: object = import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[count:]:
+            found = getattr(found, attribute)
+        return found
+    raise AssertionError(f"{name} cannot be imported")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_every_dotted_name_imports(document: Path) -> None:
+    for name in set(re.findall(r"\bantiphon(?:\.[A-Za-z_]\w*)+", document.read_text())):
+        if not name.endswith((".py", ".yml")):
+            resolve(name)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_every_link_and_path_exists(document: Path) -> None:
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+    for path in re.findall(r"`((?:antiphon|tests|docs|tools|examples|constraints)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_no_workplace_is_mentioned(document: Path) -> None:
+    assert not re.search(r"\.\./shared|/work/|subagent", document.read_text())
+
+
+def options_in(command: str) -> list[str]:
+    return re.findall(r"(?<![\w-])--[a-z][\w-]*", command)
+
+
+def test_every_shown_command_has_its_options() -> None:
+    shown = [
+        line
+        for document in DOCUMENTS
+        for block in blocks(relative(document), "") + blocks(relative(document), "console")
+        for line in block.splitlines()
+        if line.startswith("antiphon ")
+    ]
+    assert shown
+    for command in shown:
+        name = shlex.split(command.partition("#")[0])[1]
+        printed = run([sys.executable, "-m", "antiphon.cli", name, "--help"])
+        assert set(options_in(command)) <= set(options_in(printed)), command
+
+
+def test_every_option_in_the_table_of_offline_use_exists() -> None:
+    printed = run([sys.executable, "-m", "antiphon.cli", "generate", "--help"])
+    table = [line for line in (ROOT / "docs/offline.md").read_text().splitlines() if line.startswith("| `")]
+    assert set(options_in("\n".join(table))) <= set(options_in(printed))
+
+
+@pytest.mark.processes
+def test_the_command_in_the_readme_runs() -> None:
+    (command,) = [b for b in blocks("README.md", "") if b.startswith("antiphon generate")]
+    assert "Once upon a time" in run([sys.executable, "-m", "antiphon.cli", *shlex.split(command)[1:]])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("document", "marker"), [("README.md", "with LLM("), ("docs/offline.md", "with LLM(")])
+def test_the_python_examples_run(document: str, marker: str, tmp_path: Path) -> None:
+    (example,) = [block for block in blocks(document, "python") if marker in block]
+    (tmp_path / "example.py").write_text(example)
+    assert run([sys.executable, str(tmp_path / "example.py")]).strip()
+
+
+@pytest.mark.processes
+def test_the_library_example_runs_under_torchrun() -> None:
+    (command,) = [b for b in blocks("docs/library.md", "") if b.startswith("torchrun")]
+    arguments = ["--standalone", *shlex.split(command)[1:]]
+    printed = run([sys.executable, "-m", "torch.distributed.run", *arguments])
+    assert printed.count("two lanes give what one lane gives") == 2
+
+
+def test_code_in_the_readme_is_the_code_of_the_package() -> None:
+    moe = (ROOT / "antiphon/models/moe.py").read_text()
+    for document in ("README.md", "docs/step.md"):
+        (block,) = [b for b in blocks(document, "python") if "self.experts.dispatch" in b]
+        for line in block.splitlines():
+            if not line.startswith(("return", "shared_TD")):
+                assert line.partition("#")[0].strip() in moe, line
+
+
+def test_the_library_loads_nothing_of_the_engine() -> None:
+    code = (
+        "import sys, antiphon.runtime, antiphon.comm\n"
+        "rooms = {m.split('.')[1] for m in sys.modules if m.startswith('antiphon.')}\n"
+        "print(sorted(rooms))\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    assert run([sys.executable, "-c", code]).strip() == "['comm', 'core', 'runtime']"
+
+
+def run(command: list[str]) -> str:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout

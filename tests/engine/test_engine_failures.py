@@ -1,0 +1,268 @@
+"""Whatever fails gives one clear error in time and leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antiphon import LLM, SamplingParams
+from antiphon.core.bundled import bundled_model
+from antiphon.core.errors import EngineError, ModelError, OptionError, RequestError
+from tests.support.processes import assert_no_new_workers, worker_pids
+
+PROMPTS = ["Once upon a time", "The ship", "My dear friend,", "One day the king"]
+LONG = SamplingParams(max_tokens=1500, ignore_eos=True)
+
+
+@contextmanager
+def clean_end(within_s: float) -> Iterator[None]:
+    """What happens inside must be over in time and leave no worker."""
+    before = worker_pids()
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < within_s
+    assert_no_new_workers(before)
+
+
+@pytest.mark.processes
+def test_a_lane_that_raises_ends_the_engine_with_its_error() -> None:
+    before = worker_pids()
+    with LLM(ranks=2, transport="tests.support.transports:NoGreenlets", dbo="off") as llm:
+        llm.generate(PROMPTS, SamplingParams(max_tokens=2))  # one lane is no greenlet
+        llm.reconfigure(dbo="on")
+        with clean_end(within_s=10), pytest.raises(EngineError, match=r"a greenlet reached dispatch layer 1") as caught:
+            llm.generate(PROMPTS, SamplingParams(max_tokens=2))
+        assert_no_new_workers(before)
+        assert "make a new LLM" in str(caught.value)
+        assert "send_tokens" in "".join(caught.value.__notes__)
+        with pytest.raises(EngineError, match="a greenlet reached"):
+            llm.generate(PROMPTS)
+
+
+@pytest.mark.processes
+def test_a_killed_worker_is_named() -> None:
+    before = worker_pids()
+    with LLM(ranks=2, dbo="on") as llm:
+        victim = next(pid for pid, rank in worker_pids().items() if rank == 1 and pid not in before)
+        killed = False
+
+        def kill(finished: int, total: int, tokens: int) -> None:
+            nonlocal killed
+            if tokens > 20 and not killed:
+                killed = True
+                os.kill(victim, signal.SIGKILL)
+
+        with (
+            clean_end(within_s=30),
+            pytest.raises(EngineError, match=rf"rank 1 \(pid {victim}\) was killed by SIGKILL"),
+        ):
+            llm.generate(PROMPTS, LONG, progress=kill)
+        assert_no_new_workers(before)
+
+
+@pytest.mark.processes
+def test_a_worker_that_is_killed_while_idle_is_named_at_the_next_call() -> None:
+    before = worker_pids()
+    with LLM(ranks=2) as llm:
+        victim = next(pid for pid, rank in worker_pids().items() if rank == 0 and pid not in before)
+        os.kill(victim, signal.SIGKILL)
+        with clean_end(within_s=30), pytest.raises(EngineError, match=r"rank 0 \(pid \d+\) was killed by SIGKILL"):
+            llm.generate(PROMPTS)
+        assert_no_new_workers(before)
+
+
+@pytest.mark.processes
+def test_a_worker_that_ends_without_a_word_is_named() -> None:
+    before = worker_pids()
+    with (
+        LLM(ranks=2, transport="tests.support.transports:DiesInCombine") as llm,
+        pytest.raises(EngineError, match=r"rank 1 \(pid \d+\) ended with code 7"),
+    ):
+        llm.generate(PROMPTS)
+    assert_no_new_workers(before)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("how", ["sleeps", "is stopped"])
+def test_a_peer_that_does_not_answer_is_named_within_the_time_limit(how: str) -> None:
+    before = worker_pids()
+    transport = "tests.support.transports:StopsInCombine" if how == "sleeps" else "alltoall"
+    with LLM(ranks=2, transport=transport, dbo="on", timeout_s=3) as llm:
+        victim = next(pid for pid, rank in worker_pids().items() if rank == 1 and pid not in before)
+
+        def stop(finished: int, total: int, tokens: int) -> None:
+            if how == "is stopped" and tokens > 20:
+                os.kill(victim, signal.SIGSTOP)
+
+        state = "running" if how == "sleeps" else "stopped"
+        where = r"combine layer \d, lane \d" if how == "sleeps" else r".*"
+        pattern = rf"rank 0 waited 3.\d s for {where} in vain; rank 1 \(pid {victim}, {state}\) was last .*\d"
+        with clean_end(within_s=12), pytest.raises(EngineError, match=pattern):
+            llm.generate(PROMPTS, LONG, progress=stop)
+    assert_no_new_workers(before)
+
+
+def test_a_failed_request_leaves_the_engine_usable(one_rank: LLM) -> None:
+    expected = [output.token_ids for output in one_rank.generate(PROMPTS)]
+    too_long = [5] * 5000
+    with pytest.raises(RequestError, match=r"prompt 1 has 5000 tokens, but max_model_len=4096 leaves room for 4095"):
+        one_rank.generate(["fine", too_long])
+    assert [output.token_ids for output in one_rank.generate(PROMPTS)] == expected
+    assert one_rank.stats()["unfinished"] == 0
+
+
+@pytest.mark.processes
+def test_a_failed_request_leaves_two_ranks_usable(two_ranks: LLM) -> None:
+    expected = [output.token_ids for output in two_ranks.generate(PROMPTS)]
+    with pytest.raises(RequestError, match="5000 tokens"):
+        two_ranks.generate(["fine", [5] * 5000])
+    assert [output.token_ids for output in two_ranks.generate(PROMPTS)] == expected
+
+
+class InterruptError(Exception):
+    pass
+
+
+@pytest.mark.processes
+def test_an_interrupted_call_frees_everything_and_the_next_one_works(two_ranks: LLM) -> None:
+    expected = [output.token_ids for output in two_ranks.generate(PROMPTS)]
+
+    def interrupt(finished: int, total: int, tokens: int) -> None:
+        if tokens > 10:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        two_ranks.generate(PROMPTS, LONG, progress=interrupt)
+    assert [output.token_ids for output in two_ranks.generate(PROMPTS)] == expected
+    stats = two_ranks.stats()
+    assert stats["unfinished"] == 0
+    assert stats["kv_blocks"]["free"] == stats["kv_blocks"]["total"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "pattern"),
+    [
+        ([[]], "prompt 0 is empty"),
+        ([["a"]], "prompt 0 has token id 'a'"),
+        ([[4096]], "use integers from 0 to 4095"),
+        ([[-1]], "token id -1"),
+        (3, "prompts is a int"),
+        (["fine", 3], "prompt 1 is a int"),
+    ],
+)
+def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, pattern: str) -> None:
+    with pytest.raises(RequestError, match=pattern):
+        one_rank.generate(prompts)
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"dbo": "onn"}, "did you mean 'on'"),
+        ({"transport": "altoall"}, "did you mean 'alltoall'"),
+        ({"transport": "simulated:alltoall:3"}, "such as 200MB/s"),
+        ({"transport": "no.such.module:Thing"}, "cannot be loaded"),
+        ({"transport": "local", "ranks": 2}, "works on one rank, not on 2"),
+        ({"dtype": "float16"}, "did you mean"),
+        ({"split": "requests"}, "did you mean 'request-boundary'"),
+        ({"micro_batches": 9}, "use 2 to 8"),
+        ({"ranks": 3}, "num_experts=32 is not divisible by ranks=3; use 1, 2, 4, 8, 16, 32 ranks"),
+        ({"ranks": 0}, "ranks=0"),
+        ({"rank": 2}, "did you mean 'ranks'"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"max_model_len": 5000}, "use at most 4096"),
+        ({"kv_cache_memory": 10}, "at least 2 are needed"),
+        ({"timeout_s": 0}, "timeout_s=0"),
+        ({"dbo_prefill_token_threshold": -1}, "dbo_prefill_token_threshold=-1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_starts(options: dict[str, Any], pattern: str) -> None:
+    with clean_end(within_s=10), pytest.raises(OptionError, match=pattern):
+        LLM(**options)
+
+
+def copy_of_the_model(folder: Path) -> Path:
+    shutil.copytree(bundled_model(), folder)
+    return folder
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
+    folder = copy_of_the_model(tmp_path / "model")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name = "model.layers.3.mlp.experts.7.up_proj.weight"
+    del index["weight_map"][name]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with clean_end(within_s=10), pytest.raises(ModelError, match=f"has no tensor '{name}'"):
+        LLM(str(folder), ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "content", "pattern"),
+    [
+        ("config.json", '{"architectures": ["DeepseekV4ForCausalLM"]}', "the nearest is DeepseekV3ForCausalLM"),
+        ("config.json", "{", "cannot be read as JSON"),
+        ("model-00001-of-00002.safetensors", "no safetensors", "cannot be opened"),
+        ("tokenizer.json", "{}", "the tokenizer in .* cannot be loaded"),
+    ],
+)
+def test_broken_model_files_are_refused(tmp_path: Path, file_name: str, content: str, pattern: str) -> None:
+    folder = copy_of_the_model(tmp_path / "model")
+    (folder / file_name).write_text(content)
+    with clean_end(within_s=10), pytest.raises(ModelError, match=pattern):
+        LLM(str(folder), ranks=2)
+
+
+def test_a_model_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ModelError, match="is not a folder"):
+        LLM("/no/such/model")
+
+
+@pytest.mark.processes
+def test_workers_end_with_a_script_that_is_killed(tmp_path: Path) -> None:
+    """A plain script without a __main__ guard; its end by SIGKILL takes the workers along."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            from antiphon import LLM, SamplingParams
+            llm = LLM(ranks=2, dbo="on")
+            print(llm.generate("Once upon a time", SamplingParams(max_tokens=4))[0].text, flush=True)
+            llm.generate("The ship", SamplingParams(max_tokens=4000, ignore_eos=True))
+            """
+        )
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip()
+        workers = worker_pids(process.pid)
+        assert sorted(workers.values()) == [0, 1]
+        process.kill()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in workers)
+
+
+@pytest.mark.processes
+def test_leaving_the_context_ends_every_worker_and_one_rank_starts_none() -> None:
+    before = worker_pids()
+    with LLM(ranks=1) as llm:
+        llm.generate("Once", SamplingParams(max_tokens=1))
+        assert worker_pids() == before
+    with LLM(ranks=2) as llm:
+        assert len(worker_pids()) == len(before) + 2
+    assert_no_new_workers(before)
+    with pytest.raises(EngineError, match="it was closed"):
+        llm.generate("Once")

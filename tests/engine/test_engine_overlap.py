@@ -1,0 +1,113 @@
+"""Overlap is real: over a simulated link dual steps are faster, and each lane computes while the other communicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from antiphon import LLM, SamplingParams
+from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
+from antiphon.bench.word_problems import word_problems
+from antiphon.runtime import EventKind
+from antiphon.runtime import lanes as lanes_module
+from antiphon.timeline import StepTimeline
+
+pytestmark = pytest.mark.timeout(300)
+
+NUM_PROMPTS = 64  # about 1,180 tokens a rank
+REPEATS = 7
+
+Interval = tuple[int, int]
+
+
+@dataclass
+class Trial:
+    """A comparison over a link that takes as long as the computation."""
+
+    arms: dict[str, Arm]
+    timelines: list[list[StepTimeline]]
+
+
+@pytest.fixture(scope="module")
+def trial() -> Iterator[Trial]:
+    prompts = [problem.prompt for problem in word_problems()[:NUM_PROMPTS]]
+    with LLM(ranks=2, transport="alltoall") as llm:
+        link = tuned_link(llm, prompts)
+    with LLM(ranks=2, transport=simulated_transport(link)) as llm:
+        yield Trial(interleaved_arms(llm, prompts, repeats=REPEATS), llm.timelines())
+
+
+@pytest.mark.processes
+def test_dual_steps_take_at_most_seven_tenths_of_serial_ones(trial: Trial) -> None:
+    off, on = trial.arms["off"], trial.arms["on"]
+    assert {step.kind for step in off.steps} == {"serial"}
+    assert {step.kind for step in on.steps} == {"dual"}
+    assert [o.token_ids for o in on.outputs] == [o.token_ids for o in off.outputs]
+    communication, computation = off.median_s("communication_s"), off.median_s("time_s") - off.median_s("exposed_s")
+    assert 0.6 < communication / computation < 1.6, "the link is not tuned to the computation"
+    assert on.median_s("time_s") <= 0.7 * off.median_s("time_s")
+    assert on.median_s("hidden_s") > 0.5 * on.median_s("communication_s")
+
+
+@pytest.mark.processes
+def test_each_lane_computes_inside_the_communication_of_the_other(trial: Trial) -> None:
+    for step in trial.arms["on"].steps:
+        for lane, other in ((0, 1), (1, 0)):
+            flights = communications(step, lane)
+            assert len(flights) == 10, "a dispatch and a combine in each of 5 MoE layers"
+            covered = [flight for flight in flights if any(overlaps(flight, c) for c in computations(step, other))]
+            # The very last communication of the last lane has nobody left to compute beside it.
+            assert len(covered) >= len(flights) - 1
+
+
+@pytest.mark.processes
+def test_serial_steps_hide_only_what_shared_experts_cover(trial: Trial) -> None:
+    off = trial.arms["off"]
+    assert off.median_s("hidden_s") < 0.3 * off.median_s("communication_s")
+    assert all(event.kind is not EventKind.SWITCH_OUT for step in off.steps for event in step.events)
+
+
+def test_dbo_off_creates_no_greenlet_and_dbo_on_does(one_rank: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    created = []
+    original = lanes_module.greenlet
+
+    def counting(function: object) -> object:
+        created.append(function)
+        return original(function)
+
+    monkeypatch.setattr(lanes_module, "greenlet", counting)
+    prompts, params = ["Once upon a time", "The ship"], SamplingParams(max_tokens=4)
+    one_rank.reconfigure(dbo="off")
+    one_rank.generate(prompts, params)
+    assert created == []
+    one_rank.reconfigure(dbo="on")
+    one_rank.generate(prompts, params)
+    assert len(created) == 2 * 4
+
+
+def communications(step: StepTimeline, lane: int) -> list[Interval]:
+    sent = {event.pending: event.time_ns for event in step.events if event.kind is EventKind.SENT}
+    return [
+        (sent[event.pending], event.ready_ns)
+        for event in step.events
+        if event.kind is EventKind.ARRIVED and event.lane == lane and event.ready_ns is not None
+    ]
+
+
+def computations(step: StepTimeline, lane: int) -> list[Interval]:
+    """From where the lane gets going to where it switches or waits."""
+    found, start = [], 0
+    for event in step.events:
+        if event.lane != lane:
+            continue
+        if event.kind in (EventKind.START, EventKind.ARRIVED):
+            start = event.time_ns
+        elif event.kind in (EventKind.SWITCH_OUT, EventKind.END):
+            found.append((start, event.time_ns))
+    return found
+
+
+def overlaps(first: Interval, second: Interval) -> bool:
+    return max(first[0], second[0]) < min(first[1], second[1])
