@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from antiphon.comm.group import RankGroup
-from antiphon.comm.row_layout import LaneBuffers, RowLayout
+from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
 from antiphon.runtime import Streams
 
@@ -26,7 +26,7 @@ class AllGatherTransport(Transport):
 
     def __init__(self, shape: ExpertShape, *, group: RankGroup, streams: Streams, num_lanes: int) -> None:
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes)
-        self._layout = RowLayout(shape)
+        self._format = RowFormat(shape)
         self._buffers = [LaneBuffers(torch.device("cpu")) for _ in range(num_lanes)]
         self._num_tokens = [0] * num_lanes
         self._padded_tokens = [0] * num_lanes
@@ -39,22 +39,22 @@ class AllGatherTransport(Transport):
         num_tokens, padded = x_TD.shape[0], max(tokens_by_rank)
         assert tokens_by_rank[self.group.rank] == num_tokens, f"{tokens_by_rank} is not for {num_tokens} tokens"
         self._num_tokens[lane], self._padded_tokens[lane] = num_tokens, padded
-        buffers, layout = self._buffers[lane], self._layout
-        packed = buffers.get("packed", padded, layout.row_bytes, torch.uint8)
-        layout.x(packed)[:num_tokens].copy_(x_TD)
-        layout.weights(packed)[:num_tokens].copy_(routes.weights_TK)
-        layout.ids(packed)[:num_tokens].copy_(routes.ids_TK)
-        layout.ids(packed)[num_tokens:] = -1
-        gathered = buffers.get("gathered", padded * self.group.size, layout.row_bytes, torch.uint8)
+        buffers, row = self._buffers[lane], self._format
+        packed = buffers.get("packed", padded, row.row_bytes, torch.uint8)
+        row.x(packed)[:num_tokens].copy_(x_TD)
+        row.weights(packed)[:num_tokens].copy_(routes.weights_TK)
+        row.ids(packed)[:num_tokens].copy_(routes.ids_TK)
+        row.ids(packed)[num_tokens:] = -1
+        gathered = buffers.get("gathered", padded * self.group.size, row.row_bytes, torch.uint8)
 
         with self.streams.comm(after=self.streams.record()):
             work = self.group.all_gather(gathered, packed, label)
 
         def wait() -> Rows:
             work.wait()
-            return Rows(layout.x(gathered), self.local_ids(layout.ids(gathered)), layout.weights(gathered))
+            return Rows(row.x(gathered), self.local_ids(row.ids(gathered)), row.weights(gathered))
 
-        num_bytes = (self.group.size - 1) * padded * layout.row_bytes
+        num_bytes = (self.group.size - 1) * padded * row.row_bytes
         return Flight(wait=wait, ready_ns=work.ready_ns, num_bytes=num_bytes)
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from antiphon.comm.group import RankGroup
-from antiphon.comm.row_layout import LaneBuffers, RowLayout
+from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
 from antiphon.runtime import Streams
 
@@ -38,7 +38,7 @@ class AllToAllTransport(Transport):
 
     def __init__(self, shape: ExpertShape, *, group: RankGroup, streams: Streams, num_lanes: int) -> None:
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes)
-        self._layout = RowLayout(shape)
+        self._format = RowFormat(shape)
         self._buffers = [LaneBuffers(torch.device("cpu")) for _ in range(num_lanes)]
         self._exchanges: list[_Exchange | None] = [None] * num_lanes
 
@@ -47,21 +47,21 @@ class AllToAllTransport(Transport):
     ) -> Flight[Rows]:
         exchange = self._plan_exchange(routes, label)
         self._exchanges[lane] = exchange
-        buffers, layout = self._buffers[lane], self._layout
-        packed = buffers.get("packed", sum(exchange.sent), layout.row_bytes, torch.uint8)
-        layout.x(packed).copy_(x_TD[exchange.tokens_N])
-        layout.weights(packed).copy_(routes.weights_TK[exchange.tokens_N])
-        layout.ids(packed).copy_(routes.ids_TK[exchange.tokens_N])
-        received = buffers.get("received", sum(exchange.received), layout.row_bytes, torch.uint8)
+        buffers, row = self._buffers[lane], self._format
+        packed = buffers.get("packed", sum(exchange.sent), row.row_bytes, torch.uint8)
+        row.x(packed).copy_(x_TD[exchange.tokens_N])
+        row.weights(packed).copy_(routes.weights_TK[exchange.tokens_N])
+        row.ids(packed).copy_(routes.ids_TK[exchange.tokens_N])
+        received = buffers.get("received", sum(exchange.received), row.row_bytes, torch.uint8)
 
         with self.streams.comm(after=self.streams.record()):
             work = self.group.all_to_all(received, packed, label, out_splits=exchange.received, in_splits=exchange.sent)
 
         def wait() -> Rows:
             work.wait()
-            return Rows(layout.x(received), self.local_ids(layout.ids(received)), layout.weights(received))
+            return Rows(row.x(received), self.local_ids(row.ids(received)), row.weights(received))
 
-        num_bytes = self._remote_rows(exchange) * layout.row_bytes
+        num_bytes = self._remote_rows(exchange) * row.row_bytes
         return Flight(wait=wait, ready_ns=work.ready_ns, num_bytes=num_bytes, num_messages=2)
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:

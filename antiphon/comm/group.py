@@ -81,17 +81,24 @@ class RankGroup:
         size: int,
         init_method: str,
         timeout_s: float = 60.0,
+        meeting_timeout_s: float | None = None,
         board: ProgressBoard | None = None,
     ) -> RankGroup:
         """Meet the other ranks over gloo; `init_method` as in `torch.distributed.init_process_group`.
 
-        Raises `PeerError` if not all ranks come within `timeout_s`.
+        Once in a process: torch cannot try a meeting again.
+        Raises `PeerError` if not all ranks come within `meeting_timeout_s`, by default `timeout_s`.
         """
+        meeting_timeout_s = timeout_s if meeting_timeout_s is None else meeting_timeout_s
         if board is not None:
             board.mark(rank, "waiting to meet its peers")
         try:
             dist.init_process_group(
-                "gloo", init_method=init_method, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+                "gloo",
+                init_method=init_method,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=max(timeout_s, meeting_timeout_s)),
             )
         except (RuntimeError, dist.DistError) as error:
             raise PeerError(_missing(f"rank {rank} could not meet its peers", rank, board, error)) from error
@@ -171,7 +178,7 @@ class RankGroup:
 
     def first_order_difference(self) -> str:
         """Compare the recorded collectives of all ranks and describe the first difference. All ranks must call it."""
-        orders = self.all_gather_object(self._order)
+        orders = [order or [] for order in self.all_gather_object(self._order)]
         for number in range(max(map(len, orders))):
             names = [order[number] if number < len(order) else "nothing" for order in orders]
             if len(set(names)) > 1:

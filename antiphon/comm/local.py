@@ -17,8 +17,10 @@ class LocalTransport(Transport):
     def send_tokens(
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
-        rows = Rows(x_TD, self.local_ids(routes.ids_TK), routes.weights_TK)
+        # Copies, as with every other transport: the caller may reuse its tensors when the call has returned.
+        rows = Rows(x_TD.clone(), self.local_ids(routes.ids_TK), routes.weights_TK.clone())
         return Flight(wait=lambda: rows, num_messages=0)
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
-        return Flight(wait=partial_RD.clone, num_messages=0)
+        out_TD = partial_RD.clone()
+        return Flight(wait=lambda: out_TD, num_messages=0)

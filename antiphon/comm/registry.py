@@ -105,7 +105,7 @@ def load_transport(spec: TransportSpec) -> type[Transport]:
     module_name, _, class_name = path.partition(":")
     try:
         loaded = getattr(import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise OptionError(f"transport {path!r} cannot be loaded: {error}; check the path and PYTHONPATH") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
         raise OptionError(f"transport {path!r} is not a subclass of antiphon.comm.Transport")

@@ -31,6 +31,11 @@ class SimulatedTransport(Transport):
         self.link = link
         self._busy_until_ns = 0
 
+    def reset(self) -> None:
+        super().reset()
+        self.inner.reset()
+        self._busy_until_ns = 0
+
     def send_tokens(
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:

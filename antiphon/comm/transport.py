@@ -124,9 +124,10 @@ class Transport(ABC):
         Raises `LaneError` out of order, `OptionError` for tensors that do not fit the shape.
         """
         self._check(x_TD, routes)
-        lane = self._enter(_Phase.IDLE, _Phase.DISPATCHING, "dispatch")
+        lane = self._lane_in(_Phase.IDLE, "dispatch")
         label = f"dispatch {label}".rstrip()
         flight = self.send_tokens(lane, x_TD, routes, tokens_by_rank, label)
+        self._phases[lane] = _Phase.DISPATCHING
 
         def received(rows: Rows) -> None:
             self._phases[lane] = _Phase.RECEIVED
@@ -139,16 +140,16 @@ class Transport(ABC):
 
         partial_RD: [R, D] in the shape's dtype, rows in the order of `Rows`. Raises as `dispatch` does.
         """
-        lane = self._enter(_Phase.RECEIVED, _Phase.COMBINING, "combine")
+        lane = self._lane_in(_Phase.RECEIVED, "combine")
         expected = (self._num_rows[lane], self.shape.hidden_size)
         if partial_RD.shape != expected or partial_RD.dtype != self.shape.dtype:
-            self._phases[lane] = _Phase.RECEIVED
             raise OptionError(
                 f"partial sums are {list(partial_RD.shape)} {partial_RD.dtype}; "
                 f"the rows received need {list(expected)} {self.shape.dtype}"
             )
         label = f"combine {label}".rstrip()
         flight = self.send_partials(lane, partial_RD, label)
+        self._phases[lane] = _Phase.COMBINING
 
         def came_home(_: torch.Tensor) -> None:
             self._phases[lane] = _Phase.IDLE
@@ -175,16 +176,15 @@ class Transport(ABC):
         local = ids.to(torch.int64) - first
         return local.masked_fill_((local < 0) | (local >= self.experts_per_rank), -1)
 
-    def _enter(self, before: _Phase, after: _Phase, verb: str) -> int:
+    def _lane_in(self, phase: _Phase, verb: str) -> int:
         lane = current_lane()
         if lane >= self.num_lanes:
             raise LaneError(f"lane {lane} uses a transport that was made for {self.num_lanes} lanes; make it for more")
-        if self._phases[lane] is not before:
+        if self._phases[lane] is not phase:
             raise LaneError(
                 f"{verb} on lane {lane} while it is {self._phases[lane].value}; "
                 "dispatch and combine alternate, and each is finished before the next"
             )
-        self._phases[lane] = after
         return lane
 
     def _check(self, x_TD: torch.Tensor, routes: Routes) -> None:
@@ -200,6 +200,10 @@ class Transport(ABC):
                 f"routes are {list(routes.ids_TK.shape)} and {list(routes.weights_TK.shape)}; "
                 f"{x_TD.shape[0]} tokens with {shape.top_k} experts each need {list(expected)}"
             )
+        if routes.ids_TK.device.type == "cpu" and routes.ids_TK.numel():  # elsewhere the host would have to wait
+            low, high = (int(bound) for bound in routes.ids_TK.aminmax())
+            if low < 0 or high >= shape.num_experts:
+                raise OptionError(f"expert ids run from {low} to {high}; use 0 to {shape.num_experts - 1}")
 
 
 def _pending(flight: Flight[T], label: str, arrived: Callable[[T], None]) -> Pending[T]:

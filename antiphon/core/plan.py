@@ -61,6 +61,7 @@ class Proposal:
 
     def to_row(self) -> list[int]:
         """`ROW_SIZE` integers."""
+        assert len(self.part_tokens) <= MAX_LANES
         fixed = [
             self.num_tokens,
             int(self.decode_only),

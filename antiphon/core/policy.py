@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import asdict, dataclass
 
-from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.errors import OptionError, is_number, is_whole, unknown_value
 from antiphon.core.plan import MAX_LANES
 
 __all__ = ["DBO_MODES", "SPLIT_RULES", "OverlapPolicy"]
@@ -43,16 +43,16 @@ class OverlapPolicy:
             raise unknown_value("dbo", self.dbo, DBO_MODES)
         if self.split not in SPLIT_RULES:
             raise unknown_value("split", self.split, SPLIT_RULES)
-        if not isinstance(self.micro_batches, int) or not 2 <= self.micro_batches <= MAX_LANES:
+        if not is_whole(self.micro_batches) or not 2 <= self.micro_batches <= MAX_LANES:
             raise OptionError(f"micro_batches={self.micro_batches!r} is out of range; use 2 to {MAX_LANES}")
         for name in ("prefill_threshold", "decode_threshold"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 0):
+            if value is not None and (not is_whole(value) or value < 0):
                 raise OptionError(
                     f"dbo_{name.replace('_', '_token_')}={value!r} is not a count of tokens; use 0 or more"
                 )
-        if not 0 <= self.imbalance_ratio <= 1:
-            raise OptionError(f"imbalance_ratio={self.imbalance_ratio} is out of range; use 0 to 1")
+        if not is_number(self.imbalance_ratio) or not 0 <= self.imbalance_ratio <= 1:
+            raise OptionError(f"imbalance_ratio={self.imbalance_ratio!r} is out of range; use a number from 0 to 1")
 
     def threshold(self, *, decode_only: bool) -> int:
         """Tokens on the busiest rank from which a step is split."""
@@ -65,7 +65,8 @@ class OverlapPolicy:
 
     def fingerprint(self) -> int:
         """Equal for equal policies; the ranks compare it before every step."""
-        return zlib.crc32(repr(sorted(asdict(self).items())).encode())
+        values = asdict(self) | {"imbalance_ratio": float(self.imbalance_ratio)}
+        return zlib.crc32(repr(sorted(values.items())).encode())
 
     def describe(self) -> str:
         """One line for the start-up block."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from antiphon.core.errors import OptionError
+from antiphon.core.errors import OptionError, is_number, is_whole
 
 __all__ = ["GeneratedOutput", "SamplingParams"]
 
@@ -41,7 +41,9 @@ class SamplingParams:
         for field in fields(self):
             if field.name in _LIMITS:
                 _check_number(field.name, getattr(self, field.name))
-        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
+            elif field.type == "bool" and not isinstance(getattr(self, field.name), bool):
+                raise OptionError(f"{field.name}={getattr(self, field.name)!r} is not True or False")
+        if self.seed is not None and (not is_whole(self.seed) or not 0 <= self.seed < 2**63):
             raise OptionError(f"seed={self.seed!r} is not an integer from 0 to 2**63 - 1; pass one, or None")
 
 
@@ -53,13 +55,9 @@ _LIMITS: dict[str, tuple[float, float, bool, str]] = {
 }
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_number(name: str, value: object) -> None:
     low, high, whole, text = _LIMITS[name]
-    right_type = _is_int(value) or (not whole and isinstance(value, float))
+    right_type = is_whole(value) if whole else is_number(value)
     if not right_type or not low <= value <= high:  # type: ignore[operator]
         raise OptionError(f"{name}={value!r} is out of range; use {text}")
 

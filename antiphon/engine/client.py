@@ -24,7 +24,7 @@ class Client(Protocol):
         ...
 
     def abort(self, request_ids: Sequence[int]) -> None:
-        """Forget requests wherever they are; outputs under way may still come."""
+        """Forget requests wherever they are; returns when all ranks have. Does nothing if the engine has ended."""
         ...
 
     def poll(self) -> list[TokenOutput]:

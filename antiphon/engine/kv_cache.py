@@ -26,6 +26,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, 0, -1))
+        self._taken: set[int] = set()
         self.num_usable = len(self._free)
 
     @property
@@ -40,8 +41,11 @@ class BlockPool:
         needed = self.blocks_for(num_tokens)
         if needed > len(self._free):
             return None
-        return tuple(self._free.pop() for _ in range(needed))
+        blocks = tuple(self._free.pop() for _ in range(needed))
+        self._taken.update(blocks)
+        return blocks
 
     def give_back(self, block_ids: tuple[int, ...]) -> None:
+        assert self._taken.issuperset(block_ids), "a block was given back twice"
+        self._taken.difference_update(block_ids)
         self._free.extend(reversed(block_ids))
-        assert len(self._free) <= self.num_usable, "a block was given back twice"

@@ -56,7 +56,9 @@ def choose_token(logits_V: torch.Tensor, request: Request) -> int:
     params = request.params
     if request.generator is None:
         request.generator = torch.Generator().manual_seed(request.seed)
-    logits, token_ids = (logits_V / params.temperature).sort(descending=True, stable=True)
+    # From the largest down, in float64: a tiny temperature gives -inf, which is no weight, and never nan.
+    logits, token_ids = logits_V.to(torch.float64).sort(descending=True, stable=True)
+    logits = (logits - logits[0]) / params.temperature
     if params.top_k:
         logits = logits[: params.top_k]
     weights = logits.softmax(-1)

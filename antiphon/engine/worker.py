@@ -38,7 +38,7 @@ from antiphon.engine.messages import (
 )
 from antiphon.engine.step import StepEngine
 
-__all__ = ["OPTIONS_FILE", "PROGRESS_FILE", "SOCKET_FILE", "main"]
+__all__ = ["OPTIONS_FILE", "PROGRESS_FILE", "SOCKET_FILE", "START_S", "main"]
 
 logger = logging.getLogger("antiphon.engine.worker")
 
@@ -46,6 +46,9 @@ OPTIONS_FILE = "options.json"
 SOCKET_FILE = "front.sock"
 PROGRESS_FILE = "progress"
 _MEETING_FILE = "meeting"
+
+START_S = 120.0
+"""How long the ranks have to load and to meet, however short `timeout_s` is."""
 
 _FAREWELL_MS = 2000
 
@@ -130,6 +133,7 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
         size=options.ranks,
         init_method=f"file://{folder / _MEETING_FILE}",
         timeout_s=options.timeout_s,
+        meeting_timeout_s=max(options.timeout_s, START_S),
         board=board,
     )
     engine = build_engine(options.resolve(), group)

@@ -36,7 +36,7 @@ from antiphon.engine.messages import (
     encode,
 )
 from antiphon.engine.request import Request, TokenOutput
-from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE
+from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, START_S
 from antiphon.timeline import StepTimeline
 
 __all__ = ["WorkerClient"]
@@ -81,8 +81,11 @@ class WorkerClient:
             self._send(rank, Work(wave=wave, requests=[NewRequest.of(request) for request in requests]))
 
     def abort(self, request_ids: Sequence[int]) -> None:
-        if not self._ended:
-            self._send_all(Work(wave=self._next_wave(), abort=list(request_ids)))
+        if self._ended:
+            return
+        self._send_all(Work(wave=self._next_wave(), abort=list(request_ids)))
+        # Messages are taken in order: with the answer every rank has forgotten the requests.
+        self._ask(Ask(wave=self._next_wave()))
 
     def poll(self) -> list[TokenOutput]:
         self._check()
@@ -163,7 +166,8 @@ class WorkerClient:
 
     def _receive(self, what: str) -> list[tuple[int, FromWorker]]:
         """The messages that are there, at least one. Raises when a rank fails or all are silent for too long."""
-        deadline = time.monotonic() + self._patience_s
+        patience_s = max(self._patience_s, 1.5 * START_S) if what == "start" else self._patience_s
+        deadline = time.monotonic() + patience_s
         while True:
             messages = self._read(_POLL_MS)
             if self._failures or any(process.poll() is not None for process in self._processes):
@@ -171,7 +175,7 @@ class WorkerClient:
             if messages:
                 return messages
             if time.monotonic() > deadline:
-                raise self._end(f"no rank answered for {self._patience_s:.0f} s ({what}): {self._board.describe()}")
+                raise self._end(f"no rank answered for {patience_s:.0f} s ({what}): {self._board.describe()}")
 
     def _read(self, timeout_ms: int) -> list[tuple[int, FromWorker]]:
         messages = []

@@ -41,7 +41,8 @@ class DeepseekV3Config(ModelConfig):
     def read(file: ConfigFile) -> DeepseekV3Config:
         """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
         if file.get("quantization_config") is not None:
-            method = file.get("quantization_config", {}).get("quant_method", "unknown")
+            settings = file.get("quantization_config")
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
             raise ModelError(
                 f"{file.path} is quantised ({method!r}), which is not supported; use a bfloat16 checkpoint"
             )
@@ -50,6 +51,8 @@ class DeepseekV3Config(ModelConfig):
         file.require("topk_method", ("noaux_tc",), "noaux_tc")
         file.require("moe_layer_freq", (1,), 1)
         rope_size = file.count("qk_rope_head_dim")
+        if rope_size % 2:
+            raise ModelError(f"{file.path} has qk_rope_head_dim={rope_size}; pairs need an even number")
         attention = LatentAttentionConfig(
             hidden_size=file.count("hidden_size"),
             num_heads=file.count("num_attention_heads"),

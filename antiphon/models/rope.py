@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, is_number
 from antiphon.models.config import ConfigFile
 
 __all__ = ["RopeConfig", "rope_angles", "rope_tables", "score_scale"]
@@ -28,6 +28,7 @@ class Yarn:
     mscale: float
     mscale_all_dim: float
     attention_factor: float | None
+    truncate: bool  # round the ends of the ramp to whole pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +43,21 @@ class RopeConfig:
     @staticmethod
     def read(file: ConfigFile, *, size: int, interleaved: bool) -> RopeConfig:
         """From `rope_parameters`, or `rope_theta` and `rope_scaling` of older checkpoints."""
-        parameters: dict[str, Any] = file.get("rope_parameters") or file.get("rope_scaling") or {}
+        parameters = file.get("rope_parameters") or file.get("rope_scaling") or {}
+        if not isinstance(parameters, dict):
+            raise ModelError(f"{file.path} has rope parameters {parameters!r}; an object is needed")
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "yarn"):
             raise ModelError(f"{file.path} has rope_type={kind!r}, which is not supported; only 'default' or 'yarn'")
-        theta = parameters.get("rope_theta", file.number("rope_theta", 10_000.0))
+        theta = parameters.get("rope_theta", file.get("rope_theta", 10_000.0))
+        if not is_number(theta) or theta <= 0:
+            raise ModelError(f"{file.path} has rope_theta={theta!r}; a number above 0 is needed")
         yarn = None if kind == "default" else _read_yarn(file, parameters)
         return RopeConfig(size=size, theta=float(theta), interleaved=interleaved, yarn=yarn)
 
 
 def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
+    attention_factor = parameters.get("attention_factor")
     try:
         return Yarn(
             factor=float(parameters["factor"]),
@@ -62,7 +68,8 @@ def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
             beta_slow=float(parameters.get("beta_slow") or 1),
             mscale=float(parameters.get("mscale") or 0),
             mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
-            attention_factor=parameters.get("attention_factor"),
+            attention_factor=None if attention_factor is None else float(attention_factor),
+            truncate=bool(parameters.get("truncate", True)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{file.path} has yarn parameters that cannot be read ({error!r})") from error
@@ -75,9 +82,12 @@ def rope_angles(config: RopeConfig) -> torch.Tensor:
     yarn = config.yarn
     if yarn is None:
         return plain
-    low = max(math.floor(_pair_of_rotations(config, yarn, yarn.beta_fast)), 0)
-    high = min(math.ceil(_pair_of_rotations(config, yarn, yarn.beta_slow)), config.size - 1)
-    ramp = (torch.arange(config.size // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    low = _pair_of_rotations(config, yarn, yarn.beta_fast)
+    high = _pair_of_rotations(config, yarn, yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.size - 1)
+    ramp = (torch.arange(config.size // 2, dtype=torch.float32) - low) / (0.001 if low == high else high - low)
     keep = 1 - ramp.clamp(0, 1)
     return plain / yarn.factor * (1 - keep) + plain * keep
 
@@ -93,7 +103,7 @@ def rope_tables(
 
 def _table_scale(yarn: Yarn) -> float:
     if yarn.attention_factor is not None:
-        return float(yarn.attention_factor)
+        return yarn.attention_factor
     if yarn.mscale and yarn.mscale_all_dim:
         return _magnitude(yarn.factor, yarn.mscale) / _magnitude(yarn.factor, yarn.mscale_all_dim)
     return _magnitude(yarn.factor, 1.0)

@@ -26,8 +26,8 @@ class Checkpoint:
         self._open_files: dict[str, Any] = {}
         if (folder / _INDEX).exists():
             weight_map = read_json(folder / _INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ModelError(f"{folder / _INDEX} has no weight_map; download it again")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ModelError(f"{folder / _INDEX} has no weight_map of file names; download it again")
             self._file_of: dict[str, str] = weight_map
         elif (folder / _SINGLE).exists():
             self._file_of = dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)

@@ -22,7 +22,8 @@ class EventKind(Enum):
     START = "start"
     SWITCH_OUT = "switch-out"
     SWITCH_IN = "switch-in"
-    SENT = "sent"  # a pending was made
+    SENT = "sent"  # a pending was made, and its communication launched unless that is late
+    LAUNCHED = "launched"  # a late launch
     WAIT = "wait"  # the lane begins to wait for it
     ARRIVED = "arrived"  # the wait is over
     END = "end"

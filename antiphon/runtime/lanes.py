@@ -13,7 +13,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
 
-from greenlet import greenlet
+from greenlet import GreenletExit, greenlet
 
 from antiphon.core.errors import LaneError
 from antiphon.runtime.hook import EventKind, Hook, Recorder
@@ -44,7 +44,7 @@ def run_lanes(
     Each lane gets a copy of the caller's context variables. Lanes may switch unequally often and end early.
     If a lane raises, the other lanes are cancelled at their switch (`LaneCancelled`, a `BaseException`), what is
     pending is abandoned, and the exception is raised here once, with its own traceback.
-    Raises `LaneError` for a run of several lanes inside a lane, for a pending that nobody finished, and for torch
+    Raises `LaneError` for a run inside one of several lanes, for a pending that nobody finished, and for torch
     state that a lane left changed.
     """
     streams = streams if streams is not None else CpuStreams()
@@ -65,8 +65,8 @@ def run_lanes(
             results = [_run_alone(lanes[0], functions[0])]
         else:
             results = _run_round_robin(lanes, functions)
-    except BaseException:
-        _abandon_pendings(lanes)
+    except BaseException as error:
+        _release(lanes, streams, error)
         raise
     streams.join()
     return results
@@ -91,7 +91,9 @@ def _run_round_robin(lanes: list[Lane], functions: Sequence[Callable[[], T]]) ->
         while not all(lane.done for lane in lanes):
             for lane, lane_greenlet in zip(lanes, greenlets, strict=True):
                 if not lane.done:
-                    lane_greenlet.switch()
+                    ended = lane_greenlet.switch()
+                    if isinstance(ended, GreenletExit):  # greenlet returns this one instead of raising it
+                        raise ended
     except BaseException as error:
         _cancel(lanes, error)
         raise
@@ -132,7 +134,11 @@ def _cancel(lanes: list[Lane], error: BaseException) -> None:
             error.add_note(f"lane {lane.index} did not end within {_MAX_CANCEL_SWITCHES} cancellations")
 
 
-def _abandon_pendings(lanes: list[Lane]) -> None:
-    for lane in lanes:
-        for pending in list(lane.pendings.values()):
-            pending.abandon()
+def _release(lanes: list[Lane], streams: Streams, error: BaseException) -> None:
+    """Give up what is pending and wait for the comm stream; what fails on the way is noted on `error`."""
+    pendings = [pending for lane in lanes for pending in lane.pendings.values()]
+    for release in (*(pending.abandon for pending in pendings), streams.join):
+        try:
+            release()
+        except Exception as second:
+            error.add_note(f"releasing failed too: {second!r}")

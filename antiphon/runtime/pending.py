@@ -58,7 +58,7 @@ class Pending(Generic[T]):
     @staticmethod
     def done(value: T, *, label: str) -> Pending[T]:
         """A pending whose result is there already (no communication)."""
-        return Pending(lambda: value, label=label)
+        return Pending(lambda: value, label=label, num_messages=0)
 
     def wait(self) -> T:
         """The result. Model code calls `finish`, which switches first; this alone never switches."""
@@ -73,9 +73,15 @@ class Pending(Generic[T]):
         try:
             if self._launch is not None:
                 self._launch()
+                self._emit(EventKind.LAUNCHED)
             result = wait()
-        finally:
-            self._close()
+        except BaseException as error:
+            try:
+                self.abandon()
+            except Exception as second:
+                error.add_note(f"abandoning {self.label!r} failed too: {second!r}")
+            raise
+        self._close()
         if self._lane is not None:
             self._emit(EventKind.ARRIVED, self._ready_ns() if self._ready_ns is not None else None)
         return result

@@ -18,14 +18,17 @@ class TorchState(NamedTuple):
 
     grad_mode: bool
     inference_mode: bool
-    autocast: tuple[bool, ...]
+    autocast: tuple[torch.dtype | None, ...]  # None where it is off
 
     @staticmethod
     def read(device_types: tuple[str, ...]) -> TorchState:
         return TorchState(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            tuple(torch.is_autocast_enabled(device_type) for device_type in device_types),
+            tuple(
+                torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+                for device_type in device_types
+            ),
         )
 
     def changes(self, now: TorchState) -> str:

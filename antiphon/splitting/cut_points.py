@@ -47,6 +47,8 @@ def request_boundary(
     """
     _check_ratio(imbalance_ratio)
     if decode_only:
+        if num_tokens < 0:
+            raise OptionError(f"num_tokens={num_tokens} is negative; it is a count of tokens")
         middle = num_tokens // 2
         return (middle, middle)
     query_lens = [] if query_lens is None else query_lens
@@ -70,6 +72,7 @@ def find_cut(
         raise unknown_value("split", rule, CUT_RULES)
     if not 1 <= num_parts <= MAX_LANES:
         raise OptionError(f"num_parts={num_parts} is out of range; use 1 to {MAX_LANES}")
+    _check_ratio(imbalance_ratio)
     total = _checked_sum(query_lens)
     whole = (total,)
     if num_parts == 1:
@@ -79,23 +82,29 @@ def find_cut(
     targets = [total * part // num_parts for part in range(1, num_parts)]
     if rule == "token" or decode_only:
         return Cut(_lengths(targets, total))
-    cuts = [_boundary_near(query_lens, target, total, imbalance_ratio)[0] for target in targets]
+    nearest = num_parts > 2
+    cuts = [_boundary_near(query_lens, target, total, imbalance_ratio, nearest=nearest)[0] for target in targets]
     if 0 in cuts or len(set(cuts)) < len(cuts):
         return Cut(whole, Refusal.NO_BOUNDARY)
     return Cut(_lengths(cuts, total))
 
 
-def _boundary_near(query_lens: Sequence[int], target: int, total: int, imbalance_ratio: float) -> tuple[int, int]:
+def _boundary_near(
+    query_lens: Sequence[int], target: int, total: int, imbalance_ratio: float, *, nearest: bool = False
+) -> tuple[int, int]:
+    """The boundary at or after `target` if it is near enough, else the one before; with `nearest` the nearer first."""
     tolerance = total * imbalance_ratio
     tokens = 0
     for index, length in enumerate(query_lens):
         before, tokens = tokens, tokens + length
         if tokens < target:
             continue
-        if abs(tokens - target) < tolerance and tokens < total:
-            return (tokens, index + 1)
-        if abs(before - target) < tolerance and before > 0:
-            return (before, index)
+        candidates = [(tokens, index + 1), (before, index)]
+        if nearest:
+            candidates.sort(key=lambda cut: abs(cut[0] - target))
+        for cut in candidates:
+            if abs(cut[0] - target) < tolerance and 0 < cut[0] < total:
+                return cut
         break
     return (0, 0)
 

@@ -38,7 +38,7 @@ def token_slices(query_lens: Sequence[int], cuts: Sequence[int]) -> list[MicroSl
     if any(stop <= start for start, stop in pairwise(edges)):
         raise OptionError(
             f"cuts {list(cuts)} do not cut {total} tokens into parts that are not empty; "
-            f"use strictly increasing positions from 1 to {total - 1}"
+            f"use strictly increasing positions, above 0 and below {total}"
         )
     parts = []
     for start, stop in pairwise(edges):

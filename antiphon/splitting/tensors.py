@@ -22,13 +22,15 @@ def cut_tensors(value: Any, part_tokens: Sequence[int], *, dim: int = 0) -> list
     if value is None:
         return [None] * len(part_tokens)
     if isinstance(value, torch.Tensor):
-        if sum(part_tokens) != value.shape[dim]:
+        if value.dim() == 0:
+            raise OptionError("a tensor without dimensions cannot be cut by tokens; give it a token dimension")
+        if sum(part_tokens) != value.shape[dim] or min(part_tokens, default=0) < 0:
             raise OptionError(
                 f"parts of {list(part_tokens)} tokens do not add up to the {value.shape[dim]} tokens of a tensor of "
                 f"shape {tuple(value.shape)}, dimension {dim}"
             )
         return list(torch.split(value, list(part_tokens), dim=dim))
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         columns = [cut_tensors(item, part_tokens, dim=dim) for item in value]
         return [type(value)(column[part] for column in columns) for part in range(len(part_tokens))]
     if isinstance(value, dict):
@@ -51,7 +53,7 @@ def join_tensors(parts: Sequence[Any], *, dim: int = 0) -> Any:
         return None
     if isinstance(first, torch.Tensor):
         return first if len(parts) == 1 else torch.cat(list(parts), dim=dim)
-    if isinstance(first, list | tuple):
+    if type(first) in (list, tuple):
         if len({len(part) for part in parts}) > 1:
             raise OptionError(f"parts have different lengths: {[len(part) for part in parts]}")
         return type(first)(join_tensors(items, dim=dim) for items in zip(*parts, strict=True))

@@ -1,6 +1,6 @@
 """How much communication a step hid, from its events.
 
-    communication   time in which at least one communication was under way: from sent to arrived
+    communication   time in which at least one communication was under way: from its launch to its arrival
     exposed         time in which a lane blocked the host to wait for one
     hidden          communication - exposed: what compute covered
 
@@ -9,11 +9,11 @@ A communication whose transport cannot tell when its data was there (none was se
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from antiphon.runtime import EventKind, LaneEvent
+from antiphon.runtime import EventKind
 from antiphon.timeline.recorder import StepTimeline
 
 __all__ = ["OverlapTotals", "StepOverlap", "measure_overlap"]
@@ -32,17 +32,17 @@ class StepOverlap:
 
 def measure_overlap(step: StepTimeline) -> StepOverlap:
     """Compute the overlap of a finished step."""
-    sent: dict[int, LaneEvent] = {}
+    launched_ns: dict[int, int] = {}
     wait_start_ns: dict[int, int] = {}
     intervals: list[tuple[int, int]] = []
     exposed_ns = num_bytes = 0
     for event in step.events:
-        if event.kind is EventKind.SENT:
-            sent[event.pending] = event
+        if event.kind in (EventKind.SENT, EventKind.LAUNCHED):
+            launched_ns[event.pending] = event.time_ns
         elif event.kind is EventKind.WAIT:
             wait_start_ns[event.pending] = event.time_ns
         elif event.kind is EventKind.ARRIVED and event.ready_ns is not None:
-            intervals.append((sent[event.pending].time_ns, min(event.ready_ns, event.time_ns)))
+            intervals.append((launched_ns[event.pending], min(event.ready_ns, event.time_ns)))
             exposed_ns += max(0, min(event.ready_ns, event.time_ns) - wait_start_ns[event.pending])
             num_bytes += event.num_bytes
     communication_ns = _union_ns(intervals)
@@ -67,11 +67,11 @@ class OverlapTotals:
     """Sums of step overlaps by kind of plan."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._sums: dict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, kind: str, overlap: StepOverlap) -> None:
         for name, value in asdict(overlap).items():
-            self._sums[kind][name] += value
+            self._sums[kind][name] += value  # floats but for num_bytes
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`."""

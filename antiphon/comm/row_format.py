@@ -11,12 +11,12 @@ import torch
 
 from antiphon.comm.transport import ExpertShape
 
-__all__ = ["LaneBuffers", "RowLayout"]
+__all__ = ["LaneBuffers", "RowFormat"]
 
 _ROW_ALIGNMENT = 16
 
 
-class RowLayout:
+class RowFormat:
     """Offsets of the parts of a row, for one shape of experts."""
 
     def __init__(self, shape: ExpertShape) -> None:
@@ -53,7 +53,8 @@ class LaneBuffers:
         """A contiguous [num_rows, width] of `dtype`, contents undefined."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[0] < num_rows:
-            buffer = torch.empty(num_rows, width, dtype=dtype, device=self._device)
+            with torch.inference_mode(False):  # so that it can be used inside of it and outside
+                buffer = torch.empty(num_rows, width, dtype=dtype, device=self._device)
             self._buffers[name] = buffer
         assert buffer.shape[1] == width and buffer.dtype == dtype, f"buffer {name!r} has another shape"
         return buffer[:num_rows]

@@ -1,0 +1,339 @@
+"""The contract of `antiphon.comm.transport`, check by check. Every function here runs on all ranks at once.
+
+Each takes the world, the name of a transport, and what its table entry adds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+
+from antiphon.comm import ExpertShape, Routes
+from antiphon.core.errors import LaneError, OptionError
+from antiphon.runtime import current_lane, finish, run_lanes, switch
+from tests.comm.world import World, apply_experts, make_shape, make_tokens, poison_buffers
+
+__all__ = ["SCENARIOS", "transports_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """How many tokens the ranks have and where they go."""
+
+    counts: tuple[int, int, int, int]  # the first W are used
+    top_k: int = 3
+    hidden_size: int = 5
+    to_last_rank: bool = False
+
+
+SCENARIOS = {
+    "different-counts": Scenario(counts=(5, 2, 9, 1)),
+    "rows-of-16-bytes": Scenario(counts=(4, 6, 1, 3), top_k=2, hidden_size=8),
+    "some-ranks-idle": Scenario(counts=(0, 6, 0, 3)),
+    "one-rank-busy": Scenario(counts=(7, 0, 0, 0)),
+    "all-ranks-idle": Scenario(counts=(0, 0, 0, 0)),
+    "all-to-the-last-rank": Scenario(counts=(4, 5, 6, 7), top_k=2, to_last_rank=True),
+    "one-expert": Scenario(counts=(8, 3, 1, 6), top_k=1, hidden_size=3),
+    "all-experts": Scenario(counts=(3, 8, 2, 4), top_k=8),
+}
+
+
+def sums_are_right(world: World, name: str, scenario: Scenario, dtype: torch.dtype) -> None:
+    shape = make_shape(dtype, top_k=scenario.top_k, hidden_size=scenario.hidden_size)
+    per_rank = shape.experts_per_rank(world.size)
+    experts = range(shape.num_experts - per_rank, shape.num_experts) if scenario.to_last_rank else None
+    counts = scenario.counts[: world.size]
+    transport = world.make(name, shape)
+    for turn, known in enumerate([counts, None, counts]):
+        tokens = make_tokens(shape, counts[world.rank], seed=(turn, world.rank), experts=experts)
+        world.expect_sums(world.run(transport, tokens, known), tokens, f"turn {turn}, tokens_by_rank={known}:")
+
+
+def buffers_are_written_before_they_are_read(world: World, name: str, num_iterations: int) -> None:
+    """Iterations that grow and shrink, over buffers that hold NaN in between."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    sizes = random.Random(5)
+    num_poisoned = 0
+    for turn in range(num_iterations):
+        limit = 1 + turn % 40
+        counts = tuple(sizes.choice([0, limit, sizes.randrange(limit)]) for _ in range(world.size))
+        tokens = make_tokens(shape, counts[world.rank], seed=(turn, world.rank))
+        known = counts if turn % 3 else None
+        world.expect_sums(world.run(transport, tokens, known), tokens, f"iteration {turn}, counts {counts}:")
+        num_poisoned += poison_buffers(transport)
+    world.expect(num_poisoned > 0 or transport.name == "local", "no buffer was poisoned")
+
+
+def lanes_interleave(world: World, name: str, num_lanes: int) -> None:
+    """Every lane runs a chain of layers of its own length; between two phases the other lanes do theirs."""
+    shape = make_shape(hidden_size=7)
+    transport = world.make(name, shape, num_lanes=num_lanes)
+    order: list[tuple[str, int, int]] = []
+
+    def run_chain() -> None:
+        lane = current_lane()
+        for layer in range(2 + lane):
+            counts = tuple((3 * rank + 5 * lane + layer) % 7 for rank in range(world.size))
+            tokens = make_tokens(shape, counts[world.rank], seed=(lane, layer, world.rank))
+            order.append(("dispatch", layer, lane))
+            rows = finish(transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts))
+            switch("rows must stay valid while the other lanes dispatch")
+            order.append(("combine", layer, lane))
+            sums_TD = finish(transport.combine(apply_experts(rows, shape, world.group)))
+            world.expect_sums(sums_TD, tokens, f"lane {lane}, layer {layer}:")
+
+    run_lanes([run_chain] * num_lanes)
+    expected = [
+        (phase, layer, lane)
+        for layer in range(1 + num_lanes)
+        for phase in ("dispatch", "combine")
+        for lane in range(num_lanes)
+        if layer < 2 + lane
+    ]
+    world.expect_equal(order, expected, "order of phases")
+
+
+def results_belong_to_the_caller(world: World, name: str) -> None:
+    """What combine returned stays as it was through later communications and poisoned buffers."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    kept = []
+    for turn in range(6):
+        tokens = make_tokens(shape, 2 + (turn + world.rank) % 5, seed=(turn, world.rank))
+        kept.append((world.run(transport, tokens, None), tokens))
+        poison_buffers(transport)
+    for turn, (sums_TD, tokens) in enumerate(kept):
+        world.expect_sums(sums_TD, tokens, f"result {turn}, looked at in the end:")
+
+
+def result_is_not_the_partial_sums(world: World, name: str) -> None:
+    """The result of combine is new: the tensor that went in may be used again."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    tokens = make_tokens(shape, 4, seed=world.rank)
+    rows = finish(transport.dispatch(tokens.x_TD, tokens.routes))
+    partial_RD = apply_experts(rows, shape, world.group)
+    sums_TD = finish(transport.combine(partial_RD))
+    partial_RD.fill_(float("nan"))
+    world.expect_sums(sums_TD, tokens, "after the partial sums were overwritten:")
+
+
+def sources_are_read_in_dispatch(world: World, name: str) -> None:
+    """On the CPU `x_TD` is read before `dispatch` returns, so it may be overwritten then."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    tokens = make_tokens(shape, 4, seed=world.rank)
+    x_TD, weights_TK = tokens.x_TD.clone(), tokens.routes.weights_TK.clone()
+    pending = transport.dispatch(x_TD, Routes(tokens.routes.ids_TK.clone(), weights_TK))
+    x_TD.fill_(float("nan"))
+    weights_TK.fill_(float("nan"))
+    sums_TD = finish(transport.combine(apply_experts(finish(pending), shape, world.group)))
+    world.expect_sums(sums_TD, tokens, "after the sources were overwritten:")
+
+
+def sources_stay_as_they_are(world: World, name: str) -> None:
+    shape = make_shape()
+    transport = world.make(name, shape)
+    tokens = make_tokens(shape, 4, seed=world.rank)
+    before = [tensor.clone() for tensor in (tokens.x_TD, tokens.routes.ids_TK, tokens.routes.weights_TK)]
+    world.run(transport, tokens, None)
+    after = [tokens.x_TD, tokens.routes.ids_TK, tokens.routes.weights_TK]
+    world.expect(all(map(torch.equal, before, after)), "dispatch changed its sources")
+
+
+def ranks_drift_apart(world: World, name: str) -> None:
+    """Ranks that sleep at random between their phases."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    naps = random.Random(world.rank)
+    for turn in range(20):
+        counts = tuple((turn + rank) % 4 for rank in range(world.size))
+        tokens = make_tokens(shape, counts[world.rank], seed=(turn, world.rank))
+        time.sleep(naps.random() * 4e-3)
+        pending = transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts)
+        time.sleep(naps.random() * 4e-3)
+        back = transport.combine(apply_experts(finish(pending), shape, world.group))
+        time.sleep(naps.random() * 4e-3)
+        world.expect_sums(finish(back), tokens, f"turn {turn}:")
+
+
+def rows_are_what_was_sent(world: World, name: str) -> None:
+    """`alltoall`: one copy of a token for each rank that it goes to; `allgather`: everything, padded."""
+    shape = make_shape(top_k=3)
+    counts = (6, 3, 0, 9)[: world.size]
+    tokens = make_tokens(shape, counts[world.rank], seed=world.rank)
+    rows = finish(world.make(name, shape).dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts))
+    everyone = [make_tokens(shape, count, seed=rank) for rank, count in enumerate(counts)]
+    per_rank = shape.experts_per_rank(world.size)
+    wanted = [(sent.routes.ids_TK // per_rank == world.rank).any(1) for sent in everyone]
+    here = (rows.ids_RK >= 0).any(1)
+    expected_x = torch.cat([sent.x_TD[mask] for sent, mask in zip(everyone, wanted, strict=True)])
+    world.expect(torch.equal(rows.x_RD[here], expected_x), "rows are not the tokens in order of rank")
+    expected_rows = {
+        "local": counts[0],
+        "allgather": world.size * max(counts),
+        "alltoall": len(expected_x),
+    }[_inner_name(name)]
+    world.expect_equal(rows.x_RD.shape[0], expected_rows, "rows received")
+    ids_RK = torch.cat([sent.routes.ids_TK[mask] for sent, mask in zip(everyone, wanted, strict=True)])
+    local_RK = torch.where(ids_RK // per_rank == world.rank, ids_RK % per_rank, -1)
+    world.expect(torch.equal(rows.ids_RK[here], local_RK), "ids are not indices on this rank")
+    weights_RK = torch.cat([sent.routes.weights_TK[mask] for sent, mask in zip(everyone, wanted, strict=True)])
+    world.expect(torch.equal(rows.weights_RK[here], weights_RK), "weights did not travel with their tokens")
+
+
+def bytes_are_counted(world: World, name: str, dtype: torch.dtype) -> None:
+    """What pendings say of their size, against a count of its own."""
+    shape = make_shape(dtype, top_k=3, hidden_size=7)
+    counts = (6, 3, 0, 9)[: world.size]
+    transport = world.make(name, shape)
+    tokens = make_tokens(shape, counts[world.rank], seed=world.rank)
+    sent = transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts)
+    back = transport.combine(apply_experts(finish(sent), shape, world.group))
+    finish(back)
+    rows = _remote_rows(world, _inner_name(name), shape, counts)
+    world.expect_equal(sent.num_bytes, rows * _row_bytes(shape), "bytes of dispatch")
+    world.expect_equal(back.num_bytes, rows * shape.hidden_size * dtype.itemsize, "bytes of combine")
+
+
+def messages_are_counted(world: World, name: str) -> None:
+    """What a link model has to charge a latency for: `alltoall` sends counts before its rows."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    tokens = make_tokens(shape, 3, seed=world.rank)
+    sent = transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=(3,) * world.size)
+    back = transport.combine(apply_experts(finish(sent), shape, world.group))
+    finish(back)
+    expected = {"local": (0, 0), "allgather": (1, 1), "alltoall": (2, 1)}[_inner_name(name)]
+    world.expect_equal((sent.num_messages, back.num_messages), expected, "messages")
+
+
+def phases_alternate(world: World, name: str) -> None:
+    """Wrong orders raise before anything is sent, so the right order still works afterwards."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    tokens = make_tokens(shape, 2, seed=world.rank)
+    partial_RD = torch.zeros(2, shape.hidden_size, dtype=shape.dtype)
+    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), "combine on lane 0 while it is idle")
+    sent = transport.dispatch(tokens.x_TD, tokens.routes)
+    again = "dispatch on lane 0 while it is dispatching"
+    _expect_error(world, LaneError, lambda: transport.dispatch(tokens.x_TD, tokens.routes), again)
+    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), "combine on lane 0 while it is dispatching")
+    rows = finish(sent)
+    early = "dispatch on lane 0 while it is received"
+    _expect_error(world, LaneError, lambda: transport.dispatch(tokens.x_TD, tokens.routes), early)
+    back = transport.combine(apply_experts(rows, shape, world.group))
+    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), "combine on lane 0 while it is combining")
+    world.expect_sums(finish(back), tokens, "after refused calls:")
+
+
+def lanes_beyond_the_last_are_refused(world: World, name: str) -> None:
+    shape = make_shape()
+    transport = world.make(name, shape, num_lanes=1)
+    tokens = make_tokens(shape, 2, seed=world.rank)
+
+    def in_second_lane() -> None:
+        if current_lane() == 1:
+            transport.dispatch(tokens.x_TD, tokens.routes)
+
+    _expect_error(world, LaneError, lambda: run_lanes([in_second_lane] * 2), "made for 1 lanes")
+
+
+def wrong_tokens_are_refused(world: World, name: str) -> None:
+    """Tensors that do not fit raise before anything is sent."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    tokens = make_tokens(shape, 3, seed=world.rank)
+    x_TD, routes = tokens.x_TD, tokens.routes
+    narrow = Routes(routes.ids_TK[:, :2], routes.weights_TK)
+    for wrong_x, wrong_routes, text in [
+        (x_TD[:, :4], routes, "tokens are [3, 4] torch.float64; this transport takes [T, 5] torch.float64"),
+        (x_TD.float(), routes, "tokens are [3, 5] torch.float32; this transport takes [T, 5] torch.float64"),
+        (x_TD[0], routes, "tokens are [5] torch.float64"),
+        (x_TD, narrow, "routes are [3, 2] and [3, 3]; 3 tokens with 3 experts each need [3, 3]"),
+        (x_TD, Routes(routes.ids_TK, routes.weights_TK[:2]), "routes are [3, 3] and [2, 3]"),
+        (x_TD[:2], routes, "2 tokens with 3 experts each need [2, 3]"),
+    ]:
+        _expect_error(world, OptionError, lambda x=wrong_x, r=wrong_routes: transport.dispatch(x, r), text)
+    world.expect_sums(world.run(transport, tokens, None), tokens, "after refused calls:")
+
+
+def wrong_partial_sums_are_refused(world: World, name: str) -> None:
+    """Combine raises as dispatch does: too few rows must not be repeated, nor other dtypes converted."""
+    shape = make_shape(top_k=8)
+    transport = world.make(name, shape)
+    tokens = make_tokens(shape, 4, seed=world.rank)
+    rows = finish(transport.dispatch(tokens.x_TD, tokens.routes))
+    partial_RD = apply_experts(rows, shape, world.group)
+    for what, wrong in [
+        ("one row for all", partial_RD[:1]),
+        ("no row dimension", partial_RD[0]),
+        ("too few rows", partial_RD[:-1]),
+        ("too many rows", torch.cat([partial_RD, partial_RD])),
+        ("hidden size", partial_RD[:, :1]),
+        ("dtype", partial_RD.float()),
+    ]:
+        _expect_error(world, OptionError, lambda wrong=wrong: transport.combine(wrong), "partial sums are", what)
+    world.expect_sums(finish(transport.combine(partial_RD)), tokens, "after refused calls:")
+
+
+def reset_forgets_a_failed_run(world: World, name: str) -> None:
+    shape = make_shape()
+    transport = world.make(name, shape, num_lanes=2)
+    tokens = make_tokens(shape, 3, seed=world.rank)
+
+    def fail_between_phases() -> None:
+        finish(transport.dispatch(tokens.x_TD, tokens.routes))
+        raise KeyError("broken expert")
+
+    _expect_error(world, KeyError, lambda: run_lanes([fail_between_phases]), "broken expert")
+    _expect_error(world, LaneError, lambda: transport.dispatch(tokens.x_TD, tokens.routes), "while it is received")
+    transport.reset()
+    world.expect_sums(world.run(transport, tokens, None), tokens, "after a reset:")
+
+
+def _inner_name(name: str) -> str:
+    return name.split(":")[1] if name.startswith("simulated:") else name
+
+
+def _expect_error(world: World, kind: type[Exception], call: object, text: str, what: str = "") -> None:
+    try:
+        call()  # type: ignore[operator]
+    except kind as error:
+        world.expect(text in str(error), f"{what or text}: the message is {error}")
+    except Exception as error:
+        world.expect(False, f"{what or text}: {kind.__name__} was expected, not {error!r}")
+    else:
+        world.expect(False, f"{what or text}: no {kind.__name__}")
+
+
+def _row_bytes(shape: ExpertShape) -> int:
+    """Hidden state filled up to 8 bytes, weights, ids of 4 bytes; all filled up to 16 bytes."""
+    hidden = -(-shape.hidden_size * shape.dtype.itemsize // 8) * 8
+    weight = 8 if shape.dtype == torch.float64 else 4
+    return -(-(hidden + shape.top_k * (weight + 4)) // 16) * 16
+
+
+def _remote_rows(world: World, inner: str, shape: ExpertShape, counts: tuple[int, ...]) -> int:
+    """Rows to or from other ranks, whichever are more."""
+    if inner == "local":
+        return 0
+    if inner == "allgather":
+        return (world.size - 1) * max(counts)
+    per_rank = shape.experts_per_rank(world.size)
+    copies = torch.zeros(world.size, world.size, dtype=torch.int64)  # [from, to]
+    for source, count in enumerate(counts):
+        for ids in make_tokens(shape, count, seed=source).routes.ids_TK.tolist():
+            for target in {number // per_rank for number in ids}:
+                copies[source, target] += source != target
+    return int(max(copies[world.rank].sum(), copies[:, world.rank].sum()))
+
+
+def transports_of(size: int) -> list[str]:
+    """Names of all transports that can run on `size` ranks."""
+    names = ["allgather", "alltoall", "simulated:allgather:10GB/s:10us", "simulated:alltoall:10GB/s:10us"]
+    return ["local", *names] if size == 1 else names

@@ -1,0 +1,153 @@
+"""The options that decide when a step is split."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from itertools import combinations
+
+import pytest
+
+from antiphon.core.errors import OptionError
+from antiphon.core.plan import MAX_LANES
+from antiphon.core.policy import DBO_MODES, SPLIT_RULES, OverlapPolicy
+
+OTHER_VALUES = {
+    "dbo": ["on", "off"],
+    "split": ["request-boundary"],
+    "micro_batches": [3, 4],
+    "prefill_threshold": [0, 1, 512],
+    "decode_threshold": [0, 1, 32],
+    "imbalance_ratio": [0.2, 0.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "prefill", "decode"),
+    [
+        ({}, 512, 32),
+        ({"dbo": "auto"}, 512, 32),
+        ({"dbo": "on"}, 0, 0),
+        ({"dbo": "on", "prefill_threshold": 512, "decode_threshold": 32}, 512, 32),
+        ({"dbo": "on", "prefill_threshold": 100}, 100, 0),
+        ({"dbo": "on", "decode_threshold": 5}, 0, 5),
+        ({"dbo": "auto", "prefill_threshold": 0}, 0, 32),
+        ({"dbo": "auto", "decode_threshold": 0}, 512, 0),
+    ],
+)
+def test_thresholds(options, prefill, decode):
+    policy = OverlapPolicy(**options)
+    assert policy.threshold(decode_only=False) == prefill
+    assert policy.threshold(decode_only=True) == decode
+
+
+def test_defaults():
+    policy = OverlapPolicy()
+    assert (policy.dbo, policy.micro_batches, policy.imbalance_ratio) == ("auto", 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dbo": "onn"}, "dbo='onn' .*auto, off, on; did you mean 'on'"),
+        ({"dbo": "Auto"}, "did you mean 'auto'"),
+        ({"dbo": "of"}, "did you mean 'off'"),
+        ({"dbo": True}, "dbo=True is not known; use one of auto, off, on"),
+        ({"dbo": None}, "dbo=None is not known"),
+        ({"split": "tokens"}, "split='tokens' .*did you mean 'token'"),
+        ({"split": "request_boundary"}, "did you mean 'request-boundary'"),
+        ({"micro_batches": 1}, f"micro_batches=1 is out of range; use 2 to {MAX_LANES}"),
+        ({"micro_batches": MAX_LANES + 1}, f"micro_batches={MAX_LANES + 1} .*use 2 to {MAX_LANES}"),
+        ({"micro_batches": 2.0}, "micro_batches=2.0"),
+        ({"micro_batches": "2"}, "micro_batches='2'"),
+        ({"micro_batches": True}, "micro_batches=True"),
+        ({"micro_batches": None}, "micro_batches=None"),
+        ({"prefill_threshold": -1}, "dbo_prefill_token_threshold=-1 .*use 0 or more"),
+        ({"decode_threshold": -1}, "dbo_decode_token_threshold=-1 .*use 0 or more"),
+        ({"prefill_threshold": 1.5}, "dbo_prefill_token_threshold=1.5"),
+        ({"decode_threshold": "32"}, "dbo_decode_token_threshold='32'"),
+        ({"imbalance_ratio": -0.01}, "imbalance_ratio=-0.01 .*from 0 to 1"),
+        ({"imbalance_ratio": 1.01}, "imbalance_ratio=1.01 .*from 0 to 1"),
+        ({"imbalance_ratio": float("nan")}, "imbalance_ratio=nan"),
+    ],
+)
+def test_values_out_of_range_are_errors_that_say_what_is_valid(options, message):
+    with pytest.raises(OptionError, match=message):
+        OverlapPolicy(**options)
+
+
+@pytest.mark.parametrize("ratio", ["0.1", None, [0.1]])
+def test_a_ratio_of_the_wrong_type_is_an_option_error(ratio):
+    with pytest.raises(OptionError, match="imbalance_ratio"):
+        OverlapPolicy(imbalance_ratio=ratio)
+
+
+@pytest.mark.parametrize("name", ["prefill_threshold", "decode_threshold"])
+def test_a_bool_is_no_count_of_tokens(name):
+    with pytest.raises(OptionError, match="token_threshold=True"):
+        OverlapPolicy(**{name: True})
+
+
+@pytest.mark.parametrize("dbo", DBO_MODES)
+@pytest.mark.parametrize("split", SPLIT_RULES)
+@pytest.mark.parametrize("micro_batches", range(2, MAX_LANES + 1))
+def test_all_named_values_are_accepted(dbo, split, micro_batches):
+    policy = OverlapPolicy(dbo=dbo, split=split, micro_batches=micro_batches)
+    assert (policy.dbo, policy.split, policy.micro_batches) == (dbo, split, micro_batches)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, 1, 1.0])
+def test_the_ends_of_the_ratio_are_accepted(ratio):
+    assert OverlapPolicy(imbalance_ratio=ratio).imbalance_ratio == ratio
+
+
+def test_other_values_cover_every_field():
+    assert set(OTHER_VALUES) == {field.name for field in fields(OverlapPolicy)}
+
+
+def test_fingerprints_differ_where_any_field_differs():
+    variants = [OverlapPolicy()]
+    variants += [OverlapPolicy(**{name: value}) for name, values in OTHER_VALUES.items() for value in values]
+    for one, other in combinations(variants, 2):
+        assert one.fingerprint() != other.fingerprint(), (one, other)
+
+
+def test_fingerprints_of_equal_policies_are_equal():
+    assert OverlapPolicy(dbo="on").fingerprint() == OverlapPolicy(dbo="on").fingerprint()
+
+
+@pytest.mark.parametrize("ratio", [0, 1])
+def test_fingerprints_are_equal_for_policies_that_compare_equal(ratio):
+    """One rank's options come from a command line (1.0), another's from JSON (1)."""
+    whole, real = OverlapPolicy(imbalance_ratio=ratio), OverlapPolicy(imbalance_ratio=float(ratio))
+    assert whole == real
+    assert whole.fingerprint() == real.fingerprint()
+
+
+@pytest.mark.processes
+def test_fingerprints_are_the_same_in_every_process():
+    script = "from antiphon.core.policy import OverlapPolicy; print(OverlapPolicy(dbo='on').fingerprint())"
+    printed = [
+        subprocess.run([sys.executable, "-c", script], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True)
+        for seed in ("1", "2")
+    ]
+    assert {int(process.stdout) for process in printed} == {OverlapPolicy(dbo="on").fingerprint()}
+
+
+def test_fingerprints_fit_into_a_word_of_the_row():
+    assert 0 <= OverlapPolicy().fingerprint() < 2**63
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dbo": "off"}, ["off", "serial"]),
+        ({"dbo": "on"}, ["on", "2 micro-batches", "token", "always"]),
+        ({"dbo": "on", "micro_batches": 3, "prefill_threshold": 7}, ["3 micro-batches", "from 7", "0 in decode"]),
+        ({"split": "request-boundary"}, ["auto", "request-boundary", "512", "32"]),
+    ],
+)
+def test_the_description_is_one_line_with_what_holds(options, words):
+    text = OverlapPolicy(**options).describe()
+    assert "\n" not in text
+    for word in words:
+        assert word in text

@@ -1,0 +1,165 @@
+"""A random tiny DeepSeek-V3 of transformers, saved as a checkpoint, and Antiphon's model loaded from it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from antiphon.comm import RankGroup, create_transport
+from antiphon.core.batch import Batch, MicroBatch, RequestSlice, use_micro_batch
+from antiphon.core.plan import Plan
+from antiphon.models import (
+    Checkpoint,
+    build_model,
+    check_checkpoint,
+    expert_shape,
+    load_weights,
+    read_config,
+    skeleton,
+)
+from antiphon.models.deepseek import DeepseekV3Model
+from antiphon.runtime import CpuStreams, run_lanes
+from antiphon.splitting import join, split
+
+__all__ = ["Twin", "random_checkpoint", "random_ids", "relative_error", "rewrite_config", "tiny_config"]
+
+BLOCK_SIZE = 4
+_NUM_BLOCKS = 40
+_MAX_LANES = 3
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "n_shared_experts": 1,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 18,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 9,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "num_mtp_layers": 0,
+}
+
+
+def tiny_config(**changes: Any) -> DeepseekV3Config:
+    return DeepseekV3Config(**(_TINY | changes))
+
+
+def random_checkpoint(
+    folder: Path, *, seed: int = 1, max_shard_size: str = "5GB", **changes: Any
+) -> DeepseekV3ForCausalLM:
+    """A model whose every weight matters (norms, biases and corrections too), saved in `folder`."""
+    config = tiny_config(**changes)
+    config._attn_implementation = config._experts_implementation = "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no shared experts are weights of size zero there
+        model = DeepseekV3ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not name.endswith("inv_freq"):
+                tensor.copy_(_random_weight(name, tensor.shape, generator))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1 + 0.3 * values
+    if len(shape) == 1:
+        return 0.2 * values
+    return values if "embed" in name else values * 1.2 / max(shape[-1], 1) ** 0.5
+
+
+def random_ids(count: int, *, seed: int, vocab_size: int = _TINY["vocab_size"]) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (count,), generator=generator).tolist()
+
+
+def rewrite_config(folder: Path, *, remove: Sequence[str] = (), **changes: Any) -> None:
+    """Change keys of `config.json`."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if key not in remove}))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@dataclass(slots=True)
+class Twin:
+    """Both models over the same weights; ours on one rank, with an empty cache full of NaN."""
+
+    theirs: DeepseekV3ForCausalLM
+    ours: DeepseekV3Model
+
+    @staticmethod
+    def load(theirs: DeepseekV3ForCausalLM, folder: Path, *, dtype: torch.dtype = torch.float32) -> Twin:
+        config, checkpoint = read_config(folder), Checkpoint(folder)
+        check_checkpoint(checkpoint, skeleton(config).checkpoint_tensors())
+        transport = create_transport(
+            "auto",
+            expert_shape(config, dtype),
+            group=RankGroup(rank=0, size=1),
+            streams=CpuStreams(),
+            num_lanes=_MAX_LANES,
+        )
+        ours = build_model(config, transport)
+        load_weights(checkpoint, ours.checkpoint_tensors())
+        twin = Twin(theirs, ours)
+        twin.empty_cache()
+        return twin
+
+    def empty_cache(self) -> None:
+        config = self.ours.config
+        dtype = self.ours.embed_tokens.weight.dtype
+        shape = (config.num_layers, _NUM_BLOCKS, BLOCK_SIZE, config.kv_width)
+        self.ours.bind_kv_cache(torch.full(shape, float("nan"), dtype=dtype))
+
+    @torch.inference_mode()
+    def their_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """[S, V] of one text, without a cache."""
+        return self.theirs(torch.tensor([list(token_ids)])).logits[0]
+
+    @torch.inference_mode()
+    def our_logits(self, requests: Sequence[RequestSlice], cuts: Sequence[int] = ()) -> torch.Tensor:
+        """[T, V] of a batch that is cut before the tokens `cuts`, one lane a part."""
+        edges = [0, *cuts, sum(request.query_len for request in requests)]
+        plan = Plan(part_tokens=(tuple(stop - start for start, stop in pairwise(edges)),), reason="test")
+        parts = split(Batch(rank=0, requests=tuple(requests)), plan, block_size=BLOCK_SIZE)
+        return self.ours.logits(join(run_lanes([partial(self._forward, part) for part in parts])))
+
+    def _forward(self, part: MicroBatch) -> torch.Tensor:
+        with use_micro_batch(part):
+            return self.ours(part.token_ids_T, part.positions_T)
+
+
+def scattered_blocks(num_requests: int, num_tokens: int) -> Iterator[tuple[int, ...]]:
+    """For each request the blocks of its text, neither adjacent nor in order; block 0 is nobody's."""
+    order = torch.randperm(_NUM_BLOCKS - 1, generator=torch.Generator().manual_seed(3)) + 1
+    needed = -(-num_tokens // BLOCK_SIZE)
+    for number in range(num_requests):
+        yield tuple(order[number * needed : (number + 1) * needed].tolist())

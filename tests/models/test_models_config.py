@@ -1,0 +1,208 @@
+"""Reading `config.json`: what is understood, and the errors for what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antiphon.core.errors import ModelError
+from antiphon.models import KNOWN_ARCHITECTURES, read_config
+from antiphon.models.deepseek import DeepseekV3Config
+from tests.models.deepseek_twin import rewrite_config, tiny_config
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_config(architectures=["DeepseekV3ForCausalLM"]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def error_of(folder: Path) -> str:
+    with pytest.raises(ModelError) as refused:
+        read_config(folder)
+    return str(refused.value)
+
+
+def test_sizes(folder: Path) -> None:
+    config = read_config(folder)
+    assert isinstance(config, DeepseekV3Config)
+    assert config.architecture == "DeepseekV3ForCausalLM"
+    assert (config.num_layers, config.hidden_size, config.vocab_size, config.max_positions) == (3, 24, 61, 128)
+    assert (config.num_experts, config.top_k, config.kv_width) == (12, 3, 18 + 8)
+    assert (config.num_dense_layers, config.dense_width, config.expert_width) == (1, 40, 20)
+    assert config.num_shared_experts == 1
+    assert (config.attention.query_rank, config.attention.head_size, config.attention.value_size) == (14, 18, 9)
+    assert config.routing.scale == pytest.approx(1.7)
+    assert config.eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "num_attention_heads",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+        "first_k_dense_replace",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "max_position_embeddings",
+    ],
+)
+@pytest.mark.parametrize("value", ["missing", None, "12", 1.5, True, -1])
+def test_sizes_that_are_missing_or_wrong(folder: Path, key: str, value: Any) -> None:
+    rewrite_config(folder, remove=[key] if value == "missing" else [], **{key: value})
+    message = error_of(folder)
+    assert str(folder / "config.json") in message
+    shown = None if value == "missing" else value
+    assert f"{key}={shown!r}; an integer of at least" in message
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "n_group", "vocab_size", "kv_lora_rank"])
+def test_sizes_of_zero(folder: Path, key: str) -> None:
+    rewrite_config(folder, **{key: 0})
+    assert f"{key}=0; an integer of at least 1 is needed" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": "no"}, "attention_bias='no'; true or false is needed"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1; true or false is needed"),
+        ({"routed_scaling_factor": "2"}, "routed_scaling_factor='2'; a number is needed"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None; a number is needed"),
+        ({"q_lora_rank": 0}, "q_lora_rank=0"),
+        ({"n_shared_experts": -1}, "n_shared_experts=-1"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu', which is not supported; only 'silu'"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax', which is not supported; only 'sigmoid'"),
+        ({"topk_method": "greedy"}, "topk_method='greedy', which is not supported; only 'noaux_tc'"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2, which is not supported; only 1"),
+        ({"n_group": 5}, "n_routed_experts=12, n_group=5, topk_group=1; groups must divide the experts"),
+        ({"n_group": 2, "topk_group": 3}, "n_group=2, topk_group=3"),
+        ({"num_experts_per_tok": 13}, "num_experts_per_tok=13"),
+        ({"n_group": 6, "num_experts_per_tok": 3}, "1 groups of 2 experts"),
+        ({"n_group": 12, "topk_group": 6}, "6 groups of 1 experts"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>'; token ids are needed"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised ('fp8'), which is not supported; use"),
+        ({"quantization_config": {}}, "is quantised ('unknown')"),
+        ({"quantization_config": "fp8"}, "is quantised"),
+    ],
+)
+def test_what_is_not_supported(folder: Path, changes: dict[str, Any], message: str) -> None:
+    rewrite_config(folder, **changes)
+    assert message in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_type": "llama3"}, "rope_type='llama3', which is not supported; only 'default' or 'yarn'"),
+        ({"type": "linear", "factor": 2.0}, "rope_type='linear'"),
+        ({"rope_type": "yarn"}, "yarn parameters that cannot be read (KeyError('factor'))"),
+        ({"rope_type": "yarn", "factor": "large"}, "yarn parameters that cannot be read"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": [1]}, "yarn parameters that cannot be read"),
+        ({"rope_type": "yarn", "factor": 2.0, "attention_factor": "big"}, "yarn parameters that cannot be read"),
+        ({"rope_type": "default", "rope_theta": "large"}, "rope_theta='large'"),
+        ({"rope_type": "default", "rope_theta": None}, "rope_theta=None"),
+        (["yarn"], "rope"),
+        ("yarn", "rope"),
+    ],
+)
+def test_rope_that_is_not_supported(folder: Path, parameters: Any, message: str) -> None:
+    rewrite_config(folder, rope_parameters=parameters)
+    assert message in error_of(folder)
+
+
+def test_an_odd_number_of_rotary_dimensions(folder: Path) -> None:
+    rewrite_config(folder, qk_rope_head_dim=7)
+    assert "qk_rope_head_dim=7" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("DeepseekV2ForCausalLM", "the nearest is DeepseekV3ForCausalLM"),
+        ("DeepSeekV3ForCausalLM", "the nearest is DeepseekV3ForCausalLM"),
+        ("Bert", f"known are {', '.join(KNOWN_ARCHITECTURES)}"),
+    ],
+)
+def test_unknown_architectures(folder: Path, name: str, hint: str) -> None:
+    rewrite_config(folder, architectures=[name])
+    message = error_of(folder)
+    assert f"architecture {name!r}, which is not known" in message
+    assert hint in message
+
+
+@pytest.mark.parametrize("names", [None, [], ["A", "B"], "DeepseekV3ForCausalLM", [3]])
+def test_architectures_that_cannot_be_read(folder: Path, names: Any) -> None:
+    rewrite_config(folder, architectures=names)
+    assert f"names architectures={names!r}; exactly one is expected" in error_of(folder)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert "is not a folder; pass the folder of a Hugging Face checkpoint" in error_of(tmp_path / "nowhere")
+
+
+def test_a_file_instead_of_a_folder(folder: Path) -> None:
+    assert "is not a folder" in error_of(folder / "config.json")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    assert f"{tmp_path / 'config.json'} does not exist" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b"{'hidden_size': 3}", "cannot be read as JSON"),
+        (b'{"hidden_size": 3', "cannot be read as JSON"),
+        (b"\xff\xfe\x00", "cannot be read as JSON"),
+        (b"[1, 2]", "holds a list, not an object; download it again"),
+        (b"null", "holds a NoneType, not an object"),
+    ],
+)
+def test_a_config_that_is_not_json(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    assert message in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "expected"),
+    [
+        (5, None, (5,)),
+        ([5, 6], None, (5, 6)),
+        (None, None, ()),
+        (5, {"eos_token_id": 7}, (7,)),
+        (5, {"eos_token_id": [7, 8]}, (7, 8)),
+        (5, {"eos_token_id": None}, (5,)),
+        (5, {}, (5,)),
+    ],
+)
+def test_end_of_sequence_tokens(
+    folder: Path, in_config: Any, in_generation: dict[str, Any] | None, expected: tuple[int, ...]
+) -> None:
+    rewrite_config(folder, eos_token_id=in_config)
+    if in_generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(in_generation))
+    assert read_config(folder).eos_token_ids == expected
+
+
+def test_keys_with_defaults_may_be_missing(folder: Path) -> None:
+    optional = ["attention_bias", "rope_interleave", "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps"]
+    rewrite_config(folder, remove=[*optional, "tie_word_embeddings", "hidden_act", "q_lora_rank", "n_shared_experts"])
+    config = read_config(folder)
+    assert isinstance(config, DeepseekV3Config)
+    assert (config.attention.bias, config.attention.rope.interleaved, config.routing.normalize) == (False, True, True)
+    assert (config.attention.query_rank, config.num_shared_experts, config.tied_embeddings) == (None, 0, False)

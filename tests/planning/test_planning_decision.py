@@ -1,0 +1,226 @@
+"""The decision: a pure function of all ranks' proposals, paced by the busiest rank."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from antiphon.core.plan import MAX_LANES, Plan, Proposal, Refusal
+from antiphon.core.policy import DBO_MODES, OverlapPolicy
+from antiphon.planning import decide
+
+ON, OFF, AUTO = (OverlapPolicy(dbo=mode) for mode in ("on", "off", "auto"))
+
+
+def offer(*part_tokens: int, decode_only: bool = False, wave: int = 0) -> Proposal:
+    return Proposal(num_tokens=sum(part_tokens), decode_only=decode_only, part_tokens=part_tokens, wave=wave)
+
+
+def refused(num_tokens: int, refusal: Refusal = Refusal.NO_BOUNDARY, *, decode_only: bool = False) -> Proposal:
+    return Proposal(num_tokens=num_tokens, decode_only=decode_only, part_tokens=(num_tokens,), refusal=refusal)
+
+
+IDLE = refused(0, Refusal.TOO_FEW_TOKENS)
+
+
+@st.composite
+def offers(draw, num_lanes: int):
+    if draw(st.booleans()):
+        return refused(draw(st.integers(0, 700)), draw(st.sampled_from([Refusal.TOO_FEW_TOKENS, Refusal.NO_BOUNDARY])))
+    parts = draw(st.lists(st.integers(1, 500), min_size=num_lanes, max_size=num_lanes))
+    return offer(*parts, decode_only=draw(st.booleans()), wave=draw(st.integers(0, 2)))
+
+
+@st.composite
+def policies(draw, micro_batches: int):
+    thresholds = st.none() | st.integers(0, 800)
+    return OverlapPolicy(
+        dbo=draw(st.sampled_from(DBO_MODES)),
+        micro_batches=micro_batches,
+        prefill_threshold=draw(thresholds),
+        decode_threshold=draw(thresholds),
+    )
+
+
+@st.composite
+def decisions(draw):
+    num_lanes = draw(st.integers(2, MAX_LANES))
+    return draw(st.lists(offers(num_lanes), min_size=1, max_size=6)), draw(policies(num_lanes))
+
+
+def check_tokens(plan: Plan, proposals: list[Proposal]) -> None:
+    assert len(plan.part_tokens) == len(proposals)
+    for parts, proposal in zip(plan.part_tokens, proposals, strict=True):
+        assert len(parts) == plan.num_lanes
+        assert sum(parts) == proposal.num_tokens
+        assert min(parts) >= 0
+
+
+@settings(deadline=None)
+@given(decisions())
+def test_plans_keep_every_token_of_every_rank(case):
+    proposals, policy = case
+    check_tokens(decide(proposals, policy), proposals)
+
+
+@settings(deadline=None)
+@given(decisions())
+def test_no_lane_is_empty_on_all_ranks(case):
+    proposals, policy = case
+    plan = decide(proposals, policy)
+    if plan.num_lanes > 1:
+        assert all(any(plan.tokens_by_rank(lane)) for lane in range(plan.num_lanes))
+
+
+@settings(deadline=None)
+@given(decisions())
+def test_the_decision_is_pure_and_the_same_from_the_rows(case):
+    proposals, policy = case
+    before = repr(proposals)
+    plan = decide(proposals, policy)
+    assert repr(proposals) == before
+    assert decide(tuple(proposals), policy) == plan
+    assert decide([Proposal.from_row(proposal.to_row()) for proposal in proposals], policy) == plan
+
+
+@settings(deadline=None)
+@given(decisions(), st.randoms(use_true_random=False))
+def test_the_order_of_the_ranks_does_not_matter(case, chance):
+    proposals, policy = case
+    tokens = [proposal.num_tokens for proposal in proposals]
+    assume(tokens.count(max(tokens)) == 1)
+    order = list(range(len(proposals)))
+    chance.shuffle(order)
+    plan = decide(proposals, policy)
+    shuffled = decide([proposals[rank] for rank in order], policy)
+    assert shuffled.part_tokens == tuple(plan.part_tokens[rank] for rank in order)
+    assert (shuffled.reason, shuffled.idle) == (plan.reason, plan.idle)
+
+
+@settings(deadline=None)
+@given(decisions())
+def test_the_busiest_rank_alone_decides(case):
+    proposals, policy = case
+    tokens = [proposal.num_tokens for proposal in proposals]
+    assume(any(tokens))
+    busiest = proposals[tokens.index(max(tokens))]
+    allowed = (
+        policy.dbo != "off"
+        and len(busiest.part_tokens) > 1
+        and busiest.num_tokens >= policy.threshold(decode_only=busiest.decode_only)
+    )
+    assert (decide(proposals, policy).num_lanes > 1) is allowed
+
+
+def test_off_is_serial_with_its_reason():
+    plan = decide([offer(500, 500), offer(400, 400)], OFF)
+    assert plan.part_tokens == ((1000,), (800,))
+    assert (plan.kind, plan.reason, plan.idle) == ("serial", "dbo is off", False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokens", "decode_only", "kind"),
+    [
+        (AUTO, 510, False, "serial"),
+        (AUTO, 512, False, "dual"),
+        (AUTO, 30, True, "serial"),
+        (AUTO, 32, True, "dual"),
+        (ON, 2, False, "dual"),
+        (ON, 2, True, "dual"),
+        (replace(ON, prefill_threshold=100), 98, False, "serial"),
+        (replace(ON, prefill_threshold=100), 100, False, "dual"),
+        (replace(ON, prefill_threshold=100), 2, True, "dual"),
+        (replace(ON, decode_threshold=8), 6, True, "serial"),
+        (replace(ON, decode_threshold=8), 8, True, "dual"),
+        (replace(ON, decode_threshold=8), 6, False, "dual"),
+        (replace(AUTO, prefill_threshold=4), 4, False, "dual"),
+        (replace(AUTO, decode_threshold=1000), 998, True, "serial"),
+    ],
+)
+def test_thresholds(policy, tokens, decode_only, kind):
+    assert decide([offer(tokens // 2, tokens // 2, decode_only=decode_only)], policy).kind == kind
+
+
+def test_the_threshold_counts_tokens_of_the_busiest_rank_and_not_of_all():
+    assert decide([offer(200, 200)] * 4, AUTO).kind == "serial"
+    assert decide([offer(200, 200)] * 3 + [offer(256, 256)], AUTO).kind == "dual"
+
+
+def test_the_kind_of_the_busiest_rank_chooses_the_threshold():
+    decoding, prefilling = offer(20, 20, decode_only=True), offer(50, 50)
+    assert decide([decoding, prefilling], AUTO).kind == "serial"
+    assert decide([decoding, replace(prefilling, num_tokens=30, part_tokens=(15, 15))], AUTO).kind == "dual"
+
+
+def test_below_a_threshold_the_plan_says_who_and_how_far():
+    plan = decide([offer(5, 5), offer(12, 12)], AUTO)
+    assert plan.reason == "below the prefill threshold"
+    assert str(plan) == "serial: 24 tokens on rank 1, prefill is split from 512"
+    assert decide([offer(5, 5, decode_only=True)], AUTO).reason == "below the decode threshold"
+
+
+@pytest.mark.parametrize("small", [IDLE, refused(1, Refusal.TOO_FEW_TOKENS), refused(400)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_idle_or_small_rank_runs_its_batch_whole_in_lane_0_beside_dummies(small, rank):
+    proposals = [offer(300, 300)]
+    proposals.insert(rank, small)
+    plan = decide(proposals, AUTO)
+    assert plan.kind == "dual"
+    assert plan.part_tokens[rank] == (small.num_tokens, 0)
+    assert plan.part_tokens[1 - rank] == (300, 300)
+
+
+def test_an_idle_rank_has_a_dummy_for_every_lane():
+    plan = decide([IDLE, offer(10, 10, 10, 10)], replace(ON, micro_batches=4))
+    assert plan.part_tokens == ((0, 0, 0, 0), (10, 10, 10, 10))
+    assert plan.kind == "4-lane"
+
+
+def test_a_small_rank_that_can_be_cut_is_cut():
+    assert decide([offer(1, 1), offer(300, 212)], AUTO).part_tokens == ((1, 1), (300, 212))
+
+
+@pytest.mark.parametrize("refusal", [Refusal.NO_BOUNDARY, Refusal.TOO_FEW_TOKENS])
+def test_a_busiest_rank_that_cannot_be_cut_makes_the_step_serial(refusal):
+    plan = decide([offer(5, 5), offer(8, 8), refused(77, refusal)], ON)
+    assert plan.part_tokens == ((10,), (16,), (77,))
+    assert plan.reason == refusal.text
+    for word in ("serial", refusal.text, "77 tokens", "rank 2"):
+        assert word in str(plan)
+
+
+def test_a_dual_plan_says_who_decided_and_from_when():
+    plan = decide([offer(5, 5), offer(300, 212)], AUTO)
+    assert plan.reason == "dual allowed"
+    assert str(plan) == "dual: 512 tokens on rank 1, split from 512"
+    assert str(decide([offer(5, 5)], ON)) == "dual: 10 tokens on rank 0, split from 2"
+
+
+@pytest.mark.parametrize("policy", [ON, OFF, AUTO])
+@pytest.mark.parametrize(("waves", "idle"), [((3, 3, 3), True), ((3, 3, 4), False), ((0,), True), ((1, 0), False)])
+def test_without_work_the_group_is_idle_only_if_all_have_seen_the_same_messages(policy, waves, idle):
+    plan = decide([replace(IDLE, wave=wave) for wave in waves], policy)
+    assert (plan.idle, plan.kind, plan.reason, plan.is_empty) == (idle, "serial", "no work", True)
+
+
+@pytest.mark.parametrize("policy", [ON, OFF, AUTO])
+def test_with_work_the_group_is_never_idle(policy):
+    plan = decide([offer(300, 300, wave=1), replace(IDLE, wave=1)], policy)
+    assert not plan.idle
+    assert not plan.is_empty
+
+
+def test_of_equally_busy_ranks_the_first_decides():
+    assert decide([offer(300, 300), refused(600)], AUTO).kind == "dual"
+    assert decide([refused(600), offer(300, 300)], AUTO).kind == "serial"
+
+
+@settings(deadline=None)
+@given(decisions())
+def test_the_plan_prints_the_numbers_of_the_rank_that_decided(case):
+    proposals, policy = case
+    tokens = [proposal.num_tokens for proposal in proposals]
+    assume(any(tokens) and policy.dbo != "off")
+    text = str(decide(proposals, policy))
+    assert f"{max(tokens)} tokens on rank {tokens.index(max(tokens))}" in text

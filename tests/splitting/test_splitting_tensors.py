@@ -1,0 +1,165 @@
+"""Cutting and joining what is laid out by tokens."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antiphon.core.errors import OptionError
+from antiphon.splitting import cut_tensors, join_tensors
+
+
+def numbered(*shape: int) -> torch.Tensor:
+    return torch.arange(torch.Size(shape).numel()).reshape(shape)
+
+
+def same(one, other) -> bool:
+    """Equal in structure, types, dtypes and values."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    return one == other
+
+
+@st.composite
+def values(draw, num_tokens: int):
+    dtypes = st.sampled_from([torch.int64, torch.float32, torch.bfloat16, torch.bool])
+    tensors = st.builds(
+        lambda width, dtype: torch.randint(0, 100, (num_tokens, *width)).to(dtype),
+        st.sampled_from([(), (1,), (3,), (2, 2)]),
+        dtypes,
+    )
+    return draw(
+        st.recursive(
+            st.none() | tensors,
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.lists(inner, max_size=3).map(tuple)
+                | st.dictionaries(st.sampled_from("abcd"), inner, max_size=3)
+            ),
+            max_leaves=6,
+        )
+    )
+
+
+@st.composite
+def values_and_parts(draw):
+    part_tokens = draw(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+    return draw(values(sum(part_tokens))), part_tokens
+
+
+@settings(deadline=None)
+@given(values_and_parts())
+def test_join_is_the_exact_inverse_of_cut(case):
+    value, part_tokens = case
+    parts = cut_tensors(value, part_tokens)
+    assert len(parts) == len(part_tokens)
+    assert same(join_tensors(parts), value)
+
+
+def test_each_part_has_its_own_tokens():
+    first, second, third = cut_tensors(numbered(5, 2), [2, 0, 3])
+    assert first.tolist() == [[0, 1], [2, 3]]
+    assert second.shape == (0, 2)
+    assert third.tolist() == [[4, 5], [6, 7], [8, 9]]
+
+
+def test_structures_are_cut_into_equal_structures():
+    value = {"hidden": numbered(3), "residual": None, "pair": (numbered(3), [numbered(3, 1), None])}
+    first, second = cut_tensors(value, [1, 2])
+    assert same(first, {"hidden": numbered(3)[:1], "residual": None, "pair": (numbered(3)[:1], [numbered(1, 1), None])})
+    assert same(second["pair"][1][0], numbered(3, 1)[1:])
+    assert list(second) == ["hidden", "residual", "pair"]
+
+
+def test_none_is_cut_into_nones_and_joined_to_none():
+    assert cut_tensors(None, [3, 2]) == [None, None]
+    assert join_tensors([None, None]) is None
+
+
+def test_parts_are_views():
+    value = numbered(4)
+    cut_tensors([value], [1, 3])[1][0].zero_()
+    assert value.tolist() == [0, 0, 0, 0]
+
+
+def test_positions_of_multi_axis_rope_are_cut_in_the_last_dimension():
+    positions_3T = numbered(3, 5)
+    first, second = cut_tensors(positions_3T, [2, 3], dim=-1)
+    assert first.tolist() == [[0, 1], [5, 6], [10, 11]]
+    assert second.tolist() == [[2, 3, 4], [7, 8, 9], [12, 13, 14]]
+    assert torch.equal(join_tensors([first, second], dim=-1), positions_3T)
+
+
+def test_the_dimension_holds_for_nested_tensors():
+    value = {"positions": [numbered(3, 4)], "other": (numbered(4),)}
+    parts = cut_tensors(value, [1, 3], dim=-1)
+    assert parts[0]["positions"][0].shape == (3, 1)
+    assert same(join_tensors(parts, dim=-1), value)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x], lambda x: (None, x), lambda x: {"deep": [{"x": x}]}])
+@pytest.mark.parametrize(("wrong", "name"), [(3, "int"), ("text", "str"), ({1, 2}, "set"), (2.5, "float")])
+def test_any_other_type_is_an_error_that_names_it(wrap, wrong, name):
+    with pytest.raises(TypeError, match=f"cannot cut a {name} "):
+        cut_tensors(wrap(wrong), [1, 2])
+    with pytest.raises(TypeError, match=f"cannot join a {name} "):
+        join_tensors([wrap(wrong), wrap(wrong)])
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor | None
+
+
+def test_a_named_tuple_is_cut_and_joined_or_refused_as_a_type():
+    value = Pair(numbered(3), None)
+    try:
+        parts = cut_tensors(value, [1, 2])
+    except TypeError as error:
+        assert "cannot cut a Pair" in str(error)
+    else:
+        assert same(join_tensors(parts), value)
+
+
+@pytest.mark.parametrize("part_tokens", [[2, 2], [3, 3], [5, 1], [6], []])
+def test_sizes_that_do_not_add_up_are_an_error_that_names_them(part_tokens):
+    with pytest.raises(OptionError, match=r"5 tokens of a tensor of shape \(5, 2\)"):
+        cut_tensors({"x": [numbered(5, 2)]}, part_tokens)
+
+
+def test_sizes_are_checked_in_the_dimension_that_is_cut():
+    with pytest.raises(OptionError, match="dimension -1"):
+        cut_tensors(numbered(5, 3), [2, 3], dim=-1)
+
+
+def test_nothing_to_join_is_an_error():
+    with pytest.raises(OptionError, match="no parts"):
+        join_tensors([])
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([numbered(1), None], "different types: Tensor, NoneType"),
+        ([[numbered(1)], (numbered(1),)], "different types: list, tuple"),
+        ([[numbered(1)], []], r"different lengths: \[1, 0\]"),
+        ([{"a": numbered(1)}, {"b": numbered(1)}], "different keys"),
+        ([{"a": [None]}, {"a": [numbered(1)]}], "different types: NoneType, Tensor"),
+    ],
+)
+def test_parts_of_different_structure_are_errors(parts, message):
+    with pytest.raises(OptionError, match=message):
+        join_tensors(parts)
+
+
+def test_dictionaries_are_joined_by_key_and_not_by_position():
+    one, two = {"a": numbered(1), "b": None}, {"b": None, "a": numbered(2)}
+    assert same(join_tensors([one, two]), {"a": torch.tensor([0, 0, 1]), "b": None})
