@@ -1,13 +1,22 @@
-"""Draw a recorded serial step above a recorded dual one: python -m tools.draw_overlap docs/overlap.svg
+"""Draw a recorded serial step above a recorded dual one, and write down the times of all repeats.
+
+    python -m tools.draw_overlap docs/overlap.svg benchmarks/results/overlap-cpu-simulated.json
 
 Records on two CPU processes over a simulated link that takes as long as the computation. Needs matplotlib.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import sys
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -15,24 +24,26 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from antiphon import LLM
-from antiphon.bench.overlap_trial import interleaved_arms, simulated_transport, tuned_link
+from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.bench.word_problems import word_problems
 from antiphon.runtime import EventKind
 from antiphon.timeline import StepTimeline
 
 NUM_PROMPTS = 64
-REPEATS = 5
+REPEATS = 15
 
 LANE_COLORS = ("#3566a8", "#d1772c")
 WIRE_ALPHA = 0.35
 
 
-def main(path: str) -> None:
+def main(picture: Path, results: Path) -> None:
     prompts = [problem.prompt for problem in word_problems()[:NUM_PROMPTS]]
     with LLM(ranks=2, transport="alltoall") as llm:
         link = tuned_link(llm, prompts)
     with LLM(ranks=2, transport=simulated_transport(link)) as llm:
         arms = interleaved_arms(llm, prompts, repeats=REPEATS)
+        transport = llm.config.transport_name
+    write_results(results, arms, transport)
     steps = {dbo: sorted(arm.steps, key=lambda step: step.duration_s)[REPEATS // 2] for dbo, arm in arms.items()}
 
     plt.rcParams["font.family"] = "sans-serif"
@@ -46,9 +57,43 @@ def main(path: str) -> None:
         Patch(color=LANE_COLORS[1], label="lane 1 computes"),
         Patch(color="#888888", alpha=WIRE_ALPHA, label="tokens on the wire"),
     ]
-    figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1.03))
+    figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1.01))
     figure.tight_layout(rect=(0, 0, 1, 0.95))
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(picture, metadata={"Date": None})
+
+
+def write_results(path: Path, arms: dict[str, Arm], transport: str) -> None:
+    """One JSON object: conditions, and for each arm the step of every repeat."""
+    ratio = arms["on"].median_s("time_s") / arms["off"].median_s("time_s")
+    result = {
+        "what": "one prefill step, overlap off and on by turns, over a simulated link; the slower rank of each repeat",
+        "date": date.today().isoformat(),
+        "device": processor_name(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "model": "tiny-deepseek float32",
+        "ranks": 2,
+        "tokens": sum(len(output.prompt_token_ids) for output in arms["off"].outputs),
+        "transport": transport,
+        "tokens_equal": [o.token_ids for o in arms["off"].outputs] == [o.token_ids for o in arms["on"].outputs],
+        "dual_over_serial": round(ratio, 3),
+        "arms": {
+            dbo: {
+                "median": {name: arm.median_s(name) for name in ("time_s", "communication_s", "exposed_s", "hidden_s")},
+                "repeats": [asdict(overlap) for overlap in arm.overlaps],
+            }
+            for dbo, arm in arms.items()
+        },
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "arms"}))
+
+
+def processor_name() -> str:
+    """Model and number of the processors."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return f"{os.cpu_count()} x {', '.join(sorted(names)) or platform.processor()}"
 
 
 def draw_step(axes: Axes, step: StepTimeline, title: str) -> None:
@@ -89,6 +134,6 @@ def span(step: StepTimeline, start_ns: int, stop_ns: int) -> tuple[float, float]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tools.draw_overlap FILE.svg")
-    main(sys.argv[1])
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m tools.draw_overlap PICTURE.svg RESULTS.json")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -13,6 +13,7 @@ __all__ = ["run_demo"]
 
 NUM_PROBLEMS = 32
 NUM_SHOWN = 3
+NUM_TRIAL_PROMPTS = 64
 STORY = "Once upon a time there was a"
 REPEATS = 7
 
@@ -21,10 +22,11 @@ def run_demo(console: Console) -> None:
     """Print the demo; about half a minute on two cores."""
     problems = word_problems()[:NUM_PROBLEMS]
     prompts = [problem.prompt for problem in problems]
+    trial_prompts = [problem.prompt for problem in word_problems()[:NUM_TRIAL_PROMPTS]]
 
     console.print("Measuring this machine: 2 ranks, plain alltoall between processes ...")
     with LLM(ranks=2, dbo="off", transport="alltoall") as llm:
-        link = tuned_link(llm, prompts)
+        link = tuned_link(llm, trial_prompts)
 
     with LLM(ranks=2, dbo="on", transport=simulated_transport(link)) as llm:
         for heading, text in llm.config.describe():
@@ -40,7 +42,7 @@ def run_demo(console: Console) -> None:
         steps = ", ".join(f"{count} {plan}" for plan, count in llm.stats()["steps_by_plan"].items() if count)
         console.print(f"simulated link: {num_solved} of {len(problems)} word problems solved; steps: {steps}")
         console.print()
-        arms = interleaved_arms(llm, prompts, repeats=REPEATS)
+        arms = interleaved_arms(llm, trial_prompts, repeats=REPEATS)
 
     num_tokens = sum(len(output.prompt_token_ids) for output in arms["on"].outputs)
     console.print(

@@ -21,7 +21,7 @@ class Link:
     latency_s: float = 100e-6
 
     def __str__(self) -> str:
-        return f"{self.bytes_per_s / 1e6:.6g} MB/s, {self.latency_s * 1e6:.6g} us"
+        return f"{self.bytes_per_s / 1e6:.4g} MB/s, {self.latency_s * 1e6:.4g} us"
 
     def duration_s(self, num_bytes: int, num_messages: int) -> float:
         """Time that a communication takes on an idle link."""
