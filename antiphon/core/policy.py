@@ -68,6 +68,20 @@ class OverlapPolicy:
         values = asdict(self) | {"imbalance_ratio": float(self.imbalance_ratio)}
         return zlib.crc32(repr(sorted(values.items())).encode())
 
+    def without_effect(self) -> list[str]:
+        """One sentence for each option that this policy does not use."""
+        if self.dbo != "off":
+            return []
+        options = {
+            "dbo_prefill_token_threshold": self.prefill_threshold,
+            "dbo_decode_token_threshold": self.decode_threshold,
+        }
+        return [
+            f"{name}={value} has no effect with dbo='off': no step is split"
+            for name, value in options.items()
+            if value is not None
+        ]
+
     def describe(self) -> str:
         """One line for the start-up block."""
         if self.dbo == "off":

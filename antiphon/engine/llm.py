@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from antiphon.engine.worker_client import WorkerClient
 from antiphon.timeline import StepTimeline
 
 __all__ = ["LLM"]
+
+logger = logging.getLogger("antiphon")
 
 Prompt = str | Sequence[int]
 
@@ -113,6 +116,8 @@ class LLM:
         )
         self.config: ResolvedConfig = options.resolve()
         self._policy = options.policy
+        for sentence in options.policy.without_effect():
+            logger.warning(sentence)
         self._tokenizer = Tokenizer(self.config.options.model)
         self._client: Client = InProcessClient(self.config) if ranks == 1 else WorkerClient(self.config)
         self._close = weakref.finalize(self, self._client.close)

@@ -151,3 +151,12 @@ def test_the_description_is_one_line_with_what_holds(options, words):
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+def test_thresholds_without_effect_are_named():
+    assert OverlapPolicy(dbo="auto", prefill_threshold=5, decode_threshold=6).without_effect() == []
+    assert OverlapPolicy(dbo="off").without_effect() == []
+    assert OverlapPolicy(dbo="off", prefill_threshold=5, decode_threshold=0).without_effect() == [
+        "dbo_prefill_token_threshold=5 has no effect with dbo='off': no step is split",
+        "dbo_decode_token_threshold=0 has no effect with dbo='off': no step is split",
+    ]
