@@ -9,11 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from antiphon.core.errors import AntiphonError
+    from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError, RequestError
     from antiphon.core.sampling import GeneratedOutput, SamplingParams
     from antiphon.engine.llm import LLM
 
-__all__ = ["LLM", "AntiphonError", "GeneratedOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AntiphonError",
+    "EngineError",
+    "GeneratedOutput",
+    "ModelError",
+    "OptionError",
+    "RequestError",
+    "SamplingParams",
+    "__version__",
+]
 
 __version__ = "0.1.0"
 
@@ -21,7 +31,9 @@ _HOMES = {
     "LLM": "antiphon.engine.llm",
     "SamplingParams": "antiphon.core.sampling",
     "GeneratedOutput": "antiphon.core.sampling",
-    "AntiphonError": "antiphon.core.errors",
+    **dict.fromkeys(
+        ("AntiphonError", "EngineError", "ModelError", "OptionError", "RequestError"), "antiphon.core.errors"
+    ),
 }
 
 

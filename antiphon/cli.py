@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 _USAGE_ERROR = 2
-_INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,9 +41,9 @@ def main() -> None:
     except AntiphonError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_USAGE_ERROR if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+    except OSError as error:  # a full disk under the output, say
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -104,22 +103,24 @@ def generate(
         SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed + place)
         for place in range(len(prompts))
     ]
-    from antiphon.engine.llm import LLM  # after the cheap checks: it loads torch
+    from antiphon.engine.llm import LLM  # after the checks: it loads the tokenizers
 
     console = Console(stderr=True)
-    with LLM(
-        model,
-        ranks=ranks,
-        dbo=dbo,
-        transport=transport,
-        dtype=dtype,
-        split=split,
-        micro_batches=micro_batches,
-        dbo_prefill_token_threshold=dbo_prefill_token_threshold,
-        dbo_decode_token_threshold=dbo_decode_token_threshold,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-    ) as llm:
+    with console.status(f"starting ({ranks} ranks)") if console.is_terminal else nullcontext():
+        llm = LLM(
+            model,
+            ranks=ranks,
+            dbo=dbo,
+            transport=transport,
+            dtype=dtype,
+            split=split,
+            micro_batches=micro_batches,
+            dbo_prefill_token_threshold=dbo_prefill_token_threshold,
+            dbo_decode_token_threshold=dbo_decode_token_threshold,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+    with llm:
         for heading, text in llm.config.describe():
             console.print(f"{heading + ':':<11}{text}", highlight=False, markup=False, soft_wrap=True)
         start = time.perf_counter()
@@ -144,11 +145,13 @@ def demo() -> None:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--prompts-file {path} cannot be read ({error})") from error
+        raise OptionError(f"--prompts-file {path} cannot be read ({error}); pass a text file in UTF-8") from error
+    if not any(line.strip() for line in lines):
+        raise OptionError(f"--prompts-file {path} holds no prompt; write one a line")
     if path.suffix != ".jsonl":
-        return [line for line in lines if line.strip()]
+        return [line.rstrip("\r") for line in lines if line.strip()]
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -42,7 +42,7 @@ def main(picture: Path, results: Path) -> None:
         link = tuned_link(llm, prompts)
     with LLM(ranks=2, transport=simulated_transport(link)) as llm:
         arms = interleaved_arms(llm, prompts, repeats=REPEATS)
-        transport = llm.config.transport_name
+        transport = str(llm.config.transport)
     write_results(results, arms, transport)
     steps = {dbo: sorted(arm.steps, key=lambda step: step.duration_s)[REPEATS // 2] for dbo, arm in arms.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 
 from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.bench.word_problems import word_problems
@@ -30,17 +31,23 @@ def run_demo(console: Console) -> None:
 
     with LLM(ranks=2, dbo="on", transport=simulated_transport(link)) as llm:
         for heading, text in llm.config.describe():
-            console.print(f"  {heading + ':':<11}{text}", highlight=False)
+            console.print(f"  {heading + ':':<11}{text}", highlight=False, soft_wrap=True)
         console.print()
         solutions = llm.generate([*prompts, STORY], _sampling(len(prompts)))
         for problem, solution in list(zip(problems, solutions, strict=False))[:NUM_SHOWN]:
-            console.print(f"[bold]{problem.question}[/bold]", highlight=False)
-            console.print(solution.text.strip() + "\n", highlight=False, markup=False)
+            console.print(f"[bold]{escape(problem.question)}[/bold]", highlight=False, soft_wrap=True)
+            console.print(solution.text.strip() + "\n", highlight=False, markup=False, soft_wrap=True)
         story = solutions[-1]
-        console.print(f"[bold]{STORY}[/bold]{story.text}\n", highlight=False)
+        console.print(f"[bold]{STORY}[/bold]{escape(story.text)}\n", highlight=False, soft_wrap=True)
         num_solved = sum(problem.solved_by(s.text) for problem, s in zip(problems, solutions, strict=False))
-        steps = ", ".join(f"{count} {plan}" for plan, count in llm.stats()["steps_by_plan"].items() if count)
-        console.print(f"simulated link: {num_solved} of {len(problems)} word problems solved; steps: {steps}")
+        stats = llm.stats()
+        steps = ", ".join(f"{count} {plan}" for plan, count in stats["steps_by_plan"].items() if count)
+        reasons = ", ".join(stats["serial_reasons"])
+        console.print(
+            f"simulated link: {num_solved} of {len(problems)} word problems solved; steps: {steps}"
+            + (f" (serial at the end, where only the story goes on: {reasons})" if reasons else ""),
+            soft_wrap=True,
+        )
         console.print()
         arms = interleaved_arms(llm, trial_prompts, repeats=REPEATS)
 

@@ -23,8 +23,8 @@ def exchange(group: RankGroup, proposal: Proposal) -> list[Proposal]:
     rows = torch.empty(group.size * ROW_SIZE, dtype=torch.int64)
     group.all_gather(rows, mine, "agreement").wait()
     proposals = [Proposal.from_row(row) for row in rows.view(group.size, ROW_SIZE).tolist()]
-    settled = len({p.wave for p in proposals}) == 1 or any(p.num_tokens for p in proposals)
-    if settled and len({p.policy for p in proposals}) > 1:
+    same_wave = len({p.wave for p in proposals}) == 1
+    if same_wave and len({p.policy for p in proposals}) > 1:
         raise PeerError(
             f"the ranks decide by different options (fingerprints {[p.policy for p in proposals]}); "
             "start every rank with the same options"

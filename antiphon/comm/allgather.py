@@ -14,7 +14,7 @@ import torch
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
-from antiphon.runtime import Streams
+from antiphon.runtime import Pending, Streams
 
 __all__ = ["AllGatherTransport"]
 
@@ -80,5 +80,7 @@ class AllGatherTransport(Transport):
 
     def _exchange_counts(self, num_tokens: int, label: str) -> tuple[int, ...]:
         counts_W = torch.empty(self.group.size, dtype=torch.int64)
-        self.group.all_gather(counts_W, torch.tensor([num_tokens]), f"counts of {label}").wait()
+        label = f"counts of {label}"
+        work = self.group.all_gather(counts_W, torch.tensor([num_tokens]), label)
+        Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
         return tuple(counts_W.tolist())

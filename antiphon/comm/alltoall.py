@@ -16,7 +16,7 @@ import torch
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
-from antiphon.runtime import Streams
+from antiphon.runtime import Pending, Streams
 
 __all__ = ["AllToAllTransport"]
 
@@ -89,7 +89,10 @@ class AllToAllTransport(Transport):
         sent_W = reached_TW.sum(0)
         received_W = torch.empty_like(sent_W)
         ones = [1] * num_ranks
-        self.group.all_to_all(received_W, sent_W, f"counts of {label}", out_splits=ones, in_splits=ones).wait()
+        label = f"counts of {label}"
+        work = self.group.all_to_all(received_W, sent_W, label, out_splits=ones, in_splits=ones)
+        # A pending of its own, so that this wait is recorded as exposed; its message counts with the rows.
+        Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
         return _Exchange(
             num_tokens=num_tokens,
             tokens_N=reached_TW.t().nonzero()[:, 1],

@@ -43,7 +43,7 @@ class TransportSpec:
 def parse_transport(text: str) -> TransportSpec:
     """Raises `OptionError` for a name or link that is not known."""
     first, *rest = text.split(":")
-    if "." in first:
+    if first not in _NAMES and (rest or "." in first):
         if len(rest) != 1 or not rest[0].isidentifier():
             raise OptionError(f"transport={text!r} is not package.module:Class; name the class after one colon")
         return TransportSpec(name=text)
@@ -78,7 +78,8 @@ def choose_transport(spec: TransportSpec, shape: ExpertShape, num_ranks: int) ->
     saving = 1 - reached / num_ranks
     fact = f"routed uniformly, a token with {shape.top_k} experts reaches {reached:.1f} of {num_ranks} ranks"
     if saving < _WORTHWHILE_SAVING:
-        return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes"
+        limit = f"alltoall is taken from {_WORTHWHILE_SAVING:.0%}"
+        return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes, {limit}"
     return replace(spec, name="alltoall"), f"{fact}: exact routing saves {saving:.0%} of the bytes"
 
 

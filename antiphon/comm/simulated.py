@@ -50,8 +50,8 @@ class SimulatedTransport(Transport):
         def occupy_link() -> None:
             nonlocal arrival_ns
             start_ns = max(time.perf_counter_ns(), self._busy_until_ns)
-            self._busy_until_ns = start_ns + int(flight.num_bytes / self.link.bytes_per_s * 1e9)
-            arrival_ns = self._busy_until_ns + int(flight.num_messages * self.link.latency_s * 1e9)
+            self._busy_until_ns = start_ns + int(self.link.duration_s(flight.num_bytes, 0) * 1e9)
+            arrival_ns = self._busy_until_ns + int(self.link.duration_s(0, flight.num_messages) * 1e9)
 
         def launch() -> None:
             assert flight.launch is not None

@@ -157,7 +157,11 @@ class Transport(ABC):
         return _pending(flight, label, came_home)
 
     def reset(self) -> None:
-        """Forget what is under way on all lanes, after a failed run. Peers must do the same."""
+        """Forget on which phase each lane is, after a failed run.
+
+        Sound only if nothing is under way: on one rank, or if every rank failed after the same call. A rank that
+        failed alone leaves its peers inside an exchange, and the group has to end.
+        """
         self._phases = [_Phase.IDLE] * self.num_lanes
 
     @abstractmethod

@@ -16,8 +16,6 @@ __all__ = [
     "OptionError",
     "PeerError",
     "RequestError",
-    "is_number",
-    "is_whole",
     "unknown_value",
 ]
 
@@ -56,13 +54,3 @@ def unknown_value(option: str, value: object, valid: Iterable[str]) -> OptionErr
     near = get_close_matches(str(value), names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return OptionError(f"{option}={value!r} is not known; use one of {', '.join(names)}{hint}")
-
-
-def is_whole(value: object) -> bool:
-    """Whether an option's value is an integer; `True` is not."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether an option's value is a number; `True` is not."""
-    return is_whole(value) or isinstance(value, float)

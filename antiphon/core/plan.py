@@ -14,7 +14,7 @@ __all__ = ["MAX_LANES", "ROW_SIZE", "Plan", "Proposal", "Refusal", "plan_kind"]
 MAX_LANES = 8
 """Most lanes a plan can have: the row has a fixed size."""
 
-_FIXED_FIELDS = 8
+_FIXED_FIELDS = 7
 ROW_SIZE = _FIXED_FIELDS + MAX_LANES
 """Length of a row, in int64 words."""
 
@@ -70,7 +70,6 @@ class Proposal:
             self.policy,
             self.order,
             len(self.part_tokens),
-            0,
         ]
         return fixed + list(self.part_tokens) + [0] * (MAX_LANES - len(self.part_tokens))
 
@@ -113,7 +112,7 @@ class Plan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no rank has a token to run."""
+        """Whether no rank has a token to run in this step."""
         return not any(any(parts) for parts in self.part_tokens)
 
     def tokens_by_rank(self, lane: int) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from antiphon.core.errors import OptionError, is_number, is_whole
+from antiphon.core.checks import is_number, is_whole
+from antiphon.core.errors import OptionError
 
 __all__ = ["GeneratedOutput", "SamplingParams"]
 

@@ -52,6 +52,7 @@ def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
         planner=Planner(options.policy),
         runner=Runner(model, streams=streams, recorder=recorder),
         sampler=Sampler(model.logits, scheduler.requests),
+        transport=transport,
         recorder=recorder,
         stats=StepStats(options.policy.micro_batches),
     )

@@ -66,11 +66,11 @@ class InProcessClient:
         self._check()
         try:
             return self._engine.step().outputs
-        except BaseException as error:
-            # A step that broke off leaves requests half done: it is fatal here as it is in a group.
+        except Exception as error:
             self._ended = f"a step failed on rank 0: {type(error).__name__}: {error}"
-            if isinstance(error, Exception):
-                raise EngineError(self._ended) from error
+            raise EngineError(self._ended) from error
+        except BaseException:  # Ctrl-C: the scheduler has committed nothing of this step
+            self._engine.transport.reset()
             raise
 
     def reconfigure(self, policy: OverlapPolicy) -> None:

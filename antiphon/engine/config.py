@@ -11,21 +11,31 @@ from pathlib import Path
 
 import torch
 
-from antiphon.comm import choose_transport, load_transport, parse_transport
+from antiphon.comm import TransportSpec, choose_transport, load_transport, parse_transport
 from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
+from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import OverlapPolicy
-from antiphon.engine.kv_cache import num_blocks_for
+from antiphon.engine.kv_cache import block_bytes
 from antiphon.models import Checkpoint, ModelConfig, check_checkpoint, expert_shape, read_config, skeleton
 
-__all__ = ["DTYPES", "EngineConfig", "ResolvedConfig"]
+__all__ = ["DTYPES", "EngineConfig", "ResolvedConfig", "settle_policy"]
 
 logger = logging.getLogger("antiphon.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+_LONGEST_TIMEOUT_S = 86_400
 _MIN_KV_CACHE_BYTES = 256 * 2**20
 _MIN_BATCHED_TOKENS = 2048
+
+
+ONE_RANK_HIDES_NOTHING = "one rank has no communication to hide"
+
+
+def settle_policy(policy: OverlapPolicy, ranks: int) -> OverlapPolicy:
+    """`auto` is `off` on one rank, where there is nothing to hide."""
+    return replace(policy, dbo="off") if policy.dbo == "auto" and ranks == 1 else policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +63,13 @@ class EngineConfig:
         """
         for name in ("ranks", "max_num_seqs", "block_size"):
             _check_count(name, getattr(self, name))
-        if not self.timeout_s > 0:
-            raise OptionError(f"timeout_s={self.timeout_s} is not a time to wait; use a number of seconds above 0")
+        if not is_number(self.timeout_s) or not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
+            raise OptionError(
+                f"timeout_s={self.timeout_s!r} is not a time to wait; use a number of seconds above 0, "
+                f"at most {_LONGEST_TIMEOUT_S}"
+            )
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**62:
+            raise OptionError(f"seed={self.seed!r} is not an integer from 0 to 2**62 - 1; pass one")
         if self.dtype not in ("auto", *DTYPES):
             raise unknown_value("dtype", self.dtype, ("auto", *DTYPES))
         requested = parse_transport(self.transport)
@@ -75,11 +90,11 @@ class EngineConfig:
         _check_count("max_num_batched_tokens", max_batched)
         num_blocks = self._num_blocks(model, max_model_len, DTYPES[dtype_name])
         resolved = ResolvedConfig(
-            options=replace(self, model=str(folder)),
+            options=replace(self, model=str(folder), policy=settle_policy(self.policy, self.ranks)),
+            requested_dbo=self.policy.dbo,
             model=model,
             dtype_name=dtype_name,
-            transport=str(transport) if transport.link is None else self._simulated(transport.name),
-            transport_name=str(transport),
+            transport=transport,
             transport_reason=transport_reason,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_batched,
@@ -89,10 +104,6 @@ class EngineConfig:
             logger.info("%s: auto -> %s (%s)", name, value, reason)
         return resolved
 
-    def _simulated(self, inner: str) -> str:
-        parts = self.transport.split(":")
-        return ":".join(["simulated", inner, *parts[2:]])
-
     def _num_blocks(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype) -> int:
         """One block more than can be used: the cache keeps block 0 for padding."""
         if self.kv_cache_memory is not None:
@@ -100,9 +111,8 @@ class EngineConfig:
             memory = self.kv_cache_memory
         else:
             one_text = -(-max_model_len // self.block_size) + 1
-            block_bytes = model.num_layers * self.block_size * model.kv_width * dtype.itemsize
-            memory = max(_MIN_KV_CACHE_BYTES, one_text * block_bytes)
-        num_blocks = num_blocks_for(model, block_size=self.block_size, memory_bytes=memory, dtype=dtype)
+            memory = max(_MIN_KV_CACHE_BYTES, one_text * block_bytes(model, block_size=self.block_size, dtype=dtype))
+        num_blocks = memory // block_bytes(model, block_size=self.block_size, dtype=dtype)
         if num_blocks < 2:
             raise OptionError(
                 f"kv_cache_memory={memory} bytes holds {num_blocks} blocks of {self.block_size} tokens; "
@@ -116,10 +126,10 @@ class ResolvedConfig:
     """Options without `auto`, and the reasons. Workers get only the options and resolve them again."""
 
     options: EngineConfig
+    requested_dbo: str
     model: ModelConfig
     dtype_name: str
-    transport: str  # an option string again
-    transport_name: str
+    transport: TransportSpec
     transport_reason: str
     max_model_len: int
     max_num_batched_tokens: int
@@ -138,35 +148,38 @@ class ResolvedConfig:
         """(option, value, reason) of every `auto`."""
         settled = []
         if "auto" in self.options.transport or self.options.transport == "simulated":
-            settled.append(("transport", self.transport_name, self.transport_reason))
+            settled.append(("transport", str(self.transport), self.transport_reason))
+        if self.requested_dbo != self.options.policy.dbo:
+            settled.append(("dbo", self.options.policy.dbo, ONE_RANK_HIDES_NOTHING))
         if self.options.dtype == "auto":
             settled.append(("dtype", self.dtype_name, "exact and fast on CPUs"))
         return settled
 
+    def _settled_dbo(self) -> str:
+        return f"{self.requested_dbo}: {self.options.policy.dbo}, {ONE_RANK_HIDES_NOTHING}"
+
     def describe(self) -> list[tuple[str, str]]:
         """(heading, text) of the start-up block."""
         options, model = self.options, self.model
-        memory_mb = (
-            self.num_blocks * model.num_layers * options.block_size * model.kv_width * self.dtype.itemsize / 2**20
-        )
+        memory_mb = self.num_blocks * block_bytes(model, block_size=options.block_size, dtype=self.dtype) / 2**20
         return [
             ("model", f"{options.model} ({model.architecture}, {self.dtype_name})"),
             (
                 "ranks",
                 f"{options.ranks} on the CPU, {model.num_experts // options.ranks} of {model.num_experts} experts each",
             ),
-            ("transport", f"{self.transport_name}: {self.transport_reason}"),
+            ("transport", f"{self.transport}: {self.transport_reason}"),
             (
                 "KV cache",
                 f"{self.kv_capacity_tokens:,} tokens a rank ({memory_mb:,.0f} MiB), "
                 f"texts up to {self.max_model_len:,} tokens",
             ),
-            ("dbo", options.policy.describe()),
+            ("dbo", options.policy.describe() if self.requested_dbo == options.policy.dbo else self._settled_dbo()),
         ]
 
 
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise OptionError(f"{name}={value!r} is not a count; use an integer of at least 1")
 
 

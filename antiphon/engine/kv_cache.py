@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.core.errors import OptionError
 from antiphon.models import ModelConfig
 
-__all__ = ["BlockPool", "allocate_cache", "num_blocks_for"]
+__all__ = ["BlockPool", "allocate_cache", "block_bytes"]
 
 
-def num_blocks_for(config: ModelConfig, *, block_size: int, memory_bytes: int, dtype: torch.dtype) -> int:
-    """Blocks that fit into `memory_bytes` on one rank."""
-    block_bytes = config.num_layers * block_size * config.kv_width * dtype.itemsize
-    return memory_bytes // block_bytes
+def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block, all layers together."""
+    return config.num_layers * block_size * config.kv_width * dtype.itemsize
 
 
 def allocate_cache(config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> torch.Tensor:
     """[layers, num_blocks, block_size, kv_width], zeros. It never grows."""
-    return torch.zeros(config.num_layers, num_blocks, block_size, config.kv_width, dtype=dtype)
+    try:
+        return torch.zeros(config.num_layers, num_blocks, block_size, config.kv_width, dtype=dtype)
+    except RuntimeError as error:
+        size = num_blocks * block_bytes(config, block_size=block_size, dtype=dtype)
+        raise OptionError(f"kv_cache_memory: {size} bytes cannot be allocated on this rank; use less") from error
 
 
 class BlockPool:

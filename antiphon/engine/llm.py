@@ -8,17 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from inspect import signature
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.checks import is_whole
 from antiphon.core.errors import OptionError, RequestError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
-from antiphon.engine.config import EngineConfig, ResolvedConfig
+from antiphon.engine.config import EngineConfig, ResolvedConfig, settle_policy
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.tokenizer import Tokenizer
 from antiphon.engine.worker_client import WorkerClient
@@ -115,7 +117,7 @@ class LLM:
             debug_order=debug_order,
         )
         self.config: ResolvedConfig = options.resolve()
-        self._policy = options.policy
+        self._policy = self.config.options.policy
         for sentence in options.policy.without_effect():
             logger.warning(sentence)
         self._tokenizer = Tokenizer(self.config.options.model)
@@ -154,8 +156,8 @@ class LLM:
         for one in requests:
             by_rank[one.rank].append(one.request)
         num_finished = num_tokens = 0
-        self._client.submit(by_rank)
         try:
+            self._client.submit(by_rank)
             while num_finished < len(requests):
                 for output in self._client.poll():
                     if (item := opened.get(output.request_id)) is not None:
@@ -176,6 +178,7 @@ class LLM:
     def reconfigure(self, *, dbo: str | None = None, split: str | None = None) -> None:
         """Change `dbo` or `split` of all ranks between two calls of `generate`, without loading the model again."""
         policy = replace(self._policy, dbo=dbo or self._policy.dbo, split=split or self._policy.split)
+        policy = settle_policy(policy, self.config.options.ranks)
         self._client.reconfigure(policy)
         self._policy = policy
 
@@ -184,7 +187,8 @@ class LLM:
 
         `steps`, `steps_by_plan` (plan -> steps), `serial_reasons` (reason -> steps), which are the same on all ranks;
         `overlap` (plan -> seconds of rank 0: `time_s`, `communication_s`, `hidden_s`, `exposed_s`, and `num_bytes`);
-        `kv_blocks` and `unfinished` summed over ranks; `ranks`, `transport`, `dbo`.
+        `last_plan`, in words and with its numbers; `kv_blocks` and `unfinished` summed over ranks; `ranks`,
+        `transport`, `dbo`.
         """
         by_rank = self._client.statistics()
         first = by_rank[0]
@@ -197,8 +201,9 @@ class LLM:
             "kv_blocks": {**blocks, "block_size": first["kv_blocks"]["block_size"]},
             "unfinished": sum(rank["unfinished"] for rank in by_rank),
             "ranks": self.config.options.ranks,
-            "transport": self.config.transport_name,
+            "transport": str(self.config.transport),
             "dbo": self._policy.dbo,
+            "last_plan": first["last_plan"],
         }
 
     def timelines(self) -> list[list[StepTimeline]]:
@@ -236,11 +241,12 @@ class LLM:
                 else (f"a step takes at most {longest}", "raise max_num_batched_tokens")
             )
             raise RequestError(f"prompt {place} has {len(prompt_ids)} tokens, but {limit}; {remedy}")
+        max_tokens = min(params.max_tokens, config.max_model_len - len(prompt_ids))
         request = Request(
             request_id=self._num_requests + place,
             prompt_ids=tuple(prompt_ids),
-            params=params,
-            max_tokens=min(params.max_tokens, config.max_model_len - len(prompt_ids)),
+            params=replace(params, max_tokens=max_tokens, top_k=min(params.top_k, config.model.vocab_size)),
+            max_tokens=max_tokens,
             seed=params.seed if params.seed is not None else config.options.seed + self._num_requests + place,
         )
         if request.most_tokens > config.kv_capacity_tokens:
@@ -252,11 +258,18 @@ class LLM:
 
     def _token_ids(self, place: int, prompt: Prompt) -> list[int]:
         vocab_size = self.config.model.vocab_size
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(f"prompt {place} is not valid Unicode text ({error}); repair or drop it") from None
+            ids = self._tokenizer.encode(prompt)
+        else:
+            ids = [_plain_int(item) for item in prompt]
         if not ids:
             raise RequestError(f"prompt {place} is empty; give at least one token")
         for token_id in ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            if not is_whole(token_id) or not 0 <= token_id < vocab_size:
                 raise RequestError(f"prompt {place} has token id {token_id!r}; use integers from 0 to {vocab_size - 1}")
         return ids
 
@@ -285,15 +298,20 @@ def _take(item: _Open, output: TokenOutput) -> None:
         item.prompt_logits = output.prompt_logits
 
 
+def _plain_int(item: object) -> Any:
+    """Integers of other libraries (numpy's, say) as Python's; what is no integer as it is."""
+    return int(item) if isinstance(item, Integral) and type(item) is not bool else item
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise RequestError(f"prompts is a {type(prompts).__name__}; pass a text, a list of texts, or token ids")
-    if prompts and all(isinstance(item, int) for item in prompts):
+    if prompts and all(isinstance(item, Integral) for item in prompts):
         return [prompts]  # type: ignore[list-item]
     for place, prompt in enumerate(prompts):
-        if not isinstance(prompt, str | Sequence):
+        if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"prompt {place} is a {type(prompt).__name__}; pass a text or a list of token ids")
     return list(prompts)  # type: ignore[arg-type]
 
@@ -303,6 +321,8 @@ def _params_for(
 ) -> list[SamplingParams]:
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * len(prompts)
+    if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
+        raise RequestError("sampling_params holds something else; pass one SamplingParams, or a list of them")
     if len(sampling_params) != len(prompts):
         raise RequestError(
             f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params; pass one, or one each"

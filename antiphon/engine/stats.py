@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,8 @@ from antiphon.core.plan import Plan, plan_kind
 from antiphon.timeline import OverlapTotals, StepTimeline, measure_overlap
 
 __all__ = ["StepStats"]
+
+logger = logging.getLogger("antiphon.engine")
 
 
 class StepStats:
@@ -18,6 +21,8 @@ class StepStats:
         self._by_plan: Counter[str] = Counter({"serial": 0, plan_kind(micro_batches): 0})
         self._serial_reasons: Counter[str] = Counter()
         self._overlap = OverlapTotals()
+        self._last_plan = ""
+        self._measuring = True
 
     @property
     def num_steps(self) -> int:
@@ -28,12 +33,22 @@ class StepStats:
         self._by_plan[plan.kind] += 1
         if plan.num_lanes == 1:
             self._serial_reasons[plan.reason] += 1
-        self._overlap.add(plan.kind, measure_overlap(timeline))
+        self._last_plan = str(plan)
+        if self._measuring:
+            self._measure(plan, timeline)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "steps": self.num_steps,
             "steps_by_plan": dict(self._by_plan),
             "serial_reasons": dict(self._serial_reasons),
+            "last_plan": self._last_plan,
             "overlap": self._overlap.to_dict(),
         }
+
+    def _measure(self, plan: Plan, timeline: StepTimeline) -> None:
+        try:
+            self._overlap.add(plan.kind, measure_overlap(timeline))
+        except Exception as error:  # an instrument must not end the run
+            self._measuring = False
+            logger.warning("overlap is not measured any more: %r", error)

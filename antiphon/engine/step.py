@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from antiphon.comm import RankGroup, exchange
+from antiphon.comm import RankGroup, Transport, exchange
 from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.request import TokenOutput
@@ -41,6 +41,7 @@ class StepEngine:
     planner: Planner
     runner: Runner
     sampler: Sampler
+    transport: Transport
     recorder: StepRecorder
     stats: StepStats
     wave: int = 0  # the newest message of the front process

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import threading
 import traceback
 from pathlib import Path
@@ -103,8 +104,10 @@ def main() -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {arguments.rank} %(name)s: %(message)s")
-    _end_with_front()
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s rank {arguments.rank} %(levelname)s %(name)s: %(message)s"
+    )
+    _end_with_front(arguments.folder)
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, str(arguments.rank).encode())
     socket.setsockopt(zmq.LINGER, _FAREWELL_MS)
@@ -127,7 +130,6 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
     options = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=EngineConfig)
     torch.set_num_threads(_threads_per_rank(options.ranks))
     board = ProgressBoard(folder / PROGRESS_FILE, size=options.ranks)
-    board.mark(rank, "loading the model")
     group = RankGroup.connect(
         rank=rank,
         size=options.ranks,
@@ -136,6 +138,7 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
         meeting_timeout_s=max(options.timeout_s, START_S),
         board=board,
     )
+    board.mark(rank, "loading the model")
     engine = build_engine(options.resolve(), group)
     board.mark(rank, "ready")
     _send(socket, Ready(pid=os.getpid()))
@@ -145,15 +148,19 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
 
 def _threads_per_rank(ranks: int) -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, (os.cpu_count() or 1) // ranks)
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_cores // ranks)
 
 
-def _end_with_front() -> None:
-    """End this process when the front is gone, whatever this process is doing then."""
+def _end_with_front(folder: Path) -> None:
+    """End this process, and remove the folder, when the front is gone, whatever this process is doing then."""
 
     def watch() -> None:
         while os.read(0, 1024):  # not sys.stdin, whose lock would disturb the interpreter's end
             pass
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="front-watch", daemon=True).start()

@@ -65,20 +65,23 @@ class WorkerClient:
             self._board = ProgressBoard(self._folder / PROGRESS_FILE, size=self._ranks)
             self._socket.bind(f"ipc://{self._folder / SOCKET_FILE}")
             (self._folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(config.options))
-            self._processes = [self._start(rank) for rank in range(self._ranks)]
+            for rank in range(self._ranks):
+                self._processes.append(self._start(rank))
             waiting = set(range(self._ranks))
             while waiting:
                 for rank, message in self._receive("start"):
                     if isinstance(message, Ready):
                         waiting.discard(rank)
         except BaseException:
+            self._ended = self._ended or "it did not start"  # nothing to wait for: close kills at once
             self.close()
             raise
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
         wave = self._next_wave()
-        for rank, requests in enumerate(requests_by_rank):
-            self._send(rank, Work(wave=wave, requests=[NewRequest.of(request) for request in requests]))
+        self._send(
+            [Work(wave=wave, requests=[NewRequest.of(request) for request in mine]) for mine in requests_by_rank]
+        )
 
     def abort(self, request_ids: Sequence[int]) -> None:
         if self._ended:
@@ -103,18 +106,20 @@ class WorkerClient:
 
     def close(self) -> None:
         """Ask the workers to stop, end those that do not within 5 s, and remove the folder."""
-        if not self._ended:
-            self._ended = "it was closed"
-            self._wave += 1
-            self._send_all(Stop(wave=self._wave))
-            deadline = time.monotonic() + _STOP_S
-            while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
-                time.sleep(0.01)
-        self._kill()
-        if not self._socket.closed:
-            self._socket.close()
-            self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            if not self._ended:
+                self._ended = "it was closed"
+                self._wave += 1
+                self._send_all(Stop(wave=self._wave))
+                deadline = time.monotonic() + _STOP_S
+                while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+        finally:
+            self._kill()
+            if not self._socket.closed:
+                self._socket.close()
+                self._context.term()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     # ---- processes
 
@@ -123,9 +128,12 @@ class WorkerClient:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         # Workers find modules where this process does, also in a notebook or a script's own folder.
         environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+        # -P: modules of the current folder must not hide those of the library.
+        command = [sys.executable, "-P", "-m", "antiphon.engine.worker", "--rank", str(rank)]
+        command += ["--folder", str(self._folder)]
         with (self._folder / f"rank{rank}.log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "antiphon.engine.worker", "--rank", str(rank), "--folder", str(self._folder)],
+                command,
                 stdin=subprocess.PIPE,  # closes when this process ends, and the worker with it
                 stdout=log,
                 stderr=log,
@@ -148,12 +156,13 @@ class WorkerClient:
         self._wave += 1
         return self._wave
 
-    def _send(self, rank: int, message: ToWorker) -> None:
-        self._socket.send_multipart([str(rank).encode(), encode(message)])
+    def _send(self, message_by_rank: Sequence[ToWorker]) -> None:
+        """All ranks or none get their message: what cannot be encoded raises before the first is sent."""
+        for rank, body in enumerate([encode(message) for message in message_by_rank]):
+            self._socket.send_multipart([str(rank).encode(), body])
 
     def _send_all(self, message: ToWorker) -> None:
-        for rank in range(self._ranks):
-            self._send(rank, message)
+        self._send([message] * self._ranks)
 
     def _ask(self, question: Reconfigure | Ask) -> list[Answer]:
         self._send_all(question)
@@ -197,15 +206,13 @@ class WorkerClient:
             rank in self._failures or process.poll() is not None for rank, process in enumerate(self._processes)
         ):
             self._read(_POLL_MS)
-        self._read(0)
+        self._read(_POLL_MS)
         for rank, process in enumerate(self._processes):
             code = process.poll()
             if code is not None and code < 0:
                 name = signal.Signals(-code).name
-                return self._end(
-                    f"rank {rank} (pid {process.pid}) was killed by {name} during {what}; "
-                    f"its last words: {self._last_words(rank)}"
-                )
+                cause = " (lack of memory is a usual cause)" if name == "SIGKILL" else self._last_words(rank)
+                return self._end(f"rank {rank} (pid {process.pid}) was killed by {name} during {what}{cause}")
         complaints = []
         for rank, failure in self._failures.items():
             if failure.kind == "PeerError":
@@ -215,8 +222,8 @@ class WorkerClient:
         for rank, process in enumerate(self._processes):
             if process.poll() is not None and rank not in self._failures:
                 return self._end(
-                    f"rank {rank} (pid {process.pid}) ended with code {process.returncode} during {what}; "
-                    f"its last words: {self._last_words(rank)}"
+                    f"rank {rank} (pid {process.pid}) ended with code {process.returncode} during {what}"
+                    f"{self._last_words(rank)}"
                 )
         return self._end_by(*complaints[0], what)
 
@@ -230,8 +237,9 @@ class WorkerClient:
         return error
 
     def _last_words(self, rank: int) -> str:
-        lines = (self._folder / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "none"
+        text = (self._folder / f"rank{rank}.log").read_text(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip() and " INFO " not in line]
+        return f"; its last words: {lines[-1].strip()}" if lines else ""
 
     def _end(self, reason: str) -> EngineError:
         self._ended = reason

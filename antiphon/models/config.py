@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import ModelError
 
 __all__ = ["ConfigFile", "ModelConfig", "read_json"]
@@ -60,13 +61,13 @@ class ConfigFile:
     def count(self, key: str, *, minimum: int = 1) -> int:
         """A required integer."""
         value = self._values.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        if not is_whole(value) or value < minimum:
             raise ModelError(f"{self.path} has {key}={value!r}; an integer of at least {minimum} is needed")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self._values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not is_number(value):
             raise ModelError(f"{self.path} has {key}={value!r}; a number is needed")
         return float(value)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Transport, create_transport
+from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import ModelError
 from antiphon.models.causal_lm import CausalLM
 from antiphon.models.config import ConfigFile, ModelConfig
@@ -32,7 +33,10 @@ KNOWN_ARCHITECTURES = tuple(_ARCHITECTURES)
 def read_config(folder: Path) -> ModelConfig:
     """The model in `folder`. Raises `ModelError` if it is not there, unknown, or asks for what is not supported."""
     if not folder.is_dir():
-        raise ModelError(f"model {str(folder)!r} is not a folder; pass the folder of a Hugging Face checkpoint")
+        raise ModelError(
+            f"model {str(folder)!r} is not a folder; pass the folder of a Hugging Face checkpoint (nothing is "
+            f"downloaded), or {BUNDLED_MODEL!r}, which is bundled"
+        )
     file = ConfigFile(folder)
     if file.architecture not in _ARCHITECTURES:
         near = get_close_matches(file.architecture, KNOWN_ARCHITECTURES, n=1)

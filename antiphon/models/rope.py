@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from antiphon.core.errors import ModelError, is_number
+from antiphon.core.checks import is_number
+from antiphon.core.errors import ModelError
 from antiphon.models.config import ConfigFile
 
 __all__ = ["RopeConfig", "rope_angles", "rope_tables", "score_scale"]

@@ -15,10 +15,14 @@ __all__ = ["decide"]
 
 
 def decide(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Plan:
-    """The plan for the step that the ranks propose, the same for the same proposals, in order of rank."""
+    """The plan for the step that the ranks propose, the same for the same proposals, in order of rank.
+
+    While a message has reached only some ranks the plan is empty, so that it takes effect at the same step on all.
+    """
+    if len({proposal.wave for proposal in proposals}) > 1:
+        return Plan(part_tokens=((0,),) * len(proposals), reason="a message is under way")
     if not any(proposal.num_tokens for proposal in proposals):
-        same_wave = len({proposal.wave for proposal in proposals}) == 1
-        return _serial(proposals, "no work", idle=same_wave)
+        return _serial(proposals, "no work", idle=True)
     if policy.dbo == "off":
         return _serial(proposals, "dbo is off")
     rank = max(range(len(proposals)), key=lambda r: (proposals[r].num_tokens, -r))

@@ -15,9 +15,7 @@ from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.plan import MAX_LANES, Refusal
 from antiphon.core.policy import SPLIT_RULES
 
-__all__ = ["CUT_RULES", "Cut", "find_cut", "request_boundary"]
-
-CUT_RULES = SPLIT_RULES
+__all__ = ["Cut", "find_cut", "request_boundary"]
 
 DEFAULT_IMBALANCE_RATIO = 0.1
 
@@ -68,8 +66,8 @@ def find_cut(
 
     Raises `OptionError` for an unknown rule or a number of parts outside 1 to `MAX_LANES`.
     """
-    if rule not in CUT_RULES:
-        raise unknown_value("split", rule, CUT_RULES)
+    if rule not in SPLIT_RULES:
+        raise unknown_value("split", rule, SPLIT_RULES)
     if not 1 <= num_parts <= MAX_LANES:
         raise OptionError(f"num_parts={num_parts} is out of range; use 1 to {MAX_LANES}")
     _check_ratio(imbalance_ratio)

@@ -54,11 +54,8 @@ def test_generate_prints_texts_and_a_summary(
     printed = capsys.readouterr()
     assert not ended.value.code
     assert printed.out.startswith("Once upon a time")
-    assert "no calibration exists yet" in printed.err
-    assert (
-        "8 steps: 8 serial (serial because below the prefill threshold: 1, below the decode threshold: 7)"
-        in printed.err
-    )
+    assert "auto: off, one rank has no communication to hide" in printed.err
+    assert "8 steps: 8 serial (serial because dbo is off: 8)" in printed.err
 
 
 @pytest.mark.parametrize(

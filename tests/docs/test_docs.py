@@ -118,6 +118,20 @@ def test_code_in_the_readme_is_the_code_of_the_package() -> None:
                 assert line.partition("#")[0].strip() in moe, line
 
 
+def test_the_step_in_the_documents_is_the_step_of_the_package() -> None:
+    step = (ROOT / "antiphon/engine/step.py").read_text()
+    for document in ("README.md", "docs/step.md"):
+        (block,) = [b for b in blocks(document, "python") if "next_batch" in b]
+        assert len(block.splitlines()) == 6
+        for line in block.splitlines():
+            assert line.partition("#")[0].partition(", ...")[0].strip() in step, line
+
+
+def test_no_placeholder_is_left() -> None:
+    for document in DOCUMENTS:
+        assert not re.search(r"\b(RESULT|NUMBERS|TODO|TBD)\b", document.read_text()), document
+
+
 def test_the_library_loads_nothing_of_the_engine() -> None:
     code = (
         "import sys, antiphon.runtime, antiphon.comm\n"

@@ -151,6 +151,54 @@ def test_an_interrupted_call_frees_everything_and_the_next_one_works(two_ranks: 
     assert stats["kv_blocks"]["free"] == stats["kv_blocks"]["total"]
 
 
+def test_an_interrupted_call_on_one_rank_frees_everything_and_the_next_one_works(
+    one_rank: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of a layer."""
+    expected = [output.token_ids for output in one_rank.generate(PROMPTS)]
+    transport = one_rank._client._engine.transport  # type: ignore[attr-defined]
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transport, "send_partials", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            one_rank.generate(PROMPTS)
+    assert [output.token_ids for output in one_rank.generate(PROMPTS)] == expected
+    assert one_rank.stats()["unfinished"] == 0
+
+
+@pytest.mark.processes
+def test_a_message_takes_effect_at_the_same_step_on_all_ranks(two_ranks: LLM) -> None:
+    """Calls that follow one another closely take as many steps as tokens, whichever rank hears of them first."""
+    for _ in range(40):
+        before = two_ranks.stats()["steps"]
+        two_ranks.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))
+        two_ranks.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))
+        assert two_ranks.stats()["steps"] == before + 4
+
+
+@pytest.mark.processes
+def test_huge_numbers_in_sampling_params_are_cut_to_the_model(two_ranks: LLM) -> None:
+    params = [SamplingParams(max_tokens=3), SamplingParams(max_tokens=2**70, top_k=2**70, temperature=1.0)]
+    short, long = two_ranks.generate(["Once", "Question: 1 + 1"], params)
+    assert len(short.token_ids) == 3
+    assert len(long.token_ids) <= 4095
+
+
+@pytest.mark.processes
+def test_a_module_of_the_users_folder_does_not_hide_one_of_the_library(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong module')")
+    code = (
+        "import sys; sys.path.remove('')\n"
+        "from antiphon import LLM\n"
+        "with LLM(ranks=2) as llm: print(len(llm.generate('Once')))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stdout.strip() == "1", ended.stderr
+
+
 @pytest.mark.parametrize(
     ("prompts", "pattern"),
     [
@@ -158,6 +206,10 @@ def test_an_interrupted_call_frees_everything_and_the_next_one_works(two_ranks: 
         ([["a"]], "prompt 0 has token id 'a'"),
         ([[4096]], "use integers from 0 to 4095"),
         ([[-1]], "token id -1"),
+        ([[True, 5]], "token id True"),
+        (b"abc", "prompts is a bytes"),
+        ([b"abc"], "prompt 0 is a bytes"),
+        (["\ud800"], "prompt 0 is not valid Unicode"),
         (3, "prompts is a int"),
         (["fine", 3], "prompt 1 is a int"),
     ],
@@ -185,6 +237,10 @@ def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, pattern: str
         ({"max_model_len": 5000}, "use at most 4096"),
         ({"kv_cache_memory": 10}, "at least 2 are needed"),
         ({"timeout_s": 0}, "timeout_s=0"),
+        ({"timeout_s": float("inf")}, "timeout_s=inf"),
+        ({"timeout_s": "x"}, "timeout_s='x'"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"kv_cache_memory": 10**18}, "cannot be allocated on this rank; use less"),
         ({"dbo_prefill_token_threshold": -1}, "dbo_prefill_token_threshold=-1"),
     ],
 )

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from antiphon.engine.kv_cache import BlockPool, allocate_cache, num_blocks_for
+from antiphon.engine.kv_cache import BlockPool, allocate_cache, block_bytes
 from antiphon.models import ModelConfig
 
 CONFIG = ModelConfig(
@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
     ],
 )
 def test_blocks_that_fit(dtype: torch.dtype, block_size: int, memory_bytes: int, expected: int) -> None:
-    assert num_blocks_for(CONFIG, block_size=block_size, memory_bytes=memory_bytes, dtype=dtype) == expected
+    assert memory_bytes // block_bytes(CONFIG, block_size=block_size, dtype=dtype) == expected
 
 
 def test_the_cache_is_as_large_as_was_counted() -> None:
@@ -42,7 +42,7 @@ def test_the_cache_is_as_large_as_was_counted() -> None:
     assert cache.shape == (3, 5, 4, 10)
     assert cache.dtype == torch.bfloat16
     num_bytes = cache.numel() * cache.element_size()
-    assert num_blocks_for(CONFIG, block_size=4, memory_bytes=num_bytes, dtype=torch.bfloat16) == 5
+    assert num_bytes == 5 * block_bytes(CONFIG, block_size=4, dtype=torch.bfloat16)
     assert not cache.any()
 
 

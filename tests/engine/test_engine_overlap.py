@@ -57,9 +57,10 @@ def test_each_lane_computes_inside_the_communication_of_the_other(trial: Trial) 
         for lane, other in ((0, 1), (1, 0)):
             flights = communications(step, lane)
             assert len(flights) == 10, "a dispatch and a combine in each of 5 MoE layers"
-            covered = [flight for flight in flights if any(overlaps(flight, c) for c in computations(step, other))]
+            shares = [covered_share(flight, computations(step, other)) for flight in flights]
             # The very last communication of the last lane has nobody left to compute beside it.
-            assert len(covered) >= len(flights) - 1
+            assert sum(share > 0 for share in shares) >= len(flights) - 1
+            assert sum(shares) / len(shares) > 0.4
 
 
 @pytest.mark.processes
@@ -92,7 +93,7 @@ def communications(step: StepTimeline, lane: int) -> list[Interval]:
     return [
         (sent[event.pending], event.ready_ns)
         for event in step.events
-        if event.kind is EventKind.ARRIVED and event.lane == lane and event.ready_ns is not None
+        if event.kind is EventKind.ARRIVED and event.lane == lane and not event.label.startswith("counts")
     ]
 
 
@@ -102,12 +103,14 @@ def computations(step: StepTimeline, lane: int) -> list[Interval]:
     for event in step.events:
         if event.lane != lane:
             continue
-        if event.kind in (EventKind.START, EventKind.ARRIVED):
+        if event.kind in (EventKind.START, EventKind.SWITCH_IN, EventKind.ARRIVED):
             start = event.time_ns
-        elif event.kind in (EventKind.SWITCH_OUT, EventKind.END):
+        elif event.kind in (EventKind.SWITCH_OUT, EventKind.WAIT, EventKind.END):
             found.append((start, event.time_ns))
     return found
 
 
-def overlaps(first: Interval, second: Interval) -> bool:
-    return max(first[0], second[0]) < min(first[1], second[1])
+def covered_share(flight: Interval, others: list[Interval]) -> float:
+    """The share of `flight` during which one of the other intervals ran; these do not overlap one another."""
+    covered = sum(max(0, min(flight[1], stop) - max(flight[0], start)) for start, stop in others)
+    return covered / (flight[1] - flight[0])

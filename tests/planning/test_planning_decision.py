@@ -29,7 +29,7 @@ def offers(draw, num_lanes: int):
     if draw(st.booleans()):
         return refused(draw(st.integers(0, 700)), draw(st.sampled_from([Refusal.TOO_FEW_TOKENS, Refusal.NO_BOUNDARY])))
     parts = draw(st.lists(st.integers(1, 500), min_size=num_lanes, max_size=num_lanes))
-    return offer(*parts, decode_only=draw(st.booleans()), wave=draw(st.integers(0, 2)))
+    return offer(*parts, decode_only=draw(st.booleans()))
 
 
 @st.composite
@@ -201,7 +201,15 @@ def test_a_dual_plan_says_who_decided_and_from_when():
 @pytest.mark.parametrize(("waves", "idle"), [((3, 3, 3), True), ((3, 3, 4), False), ((0,), True), ((1, 0), False)])
 def test_without_work_the_group_is_idle_only_if_all_have_seen_the_same_messages(policy, waves, idle):
     plan = decide([replace(IDLE, wave=wave) for wave in waves], policy)
-    assert (plan.idle, plan.kind, plan.reason, plan.is_empty) == (idle, "serial", "no work", True)
+    reason = "no work" if idle else "a message is under way"
+    assert (plan.idle, plan.kind, plan.reason, plan.is_empty) == (idle, "serial", reason, True)
+
+
+@pytest.mark.parametrize("policy", [ON, OFF, AUTO])
+def test_work_waits_until_all_ranks_have_seen_the_same_messages(policy):
+    plan = decide([offer(300, 300, wave=2), offer(300, 300, wave=1)], policy)
+    assert (plan.idle, plan.reason, plan.is_empty) == (False, "a message is under way", True)
+    assert not decide([offer(300, 300, wave=2), offer(300, 300, wave=2)], policy).is_empty
 
 
 @pytest.mark.parametrize("policy", [ON, OFF, AUTO])

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from antiphon.core.errors import OptionError
 from antiphon.core.plan import MAX_LANES, Refusal
-from antiphon.splitting import CUT_RULES, Cut, find_cut, request_boundary
+from antiphon.core.policy import SPLIT_RULES
+from antiphon.splitting import Cut, find_cut, request_boundary
 
 lengths = st.lists(st.integers(1, 40), max_size=30)
 parts = st.integers(2, MAX_LANES)
-rules = st.sampled_from(CUT_RULES)
+rules = st.sampled_from(SPLIT_RULES)
 
 
 def even_targets(total: int, num_parts: int) -> list[int]:
@@ -108,7 +109,7 @@ def test_without_a_boundary_near_the_cut_the_batch_stays_whole(query_lens, num_p
     assert cut == Cut((sum(query_lens),), Refusal.NO_BOUNDARY)
 
 
-@pytest.mark.parametrize("rule", CUT_RULES)
+@pytest.mark.parametrize("rule", SPLIT_RULES)
 @pytest.mark.parametrize("num_parts", range(2, MAX_LANES + 1))
 def test_fewer_tokens_than_parts_are_not_cut(rule, num_parts):
     for query_lens in ([], [num_parts - 1], [1] * (num_parts - 1)):
@@ -116,7 +117,7 @@ def test_fewer_tokens_than_parts_are_not_cut(rule, num_parts):
         assert cut == Cut((sum(query_lens),), Refusal.TOO_FEW_TOKENS)
 
 
-@pytest.mark.parametrize("rule", CUT_RULES)
+@pytest.mark.parametrize("rule", SPLIT_RULES)
 @pytest.mark.parametrize("query_lens", [[], [1], [3, 4]])
 def test_one_part_is_the_whole_batch_and_no_refusal(rule, query_lens):
     assert find_cut(query_lens, num_parts=1, rule=rule) == Cut((sum(query_lens),))
@@ -133,7 +134,7 @@ def test_a_number_of_parts_out_of_range_is_an_error(num_parts):
         find_cut([50], num_parts=num_parts, rule="token")
 
 
-@pytest.mark.parametrize("rule", CUT_RULES)
+@pytest.mark.parametrize("rule", SPLIT_RULES)
 def test_a_negative_length_is_an_error_that_names_it(rule):
     with pytest.raises(OptionError, match=r"query_lens\[0\]=-1"):
         find_cut([-1, 9], num_parts=2, rule=rule)
