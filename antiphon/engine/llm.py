@@ -300,7 +300,9 @@ def _take(item: _Open, output: TokenOutput) -> None:
 
 def _plain_int(item: object) -> Any:
     """Integers of other libraries (numpy's, say) as Python's; what is no integer as it is."""
-    return int(item) if isinstance(item, Integral) and type(item) is not bool else item
+    if isinstance(item, bool):
+        return item
+    return int(item) if isinstance(item, Integral) else item
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
