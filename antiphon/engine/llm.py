@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from inspect import signature
-from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +20,7 @@ from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import EngineConfig, ResolvedConfig, settle_policy
+from antiphon.engine.prompts import Prompt, params_for, plain_int, prompt_list
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.tokenizer import Tokenizer
 from antiphon.engine.worker_client import WorkerClient
@@ -29,8 +29,6 @@ from antiphon.timeline import StepTimeline
 __all__ = ["LLM"]
 
 logger = logging.getLogger("antiphon")
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(slots=True, eq=False)
@@ -217,12 +215,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[_Open]:
-        prompt_list = _as_list(prompts)
-        params_list = _params_for(prompt_list, sampling_params)
-        token_lists = [self._token_ids(place, prompt) for place, prompt in enumerate(prompt_list)]
+        texts = prompt_list(prompts)
+        params_list = params_for(texts, sampling_params)
+        token_lists = [self._token_ids(place, prompt) for place, prompt in enumerate(texts)]
         load = [0] * self.config.options.ranks
         requests = []
-        for place, (prompt, ids, params) in enumerate(zip(prompt_list, token_lists, params_list, strict=True)):
+        for place, (prompt, ids, params) in enumerate(zip(texts, token_lists, params_list, strict=True)):
             request = self._make_request(place, ids, params)
             rank = load.index(min(load))
             load[rank] += request.most_tokens
@@ -265,7 +263,7 @@ class LLM:
                 raise RequestError(f"prompt {place} is not valid Unicode text ({error}); repair or drop it") from None
             ids = self._tokenizer.encode(prompt)
         else:
-            ids = [_plain_int(item) for item in prompt]
+            ids = [plain_int(item) for item in prompt]
         if not ids:
             raise RequestError(f"prompt {place} is empty; give at least one token")
         for token_id in ids:
@@ -296,40 +294,6 @@ def _take(item: _Open, output: TokenOutput) -> None:
         item.logits.append(output.logits)
     if output.prompt_logits is not None:
         item.prompt_logits = output.prompt_logits
-
-
-def _plain_int(item: object) -> Any:
-    """Integers of other libraries (numpy's, say) as Python's; what is no integer as it is."""
-    if isinstance(item, bool):
-        return item
-    return int(item) if isinstance(item, Integral) else item
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise RequestError(f"prompts is a {type(prompts).__name__}; pass a text, a list of texts, or token ids")
-    if prompts and all(isinstance(item, Integral) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    for place, prompt in enumerate(prompts):
-        if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
-            raise RequestError(f"prompt {place} is a {type(prompt).__name__}; pass a text or a list of token ids")
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _params_for(
-    prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * len(prompts)
-    if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
-        raise RequestError("sampling_params holds something else; pass one SamplingParams, or a list of them")
-    if len(sampling_params) != len(prompts):
-        raise RequestError(
-            f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params; pass one, or one each"
-        )
-    return list(sampling_params)
 
 
 def _unknown_option(name: str) -> OptionError:
