@@ -212,7 +212,8 @@ def _summary(outputs: list[GeneratedOutput], stats: dict[str, Any], seconds: flo
     plans = ", ".join(f"{count} {plan}" for plan, count in stats["steps_by_plan"].items() if count)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in stats["serial_reasons"].items())
     lines = [
-        f"{len(outputs)} prompts, {num_tokens} tokens in {seconds:.2f} s ({num_tokens / seconds:.0f} tokens/s)",
+        f"{len(outputs)} {'prompt' if len(outputs) == 1 else 'prompts'}, "
+        f"{num_tokens} tokens in {seconds:.2f} s ({num_tokens / seconds:.0f} tokens/s)",
         f"{stats['steps']} steps: {plans}" + (f" (serial because {reasons})" if reasons else ""),
     ]
     communication_s = sum(sums["communication_s"] for sums in stats["overlap"].values())
