@@ -62,7 +62,7 @@ def test_each_lane_computes_inside_the_communication_of_the_other(trial: Trial) 
             # The very last communication of the last lane has nobody left to compute beside it.
             assert sum(share > 0 for share in shares) >= len(flights) - 1
             all_shares.extend(shares)
-    # About a half would be perfect: the other lane has half of the computation, and the step takes as long as all of it.
+    # A half would be perfect: the other lane has half of the computation, the step takes as long as all of it.
     assert sum(all_shares) / len(all_shares) > 0.3
 
 
