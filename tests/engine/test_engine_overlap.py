@@ -86,7 +86,7 @@ def test_dbo_off_creates_no_greenlet_and_dbo_on_does(one_rank: LLM, monkeypatch:
     one_rank.reconfigure(dbo="off")
     one_rank.generate(prompts, params)
     assert created == []
-    one_rank.reconfigure(dbo="on")
+    one_rank.reconfigure(dbo="on", split="token")
     one_rank.generate(prompts, params)
     assert len(created) == 2 * 4
 
