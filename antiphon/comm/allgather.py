@@ -13,8 +13,8 @@ import torch
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
-from antiphon.runtime import Pending, Streams
+from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport, wait_for_counts
+from antiphon.runtime import Streams
 
 __all__ = ["AllGatherTransport"]
 
@@ -82,5 +82,5 @@ class AllGatherTransport(Transport):
         counts_W = torch.empty(self.group.size, dtype=torch.int64)
         label = f"counts of {label}"
         work = self.group.all_gather(counts_W, torch.tensor([num_tokens]), label)
-        Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
+        wait_for_counts(work, label)
         return tuple(counts_W.tolist())

@@ -15,8 +15,8 @@ import torch
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
-from antiphon.runtime import Pending, Streams
+from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport, wait_for_counts
+from antiphon.runtime import Streams
 
 __all__ = ["AllToAllTransport"]
 
@@ -91,8 +91,7 @@ class AllToAllTransport(Transport):
         ones = [1] * num_ranks
         label = f"counts of {label}"
         work = self.group.all_to_all(received_W, sent_W, label, out_splits=ones, in_splits=ones)
-        # A pending of its own, so that this wait is recorded as exposed; its message counts with the rows.
-        Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
+        wait_for_counts(work, label)
         return _Exchange(
             num_tokens=num_tokens,
             tokens_N=reached_TW.t().nonzero()[:, 1],

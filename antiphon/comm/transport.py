@@ -26,11 +26,11 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from antiphon.comm.group import RankGroup
+from antiphon.comm.group import Collective, RankGroup
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import Pending, Streams, current_lane
 
-__all__ = ["ExpertShape", "Flight", "Routes", "Rows", "Transport"]
+__all__ = ["ExpertShape", "Flight", "Routes", "Rows", "Transport", "wait_for_counts"]
 
 T = TypeVar("T")
 
@@ -208,6 +208,14 @@ class Transport(ABC):
             low, high = (int(bound) for bound in routes.ids_TK.aminmax())
             if low < 0 or high >= shape.num_experts:
                 raise OptionError(f"expert ids run from {low} to {high}; use 0 to {shape.num_experts - 1}")
+
+
+def wait_for_counts(work: Collective, label: str) -> None:
+    """Wait for an exchange of counts inside a dispatch; recorded, so that it counts as exposed.
+
+    A pending of its own without messages: those of the counts are counted with the rows.
+    """
+    Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
 
 
 def _pending(flight: Flight[T], label: str, arrived: Callable[[T], None]) -> Pending[T]:
