@@ -19,7 +19,7 @@ from antiphon.comm.registry import (
     load_transport,
     parse_transport,
 )
-from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport
+from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport, TransportPart
 
 __all__ = [
     "ExpertShape",
@@ -30,6 +30,7 @@ __all__ = [
     "Routes",
     "Rows",
     "Transport",
+    "TransportPart",
     "TransportSpec",
     "choose_transport",
     "create_transport",

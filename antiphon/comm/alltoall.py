@@ -15,7 +15,7 @@ import torch
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport, wait_for_counts
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape, Flight, Routes, Rows, Transport, wait_for_counts
 from antiphon.runtime import Streams
 
 __all__ = ["AllToAllTransport"]
@@ -36,8 +36,16 @@ class AllToAllTransport(Transport):
 
     name = "alltoall"
 
-    def __init__(self, shape: ExpertShape, *, group: RankGroup, streams: Streams, num_lanes: int) -> None:
-        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes)
+    def __init__(
+        self,
+        shape: ExpertShape,
+        *,
+        group: RankGroup,
+        streams: Streams,
+        num_lanes: int,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+    ) -> None:
+        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
         self._format = RowFormat(shape)
         self._buffers = [LaneBuffers(torch.device("cpu")) for _ in range(num_lanes)]
         self._exchanges: list[_Exchange | None] = [None] * num_lanes

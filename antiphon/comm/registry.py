@@ -12,7 +12,7 @@ from importlib import import_module
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.link import Link, parse_link
-from antiphon.comm.transport import ExpertShape, Transport
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape, Transport
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.runtime import Streams
 
@@ -84,15 +84,23 @@ def choose_transport(spec: TransportSpec, shape: ExpertShape, num_ranks: int) ->
 
 
 def create_transport(
-    spec: TransportSpec | str, shape: ExpertShape, *, group: RankGroup, streams: Streams, num_lanes: int
+    spec: TransportSpec | str,
+    shape: ExpertShape,
+    *,
+    group: RankGroup,
+    streams: Streams,
+    num_lanes: int,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
 ) -> Transport:
-    """Make the transport of this rank. Every rank must make the same one.
+    """Make the transport of this rank. Every rank must make the same one, at the same time: some meet their peers.
+
+    max_tokens: the most tokens that one lane of one rank ever sends; some transports allocate for as many.
 
     Raises `OptionError` for an unknown name, a class that cannot be loaded, or ranks that the transport cannot serve.
     """
     spec = parse_transport(spec) if isinstance(spec, str) else spec
     spec, _ = choose_transport(spec, shape, group.size)
-    transport = load_transport(spec)(shape, group=group, streams=streams, num_lanes=num_lanes)
+    transport = load_transport(spec)(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
     if spec.link is None:
         return transport
     from antiphon.comm.simulated import SimulatedTransport  # only where it is asked for

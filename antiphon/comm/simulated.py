@@ -26,7 +26,13 @@ class SimulatedTransport(Transport):
     name = "simulated"
 
     def __init__(self, inner: Transport, link: Link) -> None:
-        super().__init__(inner.shape, group=inner.group, streams=inner.streams, num_lanes=inner.num_lanes)
+        super().__init__(
+            inner.shape,
+            group=inner.group,
+            streams=inner.streams,
+            num_lanes=inner.num_lanes,
+            max_tokens=inner.max_tokens,
+        )
         self.inner = inner
         self.link = link
         self._busy_until_ns = 0

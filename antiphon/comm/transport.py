@@ -30,9 +30,12 @@ from antiphon.comm.group import Collective, RankGroup
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import Pending, Streams, current_lane
 
-__all__ = ["ExpertShape", "Flight", "Routes", "Rows", "Transport", "wait_for_counts"]
+__all__ = ["ExpertShape", "Flight", "Routes", "Rows", "Transport", "TransportPart", "wait_for_counts"]
 
 T = TypeVar("T")
+
+DEFAULT_MAX_TOKENS = 8192
+"""Tokens of one lane on one rank, where the caller does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +72,16 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a rank received: tokens, their experts as indices on this rank (-1: another rank's), their weights."""
+    """What a rank received: tokens, their experts as indices on this rank (-1: another rank's), their weights.
+
+    x_RD may have gaps between its rows. out_RD: where the partial sums may be written, so that `combine` need not copy
+    them; `None` if the transport does not care.
+    """
 
     x_RD: torch.Tensor
     ids_RK: torch.Tensor
     weights_RK: torch.Tensor
+    out_RD: torch.Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,6 +95,14 @@ class Flight(Generic[T]):
     num_messages: int = 1
 
 
+class TransportPart(Enum):
+    """What of a transport runs: all of it, or only one part, to be measured alone with whatever the buffers hold."""
+
+    WHOLE = "whole"
+    COMPUTE_ONLY = "compute only"  # packing and local sums; no copies over the link, no flags, no waits
+    LINK_ONLY = "link only"  # copies over the link, flags and waits
+
+
 class _Phase(Enum):
     IDLE = "idle"
     DISPATCHING = "dispatching"
@@ -98,12 +114,23 @@ class Transport(ABC):
     """Dispatch and combine. Implementations fill in `send_tokens` and `send_partials`."""
 
     name: ClassVar[str]
+    sm_free: ClassVar[bool] = False  # on a GPU: moves data without occupying streaming multiprocessors
 
-    def __init__(self, shape: ExpertShape, *, group: RankGroup, streams: Streams, num_lanes: int) -> None:
+    def __init__(
+        self,
+        shape: ExpertShape,
+        *,
+        group: RankGroup,
+        streams: Streams,
+        num_lanes: int,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+    ) -> None:
         self.shape = shape
         self.group = group
         self.streams = streams
         self.num_lanes = num_lanes
+        self.max_tokens = max_tokens
+        self.part = TransportPart.WHOLE
         self.experts_per_rank = shape.experts_per_rank(group.size)
         self._phases = [_Phase.IDLE] * num_lanes
         self._num_rows = [0] * num_lanes  # received last
@@ -197,6 +224,11 @@ class Transport(ABC):
             raise OptionError(
                 f"tokens are {list(x_TD.shape)} {x_TD.dtype}; "
                 f"this transport takes [T, {shape.hidden_size}] {shape.dtype}"
+            )
+        if x_TD.shape[0] > self.max_tokens:
+            raise OptionError(
+                f"{x_TD.shape[0]} tokens are more than max_tokens={self.max_tokens}, "
+                "for which this transport was made; make it for more"
             )
         expected = (x_TD.shape[0], shape.top_k)
         if routes.ids_TK.shape != expected or routes.weights_TK.shape != expected:

@@ -20,16 +20,18 @@ def grouped_experts(
     weights_RK: torch.Tensor,
     gate_up_EGD: torch.Tensor,
     down_EDF: torch.Tensor,
+    *,
+    out_RD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted sum over this rank's experts of `down(silu(gate x) * up x)`, for every row: [R, D] in x's dtype.
 
     ids_RK: index among this rank's experts, -1 for an expert of another rank. weights_RK: float32 (or float64).
     gate_up_EGD: [E, 2F, D], gate rows above up rows. down_EDF: [E, D, F].
     Products are in x's dtype, the sum over experts in float32 at least. A row without local experts is zero.
-    The result is new and the caller's; safe on the stream that is current.
+    The result is written into `out_RD` if that is given, else new and the caller's; safe on the stream that is current.
     """
     wide = torch.promote_types(x_RD.dtype, torch.float32)
-    out_RD = torch.zeros(x_RD.shape, dtype=wide, device=x_RD.device)
+    sums_RD = torch.zeros(x_RD.shape, dtype=wide, device=x_RD.device)
     pair_ids = ids_RK.flatten()
     order_X = pair_ids.argsort(stable=True)
     order_X = order_X[(pair_ids < 0).sum() :]
@@ -37,8 +39,8 @@ def grouped_experts(
     ends_E = torch.bincount(pair_ids[order_X], minlength=gate_up_EGD.shape[0]).cumsum(0)
     gate_XF, up_XF = grouped_product(x_RD[rows_X], gate_up_EGD, ends_E).chunk(2, dim=-1)
     y_XD = grouped_product(F.silu(gate_XF) * up_XF, down_EDF, ends_E)
-    out_RD.index_add_(0, rows_X, y_XD.to(wide) * weights_RK.flatten()[order_X].to(wide).unsqueeze(1))
-    return out_RD.to(x_RD.dtype)
+    sums_RD.index_add_(0, rows_X, y_XD.to(wide) * weights_RK.flatten()[order_X].to(wide).unsqueeze(1))
+    return sums_RD.to(x_RD.dtype) if out_RD is None else out_RD.copy_(sums_RD)
 
 
 def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

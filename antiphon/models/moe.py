@@ -106,7 +106,9 @@ class Experts(nn.Module):
 
     def compute(self, rows: Rows) -> torch.Tensor:
         """Partial sums [R, D] of the rows over this rank's experts."""
-        return grouped_experts(rows.x_RD, rows.ids_RK, rows.weights_RK, self.gate_up_EGD, self.down_EDF)
+        return grouped_experts(
+            rows.x_RD, rows.ids_RK, rows.weights_RK, self.gate_up_EGD, self.down_EDF, out_RD=rows.out_RD
+        )
 
     def combine(self, partial_RD: torch.Tensor) -> Pending[torch.Tensor]:
         return self.transport.combine(partial_RD, label=self.label)

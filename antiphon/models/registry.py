@@ -55,7 +55,8 @@ def expert_shape(config: ModelConfig, dtype: torch.dtype) -> ExpertShape:
 
 def build_model(config: ModelConfig, transport: Transport) -> CausalLM:
     """This rank's part of the model, weights not yet filled, in the dtype of the transport's shape."""
-    return _ARCHITECTURES[config.architecture].build(config, transport)
+    with torch.device(transport.streams.device):
+        return _ARCHITECTURES[config.architecture].build(config, transport)
 
 
 def skeleton(config: ModelConfig) -> CausalLM:
@@ -65,4 +66,4 @@ def skeleton(config: ModelConfig) -> CausalLM:
         transport = create_transport(
             "local", expert_shape(config, torch.float32), group=group, streams=CpuStreams(), num_lanes=1
         )
-        return build_model(config, transport)
+        return _ARCHITECTURES[config.architecture].build(config, transport)

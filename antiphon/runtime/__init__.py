@@ -22,7 +22,7 @@ One thread, two lanes; `=` computes, `.` is on the wire:
 from antiphon.runtime.hook import EventKind, LaneEvent, Recorder
 from antiphon.runtime.lanes import run_lanes
 from antiphon.runtime.pending import Pending
-from antiphon.runtime.streams import CpuStreams, Event, Streams
+from antiphon.runtime.streams import CpuStreams, Event, Streams, streams_for
 from antiphon.runtime.traps import current_lane, finish, num_lanes, order_point, switch
 
 __all__ = [
@@ -38,5 +38,6 @@ __all__ = [
     "num_lanes",
     "order_point",
     "run_lanes",
+    "streams_for",
     "switch",
 ]

@@ -1,7 +1,7 @@
 """Streams and events behind one small interface, with its CPU implementation.
 
-The compute stream is the caller's; a rank has one comm stream beside it. A transport uses it like this, the same on
-every device:
+The compute stream is the caller's; a rank has one comm stream beside it, and more by name where a transport needs them
+(an upload and a download stream). A transport uses it like this, the same on every device:
 
     ready = streams.record()              # on the compute stream, when the data is ready (early event)
     with streams.comm(after=ready):       # what is launched inside goes to the comm stream, after the event
@@ -19,7 +19,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-__all__ = ["CpuStreams", "Event", "Streams"]
+import torch
+
+__all__ = ["CpuStreams", "Event", "Streams", "streams_for"]
 
 
 class Event(Protocol):
@@ -27,7 +29,12 @@ class Event(Protocol):
 
 
 class Streams(Protocol):
-    """One rank's compute and comm stream."""
+    """One rank's compute and comm streams."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the streams run, and the tensors of the transports that use them."""
+        ...
 
     @property
     def device_types(self) -> tuple[str, ...]:
@@ -42,12 +49,12 @@ class Streams(Protocol):
         """Let the stream that is current wait for `event`; never blocks the host on a GPU."""
         ...
 
-    def comm(self, *, after: Event) -> AbstractContextManager[None]:
-        """Inside, the comm stream is current, and what is launched there runs after `after`."""
+    def comm(self, *, after: Event, name: str = "comm") -> AbstractContextManager[None]:
+        """Inside, the comm stream of that name is current, and what is launched there runs after `after`."""
         ...
 
     def join(self) -> None:
-        """Let the compute stream wait for all that was launched on the comm stream: the end of a step."""
+        """Let the compute stream wait for all that was launched on the comm streams: the end of a step."""
         ...
 
     def on_compute_stream(self) -> bool:
@@ -66,6 +73,10 @@ class CpuStreams:
     """Streams of a CPU rank: the calling thread is both of them."""
 
     @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
     def device_types(self) -> tuple[str, ...]:
         return ("cpu",)
 
@@ -75,7 +86,7 @@ class CpuStreams:
     def wait(self, event: Event) -> None:
         assert event is _HAPPENED, "an event of another device reached CpuStreams"
 
-    def comm(self, *, after: Event) -> AbstractContextManager[None]:
+    def comm(self, *, after: Event, name: str = "comm") -> AbstractContextManager[None]:
         self.wait(after)
         return nullcontext()
 
@@ -84,3 +95,12 @@ class CpuStreams:
 
     def on_compute_stream(self) -> bool:
         return True
+
+
+def streams_for(device: torch.device) -> Streams:
+    """The streams of a device; on a GPU the stream that is current now becomes the compute stream."""
+    if device.type == "cpu":
+        return CpuStreams()
+    from antiphon.runtime.cuda_streams import CudaStreams  # only where there is such a device
+
+    return CudaStreams(device)

@@ -1,0 +1,66 @@
+"""Streams of a CUDA device: the caller's compute stream, and comm streams of high priority beside it.
+
+The compute stream is the one that is current when the object is made. Comm streams are made when they are first named.
+Nothing here ever blocks the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from antiphon.core.errors import LaneError
+from antiphon.runtime.streams import Event
+
+__all__ = ["CudaStreams"]
+
+_HIGH_PRIORITY = -1
+
+
+class CudaStreams:
+    """`Streams` of one CUDA device. Not thread-safe: one host thread issues everything."""
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
+        self._compute = torch.cuda.current_stream(self._device)
+        self._comm: dict[str, torch.cuda.Stream] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        return ("cuda", "cpu")
+
+    def record(self) -> Event:
+        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return event
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, torch.cuda.Event), "an event of another device reached CudaStreams"
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    @contextmanager
+    def comm(self, *, after: Event, name: str = "comm") -> Iterator[None]:
+        stream = self._comm.get(name)
+        if stream is None:
+            stream = self._comm[name] = torch.cuda.Stream(self._device, priority=_HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+        if not self.on_compute_stream():
+            raise LaneError("a communication was sent away from the compute stream; leave the other stream first")
+        torch.cuda.set_stream(stream)
+        try:
+            self.wait(after)
+            yield
+        finally:
+            torch.cuda.set_stream(self._compute)
+
+    def join(self) -> None:
+        for stream in self._comm.values():
+            self._compute.wait_stream(stream)
+
+    def on_compute_stream(self) -> bool:
+        return torch.cuda.current_stream(self._device) == self._compute
