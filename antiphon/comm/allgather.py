@@ -13,7 +13,7 @@ import torch
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape, Flight, Routes, Rows, Transport, wait_for_counts
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape, Flight, Routes, Rows, Transport, exchange_counts
 from antiphon.runtime import Streams
 
 __all__ = ["AllGatherTransport"]
@@ -43,15 +43,13 @@ class AllGatherTransport(Transport):
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
         if tokens_by_rank is None:
-            tokens_by_rank = self._exchange_counts(x_TD.shape[0], label)
+            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], label)
         num_tokens, padded = x_TD.shape[0], max(tokens_by_rank)
         assert tokens_by_rank[self.group.rank] == num_tokens, f"{tokens_by_rank} is not for {num_tokens} tokens"
         self._num_tokens[lane], self._padded_tokens[lane] = num_tokens, padded
         buffers, row = self._buffers[lane], self._format
         packed = buffers.get("packed", padded, row.row_bytes, torch.uint8)
-        row.x(packed)[:num_tokens].copy_(x_TD)
-        row.weights(packed)[:num_tokens].copy_(routes.weights_TK)
-        row.ids(packed)[:num_tokens].copy_(routes.ids_TK)
+        row.pack(packed[:num_tokens], x_TD, routes)
         row.ids(packed)[num_tokens:] = -1
         gathered = buffers.get("gathered", padded * self.group.size, row.row_bytes, torch.uint8)
 
@@ -85,10 +83,3 @@ class AllGatherTransport(Transport):
 
         num_bytes = (self.group.size - 1) * padded * hidden_size * dtype.itemsize
         return Flight(wait=wait, ready_ns=work.ready_ns, num_bytes=num_bytes)
-
-    def _exchange_counts(self, num_tokens: int, label: str) -> tuple[int, ...]:
-        counts_W = torch.empty(self.group.size, dtype=torch.int64)
-        label = f"counts of {label}"
-        work = self.group.all_gather(counts_W, torch.tensor([num_tokens]), label)
-        wait_for_counts(work, label)
-        return tuple(counts_W.tolist())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +21,9 @@ from antiphon.core.errors import PeerError
 from antiphon.runtime import current_lane, num_lanes
 
 __all__ = ["Collective", "RankGroup"]
+
+_FIRST_NAP_S = 20e-6
+_LONGEST_NAP_S = 1e-3
 
 
 class Collective:
@@ -104,6 +107,11 @@ class RankGroup:
             raise PeerError(_missing(f"rank {rank} could not meet its peers", rank, board, error)) from error
         return cls(rank=rank, size=size, process_group=dist.group.WORLD, timeout_s=timeout_s, board=board)
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The CPU group; `None` for a group of one."""
+        return self._process_group
+
     def close(self) -> None:
         """Leave the process group. Peers that still wait for this rank get an error."""
         if self._process_group is not None:
@@ -161,6 +169,28 @@ class RankGroup:
         if self._board is not None:
             self._board.mark(self.rank, f"computing after {where}")
 
+    def wait_until(self, done: Callable[[], bool], label: str, *, peer: int) -> None:
+        """Block until `done()`, which `peer` makes true. Raises `PeerError` after the time limit."""
+        where = _where(label)
+        if self._board is not None:
+            self._board.mark(self.rank, f"waiting for {where} from rank {peer}")
+        start = time.monotonic()
+        nap_s = 0.0
+        while not done():
+            waited_s = time.monotonic() - start
+            if waited_s > self.timeout_s:
+                raise PeerError(
+                    _missing(
+                        f"rank {self.rank} waited {waited_s:.1f} s for {where} from rank {peer} in vain",
+                        self.rank,
+                        self._board,
+                    )
+                )
+            time.sleep(nap_s)
+            nap_s = min(nap_s + _FIRST_NAP_S, _LONGEST_NAP_S)
+        if self._board is not None:
+            self._board.mark(self.rank, f"computing after {where}")
+
     # ---- the debug mode that compares the order of collectives
 
     def record_order(self) -> None:
@@ -194,9 +224,9 @@ def _all_gather(out: torch.Tensor, mine: torch.Tensor, **options: Any) -> dist.W
     return work
 
 
-def _missing(what: str, rank: int, board: ProgressBoard | None, error: Exception) -> str:
+def _missing(what: str, rank: int, board: ProgressBoard | None, error: Exception | None = None) -> str:
     peers = f"; {board.describe(except_rank=rank)}" if board is not None else ""
-    return f"{what}{peers} ({_reason(error)})"
+    return f"{what}{peers}" + (f" ({_reason(error)})" if error is not None else "")
 
 
 def _reason(error: Exception) -> str:

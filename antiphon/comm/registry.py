@@ -22,7 +22,16 @@ _CLASSES = {
     "local": "antiphon.comm.local:LocalTransport",
     "allgather": "antiphon.comm.allgather:AllGatherTransport",
     "alltoall": "antiphon.comm.alltoall:AllToAllTransport",
+    "copy-engine": "antiphon.comm.copy_engine:CopyEngineTransport",
+    "host-staged": "antiphon.comm.host_staged:HostStagedTransport",
+    "shared-memory": "antiphon.comm.shared_memory:SharedMemoryTransport",
 }
+_CUDA_CLASSES = {
+    "allgather": "antiphon.comm.nccl_allgather:NcclAllGatherTransport",
+    "alltoall": "antiphon.comm.nccl_alltoall:NcclAllToAllTransport",
+}
+"""Where a GPU needs another implementation."""
+
 _NAMES = ("auto", *_CLASSES, "simulated")
 
 _WORTHWHILE_SAVING = 0.25
@@ -100,7 +109,8 @@ def create_transport(
     """
     spec = parse_transport(spec) if isinstance(spec, str) else spec
     spec, _ = choose_transport(spec, shape, group.size)
-    transport = load_transport(spec)(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
+    kind = load_transport(spec, streams.device.type)
+    transport = kind(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
     if spec.link is None:
         return transport
     from antiphon.comm.simulated import SimulatedTransport  # only where it is asked for
@@ -108,9 +118,10 @@ def create_transport(
     return SimulatedTransport(transport, spec.link)
 
 
-def load_transport(spec: TransportSpec) -> type[Transport]:
+def load_transport(spec: TransportSpec, device_type: str = "cpu") -> type[Transport]:
     """The class behind a name that is not `auto`. Raises `OptionError` if it cannot be loaded."""
-    path = _CLASSES.get(spec.name, spec.name)
+    path = _CUDA_CLASSES.get(spec.name) if device_type == "cuda" else None
+    path = path or _CLASSES.get(spec.name, spec.name)
     module_name, _, class_name = path.partition(":")
     try:
         loaded = getattr(import_module(module_name), class_name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm.transport import ExpertShape
+from antiphon.comm.transport import ExpertShape, Routes
 
 __all__ = ["LaneBuffers", "RowFormat"]
 
@@ -25,6 +25,12 @@ class RowFormat:
         self._weights_end = self._x_end + shape.top_k * shape.weight_dtype.itemsize
         self._ids_end = self._weights_end + shape.top_k * 4
         self.row_bytes = _aligned(self._ids_end, _ROW_ALIGNMENT)
+
+    def pack(self, rows: torch.Tensor, x_TD: torch.Tensor, routes: Routes) -> None:
+        """Write tokens and routes into `rows` [T, row_bytes]; on a GPU on the stream that is current."""
+        self.x(rows).copy_(x_TD)
+        self.weights(rows).copy_(routes.weights_TK)
+        self.ids(rows).copy_(routes.ids_TK)
 
     def x(self, rows: torch.Tensor) -> torch.Tensor:
         """The hidden states [N, D] in `rows` [N, row_bytes] of uint8: a view."""

@@ -30,7 +30,16 @@ from antiphon.comm.group import Collective, RankGroup
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import Pending, Streams, current_lane
 
-__all__ = ["ExpertShape", "Flight", "Routes", "Rows", "Transport", "TransportPart", "wait_for_counts"]
+__all__ = [
+    "ExpertShape",
+    "Flight",
+    "Routes",
+    "Rows",
+    "Transport",
+    "TransportPart",
+    "exchange_counts",
+    "wait_for_counts",
+]
 
 T = TypeVar("T")
 
@@ -248,6 +257,15 @@ def wait_for_counts(work: Collective, label: str) -> None:
     A pending of its own without messages: those of the counts are counted with the rows.
     """
     Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
+
+
+def exchange_counts(group: RankGroup, num_tokens: int, label: str) -> tuple[int, ...]:
+    """The tokens of every rank, where the caller does not know them. The host waits."""
+    counts_W = torch.empty(group.size, dtype=torch.int64)
+    label = f"counts of {label}"
+    work = group.all_gather(counts_W, torch.tensor([num_tokens]), label)
+    wait_for_counts(work, label)
+    return tuple(counts_W.tolist())
 
 
 def _pending(flight: Flight[T], label: str, arrived: Callable[[T], None]) -> Pending[T]:

@@ -14,9 +14,11 @@ import torch
 from antiphon.comm import ExpertShape, Routes
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import current_lane, finish, run_lanes, switch
-from tests.comm.world import World, apply_experts, make_shape, make_tokens, poison_buffers
+from tests.comm.world import MAX_TOKENS, World, apply_experts, exact_sums, make_shape, make_tokens, poison_buffers
 
-__all__ = ["SCENARIOS", "transports_of"]
+__all__ = ["SCENARIOS", "SLAB_TRANSPORTS", "transports_of"]
+
+SLAB_TRANSPORTS = ("shared-memory", "copy-engine", "host-staged")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +50,19 @@ def sums_are_right(world: World, name: str, scenario: Scenario, dtype: torch.dty
     counts = scenario.counts[: world.size]
     transport = world.make(name, shape)
     for turn, known in enumerate([counts, None, counts]):
-        tokens = make_tokens(shape, counts[world.rank], seed=(turn, world.rank), experts=experts)
+        tokens = world.tokens(shape, counts[world.rank], seed=(turn, world.rank), experts=experts)
         world.expect_sums(world.run(transport, tokens, known), tokens, f"turn {turn}, tokens_by_rank={known}:")
+
+
+def sums_are_exact(world: World, name: str, dtype: torch.dtype) -> None:
+    """Slab transports: to the last bit what adding up every rank's partial sums in order of rank gives."""
+    shape = make_shape(dtype, top_k=5, hidden_size=11)
+    transport = world.make(name, shape)
+    for turn in range(10):
+        counts = tuple((7 * rank + 3 * turn) % 13 for rank in range(world.size))
+        tokens = world.tokens(shape, counts[world.rank], seed=(turn, world.rank))
+        sums_TD = world.run(transport, tokens, counts)
+        world.expect(torch.equal(sums_TD, exact_sums(shape, world.group, tokens)), f"turn {turn}: not the exact sums")
 
 
 def buffers_are_written_before_they_are_read(world: World, name: str, num_iterations: int) -> None:
@@ -61,7 +74,7 @@ def buffers_are_written_before_they_are_read(world: World, name: str, num_iterat
     for turn in range(num_iterations):
         limit = 1 + turn % 40
         counts = tuple(sizes.choice([0, limit, sizes.randrange(limit)]) for _ in range(world.size))
-        tokens = make_tokens(shape, counts[world.rank], seed=(turn, world.rank))
+        tokens = world.tokens(shape, counts[world.rank], seed=(turn, world.rank))
         known = counts if turn % 3 else None
         world.expect_sums(world.run(transport, tokens, known), tokens, f"iteration {turn}, counts {counts}:")
         num_poisoned += poison_buffers(transport)
@@ -78,7 +91,7 @@ def lanes_interleave(world: World, name: str, num_lanes: int) -> None:
         lane = current_lane()
         for layer in range(2 + lane):
             counts = tuple((3 * rank + 5 * lane + layer) % 7 for rank in range(world.size))
-            tokens = make_tokens(shape, counts[world.rank], seed=(lane, layer, world.rank))
+            tokens = world.tokens(shape, counts[world.rank], seed=(lane, layer, world.rank))
             order.append(("dispatch", layer, lane))
             rows = finish(transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts))
             switch("rows must stay valid while the other lanes dispatch")
@@ -103,7 +116,7 @@ def results_belong_to_the_caller(world: World, name: str) -> None:
     transport = world.make(name, shape)
     kept = []
     for turn in range(6):
-        tokens = make_tokens(shape, 2 + (turn + world.rank) % 5, seed=(turn, world.rank))
+        tokens = world.tokens(shape, 2 + (turn + world.rank) % 5, seed=(turn, world.rank))
         kept.append((world.run(transport, tokens, None), tokens))
         poison_buffers(transport)
     for turn, (sums_TD, tokens) in enumerate(kept):
@@ -114,7 +127,7 @@ def result_is_not_the_partial_sums(world: World, name: str) -> None:
     """The result of combine is new: the tensor that went in may be used again."""
     shape = make_shape()
     transport = world.make(name, shape)
-    tokens = make_tokens(shape, 4, seed=world.rank)
+    tokens = world.tokens(shape, 4, seed=world.rank)
     rows = finish(transport.dispatch(tokens.x_TD, tokens.routes))
     partial_RD = apply_experts(rows, shape, world.group)
     sums_TD = finish(transport.combine(partial_RD))
@@ -126,7 +139,7 @@ def sources_are_read_in_dispatch(world: World, name: str) -> None:
     """On the CPU `x_TD` is read before `dispatch` returns, so it may be overwritten then."""
     shape = make_shape()
     transport = world.make(name, shape)
-    tokens = make_tokens(shape, 4, seed=world.rank)
+    tokens = world.tokens(shape, 4, seed=world.rank)
     x_TD, weights_TK = tokens.x_TD.clone(), tokens.routes.weights_TK.clone()
     pending = transport.dispatch(x_TD, Routes(tokens.routes.ids_TK.clone(), weights_TK))
     x_TD.fill_(float("nan"))
@@ -138,7 +151,7 @@ def sources_are_read_in_dispatch(world: World, name: str) -> None:
 def sources_stay_as_they_are(world: World, name: str) -> None:
     shape = make_shape()
     transport = world.make(name, shape)
-    tokens = make_tokens(shape, 4, seed=world.rank)
+    tokens = world.tokens(shape, 4, seed=world.rank)
     before = [tensor.clone() for tensor in (tokens.x_TD, tokens.routes.ids_TK, tokens.routes.weights_TK)]
     world.run(transport, tokens, None)
     after = [tokens.x_TD, tokens.routes.ids_TK, tokens.routes.weights_TK]
@@ -152,7 +165,7 @@ def ranks_drift_apart(world: World, name: str) -> None:
     naps = random.Random(world.rank)
     for turn in range(20):
         counts = tuple((turn + rank) % 4 for rank in range(world.size))
-        tokens = make_tokens(shape, counts[world.rank], seed=(turn, world.rank))
+        tokens = world.tokens(shape, counts[world.rank], seed=(turn, world.rank))
         time.sleep(naps.random() * 4e-3)
         pending = transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts)
         time.sleep(naps.random() * 4e-3)
@@ -165,9 +178,9 @@ def rows_are_what_was_sent(world: World, name: str) -> None:
     """`alltoall`: one copy of a token for each rank that it goes to; `allgather`: everything, padded."""
     shape = make_shape(top_k=3)
     counts = (6, 3, 0, 9)[: world.size]
-    tokens = make_tokens(shape, counts[world.rank], seed=world.rank)
+    tokens = world.tokens(shape, counts[world.rank], seed=world.rank)
     rows = finish(world.make(name, shape).dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts))
-    everyone = [make_tokens(shape, count, seed=rank) for rank, count in enumerate(counts)]
+    everyone = [world.tokens(shape, count, seed=rank) for rank, count in enumerate(counts)]
     per_rank = shape.experts_per_rank(world.size)
     wanted = [(sent.routes.ids_TK // per_rank == world.rank).any(1) for sent in everyone]
     here = (rows.ids_RK >= 0).any(1)
@@ -177,6 +190,7 @@ def rows_are_what_was_sent(world: World, name: str) -> None:
         "local": counts[0],
         "allgather": world.size * max(counts),
         "alltoall": len(expected_x),
+        **dict.fromkeys(SLAB_TRANSPORTS, sum(counts)),
     }[_inner_name(name)]
     world.expect_equal(rows.x_RD.shape[0], expected_rows, "rows received")
     ids_RK = torch.cat([sent.routes.ids_TK[mask] for sent, mask in zip(everyone, wanted, strict=True)])
@@ -191,7 +205,7 @@ def bytes_are_counted(world: World, name: str, dtype: torch.dtype) -> None:
     shape = make_shape(dtype, top_k=3, hidden_size=7)
     counts = (6, 3, 0, 9)[: world.size]
     transport = world.make(name, shape)
-    tokens = make_tokens(shape, counts[world.rank], seed=world.rank)
+    tokens = world.tokens(shape, counts[world.rank], seed=world.rank)
     sent = transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts)
     back = transport.combine(apply_experts(finish(sent), shape, world.group))
     finish(back)
@@ -204,20 +218,21 @@ def messages_are_counted(world: World, name: str) -> None:
     """What a link model has to charge a latency for: `alltoall` sends counts before its rows."""
     shape = make_shape()
     transport = world.make(name, shape)
-    tokens = make_tokens(shape, 3, seed=world.rank)
+    tokens = world.tokens(shape, 3, seed=world.rank)
     sent = transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=(3,) * world.size)
     back = transport.combine(apply_experts(finish(sent), shape, world.group))
     finish(back)
-    expected = {"local": (0, 0), "allgather": (1, 1), "alltoall": (2, 1)}[_inner_name(name)]
-    world.expect_equal((sent.num_messages, back.num_messages), expected, "messages")
+    one = int(world.size > 1)
+    expected = {"local": (0, 0), "allgather": (1, 1), "alltoall": (2, 1), **dict.fromkeys(SLAB_TRANSPORTS, (one, one))}
+    world.expect_equal((sent.num_messages, back.num_messages), expected[_inner_name(name)], "messages")
 
 
 def phases_alternate(world: World, name: str) -> None:
     """Wrong orders raise before anything is sent, so the right order still works afterwards."""
     shape = make_shape()
     transport = world.make(name, shape)
-    tokens = make_tokens(shape, 2, seed=world.rank)
-    partial_RD = torch.zeros(2, shape.hidden_size, dtype=shape.dtype)
+    tokens = world.tokens(shape, 2, seed=world.rank)
+    partial_RD = torch.zeros(2, shape.hidden_size, dtype=shape.dtype, device=world.streams.device)
     _expect_error(world, LaneError, lambda: transport.combine(partial_RD), "combine on lane 0 while it is idle")
     sent = transport.dispatch(tokens.x_TD, tokens.routes)
     again = "dispatch on lane 0 while it is dispatching"
@@ -234,7 +249,7 @@ def phases_alternate(world: World, name: str) -> None:
 def lanes_beyond_the_last_are_refused(world: World, name: str) -> None:
     shape = make_shape()
     transport = world.make(name, shape, num_lanes=1)
-    tokens = make_tokens(shape, 2, seed=world.rank)
+    tokens = world.tokens(shape, 2, seed=world.rank)
 
     def in_second_lane() -> None:
         if current_lane() == 1:
@@ -247,7 +262,7 @@ def wrong_tokens_are_refused(world: World, name: str) -> None:
     """Tensors that do not fit raise before anything is sent."""
     shape = make_shape()
     transport = world.make(name, shape)
-    tokens = make_tokens(shape, 3, seed=world.rank)
+    tokens = world.tokens(shape, 3, seed=world.rank)
     x_TD, routes = tokens.x_TD, tokens.routes
     narrow = Routes(routes.ids_TK[:, :2], routes.weights_TK)
     for wrong_x, wrong_routes, text in [
@@ -259,6 +274,9 @@ def wrong_tokens_are_refused(world: World, name: str) -> None:
         (x_TD[:2], routes, "2 tokens with 3 experts each need [2, 3]"),
     ]:
         _expect_error(world, OptionError, lambda x=wrong_x, r=wrong_routes: transport.dispatch(x, r), text)
+    many = world.tokens(shape, MAX_TOKENS + 1, seed=world.rank)
+    too_many = f"{MAX_TOKENS + 1} tokens are more than max_tokens={MAX_TOKENS}"
+    _expect_error(world, OptionError, lambda: transport.dispatch(many.x_TD, many.routes), too_many)
     world.expect_sums(world.run(transport, tokens, None), tokens, "after refused calls:")
 
 
@@ -266,7 +284,7 @@ def wrong_partial_sums_are_refused(world: World, name: str) -> None:
     """Combine raises as dispatch does: too few rows must not be repeated, nor other dtypes converted."""
     shape = make_shape(top_k=8)
     transport = world.make(name, shape)
-    tokens = make_tokens(shape, 4, seed=world.rank)
+    tokens = world.tokens(shape, 4, seed=world.rank)
     rows = finish(transport.dispatch(tokens.x_TD, tokens.routes))
     partial_RD = apply_experts(rows, shape, world.group)
     for what, wrong in [
@@ -284,7 +302,7 @@ def wrong_partial_sums_are_refused(world: World, name: str) -> None:
 def reset_forgets_a_failed_run(world: World, name: str) -> None:
     shape = make_shape()
     transport = world.make(name, shape, num_lanes=2)
-    tokens = make_tokens(shape, 3, seed=world.rank)
+    tokens = world.tokens(shape, 3, seed=world.rank)
 
     def fail_between_phases() -> None:
         finish(transport.dispatch(tokens.x_TD, tokens.routes))
@@ -324,6 +342,8 @@ def _remote_rows(world: World, inner: str, shape: ExpertShape, counts: tuple[int
         return 0
     if inner == "allgather":
         return (world.size - 1) * max(counts)
+    if inner in SLAB_TRANSPORTS:
+        return max((world.size - 1) * counts[world.rank], sum(counts) - counts[world.rank])
     per_rank = shape.experts_per_rank(world.size)
     copies = torch.zeros(world.size, world.size, dtype=torch.int64)  # [from, to]
     for source, count in enumerate(counts):
@@ -333,7 +353,15 @@ def _remote_rows(world: World, inner: str, shape: ExpertShape, counts: tuple[int
     return int(max(copies[world.rank].sum(), copies[:, world.rank].sum()))
 
 
-def transports_of(size: int) -> list[str]:
-    """Names of all transports that can run on `size` ranks."""
-    names = ["allgather", "alltoall", "simulated:allgather:10GB/s:10us", "simulated:alltoall:10GB/s:10us"]
+def transports_of(size: int, device_type: str = "cpu") -> list[str]:
+    """Names of all transports that can run on `size` ranks of a device."""
+    if device_type == "cuda":
+        return ["allgather", "alltoall", "copy-engine", "host-staged"]
+    names = [
+        "allgather",
+        "alltoall",
+        "shared-memory",
+        "simulated:allgather:10GB/s:10us",
+        "simulated:alltoall:10GB/s:10us",
+    ]
     return ["local", *names] if size == 1 else names

@@ -44,12 +44,12 @@ _AGREEMENT_CHECKS = (
 )
 
 
-def checks_of(size: int) -> dict[str, Check]:
+def checks_of(size: int, device_type: str = "cpu") -> dict[str, Check]:
     """Every check for `size` ranks, by a name that says transport and variant."""
     checks: dict[str, Check] = {}
-    for transport in contract_checks.transports_of(size):
+    for transport in contract_checks.transports_of(size, device_type):
         checks |= _contract_of(transport)
-    if size > 1:
+    if size > 1 and device_type == "cpu":
         for transport in ("allgather", "alltoall"):
             check = partial(simulated_checks.communications_queue_on_the_link, name=transport)
             checks[f"simulated:{transport}/communications_queue_on_the_link"] = check
@@ -65,10 +65,12 @@ def _contract_of(name: str) -> dict[str, Check]:
             checks[f"{name}/sums_are_right/{title}/{label}"] = check
         check = partial(contract_checks.bytes_are_counted, name=name, dtype=dtype)
         checks[f"{name}/bytes_are_counted/{label}"] = check
+        if name in contract_checks.SLAB_TRANSPORTS:
+            checks[f"{name}/sums_are_exact/{label}"] = partial(contract_checks.sums_are_exact, name=name, dtype=dtype)
     for num_lanes in (1, 2, 3):
         check = partial(contract_checks.lanes_interleave, name=name, num_lanes=num_lanes)
         checks[f"{name}/lanes_interleave/{num_lanes}"] = check
-    num_iterations = 200 if name in ("allgather", "alltoall") else 50
+    num_iterations = 50 if name == "local" or name.startswith("simulated") else 200
     check = partial(contract_checks.buffers_are_written_before_they_are_read, name=name, num_iterations=num_iterations)
     checks[f"{name}/buffers_are_written_before_they_are_read"] = check
     return checks | {f"{name}/{check.__name__}": partial(check, name=name) for check in _PLAIN_CHECKS}

@@ -67,7 +67,7 @@ def test_what_can_be_written(text: str, name: str, link: Link | None) -> None:
         ("", "transport='' is not known"),
         ("altoall", "did you mean 'alltoall'"),
         ("Allgather", "did you mean 'allgather'"),
-        ("copy-engine", "use one of allgather, alltoall, auto, local, simulated"),
+        ("copy_engine", "did you mean 'copy-engine'"),
         ("alltoall:200MB/s", "only simulated takes; use 'alltoall'"),
         ("local:", "only simulated takes"),
         ("simulated:altoall", "did you mean 'alltoall'"),

@@ -14,12 +14,28 @@ from dataclasses import dataclass, field
 import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Rows, Transport, load_transport, parse_transport
+from antiphon.comm.mailbox import Exchange, Phase
 from antiphon.comm.simulated import SimulatedTransport
-from antiphon.runtime import CpuStreams, finish
+from antiphon.comm.slab import SlabTransport
+from antiphon.runtime import CpuStreams, Streams, current_lane, finish
 
-__all__ = ["DTYPES", "Tokens", "World", "apply_experts", "make_shape", "make_tokens", "poison_buffers"]
+__all__ = [
+    "DTYPES",
+    "MAX_TOKENS",
+    "Tokens",
+    "World",
+    "apply_experts",
+    "exact_sums",
+    "make_shape",
+    "make_tokens",
+    "poison_arrivals",
+    "poison_buffers",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+MAX_TOKENS = 64
+"""Tokens of a lane in the checks."""
 
 _ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2.0**-7, torch.float64: 1e-12}
 """Allowed error, relative to the sum of absolute summands: partial sums and result are rounded once each."""
@@ -38,6 +54,7 @@ class World:
     """The ranks of one process group, and the problems that a check has found on this one."""
 
     group: RankGroup
+    streams: Streams = field(default_factory=CpuStreams)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -51,13 +68,27 @@ class World:
     def make(self, name: str, shape: ExpertShape, *, num_lanes: int = 1) -> Transport:
         """The transport of that name itself, at one rank too, where `create_transport` would take `local`."""
         spec = parse_transport(name)
-        inner = load_transport(spec)(shape, group=self.group, streams=CpuStreams(), num_lanes=num_lanes)
+        kind = load_transport(spec, self.streams.device.type)
+        inner = kind(shape, group=self.group, streams=self.streams, num_lanes=num_lanes, max_tokens=MAX_TOKENS)
         return inner if spec.link is None else SimulatedTransport(inner, spec.link)
 
     def run(self, transport: Transport, tokens: Tokens, counts: tuple[int, ...] | None) -> torch.Tensor:
         """Dispatch, experts, combine."""
         rows = finish(transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=counts, label="check"))
-        return finish(transport.combine(apply_experts(rows, transport.shape, self.group), label="check"))
+        partial_RD = apply_experts(rows, transport.shape, self.group)
+        poison_arrivals(transport, Phase.DISPATCH)
+        if rows.out_RD is not None:
+            partial_RD = rows.out_RD.copy_(partial_RD)
+        return finish(transport.combine(partial_RD, label="check"))
+
+    def tokens(
+        self, shape: ExpertShape, num_tokens: int, *, seed: int | Sequence[int], experts: Sequence[int] | None = None
+    ) -> Tokens:
+        """`make_tokens` on this rank's device."""
+        tokens = make_tokens(shape, num_tokens, seed=seed, experts=experts)
+        ids_TK, weights_TK = tokens.routes.ids_TK, tokens.routes.weights_TK
+        device = self.streams.device
+        return Tokens(tokens.x_TD.to(device), Routes(ids_TK.to(device), weights_TK.to(device)))
 
     def barrier(self) -> None:
         self.group.all_gather_object(None)
@@ -128,7 +159,7 @@ def apply_experts(rows: Rows, shape: ExpertShape, group: RankGroup) -> torch.Ten
     """Partial sums [R, D] over the experts of this rank; ids of -1 belong to other ranks."""
     num_local = shape.experts_per_rank(group.size)
     wide = shape.weight_dtype
-    out_RD = torch.zeros(rows.x_RD.shape, dtype=wide)
+    out_RD = torch.zeros(rows.x_RD.shape, dtype=wide, device=rows.x_RD.device)
     for local in range(num_local):
         rows_N, slots_N = (rows.ids_RK == local).nonzero(as_tuple=True)
         y_ND = expert(rows.x_RD[rows_N].to(wide), group.rank * num_local + local)
@@ -136,10 +167,44 @@ def apply_experts(rows: Rows, shape: ExpertShape, group: RankGroup) -> torch.Ten
     return out_RD.to(shape.dtype)
 
 
+def exact_sums(shape: ExpertShape, group: RankGroup, tokens: Tokens) -> torch.Tensor:
+    """What the contract of the slab transports promises to the last bit: the rounded sums of every rank's experts,
+    added in order of rank in float32 at least, and rounded once.
+    """
+    per_rank = shape.experts_per_rank(group.size)
+    total_TD = torch.zeros(tokens.x_TD.shape, dtype=shape.weight_dtype, device=tokens.x_TD.device)
+    for rank in range(group.size):
+        local_TK = tokens.routes.ids_TK - rank * per_rank
+        local_TK = local_TK.masked_fill((local_TK < 0) | (local_TK >= per_rank), -1)
+        there = RankGroup(rank=rank, size=group.size, process_group=group.process_group)
+        total_TD += apply_experts(Rows(tokens.x_TD, local_TK, tokens.routes.weights_TK), shape, there)
+    return total_TD.to(shape.dtype)
+
+
 def poison_buffers(transport: Transport) -> int:
-    """Fill every buffer that the transport keeps with 0xFF bytes (NaN in all dtypes); how many there were."""
+    """Fill the buffers that the transport keeps with 0xFF bytes (NaN in all dtypes), between a combine and the next
+    dispatch; how many there were. A peer may have filled the dispatch boxes again by then, see `poison_arrivals`.
+    """
     inner = transport.inner if isinstance(transport, SimulatedTransport) else transport
+    if isinstance(inner, SlabTransport):
+        return poison_arrivals(inner, Phase.COMBINE)
     buffers = [tensor for lane in getattr(inner, "_buffers", ()) for tensor in lane._buffers.values()]
     for buffer in buffers:
         buffer.view(torch.uint8).fill_(0xFF)
     return len(buffers)
+
+
+def poison_arrivals(transport: Transport, phase: Phase) -> int:
+    """Fill what peers have put into this lane's box of a phase, when it has been read; how many slabs there were.
+
+    By the protocol no peer puts anything there before this rank's next signal, and my own slab may still be read.
+    """
+    inner = transport.inner if isinstance(transport, SimulatedTransport) else transport
+    if not isinstance(inner, SlabTransport):
+        return 0
+    exchange: Exchange | None = inner.last_exchange(current_lane(), phase)
+    assert exchange is not None
+    box = inner.mailbox.box(current_lane(), phase)
+    for arrival in exchange.arrivals:
+        box[arrival.offset : arrival.offset + arrival.num_bytes].fill_(0xFF)
+    return max(1, len(exchange.arrivals))

@@ -1,0 +1,98 @@
+"""Host memory that the ranks of one host share: a memfd each, passed by descriptor.
+
+Nothing has a name in a file system, so nothing stale is left behind, and a container's limit on /dev/shm does not
+bind. Descriptors travel over Unix sockets in a private folder, which is gone when the call returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import torch
+
+from antiphon.comm.group import RankGroup
+from antiphon.core.errors import OptionError, PeerError
+
+__all__ = ["HostMemory", "share_host_memory"]
+
+_ALIGNMENT = 4096
+
+
+class HostMemory:
+    """A mapping of one rank's memory, in this process: uint8 `tensor` [num_bytes], zeros at the start."""
+
+    def __init__(self, descriptor: int, num_bytes: int) -> None:
+        """Takes over the descriptor."""
+        try:
+            self._map = mmap.mmap(descriptor, num_bytes)
+        finally:
+            os.close(descriptor)
+        with torch.inference_mode(False):
+            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+
+
+def share_host_memory(group: RankGroup, num_bytes: int, *, what: str) -> list[HostMemory]:
+    """Make `num_bytes` on this rank and map every rank's: one mapping a rank, in order. All ranks call it at once.
+
+    what: for errors. Raises `OptionError` if there is no such memory, `PeerError` if a rank does not come.
+    """
+    num_bytes = max(-(-num_bytes // _ALIGNMENT) * _ALIGNMENT, _ALIGNMENT)
+    folder = tempfile.mkdtemp(prefix="antiphon-fd-")
+    try:
+        descriptor = _make_memfd(num_bytes, what)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with listener:
+            listener.settimeout(group.timeout_s)
+            path = str(Path(folder) / "memory")
+            listener.bind(path)
+            listener.listen(group.size)
+            paths = group.all_gather_object(path)
+            descriptors = _exchange(group, listener, paths, descriptor, what)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [HostMemory(fd, num_bytes) for fd in descriptors]
+
+
+def _make_memfd(num_bytes: int, what: str) -> int:
+    try:
+        descriptor = os.memfd_create("antiphon", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, num_bytes)
+    except (AttributeError, OSError) as error:
+        raise OptionError(
+            f"{what} needs {num_bytes / 2**20:.0f} MiB of memory that processes share (memfd), and cannot have it: "
+            f"{error}; use the transport alltoall"
+        ) from error
+    return descriptor
+
+
+def _exchange(group: RankGroup, listener: socket.socket, paths: list[str], mine: int, what: str) -> list[int]:
+    """Every rank's descriptor. Connecting needs no accept, so all connect first and nobody waits in a ring."""
+    descriptors = {group.rank: mine}
+    with contextlib.ExitStack() as stack:
+        try:
+            outgoing = {}
+            for rank, path in enumerate(paths):
+                if rank != group.rank:
+                    outgoing[rank] = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                    outgoing[rank].settimeout(group.timeout_s)
+                    outgoing[rank].connect(path)
+            for _ in outgoing:
+                incoming, _ = listener.accept()
+                with incoming:
+                    socket.send_fds(incoming, [b"m"], [mine])
+            for rank, connection in outgoing.items():
+                _, received, _, _ = socket.recv_fds(connection, 1, 1)
+                if not received:
+                    raise ConnectionError(f"rank {rank} sent no descriptor")
+                descriptors[rank] = received[0]
+        except OSError as error:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+            raise PeerError(f"rank {group.rank} could not share host memory for {what}: {error}") from error
+    return [descriptors[rank] for rank in range(group.size)]
