@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+
+from antiphon.core.upload import upload
 
 __all__ = [
     "AttentionMetadata",
@@ -116,6 +119,39 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return self.token_ids_T.shape[0]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with every tensor on `device`, by one copy; itself if it is there already. See `core.upload`."""
+        if self.token_ids_T.device == device:
+            return self
+        moved: MicroBatch = _with_tensors(self, iter(upload(list(_tensors(self)), device)))
+        return moved
+
+
+# Found by walking the fields, so that a new one cannot be forgotten. What the requests hold stays on the host.
+_HOLDERS = (MicroBatch, AttentionMetadata, DecodeGroup, PrefillSlice)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, _HOLDERS):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+    elif isinstance(value, tuple) and value and isinstance(value[0], _HOLDERS):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The value with its tensors replaced, in the order of `_tensors`."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, _HOLDERS):
+        return replace(value, **{f.name: _with_tensors(getattr(value, f.name), tensors) for f in fields(value)})
+    if isinstance(value, tuple) and value and isinstance(value[0], _HOLDERS):
+        return tuple(_with_tensors(item, tensors) for item in value)
+    return value
 
 
 _current: ContextVar[MicroBatch] = ContextVar("antiphon_micro_batch")

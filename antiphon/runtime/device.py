@@ -1,0 +1,114 @@
+"""The device of a rank behind a few functions: which, how much memory, how much at most. Knows no tensors of ours.
+
+    device = device_for_rank("cuda", rank)
+    activate(device)
+    reset_peak(device)
+    ...                                # run something
+    used = peak_bytes(device)          # of all memory of the device, whoever took it
+
+CUDA's side is in `cuda_device`, loaded only where there is such a device.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from typing import NamedTuple
+
+import torch
+
+__all__ = [
+    "DEVICE_KINDS",
+    "DeviceMemory",
+    "activate",
+    "describe",
+    "device_for_rank",
+    "memory",
+    "num_devices",
+    "peak_bytes",
+    "reset_peak",
+    "synchronize",
+]
+
+DEVICE_KINDS = ("cpu", "cuda")
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of a device: not used by anybody, and in all."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+def num_devices(kind: str) -> int:
+    """Devices of a kind that this process may use; starts nothing on them. The CPU counts as one."""
+    if kind == "cpu":
+        return 1
+    from antiphon.runtime import cuda_device
+
+    return cuda_device.num_devices()
+
+
+def device_for_rank(kind: str, rank: int) -> torch.device:
+    """The device of a rank: ranks take CUDA devices by turns, and share the CPU."""
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, rank % num_devices(kind))
+
+
+def activate(device: torch.device) -> None:
+    """Make it the current device of this process; float32 products on it are exact from now on (no TF32)."""
+    if device.type != "cpu":
+        from antiphon.runtime import cuda_device
+
+        cuda_device.activate(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Block the host until all that was launched on the device is done. On the CPU nothing is under way."""
+    if device.type != "cpu":
+        from antiphon.runtime import cuda_device
+
+        cuda_device.synchronize(device)
+
+
+def memory(device: torch.device) -> DeviceMemory:
+    """What is free now and what there is, for all processes together."""
+    if device.type == "cpu":
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
+        free_pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+        return DeviceMemory(free_pages * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes)
+    from antiphon.runtime import cuda_device
+
+    return DeviceMemory(*cuda_device.memory(device))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Give unused memory back to the device and let `peak_bytes` count from now on. The CPU cannot start afresh."""
+    if device.type != "cpu":
+        from antiphon.runtime import cuda_device
+
+        cuda_device.reset_peak(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory of the device in use since `reset_peak`: this process's peak, and what others hold now.
+
+    On the CPU the largest resident size that this process ever had.
+    """
+    if device.type == "cpu":
+        import resource  # not on every system
+
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest if sys.platform == "darwin" else largest * 1024
+    from antiphon.runtime import cuda_device
+
+    return cuda_device.peak_bytes(device)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, such as "NVIDIA H200" or "CPU (x86_64)"."""
+    if device.type == "cpu":
+        return f"CPU ({platform.machine()})"
+    from antiphon.runtime import cuda_device
+
+    return cuda_device.describe(device)
