@@ -1,0 +1,61 @@
+"""Times one arm of a comparison on all ranks at once: meet, start, run, stop.
+
+    device   ...idle | start event | the arm's work            | stop event
+    host     meet    | queue it    | (host time ends here) ... | wait
+
+The ranks meet through the CPU's group, so the device is idle when the arm starts, and a rank that is late shows in the
+times of the others. Knows nothing of what an arm does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from antiphon.comm import RankGroup
+from antiphon.runtime.device import synchronize
+from antiphon.runtime.timing import timer_for
+
+__all__ = ["ArmClock", "Timed", "meet"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timed(Generic[T]):
+    """What an arm returned, and how long it took on this rank."""
+
+    result: T
+    elapsed_ms: float  # on the device
+    host_ms: float  # until the host had queued it; on the CPU the same
+
+
+class ArmClock:
+    """The clock of one rank; every rank times the same arms in the same order."""
+
+    def __init__(self, group: RankGroup, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+        self._timer = timer_for(device)
+
+    def measure(self, run: Callable[[], T]) -> Timed[T]:
+        """Run it once, after all ranks have met."""
+        synchronize(self._device)
+        meet(self._group)
+        self._timer.start()
+        start_ns = time.perf_counter_ns()
+        result = run()
+        host_ms = (time.perf_counter_ns() - start_ns) * 1e-6
+        elapsed_ms = self._timer.elapsed_ms(self._timer.stop())
+        return Timed(result, elapsed_ms, host_ms)
+
+
+def meet(group: RankGroup) -> None:
+    """Wait on the host for all ranks."""
+    if group.size > 1:
+        mine = torch.zeros(1, dtype=torch.int64)
+        group.all_gather(torch.empty(group.size, dtype=torch.int64), mine, "the start of an arm").wait()

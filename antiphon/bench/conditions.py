@@ -1,0 +1,133 @@
+"""What the benches share around a measurement: options settled, transports chosen, conditions written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from antiphon.comm import parse_transport
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.runtime.device import DEVICE_KINDS, num_devices
+
+__all__ = [
+    "check_ranks",
+    "conditions",
+    "parse_counts",
+    "parse_names",
+    "parse_sizes",
+    "peer_access_forbidden",
+    "rank_environment",
+    "settle_device",
+    "settle_transports",
+    "write_json",
+]
+
+_SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_RANGE_STEP = 4
+_NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
+
+
+def check_ranks(ranks: int) -> None:
+    """Raises `OptionError` for fewer than two: one rank has nothing to exchange."""
+    if ranks < 2:
+        raise OptionError(f"--ranks {ranks} has no communication to measure; use at least 2")
+
+
+def settle_device(device: str, ranks: int) -> str:
+    """`cpu` or `cuda`; auto takes CUDA if there is a device for every rank. Raises `OptionError`."""
+    if device not in ("auto", *DEVICE_KINDS):
+        raise unknown_value("device", device, ("auto", *DEVICE_KINDS))
+    count = num_devices("cuda") if device != "cpu" else 0
+    if device == "cuda" and count < ranks:
+        raise OptionError(f"--device cuda has {count} devices for --ranks {ranks}; use fewer ranks, or --device cpu")
+    return "cuda" if device != "cpu" and count >= ranks else "cpu"
+
+
+def peer_access_forbidden(asked: bool) -> bool:
+    """Whether devices may not read each other's memory: asked for, or implied by NCCL's own switch."""
+    return asked or os.environ.get("NCCL_P2P_DISABLE") == "1"
+
+
+def rank_environment(*, peer_access: bool) -> dict[str, str]:
+    """What the ranks get beside this process's environment."""
+    return {} if peer_access else dict(_NO_PEERS)
+
+
+def settle_transports(text: str | None, *, device: str, ranks: int, peer_access: bool) -> list[str]:
+    """The transports asked for, or all that this machine can use. Raises `OptionError` for a name that is not known."""
+    if text is None:
+        return _usable(device, peer_access)
+    names = parse_names(text, "transports")
+    for name in names:
+        parse_transport(name)
+    return names
+
+
+def _usable(device: str, peer_access: bool) -> list[str]:
+    if device == "cpu":
+        return ["allgather", "alltoall", "shared-memory"]
+    return ["allgather", "alltoall", "host-staged", *(["copy-engine"] if peer_access else [])]
+
+
+def parse_names(text: str, option: str, valid: Sequence[str] | None = None) -> list[str]:
+    """Words between commas, each once. Raises `OptionError` for none, a repeated one, or one not among `valid`."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise OptionError(f"--{option} {text!r} is not a list of different names; write them with commas between")
+    for name in names:
+        if valid is not None and name not in valid:
+            raise unknown_value(option, name, valid)
+    return names
+
+
+def parse_counts(text: str, option: str) -> list[int]:
+    """Integers of at least 1 between commas. Raises `OptionError`."""
+    names = parse_names(text, option)
+    if not all(name.isdecimal() and int(name) > 0 for name in names):
+        raise OptionError(f"--{option} {text!r} is not a list of counts; write integers such as 512,2048")
+    return [int(name) for name in names]
+
+
+def parse_sizes(text: str, option: str = "sizes") -> list[int]:
+    """Bytes from `4K,1M`, or a range `4K..512M` in steps of 4, its end included. Raises `OptionError`."""
+    sizes: list[int] = []
+    for name in parse_names(text, option):
+        first, dots, last = name.partition("..")
+        size, end = _size(first, option), _size(last if dots else first, option)
+        if end < size:
+            raise OptionError(f"--{option} {name} ends before it begins; write the smaller size first")
+        while size < end:
+            sizes.append(size)
+            size *= _RANGE_STEP
+        sizes.append(end)
+    return sizes
+
+
+def _size(text: str, option: str) -> int:
+    found = re.fullmatch(r"(\d+)([KMG]?)", text.strip())
+    if found is None or int(found[1]) == 0:
+        raise OptionError(f"--{option}: {text!r} is not a size; write bytes, or such as 4K, 16M, 1G")
+    return int(found[1]) * _SIZE_UNITS[found[2]]
+
+
+def conditions(results: Sequence[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result that says where, when and how; every rank's result names its device and versions."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "devices": [result["device"] for result in results],
+        "versions": results[0]["versions"],
+        "options": options,
+    }
+
+
+def write_json(result: dict[str, Any], path: Path | None) -> None:
+    """Print the result as one line, the last one, and write it to `path` for people too."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result), flush=True)
