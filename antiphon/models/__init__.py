@@ -2,18 +2,36 @@
 
 from antiphon.models.causal_lm import CausalLM
 from antiphon.models.config import ModelConfig
-from antiphon.models.registry import KNOWN_ARCHITECTURES, build_model, expert_shape, read_config, skeleton
+from antiphon.models.dummy import fill_dummy_weights
+from antiphon.models.presets import PRESETS, preset_file
+from antiphon.models.registry import (
+    KNOWN_ARCHITECTURES,
+    build_model,
+    expert_shape,
+    num_parameters,
+    read_config,
+    skeleton,
+    weight_bytes,
+)
+from antiphon.models.routing import RoutingSpec, parse_routing
 from antiphon.models.weights import Checkpoint, check_checkpoint, load_weights
 
 __all__ = [
     "KNOWN_ARCHITECTURES",
+    "PRESETS",
     "CausalLM",
     "Checkpoint",
     "ModelConfig",
+    "RoutingSpec",
     "build_model",
     "check_checkpoint",
     "expert_shape",
+    "fill_dummy_weights",
     "load_weights",
+    "num_parameters",
+    "parse_routing",
+    "preset_file",
     "read_config",
     "skeleton",
+    "weight_bytes",
 ]

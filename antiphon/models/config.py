@@ -44,9 +44,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class ConfigFile:
     """A `config.json`, read key by key with checks that name the file, the key and what was expected."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "config.json"
-        self._values = read_json(self.path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._values = read_json(path)
 
     @property
     def architecture(self) -> str:
@@ -83,6 +83,15 @@ class ConfigFile:
         if value not in supported:
             names = " or ".join(repr(item) for item in supported)
             raise ModelError(f"{self.path} has {key}={value!r}, which is not supported; only {names}")
+
+    def refuse_quantised(self) -> None:
+        """Refuse a checkpoint whose weights are not plain numbers."""
+        settings = self._values.get("quantization_config")
+        if settings is not None:
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+            raise ModelError(
+                f"{self.path} is quantised ({method!r}), which is not supported; use a bfloat16 checkpoint"
+            )
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """From `generation_config.json` if it has them, else from `config.json`."""

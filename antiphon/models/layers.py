@@ -1,9 +1,14 @@
 """Layers without communication: linear, norm, gated feed-forward.
 
-Weights are left uninitialised: the checkpoint fills them. Parameter names are those of Hugging Face checkpoints.
+Weights are left uninitialised: the checkpoint fills them. Parameter names are those of Hugging Face checkpoints,
+but for modules that keep several of its tensors as one (`InParts`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import accumulate, pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +16,41 @@ from torch import nn
 
 from antiphon.kernels.norm_rope import rms_norm
 
-__all__ = ["Embedding", "GatedFeedForward", "Linear", "RMSNorm", "parameter"]
+__all__ = [
+    "Embedding",
+    "GatedFeedForward",
+    "InParts",
+    "Linear",
+    "MergedLinear",
+    "RMSNorm",
+    "checkpoint_tensors",
+    "parameter",
+]
 
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised weight that is never trained."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A module whose tensors have other names or other shapes in a checkpoint."""
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Checkpoint names and the views that they fill. prefix: of the module that holds this one."""
+        ...
+
+
+def checkpoint_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Checkpoint names of everything in `module`, whose own name is `prefix`, and the tensors that they fill."""
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        yield prefix + name, tensor
+    for name, child in module.named_children():
+        if isinstance(child, InParts):
+            yield from child.checkpoint_tensors(prefix)
+        else:
+            yield from checkpoint_tensors(child, f"{prefix}{name}.")
 
 
 class Linear(nn.Module):
@@ -29,6 +63,35 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+class MergedLinear(nn.Module):
+    """Several linear layers of the same input in one product: their outputs side by side.
+
+    sizes: output size by the name that each layer has in a checkpoint. with_bias: those of them that have a bias.
+    """
+
+    def __init__(
+        self, in_size: int, sizes: dict[str, int], *, dtype: torch.dtype, with_bias: Collection[str] = ()
+    ) -> None:
+        super().__init__()
+        self.sizes = list(sizes.values())
+        self.rows = {
+            name: slice(*edges) for name, edges in zip(sizes, pairwise(accumulate(self.sizes, initial=0)), strict=True)
+        }
+        self.names_with_bias = frozenset(with_bias)
+        self.weight = parameter(sum(self.sizes), in_size, dtype=dtype)
+        self.bias = parameter(sum(self.sizes), dtype=dtype).zero_() if with_bias else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The output of each layer: views of one tensor."""
+        return torch.split(F.linear(x, self.weight, self.bias), self.sizes, dim=-1)
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, rows in self.rows.items():
+            yield f"{prefix}{name}.weight", self.weight[rows]
+            if self.bias is not None and name in self.names_with_bias:
+                yield f"{prefix}{name}.bias", self.bias[rows]
 
 
 class Embedding(nn.Module):
@@ -59,10 +122,10 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, width, dtype=dtype)
-        self.up_proj = Linear(hidden_size, width, dtype=dtype)
+        self.gate_up_proj = MergedLinear(hidden_size, {"gate_proj": width, "up_proj": width}, dtype=dtype)
         self.down_proj = Linear(width, hidden_size, dtype=dtype)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        out_TD: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TF, up_TF = self.gate_up_proj(x_TD)
+        out_TD: torch.Tensor = self.down_proj(F.silu(gate_TF) * up_TF)
         return out_TD

@@ -1,16 +1,13 @@
 """The MoE layer: the one place where lanes overlap.
 
-Shapes: `T` tokens, `D` hidden size, `E` experts, `K` experts per token, `R` rows received, `F` expert width,
-`G` groups of experts.
+Shapes: `T` tokens, `D` hidden size, `E` experts, `K` experts per token, `R` rows received, `F` expert width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Routes, Rows, Transport
@@ -19,19 +16,7 @@ from antiphon.kernels.grouped_experts import grouped_experts
 from antiphon.models.layers import GatedFeedForward, parameter
 from antiphon.runtime import Pending, finish
 
-__all__ = ["Experts", "MoELayer", "RoutingConfig", "SigmoidRouter"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoutingConfig:
-    """How DeepSeek-V3 chooses experts."""
-
-    num_experts: int
-    top_k: int
-    num_groups: int
-    top_groups: int
-    normalize: bool  # make the weights of a token add up to 1, before scaling
-    scale: float
+__all__ = ["Experts", "MoELayer"]
 
 
 class MoELayer(nn.Module):
@@ -51,39 +36,6 @@ class MoELayer(nn.Module):
         back = self.experts.combine(self.experts.compute(rows))
         routed_TD = finish(back)  # switch, then wait
         return routed_TD if shared_TD is None else routed_TD + shared_TD
-
-
-class SigmoidRouter(nn.Module):
-    """Sigmoid scores, a correction bias that only chooses, and a limit on groups (DeepSeek-V3 paper, 2.1.2)."""
-
-    e_score_correction_bias: torch.Tensor
-
-    def __init__(self, hidden_size: int, config: RoutingConfig, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = parameter(config.num_experts, hidden_size, dtype=dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        self.register_buffer("e_score_correction_bias", torch.empty(config.num_experts, dtype=wide))
-
-    def forward(self, x_TD: torch.Tensor) -> Routes:
-        wide = self.e_score_correction_bias.dtype
-        scores_TE = F.linear(x_TD.to(wide), self.weight.to(wide)).sigmoid()
-        ids_TK = self._allowed(scores_TE + self.e_score_correction_bias).topk(self.config.top_k, sorted=False).indices
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if self.config.normalize:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return Routes(ids_TK, weights_TK * self.config.scale)
-
-    def _allowed(self, choice_TE: torch.Tensor) -> torch.Tensor:
-        """Minus infinity for the experts outside the best groups; a group is as good as its best two experts."""
-        config = self.config
-        if config.top_groups == config.num_groups:
-            return choice_TE
-        choice_TGe = choice_TE.view(-1, config.num_groups, config.num_experts // config.num_groups)
-        group_scores_TG = choice_TGe.topk(2, dim=-1).values.sum(-1)
-        best_TG = group_scores_TG.topk(config.top_groups, sorted=False).indices
-        refused_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TG, False)
-        return choice_TGe.masked_fill(refused_TG.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 class Experts(nn.Module):
@@ -114,9 +66,9 @@ class Experts(nn.Module):
         return self.transport.combine(partial_RD, label=self.label)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Checkpoint names of this rank's experts, and the views that they fill."""
+        """Checkpoint names of this rank's experts, and the views that they fill; see `InParts`."""
         for local in range(self.gate_up_EGD.shape[0]):
-            name = f"{prefix}{self.first_expert + local}."
+            name = f"{prefix}experts.{self.first_expert + local}."
             yield name + "gate_proj.weight", self.gate_up_EGD[local, : self.width]
             yield name + "up_proj.weight", self.gate_up_EGD[local, self.width :]
             yield name + "down_proj.weight", self.down_EDF[local]

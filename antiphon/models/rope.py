@@ -15,7 +15,7 @@ from antiphon.core.checks import is_number
 from antiphon.core.errors import ModelError
 from antiphon.models.config import ConfigFile
 
-__all__ = ["RopeConfig", "rope_angles", "rope_tables", "score_scale"]
+__all__ = ["RopeConfig", "rope_angles", "rope_tables", "rotary_size", "score_scale"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,7 @@ class RopeConfig:
     @staticmethod
     def read(file: ConfigFile, *, size: int, interleaved: bool) -> RopeConfig:
         """From `rope_parameters`, or `rope_theta` and `rope_scaling` of older checkpoints."""
-        parameters = file.get("rope_parameters") or file.get("rope_scaling") or {}
-        if not isinstance(parameters, dict):
-            raise ModelError(f"{file.path} has rope parameters {parameters!r}; an object is needed")
+        parameters = _parameters(file)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "yarn"):
             raise ModelError(f"{file.path} has rope_type={kind!r}, which is not supported; only 'default' or 'yarn'")
@@ -55,6 +53,30 @@ class RopeConfig:
             raise ModelError(f"{file.path} has rope_theta={theta!r}; a number above 0 is needed")
         yarn = None if kind == "default" else _read_yarn(file, parameters)
         return RopeConfig(size=size, theta=float(theta), interleaved=interleaved, yarn=yarn)
+
+
+def rotary_size(file: ConfigFile, head_size: int, *, default_share: float) -> int:
+    """How many dimensions of a head rotate, by `partial_rotary_factor`. Raises `ModelError` if there is no such number.
+
+    default_share: what a missing factor means.
+    """
+    share = _parameters(file).get("partial_rotary_factor", file.get("partial_rotary_factor", default_share))
+    if not is_number(share) or not 0 < share <= 1:
+        raise ModelError(f"{file.path} has partial_rotary_factor={share!r}; a number above 0, at most 1 is needed")
+    size = int(head_size * share)
+    if size < 2 or size % 2:
+        raise ModelError(
+            f"{file.path} has partial_rotary_factor={share} of head_dim={head_size}, which is {size} dimensions; "
+            "pairs need an even number"
+        )
+    return size
+
+
+def _parameters(file: ConfigFile) -> dict[str, Any]:
+    parameters = file.get("rope_parameters") or file.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise ModelError(f"{file.path} has rope parameters {parameters!r}; an object is needed")
+    return parameters
 
 
 def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:

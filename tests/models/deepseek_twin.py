@@ -26,7 +26,7 @@ from antiphon.models import (
     read_config,
     skeleton,
 )
-from antiphon.models.deepseek import DeepseekV3Model
+from antiphon.models.decoder import Decoder
 from antiphon.runtime import CpuStreams, run_lanes
 from antiphon.splitting import join, split
 
@@ -114,7 +114,7 @@ class Twin:
     """Both models over the same weights; ours on one rank, with an empty cache full of NaN."""
 
     theirs: DeepseekV3ForCausalLM
-    ours: DeepseekV3Model
+    ours: Decoder
 
     @staticmethod
     def load(theirs: DeepseekV3ForCausalLM, folder: Path, *, dtype: torch.dtype = torch.float32) -> Twin:

@@ -11,7 +11,7 @@ import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from antiphon.models import read_config
-from antiphon.models.deepseek import DeepseekV3Config
+from antiphon.models.decoder import DecoderConfig
 from antiphon.models.rope import RopeConfig, rope_angles, rope_tables, score_scale
 from tests.models.deepseek_twin import rewrite_config, tiny_config
 
@@ -46,7 +46,7 @@ def save(folder: Path, parameters: dict[str, Any]) -> DeepseekV3Attention:
 
 def read_rope(folder: Path) -> RopeConfig:
     config = read_config(folder)
-    assert isinstance(config, DeepseekV3Config)
+    assert isinstance(config, DecoderConfig)
     return config.attention.rope
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from antiphon.comm import Routes
-from antiphon.models.moe import RoutingConfig, SigmoidRouter
+from antiphon.models.router import RoutingConfig, SigmoidRouter
 from tests.models.deepseek_twin import tiny_config
 
 NUM_TOKENS = 200
@@ -30,6 +30,7 @@ def make_pair(bias_size: float, **changes: Any) -> tuple[DeepseekV3TopkRouter, S
     generator = torch.Generator().manual_seed(9)
     theirs = DeepseekV3TopkRouter(config)
     routing = RoutingConfig(
+        scores="sigmoid",
         num_experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
         num_groups=config.n_group,

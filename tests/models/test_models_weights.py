@@ -20,7 +20,7 @@ from antiphon.models import (
     read_config,
     skeleton,
 )
-from antiphon.models.deepseek import DeepseekV3Model
+from antiphon.models.decoder import Decoder
 from antiphon.runtime import CpuStreams
 from tests.models.deepseek_twin import random_checkpoint
 
@@ -56,7 +56,7 @@ class CountingCheckpoint(Checkpoint):
         return super().tensor(name)
 
 
-def model_of_rank(folder: Path, rank: int, size: int, dtype: torch.dtype = torch.float32) -> DeepseekV3Model:
+def model_of_rank(folder: Path, rank: int, size: int, dtype: torch.dtype = torch.float32) -> Decoder:
     config = read_config(folder)
     group = RankGroup(rank=rank, size=size, process_group=object())  # type: ignore[arg-type]
     transport = create_transport("auto", expert_shape(config, dtype), group=group, streams=CpuStreams(), num_lanes=1)
@@ -96,7 +96,7 @@ def write_expert_by_expert(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def load(folder: Path) -> DeepseekV3Model:
+def load(folder: Path) -> Decoder:
     model = model_of_rank(folder, 0, 1)
     load_weights(Checkpoint(folder), model.checkpoint_tensors())
     return model

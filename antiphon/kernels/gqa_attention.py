@@ -1,0 +1,81 @@
+"""Grouped-query attention over a paged cache of keys and values.
+
+The cache keeps, for every token and layer, the keys of all key/value heads and then their values:
+[num_blocks, block_size, 2 * G * Q]. Consecutive query heads share a key/value head: head h uses h // (H / G).
+(Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".)
+
+Shapes: `T` tokens, `S` new tokens, `L` tokens of context and new ones, `N` requests, `B` blocks, `H` query heads,
+`G` key/value heads, `Q` dimensions of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+__all__ = ["decode_attention", "gather_keys_values", "prefill_attention", "write_keys_values"]
+
+
+def write_keys_values(
+    cache_blocks: torch.Tensor, slots_T: torch.Tensor, key_TGQ: torch.Tensor, value_TGQ: torch.Tensor
+) -> None:
+    """Put the keys and values of `T` tokens into the cache at `slots_T` = block * block_size + offset."""
+    keys, values = cache_blocks.flatten(0, 1).chunk(2, dim=-1)
+    keys.index_copy_(0, slots_T, key_TGQ.flatten(1))
+    values.index_copy_(0, slots_T, value_TGQ.flatten(1))
+
+
+def gather_keys_values(
+    cache_blocks: torch.Tensor, block_ids_B: torch.Tensor, length: int, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the first `length` tokens of one request: [length, G, Q] each, views of one new tensor."""
+    both_LX = cache_blocks[block_ids_B].flatten(0, 1)[:length]
+    key_LGQ, value_LGQ = both_LX.view(length, 2, -1, head_size).unbind(1)
+    return key_LGQ, value_LGQ
+
+
+def prefill_attention(
+    q_SHQ: torch.Tensor, key_LGQ: torch.Tensor, value_LGQ: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of the last `S` of `L` tokens of one request: [S, H, Q]. Keys and values are of all `L`."""
+    num_new, length = q_SHQ.shape[0], key_LGQ.shape[0]
+    # With a batch dimension: torch's fused kernels take nothing else. The mask is an object that they understand;
+    # it becomes a tensor only where none of them can run.
+    out_1HSQ = F.scaled_dot_product_attention(
+        q_SHQ.transpose(0, 1).unsqueeze(0),
+        key_LGQ.transpose(0, 1).unsqueeze(0),
+        value_LGQ.transpose(0, 1).unsqueeze(0),
+        attn_mask=None if length == num_new else causal_lower_right(num_new, length),
+        is_causal=length == num_new,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out_1HSQ.squeeze(0).transpose(0, 1)
+
+
+def decode_attention(
+    q_NHQ: torch.Tensor,
+    cache_blocks: torch.Tensor,
+    block_table_NB: torch.Tensor,
+    seq_lens_N: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one new token for each of `N` requests: [N, H, Q].
+
+    seq_lens_N counts the new token, whose keys and values are in the cache already. The host does not wait: the
+    lengths stay on the device, and whatever lies behind them in the blocks is hidden.
+    """
+    num_requests, num_heads, head_size = q_NHQ.shape
+    wide = torch.promote_types(q_NHQ.dtype, torch.float32)
+    num_kv_heads, length = cache_blocks.shape[2] // (2 * head_size), block_table_NB.shape[1] * cache_blocks.shape[1]
+    both = cache_blocks[block_table_NB].view(num_requests, length, 2, num_kv_heads, head_size)
+    key_NGLQ, value_NGLQ = both.permute(2, 0, 3, 1, 4).unbind(0)
+    hidden_N1L1 = (torch.arange(length, device=q_NHQ.device) >= seq_lens_N.unsqueeze(1)).view(-1, 1, length, 1)
+    q_NGhQ = q_NHQ.reshape(num_requests, num_kv_heads, num_heads // num_kv_heads, head_size)
+    scores_NGhL = torch.matmul(q_NGhQ, key_NGLQ.transpose(2, 3)) * scale
+    scores_NGhL = scores_NGhL.masked_fill(hidden_N1L1.transpose(2, 3), float("-inf"))
+    weights_NGhL = scores_NGhL.softmax(dim=-1, dtype=wide).to(q_NHQ.dtype)
+    # Unused places may hold anything, infinities too: 0 * inf would be nan.
+    out_NGhQ = torch.matmul(weights_NGhL, value_NGLQ.masked_fill(hidden_N1L1, 0))
+    return out_NGhQ.reshape(num_requests, num_heads, head_size)

@@ -1,0 +1,151 @@
+"""The decoder that all architectures share: embedding, layers of attention and experts, norm, head.
+
+What differs is data (`DecoderConfig`): the kind of attention, the kind of router, and sizes.
+
+Shapes: `T` tokens, `D` hidden size, `P` pairs of rotary dimensions, `N` rows whose logits are wanted, `V` vocabulary.
+Names of parameters are those of Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from antiphon.comm import Transport
+from antiphon.models.config import ConfigFile, ModelConfig
+from antiphon.models.gqa import GroupedQueryAttention, GroupedQueryConfig
+from antiphon.models.layers import Embedding, GatedFeedForward, Linear, RMSNorm, checkpoint_tensors
+from antiphon.models.mla import LatentAttention, LatentAttentionConfig
+from antiphon.models.moe import Experts, MoELayer
+from antiphon.models.rope import rope_angles, rope_tables
+from antiphon.models.router import RoutingConfig, check_groups, make_router
+
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig(ModelConfig):
+    """All of a `config.json` that the forward pass depends on."""
+
+    attention: LatentAttentionConfig | GroupedQueryConfig
+    routing: RoutingConfig
+    num_dense_layers: int  # leading layers without experts
+    dense_width: int
+    expert_width: int
+    num_shared_experts: int
+    norm_eps: float
+    tied_embeddings: bool
+
+    @staticmethod
+    def read(
+        file: ConfigFile,
+        *,
+        attention: LatentAttentionConfig | GroupedQueryConfig,
+        routing: RoutingConfig,
+        num_dense_layers: int,
+        num_shared_experts: int,
+    ) -> DecoderConfig:
+        """The keys that all architectures name alike. Raises `ModelError` for those that are missing or wrong."""
+        check_groups(file, routing)
+        file.require("hidden_act", ("silu",), "silu")
+        return DecoderConfig(
+            architecture=file.architecture,
+            num_layers=file.count("num_hidden_layers"),
+            hidden_size=attention.hidden_size,
+            vocab_size=file.count("vocab_size"),
+            max_positions=file.count("max_position_embeddings"),
+            num_experts=routing.num_experts,
+            top_k=routing.top_k,
+            kv_width=attention.kv_width,
+            eos_token_ids=file.eos_token_ids(),
+            attention=attention,
+            routing=routing,
+            num_dense_layers=num_dense_layers,
+            dense_width=file.count("intermediate_size"),
+            expert_width=file.count("moe_intermediate_size"),
+            num_shared_experts=num_shared_experts,
+            norm_eps=file.number("rms_norm_eps", 1e-6),
+            tied_embeddings=file.flag("tie_word_embeddings", False),
+        )
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then experts or a dense feed-forward."""
+
+    def __init__(self, config: DecoderConfig, layer: int, transport: Transport) -> None:
+        super().__init__()
+        dtype = transport.shape.dtype
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.self_attn: LatentAttention | GroupedQueryAttention
+        if isinstance(config.attention, LatentAttentionConfig):
+            self.self_attn = LatentAttention(config.attention, layer, dtype=dtype)
+        else:
+            self.self_attn = GroupedQueryAttention(config.attention, layer, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.mlp: MoELayer | GatedFeedForward
+        if layer < config.num_dense_layers:
+            self.mlp = GatedFeedForward(config.hidden_size, config.dense_width, dtype=dtype)
+        else:
+            self.mlp = _moe_layer(config, layer, transport)
+
+    def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos_TP, sin_TP)
+        x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD
+
+
+def _moe_layer(config: DecoderConfig, layer: int, transport: Transport) -> MoELayer:
+    dtype = transport.shape.dtype
+    shared_width = config.num_shared_experts * config.expert_width
+    return MoELayer(
+        make_router(config.hidden_size, config.routing, dtype=dtype),
+        Experts(transport, config.expert_width, label=f"layer {layer}"),
+        GatedFeedForward(config.hidden_size, shared_width, dtype=dtype) if shared_width else None,
+    )
+
+
+class Decoder(nn.Module):
+    """The whole model on one rank; the calls are those of `CausalLM`."""
+
+    def __init__(self, config: DecoderConfig, transport: Transport) -> None:
+        super().__init__()
+        dtype = transport.shape.dtype
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, transport) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.lm_head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        self._angles_P: torch.Tensor | None = None
+
+    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+        x_TD: torch.Tensor = self.embed_tokens(token_ids_T)
+        if self._angles_P is None:
+            self._angles_P = rope_angles(self.config.attention.rope).to(x_TD.device)
+        cos_TP, sin_TP = rope_tables(self._angles_P, positions_T, self.config.attention.rope, x_TD.dtype)
+        for layer in self.layers:
+            x_TD = layer(x_TD, cos_TP, sin_TP)
+        x_TD = self.norm(x_TD)
+        return x_TD
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        logits_NV = F.linear(hidden_ND, head)
+        return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+    def bind_kv_cache(self, cache_by_layer: torch.Tensor) -> None:
+        for layer, cache_blocks in zip(self.decoder_layers(), cache_by_layer, strict=True):
+            layer.self_attn.cache_blocks = cache_blocks
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, child in self.named_children():
+            yield from checkpoint_tensors(child, f"{name}." if name == "lm_head" else f"model.{name}.")
+
+    def decoder_layers(self) -> Iterator[DecoderLayer]:
+        """The layers, by their type."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer

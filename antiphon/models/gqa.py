@@ -1,0 +1,124 @@
+"""Grouped-query attention over the paged cache of keys and values.
+
+Shapes: `T` tokens, `D` hidden size, `H` query heads, `G` key/value heads, `Q` dimensions of a head, `L` tokens of
+context and new ones, `P` pairs of rotary dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from antiphon.core.batch import current_micro_batch
+from antiphon.core.errors import ModelError
+from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values, prefill_attention, write_keys_values
+from antiphon.kernels.norm_rope import apply_rope
+from antiphon.models.config import ConfigFile
+from antiphon.models.layers import Linear, MergedLinear, RMSNorm
+from antiphon.models.rope import RopeConfig, rotary_size
+from antiphon.runtime import order_point
+
+__all__ = ["GroupedQueryAttention", "GroupedQueryConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedQueryConfig:
+    """Sizes of the attention of one layer."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    bias: bool  # of the projections to queries, keys and values
+    out_bias: bool
+    qk_norm_eps: float | None  # None: queries and keys are not normalised
+    rope: RopeConfig  # of the first dimensions of a head, or of all
+
+    @property
+    def kv_width(self) -> int:
+        return 2 * self.num_kv_heads * self.head_size
+
+    @staticmethod
+    def read(file: ConfigFile, *, qk_norm: bool, out_bias: bool, rotary_share: float) -> GroupedQueryConfig:
+        """rotary_share: of the dimensions of a head, where the file does not say. Raises `ModelError`."""
+        hidden_size, num_heads = file.count("hidden_size"), file.count("num_attention_heads")
+        num_kv_heads = file.count("num_key_value_heads")
+        if num_heads % num_kv_heads:
+            raise ModelError(
+                f"{file.path} has num_attention_heads={num_heads}, num_key_value_heads={num_kv_heads}; "
+                "the first must be a multiple of the second"
+            )
+        head_size = hidden_size // num_heads if file.get("head_dim") is None else file.count("head_dim")
+        size = rotary_size(file, head_size, default_share=rotary_share)
+        return GroupedQueryConfig(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            bias=file.flag("attention_bias", False),
+            out_bias=out_bias,
+            qk_norm_eps=file.number("rms_norm_eps", 1e-6) if qk_norm else None,
+            rope=RopeConfig.read(file, size=size, interleaved=False),
+        )
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention of one layer. The engine sets `cache_blocks` [num_blocks, block_size, 2GQ] before the first step."""
+
+    cache_blocks: torch.Tensor
+
+    def __init__(self, config: GroupedQueryConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.scale = config.head_size**-0.5
+        query_width, kv_width = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        sizes = {"q_proj": query_width, "k_proj": kv_width, "v_proj": kv_width}
+        self.qkv_proj = MergedLinear(config.hidden_size, sizes, dtype=dtype, with_bias=sizes if config.bias else ())
+        self.o_proj = Linear(query_width, config.hidden_size, dtype=dtype, bias=config.out_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm_eps is not None:
+            self.q_norm = RMSNorm(config.head_size, eps=config.qk_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_size, eps=config.qk_norm_eps, dtype=dtype)
+
+    def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        metadata = current_micro_batch().attention
+        q_THQ, key_TGQ, value_TGQ = self._projections(x_TD, cos_TP, sin_TP)
+        write_keys_values(self.cache_blocks, metadata.slots_T, key_TGQ, value_TGQ)
+        order_point(("keys and values", self.layer))
+
+        out_THQ = torch.empty_like(q_THQ)
+        for prefill in metadata.prefills:
+            rows = slice(prefill.start, prefill.stop)
+            key_LGQ, value_LGQ = key_TGQ[rows], value_TGQ[rows]
+            if prefill.context_len > 0:
+                length = prefill.context_len + prefill.stop - prefill.start
+                key_LGQ, value_LGQ = gather_keys_values(
+                    self.cache_blocks, prefill.block_ids_B, length, self.config.head_size
+                )
+            out_THQ[rows] = prefill_attention(q_THQ[rows], key_LGQ, value_LGQ, self.scale)
+        if (decodes := metadata.decodes) is not None:
+            out_THQ[decodes.rows_N] = decode_attention(
+                q_THQ[decodes.rows_N], self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale
+            )
+        out_TD: torch.Tensor = self.o_proj(out_THQ.flatten(1))
+        return out_TD
+
+    def _projections(
+        self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [T, H, Q], keys and values [T, G, Q]."""
+        q_THQ, key_TGQ, value_TGQ = (
+            projected.unflatten(-1, (-1, self.config.head_size)) for projected in self.qkv_proj(x_TD)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THQ, key_TGQ = self.q_norm(q_THQ), self.k_norm(key_TGQ)
+        return self._rotated(q_THQ, cos_TP, sin_TP), self._rotated(key_TGQ, cos_TP, sin_TP), value_TGQ
+
+    def _rotated(self, x_TXQ: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        rotary, plain = x_TXQ.tensor_split([self.config.rope.size], dim=-1)
+        rotary = apply_rope(rotary, cos_TP, sin_TP, interleaved=False)
+        return torch.cat([rotary, plain], dim=-1) if plain.shape[-1] else rotary

@@ -1,0 +1,168 @@
+"""Where the tokens of a dummy run go: as the random router says, or by a fixed table with a known balance.
+
+    spec = parse_routing("zipf:1.2")
+    model = build_model(config, transport, spec)
+
+With a table every router still does all of its work, so that its time counts, but only its weights are used. The row of
+a token is its place in the KV cache, so it does not depend on how a batch is cut, nor on the plan or the transport: all
+arms of a measurement route alike. Every layer has the same table, but for recorded ones.
+
+Shapes: `T` tokens, `K` experts per token, `E` experts, `N` rows of a table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from antiphon.comm import Routes
+from antiphon.core.batch import current_micro_batch
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.models.layers import checkpoint_tensors
+
+__all__ = ["RoutingKind", "RoutingSpec", "TableRouter", "parse_routing", "routing_tables"]
+
+NUM_ROWS = 32768
+"""Rows of a table that is not recorded; rank r of W begins at row r * N / W."""
+
+
+class RoutingKind(Enum):
+    """By the name in the option."""
+
+    MODEL = "model"
+    UNIFORM = "uniform"
+    ZIPF = "zipf"
+    RECORDED = "recorded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingSpec:
+    """What `--routing` says."""
+
+    kind: RoutingKind = RoutingKind.MODEL
+    exponent: float = 0.0  # zipf: an expert's share falls with this power of its rank in popularity
+    file: Path | None = None  # recorded
+
+    def __str__(self) -> str:
+        if self.kind is RoutingKind.ZIPF:
+            return f"zipf:{self.exponent:g}"
+        return self.kind.value if self.file is None else f"recorded:{self.file}"
+
+
+def parse_routing(text: str) -> RoutingSpec:
+    """`model`, `uniform`, `zipf:A` with A above 0, or `recorded:FILE`. Raises `OptionError` for anything else."""
+    name, colon, value = text.partition(":")
+    if name in (RoutingKind.MODEL.value, RoutingKind.UNIFORM.value) and not colon:
+        return RoutingSpec(kind=RoutingKind(name))
+    if name == RoutingKind.ZIPF.value:
+        try:
+            exponent = float(value)
+        except ValueError:
+            exponent = 0.0
+        if not 0.0 < exponent < float("inf"):
+            raise OptionError(f"routing={text!r} has no exponent above 0; write it like zipf:1.2")
+        return RoutingSpec(kind=RoutingKind.ZIPF, exponent=exponent)
+    if name == RoutingKind.RECORDED.value:
+        if not value:
+            raise OptionError(f"routing={text!r} names no file; write it like recorded:routes.jsonl")
+        return RoutingSpec(kind=RoutingKind.RECORDED, file=Path(value))
+    raise unknown_value("routing", text, ("model", "uniform", "zipf:A", "recorded:FILE"))
+
+
+class TableRouter(nn.Module):
+    """A router whose choice is replaced by a table. table_NK: int64, all different in a row."""
+
+    def __init__(self, router: nn.Module, table_NK: torch.Tensor) -> None:
+        super().__init__()
+        self.router = router
+        self.table_NK = table_NK
+
+    def forward(self, x_TD: torch.Tensor) -> Routes:
+        routes: Routes = self.router(x_TD)
+        rows_T = current_micro_batch().attention.slots_T.remainder(self.table_NK.shape[0])
+        return Routes(self.table_NK[rows_T], routes.weights_TK)
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those of the router, as if it stood alone."""
+        return checkpoint_tensors(self.router, f"{prefix}gate.")
+
+
+def routing_tables(
+    spec: RoutingSpec, *, num_experts: int, top_k: int, layers: Iterable[int], rank: int, num_ranks: int
+) -> dict[int, torch.Tensor]:
+    """The table of each of `layers` on one rank: int64 [N, K] on the CPU; without recording one object for all.
+
+    The same call gives the same tables everywhere. Raises `OptionError` for a recording that does not fit.
+    """
+    if spec.kind is RoutingKind.RECORDED:
+        assert spec.file is not None
+        recorded = _read_recording(spec.file, num_experts=num_experts, top_k=top_k)
+        missing = sorted(set(layers) - recorded.keys())
+        if missing:
+            raise OptionError(f"{spec.file} has no routes of layer {missing[0]}; record every layer with experts")
+        return {layer: _from_rank(recorded[layer], rank, num_ranks) for layer in layers}
+    if spec.kind is RoutingKind.UNIFORM:
+        table_NK = _uniform_table(num_experts, top_k)
+    else:
+        assert spec.kind is RoutingKind.ZIPF
+        table_NK = _zipf_table(num_experts, top_k, spec.exponent)
+    return dict.fromkeys(layers, _from_rank(table_NK, rank, num_ranks))
+
+
+def _from_rank(table_NK: torch.Tensor, rank: int, num_ranks: int) -> torch.Tensor:
+    return table_NK.roll(-(rank * table_NK.shape[0] // num_ranks), dims=0)
+
+
+def _uniform_table(num_experts: int, top_k: int) -> torch.Tensor:
+    """Permutations of all experts, one behind the other, dealt out K at a time: every stretch of rows is balanced."""
+    generator = torch.Generator().manual_seed(num_experts)
+    dealt: list[int] = []
+    while len(dealt) < NUM_ROWS * top_k:
+        deck: list[int] = torch.randperm(num_experts, generator=generator).tolist()
+        begun = set(dealt[len(dealt) - len(dealt) % top_k :])  # of the row that this permutation completes
+        dealt.extend(sorted(deck, key=begun.__contains__))
+    return torch.tensor(dealt[: NUM_ROWS * top_k]).view(NUM_ROWS, top_k)
+
+
+def _zipf_table(num_experts: int, top_k: int, exponent: float) -> torch.Tensor:
+    """K different experts a row, drawn one after the other with shares 1, 2^-A, 3^-A ...; who is popular is drawn too.
+
+    Because the experts of a row differ, none gets more than 1 / K of the load, whatever its share.
+    """
+    generator = torch.Generator().manual_seed(num_experts)
+    log_share_E = -exponent * torch.arange(1, num_experts + 1, dtype=torch.float64).log()
+    log_share_E = log_share_E[torch.randperm(num_experts, generator=generator)]
+    noise_NE = torch.rand(NUM_ROWS, num_experts, generator=generator, dtype=torch.float64)
+    # The K largest of log share + Gumbel noise are such a draw (Vieira, "Gumbel-max trick and weighted reservoir
+    # sampling").
+    return (log_share_E - noise_NE.log().neg().log()).topk(top_k).indices
+
+
+def _read_recording(file: Path, *, num_experts: int, top_k: int) -> dict[int, torch.Tensor]:
+    """Lines of JSON, one a layer: `{"layer": 3, "ids": [[5, 17, ...], ...]}`, one row of K expert ids a token."""
+    tables = {}
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                entry = json.loads(line)
+                tables[int(entry["layer"])] = torch.tensor(entry["ids"], dtype=torch.int64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(
+            f"{file} cannot be read as a recording ({error!r}); "
+            'each line is {"layer": number, "ids": [[expert, ...], ...]}'
+        ) from error
+    for layer, table_NK in tables.items():
+        if table_NK.dim() != 2 or table_NK.shape[1] != top_k or not table_NK.numel():
+            raise OptionError(f"{file}: ids of layer {layer} are {list(table_NK.shape)}; [tokens, {top_k}] is needed")
+        low, high = int(table_NK.min()), int(table_NK.max())
+        if low < 0 or high >= num_experts:
+            raise OptionError(f"{file}: ids of layer {layer} run from {low} to {high}; use 0 to {num_experts - 1}")
+        if bool((table_NK.sort(dim=1).values.diff(dim=1) == 0).any()):
+            raise OptionError(f"{file}: layer {layer} has a token with the same expert twice; record different ones")
+    return tables
