@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 import antiphon
+from antiphon.bench.cli import bench_app
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import AntiphonError, OptionError
 from antiphon.core.policy import DBO_MODES, SPLIT_RULES
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mixture-of-Experts inference with dual-batch overlap.",
 )
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

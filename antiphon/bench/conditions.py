@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,7 +11,6 @@ from typing import Any
 
 from antiphon.comm import parse_transport
 from antiphon.core.errors import OptionError, unknown_value
-from antiphon.runtime.device import DEVICE_KINDS, num_devices
 
 __all__ = [
     "check_ranks",
@@ -20,9 +18,7 @@ __all__ = [
     "parse_counts",
     "parse_names",
     "parse_sizes",
-    "peer_access_forbidden",
     "rank_environment",
-    "settle_device",
     "settle_transports",
     "write_json",
 ]
@@ -38,21 +34,6 @@ def check_ranks(ranks: int) -> None:
         raise OptionError(f"--ranks {ranks} has no communication to measure; use at least 2")
 
 
-def settle_device(device: str, ranks: int) -> str:
-    """`cpu` or `cuda`; auto takes CUDA if there is a device for every rank. Raises `OptionError`."""
-    if device not in ("auto", *DEVICE_KINDS):
-        raise unknown_value("device", device, ("auto", *DEVICE_KINDS))
-    count = num_devices("cuda") if device != "cpu" else 0
-    if device == "cuda" and count < ranks:
-        raise OptionError(f"--device cuda has {count} devices for --ranks {ranks}; use fewer ranks, or --device cpu")
-    return "cuda" if device != "cpu" and count >= ranks else "cpu"
-
-
-def peer_access_forbidden(asked: bool) -> bool:
-    """Whether devices may not read each other's memory: asked for, or implied by NCCL's own switch."""
-    return asked or os.environ.get("NCCL_P2P_DISABLE") == "1"
-
-
 def rank_environment(*, peer_access: bool) -> dict[str, str]:
     """What the ranks get beside this process's environment."""
     return {} if peer_access else dict(_NO_PEERS)
@@ -61,17 +42,24 @@ def rank_environment(*, peer_access: bool) -> dict[str, str]:
 def settle_transports(text: str | None, *, device: str, ranks: int, peer_access: bool) -> list[str]:
     """The transports asked for, or all that this machine can use. Raises `OptionError` for a name that is not known."""
     if text is None:
-        return _usable(device, peer_access)
+        return _usable(device, ranks, peer_access)
     names = parse_names(text, "transports")
     for name in names:
         parse_transport(name)
     return names
 
 
-def _usable(device: str, peer_access: bool) -> list[str]:
-    if device == "cpu":
-        return ["allgather", "alltoall", "shared-memory"]
-    return ["allgather", "alltoall", "host-staged", *(["copy-engine"] if peer_access else [])]
+def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
+    """What `antiphon doctor` calls usable, but for what only tests need."""
+    from antiphon.comm.machine import examine_machine  # asks the machine, for seconds
+    from antiphon.comm.usable import usable_transports
+
+    judged = usable_transports(examine_machine(), ranks=ranks, device_kind=device, peer_access=peer_access)
+    names = [found.name for found in judged if found.usable and found.name not in ("local", "simulated")]
+    if not names:
+        why = "; ".join(f"{found.name}: {found.reason}" for found in judged)
+        raise OptionError(f"no transport is usable for --ranks {ranks} on {device} ({why}); antiphon doctor says more")
+    return names
 
 
 def parse_names(text: str, option: str, valid: Sequence[str] | None = None) -> list[str]:
@@ -126,8 +114,17 @@ def conditions(results: Sequence[dict[str, Any]], options: dict[str, Any]) -> di
 
 
 def write_json(result: dict[str, Any], path: Path | None) -> None:
-    """Print the result as one line, the last one, and write it to `path` for people too."""
+    """Print the result as one line, the last one, and write it to `path` for people too. Numbers get 6 digits."""
+    result = _rounded(result)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result), flush=True)
+        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(json.dumps(result, allow_nan=False), flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

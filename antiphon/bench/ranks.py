@@ -30,6 +30,7 @@ __all__ = ["RanksError", "run_on_ranks"]
 
 _TASK_FILE = "task.json"
 _MEETING_FILE = "meeting"
+_PROGRESS_FILE = "progress"
 _GRACE_S = 2.0
 """How long the other ranks may go on after the first failure, so that their tracebacks are shown too."""
 
@@ -162,7 +163,10 @@ def _call(rank: int, folder: Path) -> Any:
     module_name, _, name = task["function"].partition(":")
     function = getattr(import_module(module_name), name)
 
-    from antiphon.comm import RankGroup  # here, so that the watch of the parent is up before torch is loaded
+    from antiphon.comm import (  # here, so that the watch of the parent is up before torch is loaded
+        ProgressBoard,
+        RankGroup,
+    )
     from antiphon.runtime.device import activate, device_for_rank
 
     device = device_for_rank(task["device"], rank)
@@ -173,6 +177,7 @@ def _call(rank: int, folder: Path) -> Any:
         size=task["ranks"],
         init_method=f"file://{folder / _MEETING_FILE}",
         timeout_s=task["timeout_s"],
+        board=ProgressBoard(folder / _PROGRESS_FILE, size=task["ranks"]),
         **on_device,
     )
     try:

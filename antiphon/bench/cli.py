@@ -1,0 +1,155 @@
+"""The commands `antiphon bench ...`. Reads options, prints results; everything heavy is loaded when a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.errors import unknown_value
+
+__all__ = ["bench_app"]
+
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Measure communication and overlap; the last line printed is one JSON object.",
+)
+
+_DEFAULT_SIZES = {"cpu": "4K..1M", "cuda": "4K..512M"}
+_DEFAULT_BESIDE_FROM = {"cpu": "64K", "cuda": "1M"}
+_DEFAULT_TOKENS = {"cpu": "128,512", "cuda": "512,2048,8192"}
+_NO_BODY = "none"
+
+_TABLE_WIDTH = 150
+
+Ranks = Annotated[int, typer.Option(help="Processes, one device each.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+Transports = Annotated[str | None, typer.Option(help="Names with commas between; left out: all that can be used here.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds, after two to warm up.")]
+NoPeerAccess = Annotated[
+    bool, typer.Option("--no-peer-access", help="Devices may not read each other's memory (NCCL_P2P_DISABLE=1).")
+]
+TimeoutS = Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result there too.")]
+
+
+@bench_app.command()
+def comm(
+    ranks: Ranks = 2,
+    device: Device = "auto",
+    sizes: Annotated[
+        str | None, typer.Option(help="Bytes a rank sends in a phase: 4K,1M or 4K..512M in steps of 4.")
+    ] = None,
+    transports: Transports = None,
+    beside: Annotated[
+        str, typer.Option(help="Computations to run beside: grouped, dense, attention, or none.")
+    ] = "grouped,dense,attention",
+    beside_from: Annotated[str | None, typer.Option(help="Smallest size that is measured beside computation.")] = None,
+    hidden_size: Annotated[int, typer.Option(min=8, help="Numbers of a token, in bfloat16.")] = 2048,
+    repeats: Repeats = 10,
+    no_peer_access: NoPeerAccess = False,
+    timeout_s: TimeoutS = 120.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Dispatch and combine alone, and beside computation of equal length, for every size and transport."""
+    from antiphon.bench.comm import CommOptions, print_exchanges, run_comm
+    from antiphon.bench.compute_bodies import BODY_NAMES
+    from antiphon.bench.conditions import (
+        check_ranks,
+        parse_names,
+        parse_sizes,
+        settle_transports,
+        write_json,
+    )
+    from antiphon.engine.settle import settle_device, settle_peer_access
+
+    check_ranks(ranks)
+    kind, _ = settle_device(device, ranks)
+    peer_access = settle_peer_access(not no_peer_access)
+    bodies = [name for name in parse_names(beside, "beside", (_NO_BODY, *BODY_NAMES)) if name != _NO_BODY]
+    options = CommOptions(
+        ranks=ranks,
+        device=kind,
+        transports=settle_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
+        sizes=parse_sizes(sizes or _DEFAULT_SIZES[kind]),
+        beside=bodies,
+        beside_from=parse_sizes(beside_from or _DEFAULT_BESIDE_FROM[kind], "beside-from")[0],
+        hidden_size=hidden_size,
+        repeats=repeats,
+        peer_access=peer_access,
+        timeout_s=timeout_s,
+    )
+    result = run_comm(options)
+    print_exchanges(result, _console())
+    write_json(result, json_file)
+
+
+@bench_app.command()
+def overlap(
+    model: Annotated[
+        str, typer.Argument(help="Name of a preset, folder of a checkpoint, or the bundled model; weights are dummies.")
+    ] = BUNDLED_MODEL,
+    ranks: Ranks = 2,
+    device: Device = "auto",
+    tokens: Annotated[str | None, typer.Option(help="Tokens a rank of a step, with commas between.")] = None,
+    transports: Transports = None,
+    routing: Annotated[str, typer.Option(help="uniform, zipf:A, recorded:FILE, or model.")] = "uniform",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float64.")] = "auto",
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers.")] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a text; a step prefills whole texts.")] = 2048,
+    micro_batches: Annotated[int, typer.Option(min=2, help="Parts of a split step.")] = 2,
+    repeats: Repeats = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, tokens and routing.")] = 0,
+    no_peer_access: NoPeerAccess = False,
+    timeout_s: TimeoutS = 120.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Prefill steps, serial and with overlap, and their parts alone, over every transport by turns."""
+    from antiphon.bench.conditions import (
+        check_ranks,
+        parse_counts,
+        settle_transports,
+        write_json,
+    )
+    from antiphon.bench.overlap import OverlapOptions, check_outputs, print_steps, run_overlap
+    from antiphon.engine.config import DTYPES
+    from antiphon.engine.settle import settle_device, settle_peer_access
+
+    check_ranks(ranks)
+    kind, _ = settle_device(device, ranks)
+    peer_access = settle_peer_access(not no_peer_access)
+    if dtype not in ("auto", *DTYPES):
+        raise unknown_value("dtype", dtype, ("auto", *DTYPES))
+    options = OverlapOptions(
+        model=model,
+        ranks=ranks,
+        device=kind,
+        tokens=parse_counts(tokens or _DEFAULT_TOKENS[kind], "tokens"),
+        transports=settle_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
+        routing=routing,
+        dtype=dtype if dtype != "auto" else {"cpu": "float32", "cuda": "bfloat16"}[kind],
+        num_layers=num_layers,
+        seq_len=seq_len,
+        micro_batches=micro_batches,
+        repeats=repeats,
+        seed=seed,
+        peer_access=peer_access,
+        timeout_s=timeout_s,
+    )
+    result = run_overlap(options)
+    print_steps(result, _console())
+    write_json(result, json_file)
+    check_outputs(result)
+
+
+def _console() -> Console:
+    """On stderr, and wide enough for the tables: figures must not be cut off where they are kept in a file."""
+    console = Console(stderr=True)
+    console.width = max(console.width, _TABLE_WIDTH)
+    return console
