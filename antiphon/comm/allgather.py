@@ -3,20 +3,31 @@
 Portable and without counts: only the largest number of tokens of a rank is needed, which the agreement knows. Every
 rank pads to it; padding rows carry the expert id -1.
 
-The reduce-scatter is an all-to-all of equal parts, whose receiver adds in float32 at least, in order of rank: as many
-bytes, a sum that does not depend on timing, and on gloo faster than its own reduce-scatter (docs/log.md).
+On the CPU the reduce-scatter is an all-to-all of equal parts, whose receiver adds in float32 at least, in order of
+rank: as many bytes, a sum that does not depend on timing, and on gloo faster than its own reduce-scatter (docs/log.md).
+On GPUs it is NCCL's, which adds in the model's dtype.
 """
 
 from __future__ import annotations
 
 import torch
 
-from antiphon.comm.group import RankGroup
+from antiphon.comm.group import Collective, RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape, Flight, Routes, Rows, Transport, exchange_counts
-from antiphon.runtime import Streams
+from antiphon.comm.transport import (
+    DEFAULT_MAX_TOKENS,
+    ExpertShape,
+    Flight,
+    Routes,
+    Rows,
+    Transport,
+    TransportPart,
+    exchange_counts,
+)
+from antiphon.core.errors import OptionError
+from antiphon.runtime import CudaStreams, Streams
 
-__all__ = ["AllGatherTransport"]
+__all__ = ["AllGatherTransport", "NcclAllGatherTransport"]
 
 
 class AllGatherTransport(Transport):
@@ -35,7 +46,7 @@ class AllGatherTransport(Transport):
     ) -> None:
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
         self._format = RowFormat(shape)
-        self._buffers = [LaneBuffers(torch.device("cpu")) for _ in range(num_lanes)]
+        self._buffers = [LaneBuffers(streams.device) for _ in range(num_lanes)]
         self._num_tokens = [0] * num_lanes
         self._padded_tokens = [0] * num_lanes
 
@@ -49,37 +60,100 @@ class AllGatherTransport(Transport):
         self._num_tokens[lane], self._padded_tokens[lane] = num_tokens, padded
         buffers, row = self._buffers[lane], self._format
         packed = buffers.get("packed", padded, row.row_bytes, torch.uint8)
-        row.pack(packed[:num_tokens], x_TD, routes)
-        row.ids(packed)[num_tokens:] = -1
+        if self.part is not TransportPart.LINK_ONLY:
+            row.pack(packed[:num_tokens], x_TD, routes)
+            row.ids(packed)[num_tokens:] = -1
         gathered = buffers.get("gathered", padded * self.group.size, row.row_bytes, torch.uint8)
-
-        with self.streams.comm(after=self.streams.record()):
-            work = self.group.all_gather(gathered, packed, label)
+        partials_RD = self._partials(lane)
+        work = self._gather(gathered, packed, label) if self.part is not TransportPart.COMPUTE_ONLY else None
 
         def wait() -> Rows:
-            work.wait()
-            return Rows(row.x(gathered), self.local_ids(row.ids(gathered)), row.weights(gathered))
+            if work is not None:
+                work.wait()
+            return Rows(row.x(gathered), self.local_ids(row.ids(gathered)), row.weights(gathered), partials_RD)
 
         num_bytes = (self.group.size - 1) * padded * row.row_bytes
-        return Flight(wait=wait, ready_ns=work.ready_ns, num_bytes=num_bytes)
+        return Flight(wait=wait, ready_ns=None if work is None else work.ready_ns, num_bytes=num_bytes)
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         hidden_size, dtype = self.shape.hidden_size, self.shape.dtype
         num_tokens, padded = self._num_tokens[lane], self._padded_tokens[lane]
-        buffers = self._buffers[lane]
-        partials = buffers.get("partials", padded * self.group.size, hidden_size, dtype).copy_(partial_RD)
-        home = buffers.get("home", padded * self.group.size, hidden_size, dtype)
+        partials_RD = self._partials(lane)
+        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != partials_RD.data_ptr():
+            partials_RD.copy_(partial_RD)
+        home = self._buffers[lane].get("home", padded * self.group.size, hidden_size, dtype)
         equal = [padded] * self.group.size
-
-        with self.streams.comm(after=self.streams.record()):
-            work = self.group.all_to_all(home, partials, label, out_splits=equal, in_splits=equal)
+        work: Collective | None = None
+        if self.part is not TransportPart.COMPUTE_ONLY:
+            with self.streams.comm(after=self.streams.record()):
+                work = self.group.all_to_all(home, partials_RD, label, out_splits=equal, in_splits=equal)
 
         def wait() -> torch.Tensor:
-            work.wait()
+            if work is not None:
+                work.wait()
+            if self.part is TransportPart.LINK_ONLY:
+                return home[:num_tokens]
             out_TD = torch.zeros(num_tokens, hidden_size, dtype=self.shape.weight_dtype)
             for part in torch.split(home, padded) if padded else ():
                 out_TD += part[:num_tokens]
             return out_TD.to(dtype)
 
-        num_bytes = (self.group.size - 1) * padded * hidden_size * dtype.itemsize
-        return Flight(wait=wait, ready_ns=work.ready_ns, num_bytes=num_bytes)
+        num_bytes = self._combine_bytes(padded)
+        return Flight(wait=wait, ready_ns=None if work is None else work.ready_ns, num_bytes=num_bytes)
+
+    def _partials(self, lane: int) -> torch.Tensor:
+        num_rows = self._padded_tokens[lane] * self.group.size
+        return self._buffers[lane].get("partials", num_rows, self.shape.hidden_size, self.shape.dtype)
+
+    def _combine_bytes(self, padded: int) -> int:
+        return (self.group.size - 1) * padded * self.shape.hidden_size * self.shape.dtype.itemsize
+
+    def _gather(self, gathered: torch.Tensor, packed: torch.Tensor, label: str) -> Collective:
+        with self.streams.comm(after=self.streams.record()):
+            return self.group.all_gather(gathered, packed, label)
+
+
+class NcclAllGatherTransport(AllGatherTransport):
+    """The same on CUDA devices, by NCCL. `max_ctas`: see `NcclGroup`."""
+
+    max_ctas: int | None = None
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        *,
+        group: RankGroup,
+        streams: Streams,
+        num_lanes: int,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+    ) -> None:
+        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
+        from antiphon.comm.nccl import NcclGroup  # only where there are such devices
+
+        if not isinstance(streams, CudaStreams):
+            raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
+        self._nccl = NcclGroup.of(group, streams, max_ctas=self.max_ctas)
+
+    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
+        num_tokens, padded = self._num_tokens[lane], self._padded_tokens[lane]
+        partials_RD = self._partials(lane)
+        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != partials_RD.data_ptr():
+            partials_RD.copy_(partial_RD)
+        # New, the caller's; made on the compute stream, so nothing queued there still uses its memory when the comm
+        # stream begins to write.
+        out_TD = torch.empty(padded, self.shape.hidden_size, dtype=self.shape.dtype, device=self.streams.device)
+        work = None
+        if self.part is not TransportPart.COMPUTE_ONLY:
+            with self.streams.comm(after=self.streams.record()):
+                work = self._nccl.reduce_scatter(out_TD, partials_RD, label)
+
+        def wait() -> torch.Tensor:
+            if work is not None:
+                work.wait()
+            return out_TD[:num_tokens]
+
+        return Flight(wait=wait, num_bytes=self._combine_bytes(padded))
+
+    def _gather(self, gathered: torch.Tensor, packed: torch.Tensor, label: str) -> Collective:
+        with self.streams.comm(after=self.streams.record()):
+            return self._nccl.all_gather(gathered, packed, label)  # type: ignore[return-value]

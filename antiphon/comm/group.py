@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from antiphon.comm.device_watch import DeviceWatch
 from antiphon.comm.progress import ProgressBoard
 from antiphon.core.errors import PeerError
 from antiphon.runtime import current_lane, num_lanes
@@ -55,6 +56,7 @@ class RankGroup:
     """One rank of a group of `size`. A group of one needs no process group and moves nothing.
 
     timeout_s: longest wait for a peer. board: where to say where this rank is; optional.
+    on_stuck: gets the report of a device wait that outlasted the limit, on another thread; the process ends after it.
     Not thread-safe: one host thread issues everything.
     """
 
@@ -66,6 +68,7 @@ class RankGroup:
         process_group: dist.ProcessGroup | None = None,
         timeout_s: float = 60.0,
         board: ProgressBoard | None = None,
+        on_stuck: Callable[[str], None] | None = None,
     ) -> None:
         assert 0 <= rank < size
         assert size == 1 or process_group is not None
@@ -75,6 +78,9 @@ class RankGroup:
         self._process_group = process_group
         self._board = board
         self._order: list[str] | None = None
+        self.extras: dict[Hashable, object] = {}  # what transports share that use this group
+        self._on_stuck = on_stuck
+        self._device_watch: DeviceWatch | None = None
 
     @classmethod
     def connect(
@@ -86,6 +92,7 @@ class RankGroup:
         timeout_s: float = 60.0,
         meeting_timeout_s: float | None = None,
         board: ProgressBoard | None = None,
+        on_stuck: Callable[[str], None] | None = None,
     ) -> RankGroup:
         """Meet the other ranks over gloo; `init_method` as in `torch.distributed.init_process_group`.
 
@@ -105,7 +112,14 @@ class RankGroup:
             )
         except (RuntimeError, dist.DistError) as error:
             raise PeerError(_missing(f"rank {rank} could not meet its peers", rank, board, error)) from error
-        return cls(rank=rank, size=size, process_group=dist.group.WORLD, timeout_s=timeout_s, board=board)
+        return cls(
+            rank=rank,
+            size=size,
+            process_group=dist.group.WORLD,
+            timeout_s=timeout_s,
+            board=board,
+            on_stuck=on_stuck,
+        )
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -114,9 +128,19 @@ class RankGroup:
 
     def close(self) -> None:
         """Leave the process group. Peers that still wait for this rank get an error."""
+        if self._device_watch is not None:
+            self._device_watch.close()
         if self._process_group is not None:
             dist.destroy_process_group(self._process_group)
             self._process_group = None
+
+    def device_watch(self) -> DeviceWatch:
+        """The watch over this rank's device waits; made when it is first needed."""
+        if self._device_watch is None:
+            self._device_watch = DeviceWatch(
+                rank=self.rank, timeout_s=self.timeout_s, board=self._board, on_stuck=self._on_stuck
+            )
+        return self._device_watch
 
     # ---- collectives; every tensor is contiguous, the outputs may not be read before the wait
 
@@ -169,11 +193,13 @@ class RankGroup:
         if self._board is not None:
             self._board.mark(self.rank, f"computing after {where}")
 
-    def wait_until(self, done: Callable[[], bool], label: str, *, peer: int) -> None:
-        """Block until `done()`, which `peer` makes true. Raises `PeerError` after the time limit."""
-        where = _where(label)
+    def wait_until(self, done: Callable[[], bool], label: str, *, peer: int | None) -> None:
+        """Block until `done()`, which `peer` (`None`: any of them) makes true. Raises `PeerError` after the limit."""
+        if done():
+            return
+        where = f"{_where(label)} from {'its peers' if peer is None else f'rank {peer}'}"
         if self._board is not None:
-            self._board.mark(self.rank, f"waiting for {where} from rank {peer}")
+            self._board.mark(self.rank, f"waiting for {where}")
         start = time.monotonic()
         nap_s = 0.0
         while not done():
@@ -181,7 +207,7 @@ class RankGroup:
             if waited_s > self.timeout_s:
                 raise PeerError(
                     _missing(
-                        f"rank {self.rank} waited {waited_s:.1f} s for {where} from rank {peer} in vain",
+                        f"rank {self.rank} waited {waited_s:.1f} s for {where} in vain",
                         self.rank,
                         self._board,
                     )

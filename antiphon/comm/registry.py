@@ -27,7 +27,7 @@ _CLASSES = {
     "shared-memory": "antiphon.comm.shared_memory:SharedMemoryTransport",
 }
 _CUDA_CLASSES = {
-    "allgather": "antiphon.comm.nccl_allgather:NcclAllGatherTransport",
+    "allgather": "antiphon.comm.allgather:NcclAllGatherTransport",
     "alltoall": "antiphon.comm.nccl_alltoall:NcclAllToAllTransport",
 }
 """Where a GPU needs another implementation."""

@@ -95,7 +95,10 @@ class Rows:
 
 @dataclass(slots=True, kw_only=True)
 class Flight(Generic[T]):
-    """What an implementation returns of a communication that it has sent; see `Pending` for the fields."""
+    """What an implementation returns of a communication that it has sent; see `Pending` for the fields.
+
+    A late launch may set the sizes, which are not known before.
+    """
 
     wait: Callable[[], T]
     launch: Callable[[], None] | None = None
@@ -271,16 +274,22 @@ def exchange_counts(group: RankGroup, num_tokens: int, label: str) -> tuple[int,
 def _pending(flight: Flight[T], label: str, arrived: Callable[[T], None]) -> Pending[T]:
     """The flight as a pending that calls `arrived` with its result."""
 
+    def launch() -> None:
+        assert flight.launch is not None
+        flight.launch()
+        pending.num_bytes, pending.num_messages = flight.num_bytes, flight.num_messages
+
     def wait() -> T:
         result = flight.wait()
         arrived(result)
         return result
 
-    return Pending(
+    pending = Pending(
         wait,
         label=label,
-        launch=flight.launch,
+        launch=None if flight.launch is None else launch,
         ready_ns=flight.ready_ns,
         num_bytes=flight.num_bytes,
         num_messages=flight.num_messages,
     )
+    return pending

@@ -19,6 +19,7 @@ One thread, two lanes; `=` computes, `.` is on the wire:
     time  ------------------------------------------------------->
 """
 
+from antiphon.runtime.cuda_streams import CudaStreams
 from antiphon.runtime.hook import EventKind, LaneEvent, Recorder
 from antiphon.runtime.lanes import run_lanes
 from antiphon.runtime.pending import Pending
@@ -27,6 +28,7 @@ from antiphon.runtime.traps import current_lane, finish, num_lanes, order_point,
 
 __all__ = [
     "CpuStreams",
+    "CudaStreams",
     "Event",
     "EventKind",
     "LaneEvent",

@@ -44,11 +44,29 @@ class CudaStreams:
         assert isinstance(event, torch.cuda.Event), "an event of another device reached CudaStreams"
         torch.cuda.current_stream(self._device).wait_event(event)
 
+    @property
+    def compute_handle(self) -> int:
+        """The raw handle of the compute stream, for driver calls."""
+        handle: int = self._compute.cuda_stream
+        return handle
+
+    def queue_on(self, name: str, *, after: Event | None = None) -> int:
+        """The raw handle of a comm stream, for driver calls; what is queued there runs after `after`."""
+        stream = self._comm_stream(name)
+        if after is not None:
+            assert isinstance(after, torch.cuda.Event)
+            stream.wait_event(after)
+        handle: int = stream.cuda_stream
+        return handle
+
+    def record_on(self, name: str) -> Event:
+        """An event on a comm stream."""
+        event: torch.cuda.Event = self._comm_stream(name).record_event()
+        return event
+
     @contextmanager
     def comm(self, *, after: Event, name: str = "comm") -> Iterator[None]:
-        stream = self._comm.get(name)
-        if stream is None:
-            stream = self._comm[name] = torch.cuda.Stream(self._device, priority=_HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+        stream = self._comm_stream(name)
         if not self.on_compute_stream():
             raise LaneError("a communication was sent away from the compute stream; leave the other stream first")
         torch.cuda.set_stream(stream)
@@ -64,3 +82,10 @@ class CudaStreams:
 
     def on_compute_stream(self) -> bool:
         return torch.cuda.current_stream(self._device) == self._compute
+
+    def _comm_stream(self, name: str) -> torch.cuda.Stream:
+        stream = self._comm.get(name)
+        if stream is None:
+            stream = torch.cuda.Stream(self._device, priority=_HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+            self._comm[name] = stream
+        return stream

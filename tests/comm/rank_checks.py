@@ -10,7 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from antiphon.comm import RankGroup
+from antiphon.runtime import streams_for
 from tests.comm import agreement_checks, contract_checks, simulated_checks
 from tests.comm.world import DTYPES, World
 
@@ -76,14 +79,18 @@ def _contract_of(name: str) -> dict[str, Check]:
     return checks | {f"{name}/{check.__name__}": partial(check, name=name) for check in _PLAIN_CHECKS}
 
 
-def run_checks(group: RankGroup, folder: str) -> dict[str, str]:
+def run_checks(group: RankGroup, folder: str, device_type: str = "cpu", only: str = "") -> dict[str, str]:
     """On every rank: the problem that each check found here, or an empty text.
 
     A check that raises leaves the ranks out of step, so they part and meet again before the next one.
     """
     outcomes: dict[str, str] = {}
-    for number, (name, check) in enumerate(checks_of(group.size).items()):
-        world = World(group)
+    streams = streams_for(torch.device(device_type, group.rank))
+    if device_type == "cuda":
+        torch.cuda.set_device(group.rank)
+    checks = {name: check for name, check in checks_of(group.size, device_type).items() if name.startswith(only)}
+    for number, (name, check) in enumerate(checks.items()):
+        world = World(group, streams)
         try:
             check(world)
             world.barrier()

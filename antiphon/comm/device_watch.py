@@ -1,0 +1,118 @@
+"""The watch over waits that a GPU stream cannot give up by itself.
+
+`cuStreamWaitValue32` and a collective's kernel wait for ever. So a stream writes a number into a pinned host word
+before it waits, and 0 after it; a thread that makes no driver call reads the words, and says on the progress board what
+this rank waits for. When a number stays for longer than the time limit, it reports who is missing and ends the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from antiphon.comm.progress import ProgressBoard
+
+__all__ = ["ALL_PEERS", "DeviceWatch", "WatchWord"]
+
+logger = logging.getLogger("antiphon.comm")
+
+_MAX_WORDS = 64
+_LABELS = 4096
+_PEERS = 64
+ALL_PEERS = _PEERS - 1
+"""In place of a peer: the wait is for all of them."""
+
+_PERIOD_S = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class WatchWord:
+    """A word of one stream. What is written is `code(label) + peer`; nobody waits while it is 0."""
+
+    address: int
+    _labels: list[str] = field(default_factory=lambda: [""] * _LABELS)
+    _number: int = 0
+
+    def code(self, label: str) -> int:
+        """The value that stands for a new wait with this label; add the rank that is waited for."""
+        self._number = self._number % (2**24) + 1
+        self._labels[self._number % _LABELS] = label
+        return self._number * _PEERS
+
+    def explain(self, value: int) -> tuple[str, str]:
+        """(label, who is waited for) of a value."""
+        peer = value % _PEERS
+        return self._labels[value // _PEERS % _LABELS], "its peers" if peer == ALL_PEERS else f"rank {peer}"
+
+
+class DeviceWatch:
+    """Watches the words of one rank. `on_stuck` gets the report, on the watch's own thread; then the process ends."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        timeout_s: float,
+        board: ProgressBoard | None = None,
+        on_stuck: Callable[[str], None] | None = None,
+        pin_memory: bool = True,
+    ) -> None:
+        self._rank = rank
+        self._timeout_s = timeout_s
+        self._board = board
+        self._on_stuck = on_stuck
+        with torch.inference_mode(False):
+            self._memory = torch.zeros(_MAX_WORDS, dtype=torch.int32, pin_memory=pin_memory)
+        self._values = self._memory.numpy()
+        self._words: dict[str, WatchWord] = {}
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def word(self, stream: str) -> WatchWord:
+        """The word of a stream; the watch starts with the first one."""
+        if stream in self._words:
+            return self._words[stream]
+        assert len(self._words) < _MAX_WORDS, "more streams wait than there are words"
+        word = self._words[stream] = WatchWord(self._memory.data_ptr() + 4 * len(self._words))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="device-watch", daemon=True)
+            self._thread.start()
+        return word
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        since: dict[int, tuple[int, float]] = {}
+        while not self._closed.wait(_PERIOD_S):
+            now = time.monotonic()
+            for place, word in enumerate(list(self._words.values())):
+                value = int(self._values[place])
+                if value == 0:
+                    since.pop(place, None)
+                elif place not in since or since[place][0] != value:
+                    since[place] = (value, now)
+                elif now - since[place][1] > self._timeout_s:
+                    self._report(word, value, now - since[place][1])
+                    return
+                elif self._board is not None and now - since[place][1] > 2 * _PERIOD_S:
+                    label, whom = word.explain(value)
+                    self._board.mark(self._rank, f"waiting on its device for {label} from {whom}")
+
+    def _report(self, word: WatchWord, value: int, waited_s: float) -> None:
+        label, whom = word.explain(value)
+        said = f"; {self._board.describe(except_rank=self._rank)}" if self._board is not None else ""
+        message = f"rank {self._rank} waited {waited_s:.1f} s on its device for {label} from {whom} in vain{said}"
+        try:
+            if self._on_stuck is not None:
+                self._on_stuck(message)
+        finally:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            os._exit(1)

@@ -1,0 +1,227 @@
+"""`host-staged`: the slab protocol through pinned host memory, for servers without peer access. Takes no SM.
+
+Each rank has a memory that all ranks have mapped: | flags | its outgoing slabs, lane by lane |. Slabs go in chunks, so
+that a peer downloads the first while the next is still on its way up; copy engines work both ways at once.
+
+    up stream        ── chunk 0 to my memory ── flag at every peer ── chunk 1 ── flag ── ...
+    down stream      ── wait for a peer's chunk 0, flag to 0 ── chunk 0 to my box ── ...          (posted at once)
+    compute stream   ── waits for the down stream
+
+A slab that all peers get (dispatch) is uploaded once. A chunk's flag lies in the memory of the rank that waits for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from antiphon.comm.device_watch import WatchWord
+from antiphon.comm.group import RankGroup
+from antiphon.comm.host_memory import share_host_memory
+from antiphon.comm.mailbox import Exchange, Mailbox, Phase
+from antiphon.comm.slab import SlabTransport
+from antiphon.comm.stream_memory import (
+    StreamOperations,
+    check_stream_memory_operations,
+    copy_async,
+    register_host_memory,
+    unregister_host_memory,
+)
+from antiphon.core.errors import OptionError
+from antiphon.runtime import CudaStreams, Event
+
+__all__ = ["HostStagedMailbox", "HostStagedTransport"]
+
+_ALIGNMENT = 4096
+_MAX_CHUNKS = 8
+_SMALLEST_CHUNK = 1 << 20
+_SET, _CLEAR = 1, 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    start: int
+    num_bytes: int
+
+
+def chunks_of(num_bytes: int) -> list[_Chunk]:
+    """At most 8 chunks, at least one, none below 1 MiB if there is more than one; the same on both sides of a link."""
+    count = max(1, min(_MAX_CHUNKS, num_bytes // _SMALLEST_CHUNK))
+    size = -(-num_bytes // count // _ALIGNMENT) * _ALIGNMENT if count > 1 else num_bytes
+    return [_Chunk(start, min(size, num_bytes - start)) for start in range(0, num_bytes, size)] or [_Chunk(0, 0)]
+
+
+class HostStagedMailbox:
+    """A `Mailbox` in host memory that every rank has mapped and pinned."""
+
+    def __init__(
+        self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
+    ) -> None:
+        self._group = group
+        self._streams = streams
+        flush = check_stream_memory_operations(streams.device, "transport host-staged")
+        flags_end = _aligned(num_lanes * len(Phase) * group.size * _MAX_CHUNKS * 4)
+        # Outgoing: one slab for all in dispatch, one for each peer in combine.
+        self._slab_bytes = (_aligned(dispatch_bytes // group.size), _aligned(combine_bytes // group.size))
+        lane_bytes = self._slab_bytes[0] + group.size * self._slab_bytes[1]
+        what = "transport host-staged"
+        self._memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what=what)
+        self._bases = [0] * group.size
+        self._bases[group.rank] = register_host_memory(self._memories[group.rank].tensor, what)
+        group.all_gather_object("own memory is pinned")  # its owner touches memory first
+        for peer in range(group.size):
+            if peer != group.rank:
+                self._bases[peer] = register_host_memory(self._memories[peer].tensor, what)
+        # Unpinned before the mappings go; not at the end of the process, when a stream may wait for ever.
+        weakref.finalize(self, unregister_host_memory, self._memories).atexit = False
+        self._lane_starts = [flags_end + lane * lane_bytes for lane in range(num_lanes)]
+        with torch.inference_mode(False):
+            self._boxes = [
+                [
+                    torch.empty(size, dtype=torch.uint8, device=streams.device)
+                    for size in (dispatch_bytes, combine_bytes)
+                ]
+                for _ in range(num_lanes)
+            ]
+        self._word = group.device_watch().word("down")
+        self._arrived: list[list[Event | None]] = [[None, None] for _ in range(num_lanes)]
+        self._signals: dict[tuple[int, ...], StreamOperations] = {}
+        self._waits: dict[tuple[int, int, int, int], _ChunkWait] = {}
+        self._flush = flush
+        self._done = StreamOperations(flush=flush)
+        self._done.write(self._word.address, 0)
+
+    def box(self, lane: int, phase: Phase) -> torch.Tensor:
+        return self._boxes[lane][phase]
+
+    def put(self, exchange: Exchange) -> None:
+        ready = self._streams.record()
+        self._upload(exchange, self._streams.queue_on("up", after=ready))
+        self._download(exchange, self._streams.queue_on("down", after=ready))
+
+    def signal(self, exchange: Exchange) -> None:
+        """The flags of the last chunks; those before were signalled behind their copies."""
+        last = tuple((put.peer, len(chunks_of(put.source.numel())) - 1) for put in exchange.puts)
+        self._signal(exchange, last, self._streams.queue_on("up"))
+
+    def wait(self, exchange: Exchange) -> None:
+        arrived = self._arrived[exchange.lane][exchange.phase]
+        assert arrived is not None
+        self._streams.wait(arrived)
+
+    def reset(self, exchange: Exchange) -> None:
+        """Done: the down stream has taken each flag down behind its wait."""
+
+    def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
+        return None
+
+    def _upload(self, exchange: Exchange, stream: int) -> None:
+        """Chunk by chunk to my memory, each followed by its flags; the last ones are left to `signal`."""
+        if not exchange.puts:
+            return
+        plans = {put.peer: chunks_of(put.source.numel()) for put in exchange.puts}
+        for number in range(max(map(len, plans.values()))):
+            flags = []
+            uploaded = False
+            for put in exchange.puts:
+                chunks = plans[put.peer]
+                if number >= len(chunks):
+                    continue
+                chunk = chunks[number]
+                if chunk.num_bytes and not (exchange.same_source and uploaded):
+                    target = self._slab(self._group.rank, exchange, put.peer) + chunk.start
+                    copy_async(target, put.source.data_ptr() + chunk.start, chunk.num_bytes, stream)
+                    uploaded = True
+                if number < len(chunks) - 1:
+                    flags.append((put.peer, number))
+            if flags:
+                self._signal(exchange, tuple(flags), stream)
+
+    def _download(self, exchange: Exchange, stream: int) -> None:
+        """Chunk by chunk from the peers' memories to my box, each behind its flag."""
+        box = self._boxes[exchange.lane][exchange.phase].data_ptr()
+        plans = {arrival.peer: chunks_of(arrival.num_bytes) for arrival in exchange.arrivals}
+        code = self._word.code(exchange.label)
+        for number in range(max(map(len, plans.values()), default=0)):
+            for arrival in exchange.arrivals:
+                if number >= len(plans[arrival.peer]):
+                    continue
+                chunk = plans[arrival.peer][number]
+                self._wait_for(exchange, arrival.peer, number).queue(code, stream)
+                if chunk.num_bytes:
+                    source = self._slab(arrival.peer, exchange, self._group.rank) + chunk.start
+                    copy_async(box + arrival.offset + chunk.start, source, chunk.num_bytes, stream)
+        self._done.queue(stream)
+        self._arrived[exchange.lane][exchange.phase] = self._streams.record_on("down")
+
+    def _slab(self, owner: int, exchange: Exchange, reader: int) -> int:
+        """Address of the slab that `owner` has for `reader`."""
+        start = self._bases[owner] + self._lane_starts[exchange.lane]
+        if exchange.phase is Phase.DISPATCH:
+            return start
+        return start + self._slab_bytes[0] + reader * self._slab_bytes[1]
+
+    def _flag(self, reader: int, exchange: Exchange, source: int, chunk: int) -> int:
+        way = (exchange.lane * len(Phase) + exchange.phase) * self._group.size + source
+        return self._bases[reader] + 4 * (way * _MAX_CHUNKS + chunk)
+
+    def _signal(self, exchange: Exchange, flags: tuple[tuple[int, int], ...], stream: int) -> None:
+        """Raise the flags of (peer, chunk), in one batch that is built when it is first needed."""
+        key = (exchange.lane, exchange.phase, *(number for flag in flags for number in flag))
+        operations = self._signals.get(key)
+        if operations is None:
+            operations = self._signals[key] = StreamOperations(flush=self._flush)
+            for peer, chunk in flags:
+                operations.write(self._flag(peer, exchange, self._group.rank, chunk), _SET)
+        operations.queue(stream)
+
+    def _wait_for(self, exchange: Exchange, peer: int, chunk: int) -> _ChunkWait:
+        key = (exchange.lane, exchange.phase, peer, chunk)
+        wait = self._waits.get(key)
+        if wait is None:
+            flag = self._flag(self._group.rank, exchange, peer, chunk)
+            wait = self._waits[key] = _ChunkWait(flag, peer, self._word, flush=self._flush)
+        return wait
+
+
+class _ChunkWait:
+    """Say what is waited for, wait for the flag of a chunk, take it down."""
+
+    def __init__(self, flag: int, peer: int, word: WatchWord, *, flush: bool) -> None:
+        self._peer = peer
+        self._operations = StreamOperations(flush=flush)
+        self._code = self._operations.write(word.address, 0)
+        self._operations.wait(flag, _SET)
+        self._operations.write(flag, _CLEAR)
+
+    def queue(self, code: int, stream: int) -> None:
+        self._operations.set_value(self._code, code + self._peer)
+        self._operations.queue(stream)
+
+
+class HostStagedTransport(SlabTransport):
+    """The slab protocol through pinned host memory, by copy engines."""
+
+    name = "host-staged"
+    sm_free = True
+
+    def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
+        streams = self.streams
+        if not isinstance(streams, CudaStreams):
+            raise OptionError(f"transport 'host-staged' needs CUDA devices, not {streams.device}; use shared-memory")
+        if self.group.size == 1:
+            raise OptionError("transport 'host-staged' works between ranks; one rank uses local")
+        return HostStagedMailbox(
+            self.group,
+            streams,
+            num_lanes=self.num_lanes,
+            dispatch_bytes=dispatch_bytes,
+            combine_bytes=combine_bytes,
+        )
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
