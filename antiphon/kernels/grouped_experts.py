@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["grouped_experts", "grouped_product", "grouped_product_reference"]
+from antiphon.kernels.expert_workspace import ExpertWorkspace
+
+__all__ = [
+    "ExpertWorkspace",
+    "grouped_experts",
+    "grouped_experts_reference",
+    "grouped_product",
+    "grouped_product_reference",
+]
 
 _ALIGNMENT_BYTES = 16  # torch's grouped product needs it of the strides
 
@@ -22,21 +30,56 @@ def grouped_experts(
     down_EDF: torch.Tensor,
     *,
     out_RD: torch.Tensor | None = None,
+    first_expert: int = 0,
+    workspace: ExpertWorkspace | None = None,
 ) -> torch.Tensor:
     """Weighted sum over this rank's experts of `down(silu(gate x) * up x)`, for every row: [R, D] in x's dtype.
 
-    ids_RK: index among this rank's experts, -1 for an expert of another rank. weights_RK: float32 (or float64).
+    x_RD, weights_RK and ids_RK may be views of the packed rows of a slab. ids_RK: int64 or int32; this rank holds the
+    experts from `first_expert` on, and any other id, -1 for one, is another rank's. weights_RK: float32 (or float64).
     gate_up_EGD: [E, 2F, D], gate rows above up rows. down_EDF: [E, D, F].
     Products are in x's dtype, the sum over experts in float32 at least. A row without local experts is zero.
     The result is written into `out_RD` if that is given, else new and the caller's; safe on the stream that is current.
+    workspace: memory kept from call to call, on CUDA devices; without it a call allocates its own.
     """
+    if x_RD.is_cuda and x_RD.shape[0]:
+        from antiphon.kernels.fused.experts import grouped_experts_fused  # Triton comes with CUDA only
+
+        return grouped_experts_fused(
+            x_RD,
+            ids_RK,
+            weights_RK,
+            gate_up_EGD,
+            down_EDF,
+            out_RD=out_RD,
+            first_expert=first_expert,
+            workspace=workspace,
+        )
+    return grouped_experts_reference(
+        x_RD, ids_RK, weights_RK, gate_up_EGD, down_EDF, out_RD=out_RD, first_expert=first_expert
+    )
+
+
+def grouped_experts_reference(
+    x_RD: torch.Tensor,
+    ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EGD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    *,
+    out_RD: torch.Tensor | None = None,
+    first_expert: int = 0,
+) -> torch.Tensor:
+    """The same in plain torch; the host waits for the counts."""
+    num_experts = gate_up_EGD.shape[0]
     wide = torch.promote_types(x_RD.dtype, torch.float32)
     sums_RD = torch.zeros(x_RD.shape, dtype=wide, device=x_RD.device)
-    pair_ids = ids_RK.flatten()
+    pair_ids = ids_RK.flatten() - first_expert
+    pair_ids.masked_fill_((pair_ids < 0) | (pair_ids >= num_experts), -1)
     order_X = pair_ids.argsort(stable=True)
     order_X = order_X[(pair_ids < 0).sum() :]
     rows_X = order_X // ids_RK.shape[1]
-    ends_E = torch.bincount(pair_ids[order_X], minlength=gate_up_EGD.shape[0]).cumsum(0)
+    ends_E = torch.bincount(pair_ids[order_X], minlength=num_experts).cumsum(0)
     gate_XF, up_XF = grouped_product(x_RD[rows_X], gate_up_EGD, ends_E).chunk(2, dim=-1)
     y_XD = grouped_product(F.silu(gate_XF) * up_XF, down_EDF, ends_E)
     sums_RD.index_add_(0, rows_X, y_XD.to(wide) * weights_RK.flatten()[order_X].to(wide).unsqueeze(1))
@@ -44,10 +87,15 @@ def grouped_experts(
 
 
 def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """`x @ weight[e].T` for the rows of each expert e, which end at `ends_E[e]`: [X, N]."""
+    """`x @ weight[e].T` for the rows of each expert e, which end at `ends_E[e]`: [X, N].
+
+    Rows behind the last end are undefined. On a CUDA device only bfloat16 runs without waiting for the host.
+    """
     row_bytes = [x_XD.shape[1] * x_XD.element_size(), weight_END.shape[1] * x_XD.element_size()]
     aligned = all(size % _ALIGNMENT_BYTES == 0 for size in row_bytes)
-    if x_XD.dtype == torch.float64 or not aligned or x_XD.shape[0] == 0:
+    # On CUDA devices torch has a grouped kernel for bfloat16 only; what it does with other types has changed.
+    in_a_loop = x_XD.dtype != torch.bfloat16 if x_XD.is_cuda else x_XD.dtype == torch.float64
+    if in_a_loop or not aligned or x_XD.shape[0] == 0:
         return grouped_product_reference(x_XD, weight_END, ends_E)
     return F.grouped_mm(x_XD.contiguous(), weight_END.transpose(1, 2), offs=ends_E.to(torch.int32))
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 __all__ = ["decode_attention", "gather_blocks", "prefill_attention", "write_latents"]
 
+_FUSED_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def write_latents(cache_blocks: torch.Tensor, slots_T: torch.Tensor, latent_TC: torch.Tensor) -> None:
     """Put the latents (with rotary key) of `T` tokens into the cache at `slots_T` = block * block_size + offset."""
@@ -38,22 +40,50 @@ def prefill_attention(
 
     q_SHQ: [S, H, Q + P2], rotary part behind. latents_LC: [L, C + P2] of all `L` tokens.
     """
-    num_new, num_heads, _ = q_SHQ.shape
-    length = latents_LC.shape[0]
+    num_heads = q_SHQ.shape[1]
     latent_size = key_up_HQC.shape[2]
     latent_LC, rope_key_LP = latents_LC[:, :latent_size], latents_LC[:, latent_size:]
     key_HLQ = torch.matmul(latent_LC, key_up_HQC.transpose(1, 2))
     value_HLV = torch.matmul(latent_LC, value_up_HVC.transpose(1, 2))
     key_HLQ = torch.cat([key_HLQ, rope_key_LP.expand(num_heads, -1, -1)], dim=-1)
+    fused = q_SHQ.is_cuda and q_SHQ.dtype in _FUSED_DTYPES and value_up_HVC.shape[1] <= q_SHQ.shape[2]
+    attention = _causal_fused if fused else _causal
+    return attention(q_SHQ.transpose(0, 1), key_HLQ, value_HLV, scale).transpose(0, 1)
+
+
+def _causal(q_HSQ: torch.Tensor, key_HLQ: torch.Tensor, value_HLV: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of the last `S` of `L` tokens: [H, S, V]. Any device and dtype; on CUDA devices scores are stored."""
+    num_new, length = q_HSQ.shape[1], key_HLQ.shape[1]
     context = length - num_new
     if context == 0:
         mask = None
     else:
-        mask = torch.ones(num_new, length, dtype=torch.bool, device=q_SHQ.device).tril(context)
-    out_HSV = F.scaled_dot_product_attention(
-        q_SHQ.transpose(0, 1), key_HLQ, value_HLV, attn_mask=mask, is_causal=mask is None, scale=scale
+        mask = torch.ones(num_new, length, dtype=torch.bool, device=q_HSQ.device).tril(context)
+    return F.scaled_dot_product_attention(
+        q_HSQ, key_HLQ, value_HLV, attn_mask=mask, is_causal=mask is None, scale=scale
     )
-    return out_HSV.transpose(0, 1)
+
+
+def _causal_fused(q_HSQ: torch.Tensor, key_HLQ: torch.Tensor, value_HLV: torch.Tensor, scale: float) -> torch.Tensor:
+    """The same without storing scores or masks.
+
+    torch's flash kernels want values as long as keys, four dimensions, and no mask but this one.
+    """
+    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it: seconds of a start
+
+    value_size = value_HLV.shape[2]
+    padded_HLQ = F.pad(value_HLV, (0, key_HLQ.shape[2] - value_size))
+    num_new, length = q_HSQ.shape[1], key_HLQ.shape[1]
+    mask = None if num_new == length else causal_lower_right(num_new, length)
+    out_BHSQ = F.scaled_dot_product_attention(
+        q_HSQ.unsqueeze(0),
+        key_HLQ.unsqueeze(0),
+        padded_HLQ.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
+    return out_BHSQ[0, :, :, :value_size]
 
 
 def decode_attention(

@@ -1,0 +1,73 @@
+"""`silu(gate) * up` in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from antiphon.kernels.fused.launch import wide_type
+
+__all__ = ["gated_silu_fused", "launch_gated_silu"]
+
+_ELEMENTS_PER_TILE = 2048
+_MAX_COLUMNS = 256
+_MAX_PROGRAMS = 1056  # eight a streaming multiprocessor of an H100; each takes tile after tile
+
+
+@triton.jit
+def _gated_silu_kernel(
+    gate_up_XG,
+    out_XF,
+    ends_E,
+    num_rows,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if E > 0:
+        num_rows = tl.minimum(num_rows, tl.load(ends_E + E - 1))
+    COLUMN_TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    num_tiles = tl.cdiv(num_rows, BLOCK_X) * COLUMN_TILES
+    tile = tl.program_id(0)
+    while tile < num_tiles:
+        rows = (tile // COLUMN_TILES) * BLOCK_X + tl.arange(0, BLOCK_X)
+        columns = (tile % COLUMN_TILES) * BLOCK_F + tl.arange(0, BLOCK_F)
+        mask = (rows < num_rows)[:, None] & (columns < F)[None, :]
+        rows = rows.to(tl.int64)
+        source = gate_up_XG + rows[:, None] * (2 * F) + columns[None, :]
+        gate = tl.load(source, mask=mask, other=0).to(WIDE)
+        up = tl.load(source + F, mask=mask, other=0).to(WIDE)
+        act = gate / (1 + tl.exp(-gate)) * up
+        tl.store(out_XF + rows[:, None] * F + columns[None, :], act.to(out_XF.dtype.element_ty), mask=mask)
+        tile += tl.num_programs(0)
+
+
+def launch_gated_silu(gate_up_XG: torch.Tensor, out_XF: torch.Tensor, ends_E: torch.Tensor | None) -> None:
+    """Fill the first `ends_E[-1]` rows of `out_XF`, or all if there are no ends. Both contiguous."""
+    num_rows, width = out_XF.shape
+    block_f = min(_MAX_COLUMNS, triton.next_power_of_2(width))
+    block_x = _ELEMENTS_PER_TILE // block_f
+    num_tiles = triton.cdiv(num_rows, block_x) * triton.cdiv(width, block_f)
+    _gated_silu_kernel[(min(num_tiles, _MAX_PROGRAMS),)](
+        gate_up_XG,
+        out_XF,
+        out_XF if ends_E is None else ends_E,
+        num_rows,
+        E=0 if ends_E is None else ends_E.shape[0],
+        F=width,
+        BLOCK_X=block_x,
+        BLOCK_F=block_f,
+        WIDE=wide_type(out_XF.dtype),
+    )
+
+
+def gated_silu_fused(gate_up_XG: torch.Tensor) -> torch.Tensor:
+    """See `gated_silu`."""
+    gate_up_XG = gate_up_XG.contiguous()
+    out_XF = gate_up_XG.new_empty(gate_up_XG.shape[0], gate_up_XG.shape[1] // 2)
+    if out_XF.numel():
+        launch_gated_silu(gate_up_XG, out_XF, None)
+    return out_XF

@@ -1,0 +1,108 @@
+"""The best K of E experts in one launch: K rounds of "largest of what is left", in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from antiphon.kernels.fused.launch import wide_type
+from antiphon.kernels.router import Scoring
+
+__all__ = ["choose_experts_fused"]
+
+_TILE_ELEMENTS = 1024
+
+
+@triton.jit
+def _choose_kernel(
+    logits_TE,
+    bias_E,
+    ids_TK,
+    weights_TK,
+    num_tokens,
+    stride_token,
+    SCALE: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BIASED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    slots = tl.arange(0, BLOCK_K)[None, :]
+    real = experts < E
+    inside = (tokens < num_tokens)[:, None]
+    starts = tokens.to(tl.int64)[:, None] * stride_token
+    logits = tl.load(logits_TE + starts + experts, mask=inside & real, other=float("-inf"))
+    if SIGMOID:
+        scores = 1 / (1 + tl.exp(-logits))
+        choice = scores
+        if BIASED:
+            choice += tl.load(bias_E + experts, mask=real, other=0)
+    else:
+        raised = tl.exp(logits - tl.max(logits, 1)[:, None])
+        scores = raised / tl.sum(raised, 1)[:, None]
+        choice = logits
+    choice = tl.where(choice == choice, choice, float("-inf"))  # nan last
+    left = tl.broadcast_to(real, [BLOCK_T, BLOCK_E])
+    ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int64)
+    weights = tl.zeros([BLOCK_T, BLOCK_K], WIDE)
+    for slot in tl.static_range(K):
+        best = tl.max(tl.where(left, choice, float("-inf")), 1)[:, None]
+        # The lowest of the equal ones; what was chosen before cannot come again, not even at minus infinity.
+        chosen = tl.min(tl.where(left & (choice == best), experts, BLOCK_E), 1)[:, None]
+        weight = tl.sum(tl.where(experts == chosen, scores, 0.0), 1)[:, None]
+        left = left & (experts != chosen)
+        ids = tl.where(slots == slot, chosen.to(tl.int64), ids)
+        weights = tl.where(slots == slot, weight, weights)
+    if NORMALIZE:
+        weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
+    places = tokens.to(tl.int64)[:, None] * K + slots
+    mask = inside & (slots < K)
+    tl.store(ids_TK + places, ids, mask=mask)
+    tl.store(weights_TK + places, weights * SCALE, mask=mask)
+
+
+def choose_experts_fused(
+    logits_TE: torch.Tensor,
+    top_k: int,
+    scoring: Scoring,
+    *,
+    bias_E: torch.Tensor | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `choose_experts`."""
+    num_tokens, num_experts = logits_TE.shape
+    logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
+    ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
+    weights_TK = logits_TE.new_empty(num_tokens, top_k)
+    if num_tokens == 0:
+        return ids_TK, weights_TK
+    block_e = triton.next_power_of_2(num_experts)
+    block_t = max(1, _TILE_ELEMENTS // block_e)
+    _choose_kernel[(triton.cdiv(num_tokens, block_t),)](
+        logits_TE,
+        logits_TE if bias_E is None else bias_E,
+        ids_TK,
+        weights_TK,
+        num_tokens,
+        logits_TE.stride(0),
+        SCALE=scale,
+        E=num_experts,
+        K=top_k,
+        SIGMOID=scoring is Scoring.SIGMOID,
+        BIASED=bias_E is not None,
+        NORMALIZE=normalize,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        BLOCK_K=triton.next_power_of_2(top_k),
+        WIDE=wide_type(logits_TE.dtype),
+    )
+    return ids_TK, weights_TK

@@ -1,0 +1,251 @@
+"""Triton kernels against their plain-torch twins, on random inputs between poisoned neighbours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from antiphon.kernels.activation import gated_silu_reference
+from antiphon.kernels.expert_workspace import ExpertWorkspace
+from antiphon.kernels.fused.activation import gated_silu_fused
+from antiphon.kernels.fused.experts import add_up, grouped_experts_fused, place_pairs, spread_rows
+from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fused, rms_norm_fused
+from antiphon.kernels.fused.router import choose_experts_fused
+from antiphon.kernels.grouped_experts import grouped_experts_reference
+from antiphon.kernels.norm_rope import add_rms_norm_reference, apply_rope_reference, rms_norm_reference
+from antiphon.kernels.router import Scoring, choose_experts, choose_experts_reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU they are interpreted: see conftest
+# The interpreter cuts off what bfloat16 cannot hold; devices round.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1.5e-2 if DEVICE.type == "cuda" else 3e-2,
+}
+DTYPES = list(TOLERANCE)
+NAN = float("nan")
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, interpreting
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+def padded(x: torch.Tensor, gap: int, filling: float = NAN) -> torch.Tensor:
+    """The same values as a view of rows that are `gap` longer."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + gap), filling)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+
+
+# ---- experts
+
+
+def make_ids(num_rows: int, top_k: int, num_ids: int, *, seed: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Different ids in each row."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_rows, num_ids, generator=generator).argsort(1)[:, :top_k].to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "top_k", "num_ids", "first", "num_experts"),
+    [(70, 4, 11, 3, 5), (300, 1, 4, 0, 4), (1, 2, 8, 4, 4), (33, 8, 24, 8, 16), (40, 3, 9, 20, 6), (64, 2, 6, 5, 1)],
+)
+def test_places_are_in_order_of_expert_then_row(
+    num_rows: int, top_k: int, num_ids: int, first: int, num_experts: int, dtype: torch.dtype
+) -> None:
+    """Over several blocks, with experts of others below and above; the last but one has none of its own."""
+    ids_RK = padded(make_ids(num_rows, top_k, num_ids, seed=1, dtype=dtype), 3, filling=first)
+    places_RK, ends_E = place_pairs(ids_RK, num_experts, ExpertWorkspace(), first_expert=first)
+    pair_ids = ids_RK.flatten().tolist()
+    local = [pair for pair, number in enumerate(pair_ids) if first <= number < first + num_experts]
+    order = sorted(local, key=lambda pair: pair_ids[pair])
+    expected = [-1] * len(pair_ids)
+    for place, pair in enumerate(order):
+        expected[pair] = place
+    assert places_RK.flatten().tolist() == expected
+    assert ends_E.tolist() == [sum(pair_ids[pair] - first <= expert for pair in local) for expert in range(num_experts)]
+
+
+def test_rows_go_to_their_places_and_nowhere_else() -> None:
+    x_RD = padded(randn(9, 40, seed=2), 8)
+    ids_RK = make_ids(9, 3, 8, seed=3)
+    ids_RK[4] = 7
+    x_RD[4] = NAN  # not read: all its experts are elsewhere
+    places_RK, ends_E = place_pairs(ids_RK, 4, ExpertWorkspace())
+    x_XD = torch.full((30, 40), 77.0, device=DEVICE)
+    spread_rows(x_RD, places_RK, x_XD)
+    num_local = int(ends_E[-1])
+    assert 0 < num_local < 27
+    for row, places in enumerate(places_RK.tolist()):
+        for place in places:
+            assert place < 0 or torch.equal(x_XD[place], x_RD[row])
+    assert (x_XD[num_local:] == 77.0).all()
+
+
+def test_sums_take_no_weight_of_other_ranks() -> None:
+    """Infinite weights and undefined rows of pairs that are not here."""
+    places_RK = torch.tensor([[1, -1], [-1, -1], [0, 2]], dtype=torch.int32, device=DEVICE)
+    weights_RK = torch.tensor([[0.5, float("inf")], [NAN, float("inf")], [2.0, -1.0]], device=DEVICE)
+    y_XD = torch.cat([randn(3, 24, seed=4), torch.full((3, 24), NAN, device=DEVICE)])
+    out_RD = padded(torch.full((3, 24), NAN, device=DEVICE), 8, filling=77.0)
+    add_up(y_XD, places_RK, padded(weights_RK, 3), out_RD)
+    expected = torch.stack([0.5 * y_XD[1], torch.zeros_like(y_XD[0]), 2.0 * y_XD[0] - y_XD[2]])
+    torch.testing.assert_close(out_RD, expected)
+    assert (out_RD.as_strided((3, 8), out_RD.stride(), 24) == 77.0).all()
+
+
+@pytest.mark.parametrize("max_pairs", [50, 10_000], ids=["several-passes", "one-pass"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "top_k", "num_ids", "first", "hidden", "width"),
+    [(40, 3, 9, 2, 32, 16), (21, 6, 6, 0, 24, 40), (6, 2, 5, 5, 16, 8), (1, 1, 5, 1, 19, 13)],
+    ids=["some-elsewhere", "mostly-here", "none-here", "odd-sizes"],
+)
+def test_experts(
+    num_rows: int, top_k: int, num_ids: int, first: int, hidden: int, width: int, dtype: torch.dtype, max_pairs: int
+) -> None:
+    """Twice with one workspace, so that what the first call left behind is under the second."""
+    wide = torch.promote_types(dtype, torch.float32)
+    gate_up = (randn(5, 2 * width, hidden, seed=5) / hidden**0.5).to(dtype)
+    down = (randn(5, hidden, width, seed=6) / width**0.5).to(dtype)
+    workspace = ExpertWorkspace(max_pairs=max_pairs)
+    for seed in (10, 20):
+        x_RD = padded(randn(num_rows, hidden, seed=seed, dtype=dtype), 8)
+        ids_RK = padded(make_ids(num_rows, top_k, num_ids, seed=seed + 1, dtype=torch.int32), 2, filling=first)
+        weights_RK = padded(randn(num_rows, top_k, seed=seed + 2, dtype=wide), 2)
+        out_RD = padded(torch.full_like(x_RD, NAN), 8, filling=77.0)
+        result = grouped_experts_fused(
+            x_RD, ids_RK, weights_RK, gate_up, down, out_RD=out_RD, first_expert=first, workspace=workspace
+        )
+        assert result is out_RD
+        expected = grouped_experts_reference(x_RD, ids_RK, weights_RK, gate_up, down, first_expert=first)
+        assert relative_error(out_RD, expected) < TOLERANCE[dtype]
+        assert (out_RD.as_strided((num_rows, 8), out_RD.stride(), hidden) == 77.0).all()
+
+
+def test_a_workspace_keeps_its_memory() -> None:
+    gate_up, down = randn(4, 16, 16, seed=7), randn(4, 16, 8, seed=8)
+    workspace = ExpertWorkspace()
+    sizes = []
+    for num_rows in (12, 5, 12, 14):
+        x_RD, weights_RK = randn(num_rows, 16, seed=9), randn(num_rows, 2, seed=10)
+        grouped_experts_fused(x_RD, make_ids(num_rows, 2, 4, seed=11), weights_RK, gate_up, down, workspace=workspace)
+        sizes.append(workspace.num_bytes)
+    assert sizes[0] == sizes[1] == sizes[2] < sizes[3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_rows", "width"), [(5, 8), (70, 300), (1, 1), (0, 16)])
+def test_gated_silu(num_rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up_XG = randn(num_rows, 2 * width, seed=12, dtype=dtype) * 3
+    out_XF = gated_silu_fused(gate_up_XG)
+    assert out_XF.shape == (num_rows, width)
+    assert out_XF.dtype == dtype
+    assert relative_error(out_XF, gated_silu_reference(gate_up_XG)) < TOLERANCE[dtype]
+
+
+# ---- norm and rope
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [1e-6, 0.3])
+@pytest.mark.parametrize("shape", [(5, 64), (3, 2100), (70, 7), (6, 3, 16), (2, 3, 2, 8), (0, 8)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], eps: float, dtype: torch.dtype) -> None:
+    x, weight_D = padded(randn(*shape, seed=13, dtype=dtype), 8), randn(shape[-1], seed=14, dtype=dtype)
+    out = rms_norm_fused(x, weight_D, eps)
+    assert out.is_contiguous()
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, rms_norm_reference(x, weight_D, eps), rtol=TOLERANCE[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 64), (3, 2100), (0, 8)], ids=str)
+def test_add_and_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x_TD, residual_TD = padded(randn(*shape, seed=15, dtype=dtype), 8), padded(randn(*shape, seed=16, dtype=dtype), 16)
+    weight_D = randn(shape[1], seed=17, dtype=dtype)
+    out_TD, sum_TD = add_rms_norm_fused(x_TD, residual_TD, weight_D, 1e-6)
+    expected_TD, expected_sum_TD = add_rms_norm_reference(x_TD, residual_TD, weight_D, 1e-6)
+    if DEVICE.type == "cuda" or dtype != torch.bfloat16:
+        assert torch.equal(sum_TD, expected_sum_TD)
+    torch.testing.assert_close(sum_TD, expected_sum_TD, rtol=TOLERANCE[dtype], atol=1e-6)
+    torch.testing.assert_close(out_TD, expected_TD, rtol=TOLERANCE[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3, 8), (70, 4, 12), (7, 2), (0, 3, 8)], ids=str)
+def test_rope(shape: tuple[int, ...], interleaved: bool, dtype: torch.dtype, in_place: bool) -> None:
+    """The rotary part of heads that have a part in front."""
+    heads = randn(*shape[:-1], 16 + shape[-1], seed=18, dtype=dtype)
+    x, plain = heads[..., 16:], heads[..., :16].clone()
+    angles_TP = randn(shape[0], shape[-1] // 2, seed=19) * 3
+    cos_TP, sin_TP = angles_TP.cos().to(dtype), angles_TP.sin().to(dtype)
+    expected = apply_rope_reference(x, cos_TP, sin_TP, interleaved=interleaved)
+    out = apply_rope_fused(x, cos_TP, sin_TP, interleaved=interleaved, out=x if in_place else None)
+    assert (out is x) == in_place
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert torch.equal(heads[..., :16], plain)
+
+
+# ---- router
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("scoring", "biased"), [(Scoring.SOFTMAX, False), (Scoring.SIGMOID, False), (Scoring.SIGMOID, True)]
+)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(16, 4), (60, 6), (5, 5), (1, 1)])
+def test_choice(
+    num_experts: int, top_k: int, scoring: Scoring, biased: bool, normalize: bool, dtype: torch.dtype
+) -> None:
+    logits_TE = padded(randn(37, num_experts, seed=20, dtype=dtype) * 2, 4)
+    bias_E = randn(num_experts, seed=21, dtype=dtype) if biased else None
+    ids_TK, weights_TK = choose_experts_fused(logits_TE, top_k, scoring, bias_E=bias_E, normalize=normalize, scale=2.5)
+    expected_ids_TK, expected_TK = choose_experts_reference(
+        logits_TE, top_k, scoring, bias_E=bias_E, normalize=normalize, scale=2.5
+    )
+    assert ids_TK.dtype == torch.int64
+    assert torch.equal(ids_TK, expected_ids_TK)
+    torch.testing.assert_close(weights_TK, expected_TK, rtol=TOLERANCE[dtype], atol=0)
+
+
+def test_choice_is_topk() -> None:
+    """The reference against torch's own."""
+    logits_TE = randn(50, 24, seed=22)
+    ids_TK, weights_TK = choose_experts(logits_TE, 4, Scoring.SOFTMAX, normalize=True)
+    best = logits_TE.softmax(-1).topk(4)
+    assert torch.equal(ids_TK, best.indices)
+    torch.testing.assert_close(weights_TK, best.values / best.values.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("choose", [choose_experts_fused, choose_experts_reference])
+def test_of_equal_experts_the_lower_one(choose) -> None:  # type: ignore[no-untyped-def]
+    logits_TE = torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0], [0.0] * 5], device=DEVICE)
+    ids_TK, _ = choose(logits_TE, 3, Scoring.SIGMOID)
+    assert ids_TK.tolist() == [[1, 3, 0], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("scoring", list(Scoring))
+@pytest.mark.parametrize("choose", [choose_experts_fused, choose_experts_reference])
+def test_ids_are_usable_whatever_the_logits_hold(choose, scoring: Scoring) -> None:  # type: ignore[no-untyped-def]
+    inf = float("inf")
+    logits_TE = torch.tensor([[NAN] * 5, [-inf] * 5, [inf] * 5, [NAN, 1.0, -inf, inf, 2.0]], device=DEVICE)
+    ids_TK, _ = choose(logits_TE, 4, scoring)
+    for ids in ids_TK.tolist():
+        assert len(set(ids)) == 4
+        assert all(0 <= number < 5 for number in ids)
+    if scoring is Scoring.SIGMOID:
+        assert ids_TK[3].tolist() == [3, 4, 1, 2]

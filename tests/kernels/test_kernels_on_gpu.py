@@ -1,0 +1,189 @@
+"""On a CUDA device: the public functions at real shapes, against float32, and without waiting for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from antiphon.kernels.activation import gated_silu
+from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts, grouped_experts_reference
+from antiphon.kernels.mla_attention import _causal, prefill_attention
+from antiphon.kernels.norm_rope import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    apply_rope,
+    apply_rope_reference,
+    rms_norm,
+    rms_norm_reference,
+)
+from antiphon.kernels.router import Scoring, choose_experts, choose_experts_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+BFLOAT16 = torch.bfloat16
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = BFLOAT16) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def run_without_waiting(function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    function()  # compiles, and allocates
+    with no_waiting():
+        return function()
+
+
+def packed_rows(
+    num_rows: int, hidden: int, top_k: int, num_ids: int, dtype: torch.dtype, *, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, weights and global ids side by side in rows of bytes, with gaps that are not multiples of 32 bytes."""
+    x_bytes = hidden * dtype.itemsize
+    row_bytes = -(-(x_bytes + 8 * top_k) // 16) * 16 + 16
+    rows = torch.full((num_rows, row_bytes), 255, dtype=torch.uint8, device="cuda")  # nan, and ids of -1
+    x_RD = rows[:, :x_bytes].view(dtype)
+    weights_RK = rows[:, x_bytes : x_bytes + 4 * top_k].view(torch.float32)
+    ids_RK = rows[:, x_bytes + 4 * top_k : x_bytes + 8 * top_k].view(torch.int32)
+    x_RD.copy_(randn(num_rows, hidden, seed=seed, dtype=dtype))
+    weights_RK.copy_(randn(num_rows, top_k, seed=seed + 1, dtype=torch.float32).abs())
+    ids_RK.copy_(randn(num_rows, num_ids, seed=seed + 2, dtype=torch.float32).topk(top_k).indices)
+    return x_RD, ids_RK, weights_RK
+
+
+SHAPES = {
+    "qwen3-30b": (4096, 2048, 768, 8, 128, 64),
+    "deepseek-v2-lite": (3000, 2048, 1408, 6, 64, 32),
+    "few-rows": (7, 2048, 768, 8, 128, 64),
+    "one-row": (1, 1024, 512, 2, 4, 2),
+    "none-here": (2, 256, 128, 2, 128, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32], ids=str)
+@pytest.mark.parametrize("max_pairs", [262_144, 5000], ids=["one-pass", "several-passes"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts(shape: str, max_pairs: int, dtype: torch.dtype) -> None:
+    num_rows, hidden, width, top_k, num_ids, num_local = SHAPES[shape]
+    first = num_ids - num_local
+    gate_up = randn(num_local, 2 * width, hidden, seed=1, dtype=dtype) / hidden**0.5
+    down = randn(num_local, hidden, width, seed=2, dtype=dtype) / width**0.5
+    x_RD, ids_RK, weights_RK = packed_rows(num_rows, hidden, top_k, num_ids, dtype, seed=3)
+    if shape == "none-here":
+        ids_RK.fill_(0)
+    workspace = ExpertWorkspace(max_pairs=max_pairs)
+    out_RD = torch.full((num_rows, hidden), float("nan"), dtype=dtype, device="cuda")
+
+    def compute() -> torch.Tensor:
+        return grouped_experts(
+            x_RD, ids_RK, weights_RK, gate_up, down, out_RD=out_RD, first_expert=first, workspace=workspace
+        )
+
+    result = run_without_waiting(compute) if dtype == BFLOAT16 else compute()
+    expected = grouped_experts_reference(
+        x_RD.float(), ids_RK, weights_RK, gate_up.float(), down.float(), first_expert=first
+    )
+    if shape == "none-here":
+        assert (result == 0).all()
+    else:
+        assert expected.norm() > 0
+        assert relative_error(result, expected) < (1e-2 if dtype == BFLOAT16 else 1e-5)
+        first_run = result.clone()
+        out_RD.fill_(float("nan"))
+        assert torch.equal(compute(), first_run), "two runs differ"
+
+
+def test_experts_in_a_graph() -> None:
+    """Captured once, replayed with other tokens and another number of local pairs."""
+    gate_up, down = randn(8, 512, 256, seed=4) / 16, randn(8, 256, 256, seed=5) / 16
+    x_RD, ids_RK, weights_RK = packed_rows(40, 256, 4, 16, BFLOAT16, seed=6)
+    workspace = ExpertWorkspace()
+    out_RD = torch.empty(40, 256, dtype=BFLOAT16, device="cuda")
+    grouped_experts(x_RD, ids_RK, weights_RK, gate_up, down, out_RD=out_RD, workspace=workspace)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grouped_experts(x_RD, ids_RK, weights_RK, gate_up, down, out_RD=out_RD, workspace=workspace)
+    x_RD.copy_(randn(40, 256, seed=7))
+    ids_RK[::3] = -1
+    graph.replay()
+    expected = grouped_experts_reference(x_RD.float(), ids_RK, weights_RK, gate_up.float(), down.float())
+    assert relative_error(out_RD, expected) < 1e-2
+
+
+def test_norms() -> None:
+    qkv_THD, weight_D = randn(999, 40, 128, seed=8), randn(128, seed=9)
+    q_THD = qkv_THD[:, :32]
+    out_THD = run_without_waiting(lambda: rms_norm(q_THD, weight_D, 1e-6))
+    torch.testing.assert_close(out_THD, rms_norm_reference(q_THD, weight_D, 1e-6), rtol=1e-2, atol=1e-6)
+    for size in (576, 2048, 7168):
+        x_TD, residual_TD, weight_D = randn(777, size, seed=10), randn(777, size, seed=11), randn(size, seed=12)
+        for actual, expected in zip(
+            add_rms_norm(x_TD, residual_TD, weight_D, 1e-6),
+            add_rms_norm_reference(x_TD, residual_TD, weight_D, 1e-6),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rope_in_place(interleaved: bool) -> None:
+    """Many heads, so that threads that read and threads that write are far apart."""
+    heads = randn(1500, 128, 192, seed=13)
+    angles_TP = randn(1500, 32, seed=14, dtype=torch.float32) * 3
+    cos_TP, sin_TP = angles_TP.cos().to(BFLOAT16), angles_TP.sin().to(BFLOAT16)
+    x = heads[..., 128:]
+    expected = apply_rope_reference(x.float(), cos_TP.float(), sin_TP.float(), interleaved=interleaved)
+    apply_rope(x, cos_TP, sin_TP, interleaved=interleaved, out=x)
+    torch.testing.assert_close(x.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_gated_silu() -> None:
+    gate_up_XG = randn(5001, 2 * 1408, seed=15)
+    gate, up = gate_up_XG.float().chunk(2, dim=-1)
+    assert relative_error(gated_silu(gate_up_XG), torch.nn.functional.silu(gate) * up) < 4e-3
+
+
+@pytest.mark.parametrize("scoring", list(Scoring))
+@pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (64, 6), (256, 8)])
+def test_choice(num_experts: int, top_k: int, scoring: Scoring) -> None:
+    logits_TE = randn(8192, num_experts, seed=16, dtype=torch.float32)
+    bias_E = randn(num_experts, seed=17, dtype=torch.float32) / 10 if scoring is Scoring.SIGMOID else None
+    ids_TK, weights_TK = choose_experts(logits_TE, top_k, scoring, bias_E=bias_E, normalize=True)
+    expected_ids_TK, expected_TK = choose_experts_reference(logits_TE, top_k, scoring, bias_E=bias_E, normalize=True)
+    same_T = (ids_TK == expected_ids_TK).all(1)
+    assert same_T.float().mean() > 0.995  # sigmoids in another last digit swap neighbours now and then
+    torch.testing.assert_close(weights_TK[same_T], expected_TK[same_T], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_new", "length"), [(700, 700), (300, 1000), (1, 513)])
+def test_latent_prefill(num_new: int, length: int) -> None:
+    heads, query, rope, value, latent = 16, 128, 64, 128, 512
+    q_SHQ, latents_LC = randn(num_new, heads, query + rope, seed=18), randn(length, latent + rope, seed=19)
+    key_up, value_up = randn(heads, query, latent, seed=20) / 23, randn(heads, value, latent, seed=21) / 23
+    out_SHV = run_without_waiting(lambda: prefill_attention(q_SHQ, latents_LC, key_up, value_up, 0.07))
+    assert out_SHV.shape == (num_new, heads, value)
+    key_HLQ = torch.einsum("lc,hqc->hlq", latents_LC[:, :latent].float(), key_up.float())
+    key_HLQ = torch.cat([key_HLQ, latents_LC[:, latent:].float().expand(heads, -1, -1)], dim=-1)
+    value_HLV = torch.einsum("lc,hvc->hlv", latents_LC[:, :latent].float(), value_up.float())
+    expected = _causal(q_SHQ.float().transpose(0, 1), key_HLQ, value_HLV, 0.07).transpose(0, 1)
+    assert relative_error(out_SHV, expected) < 2e-2
