@@ -66,13 +66,26 @@ def common(
 @app.command()
 def generate(
     model: Annotated[
-        str, typer.Option(help="Folder of a Hugging Face checkpoint, or the bundled one.")
+        str, typer.Option(help="Folder of a Hugging Face checkpoint, the bundled one, or a preset of dummy weights.")
     ] = BUNDLED_MODEL,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights, prompts of token ids.")] = "auto",
+    num_layers: Annotated[int | None, typer.Option(help="Keep only so many layers.")] = None,
+    routing: Annotated[str, typer.Option(help="Of dummy weights: model, uniform, zipf:A or recorded:FILE.")] = "model",
     ranks: Annotated[int, typer.Option(help="Processes that share the experts.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, or cuda: one device a rank. auto: cuda if there are enough.")
+    ] = "auto",
     dbo: Annotated[str, typer.Option(help=f"Dual-batch overlap: {', '.join(DBO_MODES)}.")] = "auto",
     transport: Annotated[
-        str, typer.Option(help="auto, local, allgather, alltoall, or simulated:INNER:BANDWIDTH:LATENCY.")
+        str,
+        typer.Option(
+            help="auto, local, allgather, alltoall, copy-engine, host-staged, shared-memory, "
+            "or simulated:INNER:BANDWIDTH:LATENCY."
+        ),
     ] = "auto",
+    no_peer_access: Annotated[
+        bool, typer.Option("--no-peer-access", help="GPUs may not read each other's memory (NCCL_P2P_DISABLE=1).")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float64.")] = "auto",
     split: Annotated[str, typer.Option(help=f"Where a batch is cut: {', '.join(SPLIT_RULES)}.")] = "token",
     micro_batches: Annotated[int, typer.Option(help="Parts of a split step.")] = 2,
@@ -84,9 +97,17 @@ def generate(
     ] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step on one rank.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once on one rank.")] = 256,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest text, prompt and output together.")] = None,
+    kv_cache_memory: Annotated[int | None, typer.Option(help="Bytes of the KV cache of one rank.")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of a GPU's memory to use; the KV cache gets what is left of it.")
+    ] = 0.9,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help='One prompt a line, or JSON lines with a "prompt" if it ends in .jsonl.')
+        Path | None,
+        typer.Option(
+            help='One prompt a line, or, if it ends in .jsonl, JSON lines with a "prompt": text or token ids.'
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for a prompt.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -98,7 +119,9 @@ def generate(
     """Continue prompts."""
     from antiphon.core.sampling import SamplingParams
 
-    prompts = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
+    prompts: list[str | list[int]] = [*(prompt or [])]
+    if prompts_file is not None:
+        prompts += _read_prompts(prompts_file)
     if not prompts:
         raise OptionError("there is no prompt; use --prompt TEXT or --prompts-file FILE")
     params = [
@@ -111,9 +134,14 @@ def generate(
     with console.status(f"starting ({ranks} ranks)") if console.is_terminal else nullcontext():
         llm = LLM(
             model,
+            load_format=load_format,
+            num_layers=num_layers,
+            routing=routing,
             ranks=ranks,
+            device=device,
             dbo=dbo,
             transport=transport,
+            peer_access=not no_peer_access,
             dtype=dtype,
             split=split,
             micro_batches=micro_batches,
@@ -121,6 +149,9 @@ def generate(
             dbo_decode_token_threshold=dbo_decode_token_threshold,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            kv_cache_memory=kv_cache_memory,
+            gpu_memory_utilization=gpu_memory_utilization,
         )
     with llm:
         for heading, text in llm.config.describe():
@@ -145,7 +176,19 @@ def demo() -> None:
     run_demo(Console())
 
 
-def _read_prompts(path: Path) -> list[str]:
+@app.command()
+def doctor(
+    ranks: Annotated[int | None, typer.Option(help="Processes, one device each. Default: all GPUs, 2 without.")] = None,
+    no_peer_access: Annotated[bool, typer.Option("--no-peer-access", help="As if GPUs had no peer access.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, facts and all.")] = False,
+) -> None:
+    """Say what this machine allows, which transports are usable, and what would help. Starts no ranks."""
+    from antiphon.bench.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(Console(), ranks=ranks, peer_access=not no_peer_access, as_json=as_json))
+
+
+def _read_prompts(path: Path) -> list[str | list[int]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -154,7 +197,7 @@ def _read_prompts(path: Path) -> list[str]:
         raise OptionError(f"--prompts-file {path} holds no prompt; write one a line")
     if path.suffix != ".jsonl":
         return [line.rstrip("\r") for line in lines if line.strip()]
-    prompts = []
+    prompts: list[str | list[int]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -162,8 +205,10 @@ def _read_prompts(path: Path) -> list[str]:
             prompt = json.loads(line)["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError):
             prompt = None
-        if not isinstance(prompt, str):
-            raise OptionError(f'--prompts-file {path}, line {number} is not a JSON object with a text "prompt"')
+        if not isinstance(prompt, str) and not (prompt and isinstance(prompt, list)):
+            raise OptionError(
+                f'--prompts-file {path}, line {number} is not a JSON object with a text "prompt", or one of token ids'
+            )
         prompts.append(prompt)
     return prompts
 
@@ -206,7 +251,8 @@ def _print_json(outputs: list[GeneratedOutput], stats: dict[str, Any]) -> None:
 
 def _print_texts(outputs: list[GeneratedOutput]) -> None:
     for output in outputs:
-        print(f"{output.prompt}{output.text}\n")
+        text = f"{output.prompt}{output.text}"
+        print(f"{text or ' '.join(map(str, output.token_ids))}\n")
 
 
 def _summary(outputs: list[GeneratedOutput], stats: dict[str, Any], seconds: float) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from antiphon.comm import RankGroup, create_transport
+import torch
+
+from antiphon.comm import RankGroup, Transport, create_transport
+from antiphon.core.errors import OptionError
+from antiphon.engine.cache_size import measured_cache
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.kv_cache import BlockPool, allocate_cache
 from antiphon.engine.runner import Runner
@@ -12,34 +16,52 @@ from antiphon.engine.sampler import Sampler
 from antiphon.engine.scheduler import Scheduler
 from antiphon.engine.stats import StepStats
 from antiphon.engine.step import StepEngine
-from antiphon.models import Checkpoint, build_model, expert_shape, load_weights
+from antiphon.models import (
+    CausalLM,
+    Checkpoint,
+    build_model,
+    expert_shape,
+    fill_dummy_weights,
+    load_weights,
+    weight_bytes,
+)
 from antiphon.planning import Planner
-from antiphon.runtime import CpuStreams
+from antiphon.runtime import streams_for
+from antiphon.runtime.device import activate, device_for_rank
 from antiphon.timeline import StepRecorder
 
 __all__ = ["build_engine"]
 
 
 def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
-    """Load this rank's weights, allocate its cache, and make its step engine."""
+    """Load this rank's weights, allocate its cache, and make its step engine. All ranks do it at the same time."""
     options = config.options
-    streams = CpuStreams()
+    device = device_for_rank(config.device_kind, group.rank)
+    activate(device)
+    streams = streams_for(device)
     transport = create_transport(
         config.transport,
         expert_shape(config.model, config.dtype),
         group=group,
         streams=streams,
         num_lanes=options.policy.micro_batches,
+        max_tokens=config.max_num_batched_tokens,
     )
-    model = build_model(config.model, transport)
-    load_weights(Checkpoint(Path(options.model)), model.checkpoint_tensors())
+    model = _load(config, transport)
+    cache = config.cache or measured_cache(config, model, streams=streams, group=group)
     model.bind_kv_cache(
-        allocate_cache(config.model, num_blocks=config.num_blocks, block_size=options.block_size, dtype=config.dtype)
+        allocate_cache(
+            config.model,
+            num_blocks=cache.num_blocks,
+            block_size=options.block_size,
+            dtype=config.dtype,
+            device=device,
+        )
     )
     if options.debug_order:
         group.record_order()
     scheduler = Scheduler(
-        BlockPool(config.num_blocks, options.block_size),
+        BlockPool(cache.num_blocks, options.block_size),
         rank=group.rank,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -53,6 +75,28 @@ def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
         runner=Runner(model, streams=streams, recorder=recorder),
         sampler=Sampler(model.logits, scheduler.requests),
         transport=transport,
+        cache=cache,
         recorder=recorder,
         stats=StepStats(options.policy.micro_batches),
     )
+
+
+def _load(config: ResolvedConfig, transport: Transport) -> CausalLM:
+    """This rank's part of the model with its weights, on the transport's device."""
+    options = config.options
+    try:
+        model = build_model(config.model, transport, config.routing)
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            f"the weights of one of {options.ranks} ranks are {_weight_gib(config):.1f} GiB and do not fit into the "
+            f"memory of {transport.streams.device} ({str(error).splitlines()[0]}); use more ranks or a lower num_layers"
+        ) from error
+    if options.load_format == "dummy":
+        fill_dummy_weights(model, seed=options.seed)
+    else:
+        load_weights(Checkpoint(Path(options.model)), model.checkpoint_tensors())
+    return model
+
+
+def _weight_gib(config: ResolvedConfig) -> float:
+    return weight_bytes(config.model, config.dtype, config.options.ranks) / 2**30

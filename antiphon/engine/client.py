@@ -10,14 +10,21 @@ from antiphon.core.errors import EngineError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.build import build_engine
 from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.messages import Ready
 from antiphon.engine.request import Request, TokenOutput
+from antiphon.runtime.device import describe
 from antiphon.timeline import StepTimeline
 
 __all__ = ["Client", "InProcessClient"]
 
 
 class Client(Protocol):
-    """The ranks, as the front sees them. After an error every call raises `EngineError`."""
+    """The ranks, as the front sees them. After an error every call raises `EngineError`.
+
+    ready: what the ranks said when they had started.
+    """
+
+    ready: Ready
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
         """Start requests; item r goes to rank r."""
@@ -53,6 +60,7 @@ class InProcessClient:
 
     def __init__(self, config: ResolvedConfig) -> None:
         self._engine = build_engine(config, RankGroup(rank=0, size=1))
+        self.ready = Ready(device_name=describe(self._engine.transport.streams.device), cache=self._engine.cache)
         self._ended = ""
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:

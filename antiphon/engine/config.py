@@ -8,34 +8,47 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from antiphon.comm import TransportSpec, choose_transport, load_transport, parse_transport
-from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
+from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import OverlapPolicy
-from antiphon.engine.kv_cache import block_bytes
-from antiphon.models import Checkpoint, ModelConfig, check_checkpoint, expert_shape, read_config, skeleton
+from antiphon.engine.kv_cache import CacheSize, block_bytes
+from antiphon.engine.settle import (
+    ONE_RANK_HIDES_NOTHING,
+    settle_device,
+    settle_model,
+    settle_peer_access,
+    settle_policy,
+    settle_routing,
+)
+from antiphon.models import (
+    Checkpoint,
+    ModelConfig,
+    RoutingSpec,
+    check_checkpoint,
+    expert_shape,
+    read_config,
+    skeleton,
+)
 
-__all__ = ["DTYPES", "EngineConfig", "ResolvedConfig", "settle_policy"]
+__all__ = ["DTYPES", "EngineConfig", "ResolvedConfig"]
 
 logger = logging.getLogger("antiphon.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+_DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 _LONGEST_TIMEOUT_S = 86_400
+_DEFAULT_UTILIZATION = 0.9
 _MIN_KV_CACHE_BYTES = 256 * 2**20
 _MIN_BATCHED_TOKENS = 2048
-
-
-ONE_RANK_HIDES_NOTHING = "one rank has no communication to hide"
-
-
-def settle_policy(policy: OverlapPolicy, ranks: int) -> OverlapPolicy:
-    """`auto` is `off` on one rank, where there is nothing to hide."""
-    return replace(policy, dbo="off") if policy.dbo == "auto" and ranks == 1 else policy
+_MOST_DEFAULT_BATCHED_TOKENS = 8192
+"""On a GPU, where buffers are made for the largest step, and models have room for texts that few requests need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +56,13 @@ class EngineConfig:
     """What the user asked for; the fields are described in `antiphon.LLM`."""
 
     model: str = BUNDLED_MODEL
+    load_format: str = "auto"
+    num_layers: int | None = None
+    routing: str = "model"
     ranks: int = 1
+    device: str = "auto"
     transport: str = "auto"
+    peer_access: bool = True
     dtype: str = "auto"
     policy: OverlapPolicy = field(default_factory=OverlapPolicy)
     max_num_batched_tokens: int | None = None
@@ -52,6 +70,7 @@ class EngineConfig:
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = _DEFAULT_UTILIZATION
     seed: int = 0
     timeout_s: float = 120.0
     debug_order: bool = False
@@ -63,6 +82,8 @@ class EngineConfig:
         """
         for name in ("ranks", "max_num_seqs", "block_size"):
             _check_count(name, getattr(self, name))
+        if self.num_layers is not None:
+            _check_count("num_layers", self.num_layers)
         if not is_number(self.timeout_s) or not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
             raise OptionError(
                 f"timeout_s={self.timeout_s!r} is not a time to wait; use a number of seconds above 0, "
@@ -70,55 +91,77 @@ class EngineConfig:
             )
         if not is_whole(self.seed) or not 0 <= self.seed < 2**62:
             raise OptionError(f"seed={self.seed!r} is not an integer from 0 to 2**62 - 1; pass one")
+        if not is_number(self.gpu_memory_utilization) or not 0 < self.gpu_memory_utilization <= 1:
+            raise OptionError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization!r} is not a share of the memory; "
+                "use a number above 0, at most 1"
+            )
         if self.dtype not in ("auto", *DTYPES):
             raise unknown_value("dtype", self.dtype, ("auto", *DTYPES))
+        device_kind, device_reason = settle_device(self.device, self.ranks)
         requested = parse_transport(self.transport)
 
-        folder = bundled_model() if self.model == BUNDLED_MODEL else Path(self.model).expanduser()
-        model = read_config(folder)
-        dtype_name = "float32" if self.dtype == "auto" else self.dtype
+        source = settle_model(self.model, self.load_format)
+        routing = settle_routing(self.routing, self.load_format)
+        model = read_config(source, num_layers=self.num_layers)
+        dtype_name = _DEFAULT_DTYPES[device_kind] if self.dtype == "auto" else self.dtype
         shape = expert_shape(model, DTYPES[dtype_name])
         shape.experts_per_rank(self.ranks)
         transport, transport_reason = choose_transport(requested, shape, self.ranks)
-        load_transport(transport)
-        check_checkpoint(Checkpoint(folder), skeleton(model).checkpoint_tensors())
+        load_transport(transport, device_kind)
+        if self.load_format != "dummy":
+            check_checkpoint(Checkpoint(Path(source)), skeleton(model).checkpoint_tensors())
 
         max_model_len = _limit("max_model_len", self.max_model_len, model.max_positions, "the model's positions")
         max_batched = self.max_num_batched_tokens
         if max_batched is None:
-            max_batched = max(_MIN_BATCHED_TOKENS, max_model_len)
+            longest = max_model_len
+            if device_kind != "cpu" and self.max_model_len is None:
+                longest = min(longest, _MOST_DEFAULT_BATCHED_TOKENS)
+            max_batched = max(_MIN_BATCHED_TOKENS, longest)
         _check_count("max_num_batched_tokens", max_batched)
-        num_blocks = self._num_blocks(model, max_model_len, DTYPES[dtype_name])
         resolved = ResolvedConfig(
-            options=replace(self, model=str(folder), policy=settle_policy(self.policy, self.ranks)),
+            options=replace(
+                self,
+                model=str(source),
+                policy=settle_policy(self.policy, self.ranks),
+                peer_access=settle_peer_access(self.peer_access),
+            ),
             requested_dbo=self.policy.dbo,
             model=model,
+            routing=routing,
+            device_kind=device_kind,
+            device_reason=device_reason,
             dtype_name=dtype_name,
             transport=transport,
             transport_reason=transport_reason,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_batched,
-            num_blocks=num_blocks,
+            cache=self._cache(model, max_model_len, DTYPES[dtype_name], device_kind),
         )
         for name, value, reason in resolved.settled():
             logger.info("%s: auto -> %s (%s)", name, value, reason)
         return resolved
 
-    def _num_blocks(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype) -> int:
-        """One block more than can be used: the cache keeps block 0 for padding."""
+    def _cache(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device_kind: str) -> CacheSize | None:
+        """`None` if it is measured on the device. One block more than can be used: block 0 is for padding."""
+        bytes_per_block = block_bytes(model, block_size=self.block_size, dtype=dtype)
         if self.kv_cache_memory is not None:
             _check_count("kv_cache_memory", self.kv_cache_memory)
-            memory = self.kv_cache_memory
-        else:
+            memory, source = self.kv_cache_memory, "set by kv_cache_memory"
+        elif device_kind == "cpu":
             one_text = -(-max_model_len // self.block_size) + 1
-            memory = max(_MIN_KV_CACHE_BYTES, one_text * block_bytes(model, block_size=self.block_size, dtype=dtype))
-        num_blocks = memory // block_bytes(model, block_size=self.block_size, dtype=dtype)
+            memory = max(_MIN_KV_CACHE_BYTES, one_text * bytes_per_block)
+            source = "the default for CPUs" if memory == _MIN_KV_CACHE_BYTES else "made for one text of max_model_len"
+        else:
+            return None
+        num_blocks = memory // bytes_per_block
         if num_blocks < 2:
             raise OptionError(
                 f"kv_cache_memory={memory} bytes holds {num_blocks} blocks of {self.block_size} tokens; "
                 "at least 2 are needed, so give more memory or a smaller block_size"
             )
-        return num_blocks
+        return CacheSize(num_blocks=num_blocks, source=source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +171,21 @@ class ResolvedConfig:
     options: EngineConfig
     requested_dbo: str
     model: ModelConfig
+    routing: RoutingSpec
+    device_kind: str
+    device_reason: str
     dtype_name: str
     transport: TransportSpec
     transport_reason: str
     max_model_len: int
     max_num_batched_tokens: int
-    num_blocks: int
+    cache: CacheSize | None  # None: measured when the weights are loaded
+    # set when the ranks have started
+    device_name: str = ""
+
+    def started(self, *, device_name: str, cache: CacheSize) -> ResolvedConfig:
+        """With what only the ranks could tell."""
+        return replace(self, device_name=device_name, cache=cache)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,18 +193,37 @@ class ResolvedConfig:
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """Tokens that the KV cache of one rank holds."""
-        return (self.num_blocks - 1) * self.options.block_size
+        """Tokens that the KV cache of one rank holds; on a GPU not before the ranks have started."""
+        assert self.cache is not None, "the cache is not measured yet"
+        return (self.cache.num_blocks - 1) * self.options.block_size
+
+    def without_effect(self) -> list[str]:
+        """One sentence for each option that changes nothing here."""
+        options, sentences = self.options, self.options.policy.without_effect()
+        if options.gpu_memory_utilization != _DEFAULT_UTILIZATION and self.cache is not None:
+            sentences.append(
+                f"gpu_memory_utilization={options.gpu_memory_utilization} has no effect: the size of the KV cache is "
+                f"{self.cache.source}"
+            )
+        return sentences
+
+    def cache_facts(self) -> dict[str, Any]:
+        """For the statistics; known when the ranks have started."""
+        assert self.cache is not None, "the cache is not measured yet"
+        return {"tokens": self.kv_capacity_tokens, "source": self.cache.source}
 
     def settled(self) -> list[tuple[str, str, str]]:
         """(option, value, reason) of every `auto`."""
         settled = []
+        if self.options.device == "auto":
+            settled.append(("device", self.device_kind, self.device_reason))
         if "auto" in self.options.transport or self.options.transport == "simulated":
             settled.append(("transport", str(self.transport), self.transport_reason))
         if self.requested_dbo != self.options.policy.dbo:
             settled.append(("dbo", self.options.policy.dbo, ONE_RANK_HIDES_NOTHING))
         if self.options.dtype == "auto":
-            settled.append(("dtype", self.dtype_name, "exact and fast on CPUs"))
+            reason = "exact and fast on CPUs" if self.device_kind == "cpu" else "what GPUs compute fastest"
+            settled.append(("dtype", self.dtype_name, reason))
         return settled
 
     def _settled_dbo(self) -> str:
@@ -161,21 +232,34 @@ class ResolvedConfig:
     def describe(self) -> list[tuple[str, str]]:
         """(heading, text) of the start-up block."""
         options, model = self.options, self.model
-        memory_mb = self.num_blocks * block_bytes(model, block_size=options.block_size, dtype=self.dtype) / 2**20
+        device = "the CPU" if self.device_kind == "cpu" else self.device_name or self.device_kind
         return [
-            ("model", f"{options.model} ({model.architecture}, {self.dtype_name})"),
+            ("model", f"{options.model} ({self._describe_model()})"),
             (
                 "ranks",
-                f"{options.ranks} on the CPU, {model.num_experts // options.ranks} of {model.num_experts} experts each",
+                f"{options.ranks} on {device}, "
+                f"{model.num_experts // options.ranks} of {model.num_experts} experts each",
             ),
             ("transport", f"{self.transport}: {self.transport_reason}"),
-            (
-                "KV cache",
-                f"{self.kv_capacity_tokens:,} tokens a rank ({memory_mb:,.0f} MiB), "
-                f"texts up to {self.max_model_len:,} tokens",
-            ),
+            ("KV cache", self._describe_cache()),
             ("dbo", options.policy.describe() if self.requested_dbo == options.policy.dbo else self._settled_dbo()),
         ]
+
+    def _describe_model(self) -> str:
+        facts = [self.model.architecture, self.dtype_name]
+        if self.options.num_layers is not None:
+            facts.append(f"cut to {self.model.num_layers} layers")
+        if self.options.load_format == "dummy":
+            facts.append(f"dummy weights, routing {self.routing}")
+        return ", ".join(facts)
+
+    def _describe_cache(self) -> str:
+        texts = f"texts up to {self.max_model_len:,} tokens"
+        if self.cache is None:
+            return f"measured when the weights are loaded, {texts}"
+        block = block_bytes(self.model, block_size=self.options.block_size, dtype=self.dtype)
+        memory_mb = self.cache.num_blocks * block / 2**20
+        return f"{self.kv_capacity_tokens:,} tokens a rank ({memory_mb:,.0f} MiB, {self.cache.source}), {texts}"
 
 
 def _check_count(name: str, value: object) -> None:

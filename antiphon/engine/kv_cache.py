@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from antiphon.core.errors import OptionError
 from antiphon.models import ModelConfig
 
-__all__ = ["BlockPool", "allocate_cache", "block_bytes"]
+__all__ = ["BlockPool", "CacheSize", "allocate_cache", "block_bytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSize:
+    """Blocks of one rank, equal on all of them, and in words why so many. Block 0 is among them."""
+
+    num_blocks: int
+    source: str
 
 
 def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
@@ -15,10 +25,17 @@ def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> 
     return config.num_layers * block_size * config.kv_width * dtype.itemsize
 
 
-def allocate_cache(config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """[layers, num_blocks, block_size, kv_width], zeros. It never grows."""
+def allocate_cache(
+    config: ModelConfig,
+    *,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """[layers, num_blocks, block_size, kv_width], zeros, by default on the CPU. It never grows."""
     try:
-        return torch.zeros(config.num_layers, num_blocks, block_size, config.kv_width, dtype=dtype)
+        return torch.zeros(config.num_layers, num_blocks, block_size, config.kv_width, dtype=dtype, device=device)
     except RuntimeError as error:
         size = num_blocks * block_bytes(config, block_size=block_size, dtype=dtype)
         raise OptionError(f"kv_cache_memory: {size} bytes cannot be allocated on this rank; use less") from error

@@ -19,10 +19,11 @@ from antiphon.core.errors import OptionError, RequestError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
-from antiphon.engine.config import EngineConfig, ResolvedConfig, settle_policy
+from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.prompts import Prompt, params_for, plain_int, prompt_list
 from antiphon.engine.request import Request, TokenOutput
-from antiphon.engine.tokenizer import Tokenizer
+from antiphon.engine.settle import settle_policy
+from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.engine.worker_client import WorkerClient
 from antiphon.timeline import StepTimeline
 
@@ -48,17 +49,25 @@ class _Open:
 class LLM:
     """A model on one or more ranks.
 
-    model: folder of a Hugging Face checkpoint, or "tiny-deepseek", the one that is bundled.
+    model: folder of a Hugging Face checkpoint, or "tiny-deepseek", the one that is bundled. With dummy weights also
+        the name of a published shape, such as "qwen3-30b-a3b"; a wrong one gives the list.
+    load_format: "auto", or "dummy" for random weights: for measurements, with prompts of token ids and empty texts.
+    num_layers: keep only so many layers. routing: of dummy weights, "model", "uniform", "zipf:A" or "recorded:FILE".
     ranks: processes that share the experts; they must divide the number of experts. With one rank no process is
-        started.
+        started. device: "cpu", "cuda" (one device a rank), or "auto": what the environment variable ANTIPHON_DEVICE
+        says, else "cuda" if there are as many devices as ranks.
     dbo: dual-batch overlap, "auto", "on" or "off". transport: "auto", "local", "allgather", "alltoall", or
-        "simulated:INNER:BANDWIDTH:LATENCY". dtype: "auto" (float32 on CPUs), "float32", "bfloat16", "float64".
+        "simulated:INNER:BANDWIDTH:LATENCY". dtype: "auto" (bfloat16 on GPUs, float32 on CPUs), "float32", "bfloat16",
+        "float64". peer_access: whether GPUs may read each other's memory; the environment variable
+        NCCL_P2P_DISABLE=1 forbids it too.
     split: where a batch is cut, "token" or "request-boundary". micro_batches: parts of a split step, 2 to 8.
     dbo_prefill_token_threshold, dbo_decode_token_threshold: tokens on the busiest rank from which a step is split;
         by default 512 and 32 under "auto" and none under "on".
     max_num_batched_tokens: tokens of one step on one rank; also the longest prompt. max_num_seqs: requests that run
         at once on one rank. max_model_len: longest text, prompt and output together.
-    block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank.
+    block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank; by default a fixed size on
+        the CPU, and on a GPU what the share gpu_memory_utilization of its memory leaves beside the weights and the
+        largest step, which is run once to measure it.
     seed: from which requests without a seed take theirs. timeout_s: longest wait for another process.
     debug_order: compare the collectives of all ranks before every step.
 
@@ -73,9 +82,14 @@ class LLM:
         self,
         model: str = BUNDLED_MODEL,
         *,
+        load_format: str = "auto",
+        num_layers: int | None = None,
+        routing: str = "model",
         ranks: int = 1,
+        device: str = "auto",
         dbo: str = "auto",
         transport: str = "auto",
+        peer_access: bool = True,
         dtype: str = "auto",
         split: str = "token",
         micro_batches: int = 2,
@@ -86,6 +100,7 @@ class LLM:
         max_model_len: int | None = None,
         block_size: int = 16,
         kv_cache_memory: int | None = None,
+        gpu_memory_utilization: float = 0.9,
         seed: int = 0,
         timeout_s: float = 120.0,
         debug_order: bool = False,
@@ -95,8 +110,13 @@ class LLM:
             raise _unknown_option(next(iter(unknown)))
         options = EngineConfig(
             model=str(model),
+            load_format=load_format,
+            num_layers=num_layers,
+            routing=routing,
             ranks=ranks,
+            device=str(device),
             transport=transport,
+            peer_access=peer_access,
             dtype=str(dtype).removeprefix("torch."),
             policy=OverlapPolicy(
                 dbo=dbo,
@@ -110,17 +130,21 @@ class LLM:
             max_model_len=max_model_len,
             block_size=block_size,
             kv_cache_memory=kv_cache_memory,
+            gpu_memory_utilization=gpu_memory_utilization,
             seed=seed,
             timeout_s=timeout_s,
             debug_order=debug_order,
         )
         self.config: ResolvedConfig = options.resolve()
         self._policy = self.config.options.policy
-        for sentence in options.policy.without_effect():
+        for sentence in self.config.without_effect():
             logger.warning(sentence)
-        self._tokenizer = Tokenizer(self.config.options.model)
+        options = self.config.options
+        self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         self._client: Client = InProcessClient(self.config) if ranks == 1 else WorkerClient(self.config)
         self._close = weakref.finalize(self, self._client.close)
+        ready = self._client.ready
+        self.config = self.config.started(device_name=ready.device_name, cache=ready.cache)
         self._num_requests = 0
 
     def __enter__(self) -> Self:
@@ -185,8 +209,8 @@ class LLM:
 
         `steps`, `steps_by_plan` (plan -> steps), `serial_reasons` (reason -> steps), which are the same on all ranks;
         `overlap` (plan -> seconds of rank 0: `time_s`, `communication_s`, `hidden_s`, `exposed_s`, and `num_bytes`);
-        `last_plan`, in words and with its numbers; `kv_blocks` and `unfinished` summed over ranks; `ranks`,
-        `transport`, `dbo`.
+        `last_plan`, in words and with its numbers; `kv_blocks` and `unfinished` summed over ranks; `kv_cache` (tokens
+        of a rank, and where the size comes from); `ranks`, `device`, `transport`, `dbo`.
         """
         by_rank = self._client.statistics()
         first = by_rank[0]
@@ -198,7 +222,9 @@ class LLM:
             "overlap": first["overlap"],
             "kv_blocks": {**blocks, "block_size": first["kv_blocks"]["block_size"]},
             "unfinished": sum(rank["unfinished"] for rank in by_rank),
+            "kv_cache": self.config.cache_facts(),
             "ranks": self.config.options.ranks,
+            "device": self.config.device_name,
             "transport": str(self.config.transport),
             "dbo": self._policy.dbo,
             "last_plan": first["last_plan"],

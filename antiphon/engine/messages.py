@@ -14,6 +14,7 @@ import msgspec
 
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import SamplingParams
+from antiphon.engine.kv_cache import CacheSize
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.timeline import StepTimeline
 
@@ -94,9 +95,10 @@ class Stop(ToWorker, frozen=True, kw_only=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The rank has loaded its model."""
+    """The rank has loaded its model. What it says is the same on all ranks."""
 
-    pid: int
+    device_name: str
+    cache: CacheSize
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):

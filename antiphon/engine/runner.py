@@ -24,7 +24,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, parts: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Hidden states [T, D] of every part. One part runs without lanes, by the same code."""
+        """Hidden states [T, D] of every part, on the device. One part runs without lanes, by the same code."""
+        parts = [
+            part.to(self._streams.device) for part in parts
+        ]  # outside the lanes: all copies before the first layer
         functions = [partial(self._forward, part) for part in parts]
         return run_lanes(functions, streams=self._streams, recorder=self._recorder)
 

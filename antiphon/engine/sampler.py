@@ -1,16 +1,25 @@
-"""From hidden states to the next token of every request."""
+"""From hidden states to the next token of every request.
+
+On a GPU greedy tokens are chosen there, and come to the host in one copy; only the logits of requests that draw or
+want them follow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
 from antiphon.core.batch import Batch
+from antiphon.core.upload import upload
 from antiphon.engine.request import Request
 
 __all__ = ["Sampled", "Sampler", "choose_token"]
+
+_MOST_LOGITS = 1024
+"""Rows of prompt logits at once: those of a long prompt can be larger than the memory that the cache leaves."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,20 +44,30 @@ class Sampler:
         sampled = Sampled()
         if not batch.requests:
             return sampled
-        ends = torch.tensor(batch.query_lens).cumsum(0)
-        logits_NV = self._to_logits(hidden_TD[ends - 1])
-        greedy_N = logits_NV.argmax(-1).tolist()
-        for place, (part, end) in enumerate(zip(batch.requests, ends.tolist(), strict=True)):
-            request = self._requests[part.request_id]
+        requests = [self._requests[part.request_id] for part in batch.requests]
+        ends = list(accumulate(batch.query_lens))
+        on_host = [place for place, request in enumerate(requests) if _needs_logits(request)]
+        last_N, on_host_M = upload([torch.tensor(ends) - 1, torch.tensor(on_host, dtype=torch.int64)], hidden_TD.device)
+        logits_NV = self._to_logits(hidden_TD[last_N])
+        host_logits_MV = logits_NV[on_host_M].cpu() if on_host else None
+        sampled.token_ids = logits_NV.argmax(-1).tolist()
+        for row, place in enumerate(on_host):
+            assert host_logits_MV is not None
+            request, logits_V = requests[place], host_logits_MV[row]
             if request.params.temperature > 0:
-                sampled.token_ids.append(choose_token(logits_NV[place], request))
-            else:
-                sampled.token_ids.append(greedy_N[place])
+                sampled.token_ids[place] = choose_token(logits_V, request)
             if request.params.return_logits:
-                sampled.logits[place] = _to_bytes(logits_NV[place])
+                sampled.logits[place] = _to_bytes(logits_V)
             if request.params.return_prompt_logits and not request.output_ids:
-                sampled.prompt_logits[place] = _to_bytes(self._to_logits(hidden_TD[end - part.query_len : end]))
+                start = ends[place] - batch.requests[place].query_len
+                parts = torch.split(hidden_TD[start : ends[place]], _MOST_LOGITS)
+                sampled.prompt_logits[place] = b"".join(_to_bytes(self._to_logits(part).cpu()) for part in parts)
         return sampled
+
+
+def _needs_logits(request: Request) -> bool:
+    params = request.params
+    return params.temperature > 0 or params.return_logits or params.return_prompt_logits
 
 
 def choose_token(logits_V: torch.Tensor, request: Request) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from antiphon.comm import RankGroup, Transport, exchange
 from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
+from antiphon.engine.kv_cache import CacheSize
 from antiphon.engine.request import TokenOutput
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampler import Sampler
@@ -42,6 +43,7 @@ class StepEngine:
     runner: Runner
     sampler: Sampler
     transport: Transport
+    cache: CacheSize
     recorder: StepRecorder
     stats: StepStats
     wave: int = 0  # the newest message of the front process

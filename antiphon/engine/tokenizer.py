@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, by transformers."""
+"""The checkpoint's tokenizer, by transformers, and the lack of one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, RequestError
 
-__all__ = ["Tokenizer"]
+__all__ = ["NoTokenizer", "Tokenizer"]
 
 
 class Tokenizer:
@@ -40,3 +40,16 @@ class Tokenizer:
         except ValueError as error:
             raise ModelError(f"this checkpoint cannot format a chat ({str(error).splitlines()[0]})") from error
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class NoTokenizer:
+    """For dummy weights, whose output means nothing: prompts are token ids, and every text is empty."""
+
+    def encode(self, text: str) -> list[int]:
+        raise RequestError("a run with dummy weights has no tokenizer; pass token ids instead of a text")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.encode("")

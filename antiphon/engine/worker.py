@@ -13,7 +13,9 @@ import os
 import shutil
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -38,8 +40,9 @@ from antiphon.engine.messages import (
     encode,
 )
 from antiphon.engine.step import StepEngine
+from antiphon.runtime.device import describe
 
-__all__ = ["OPTIONS_FILE", "PROGRESS_FILE", "SOCKET_FILE", "START_S", "main"]
+__all__ = ["OPTIONS_FILE", "PROGRESS_FILE", "SOCKET_FILE", "START_S", "main", "read_report", "report_and_exit"]
 
 logger = logging.getLogger("antiphon.engine.worker")
 
@@ -128,6 +131,7 @@ def main() -> int:
 
 def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
     options = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=EngineConfig)
+    config = options.resolve()
     torch.set_num_threads(_threads_per_rank(options.ranks))
     board = ProgressBoard(folder / PROGRESS_FILE, size=options.ranks)
     group = RankGroup.connect(
@@ -137,13 +141,37 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
         timeout_s=options.timeout_s,
         meeting_timeout_s=max(options.timeout_s, START_S),
         board=board,
+        on_stuck=partial(report_and_exit, rank=rank, folder=folder),
     )
     board.mark(rank, "loading the model")
-    engine = build_engine(options.resolve(), group)
+    engine = build_engine(config, group)
     board.mark(rank, "ready")
-    _send(socket, Ready(pid=os.getpid()))
+    _send(socket, Ready(device_name=describe(engine.transport.streams.device), cache=engine.cache))
     Worker(socket, engine).run()
     group.close()
+
+
+def report_and_exit(message: str, *, rank: int, folder: Path, kind: str = "PeerError") -> NoReturn:
+    """End this process at once with a report that the front finds; for any thread, whatever the others wait for.
+
+    A thread that watches waits without a time limit calls it. It leaves the socket, which is another thread's, alone,
+    and makes no call that could wait for a device.
+    """
+    failed = Failed(kind=kind, message=message, traceback="")
+    unfinished = _report_file(rank, folder).with_suffix(f".{threading.get_native_id()}")
+    unfinished.write_bytes(msgspec.json.encode(failed))
+    unfinished.rename(_report_file(rank, folder))  # so that the front never reads half of it
+    os._exit(1)
+
+
+def read_report(rank: int, folder: Path) -> Failed | None:
+    """What `report_and_exit` left of a rank, for the front."""
+    path = _report_file(rank, folder)
+    return msgspec.json.decode(path.read_bytes(), type=Failed) if path.exists() else None
+
+
+def _report_file(rank: int, folder: Path) -> Path:
+    return folder / f"failed-rank{rank}.json"
 
 
 def _threads_per_rank(ranks: int) -> int:

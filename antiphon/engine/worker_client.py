@@ -19,7 +19,7 @@ import zmq
 from antiphon.comm import ProgressBoard
 from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError
 from antiphon.core.policy import OverlapPolicy
-from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.messages import (
     Answer,
     Ask,
@@ -36,7 +36,7 @@ from antiphon.engine.messages import (
     encode,
 )
 from antiphon.engine.request import Request, TokenOutput
-from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, START_S
+from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, START_S, read_report
 from antiphon.timeline import StepTimeline
 
 __all__ = ["WorkerClient"]
@@ -50,8 +50,11 @@ _LONGEST_SOCKET_FOLDER = 80  # a socket's path has a limit of about 100 characte
 class WorkerClient:
     """Owns the worker processes and a private folder with their sockets, logs and progress board."""
 
+    ready: Ready
+
     def __init__(self, config: ResolvedConfig) -> None:
         self._ranks = config.options.ranks
+        self._environment = _environment(config.options)
         self._patience_s = config.options.timeout_s * 1.5
         self._wave = 0
         self._ended = ""
@@ -71,6 +74,7 @@ class WorkerClient:
             while waiting:
                 for rank, message in self._receive("start"):
                     if isinstance(message, Ready):
+                        self.ready = message
                         waiting.discard(rank)
         except BaseException:
             self._ended = self._ended or "it did not start"  # nothing to wait for: close kills at once
@@ -124,10 +128,6 @@ class WorkerClient:
     # ---- processes
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ)
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        # Workers find modules where this process does, also in a notebook or a script's own folder.
-        environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         # -P: modules of the current folder must not hide those of the library.
         command = [sys.executable, "-P", "-m", "antiphon.engine.worker", "--rank", str(rank)]
         command += ["--folder", str(self._folder)]
@@ -137,7 +137,7 @@ class WorkerClient:
                 stdin=subprocess.PIPE,  # closes when this process ends, and the worker with it
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=self._environment,
                 start_new_session=True,  # Ctrl-C reaches this process only
             )
 
@@ -201,12 +201,15 @@ class WorkerClient:
 
     def _failure(self, what: str) -> AntiphonError:
         """Find the cause: the other ranks fail as well as soon as one does, and get a moment to say so."""
+        self._read_reports()
         deadline = time.monotonic() + _CAUSE_S
         while time.monotonic() < deadline and not all(
             rank in self._failures or process.poll() is not None for rank, process in enumerate(self._processes)
         ):
             self._read(_POLL_MS)
+            self._read_reports()
         self._read(_POLL_MS)
+        self._read_reports()
         for rank, process in enumerate(self._processes):
             code = process.poll()
             if code is not None and code < 0:
@@ -227,13 +230,20 @@ class WorkerClient:
                 )
         return self._end_by(*complaints[0], what)
 
+    def _read_reports(self) -> None:
+        """What ranks left in the folder that could not send it any more."""
+        for rank in range(self._ranks):
+            if (report := read_report(rank, self._folder)) is not None:
+                self._failures.setdefault(rank, report)
+
     def _end_by(self, rank: int, failure: Failed, what: str) -> AntiphonError:
         kind = {"ModelError": ModelError, "OptionError": OptionError}.get(failure.kind)
         if kind is not None:
             self._end(failure.message)
             return kind(failure.message)
         error = self._end(f"rank {rank} failed during {what}: {failure.message}")
-        error.add_note(f"On rank {rank}:\n{failure.traceback}")
+        if failure.traceback:
+            error.add_note(f"On rank {rank}:\n{failure.traceback}")
         return error
 
     def _last_words(self, rank: int) -> str:
@@ -250,6 +260,20 @@ class WorkerClient:
     def _check(self) -> None:
         if self._ended:
             raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")
+
+
+def _environment(options: EngineConfig) -> dict[str, str]:
+    """Of the workers."""
+    environment = dict(os.environ)
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    if not options.peer_access:
+        environment["NCCL_P2P_DISABLE"] = "1"  # what is forbidden to us is forbidden to NCCL
+    # Multicast over NVLink needs rights that a shared host does not give, and none of our transports uses it.
+    environment.setdefault("NCCL_NVLS_ENABLE", "0")
+    environment.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    # Workers find modules where this process does, also in a notebook or a script's own folder.
+    environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    return environment
 
 
 def _private_folder() -> Path:

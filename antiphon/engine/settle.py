@@ -1,0 +1,85 @@
+"""What becomes of single options whose value depends on the others, on the machine or on the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.policy import OverlapPolicy
+from antiphon.models import PRESETS, RoutingSpec, parse_routing
+from antiphon.runtime.device import DEVICE_KINDS, num_devices
+
+__all__ = [
+    "DEVICE_VARIABLE",
+    "LOAD_FORMATS",
+    "ONE_RANK_HIDES_NOTHING",
+    "settle_device",
+    "settle_model",
+    "settle_peer_access",
+    "settle_policy",
+    "settle_routing",
+]
+
+DEVICE_VARIABLE = "ANTIPHON_DEVICE"
+"""The environment variable that says what `device="auto"` is."""
+
+LOAD_FORMATS = ("auto", "dummy")
+
+ONE_RANK_HIDES_NOTHING = "one rank has no communication to hide"
+
+
+def settle_policy(policy: OverlapPolicy, ranks: int) -> OverlapPolicy:
+    """`auto` is `off` on one rank, where there is nothing to hide."""
+    return replace(policy, dbo="off") if policy.dbo == "auto" and ranks == 1 else policy
+
+
+def settle_device(device: str, ranks: int) -> tuple[str, str]:
+    """The kind of device, and why. Raises `OptionError` for an unknown one, and for more ranks than CUDA devices."""
+    name, where = device, "device"
+    if device == "auto" and os.environ.get(DEVICE_VARIABLE):
+        name, where = os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE
+    if name not in ("auto", *DEVICE_KINDS):
+        raise unknown_value(where, name, ("auto", *DEVICE_KINDS))
+    if name == "cpu":
+        return name, f"by {where}"
+    found = num_devices("cuda")
+    if found >= ranks:
+        return "cuda", f"{found} CUDA devices for ranks={ranks}"
+    if name == "auto":
+        return "cpu", f"{found} CUDA devices are too few for ranks={ranks}"
+    raise OptionError(
+        f"{where}='cuda' needs one CUDA device a rank: ranks={ranks}, but {found} can be used here; "
+        "use fewer ranks or device='cpu', or check the driver, CUDA_VISIBLE_DEVICES and torch's build"
+    )
+
+
+def settle_peer_access(peer_access: bool) -> bool:
+    """No peer access if the user forbids it, to us or by `NCCL_P2P_DISABLE=1` to NCCL."""
+    if not isinstance(peer_access, bool):
+        raise OptionError(f"peer_access={peer_access!r} is not True or False")
+    return peer_access and os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
+
+
+def settle_model(model: str, load_format: str) -> Path | str:
+    """The folder of a checkpoint, or the name of a preset. Raises `OptionError` for a preset that is to be loaded."""
+    if load_format not in LOAD_FORMATS:
+        raise unknown_value("load_format", load_format, LOAD_FORMATS)
+    folder = bundled_model() if model == BUNDLED_MODEL else Path(model).expanduser()
+    if folder.is_dir() or model not in PRESETS:
+        return folder
+    if load_format != "dummy":
+        raise OptionError(
+            f"model {model!r} is a shape without weights; use load_format='dummy', or pass the folder of its checkpoint"
+        )
+    return model
+
+
+def settle_routing(routing: str, load_format: str) -> RoutingSpec:
+    """Raises `OptionError` for a routing that is not known, and for a table in place of what a router has learned."""
+    spec = parse_routing(routing)
+    if str(spec) != "model" and load_format != "dummy":
+        raise OptionError(f"routing={routing!r} would make nonsense of real weights; use it with load_format='dummy'")
+    return spec
