@@ -223,7 +223,7 @@ def run_limited(
         process.kill()
         with suppress(subprocess.TimeoutExpired):  # it hangs inside the kernel: leave it
             process.communicate(timeout=1.0)
-        return None, f"did not end within {limit_s:.0f} s"
+        return None, f"did not end within {limit_s:g} s"
     if process.returncode != 0:
         last_line = complaint.decode(errors="replace").strip().rpartition("\n")[2]
         return None, f"ended with code {process.returncode}: {last_line}".rstrip(": ")

@@ -16,7 +16,7 @@ from antiphon.comm.row_format import RowFormat
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape
 from antiphon.core.errors import OptionError, unknown_value
 
-__all__ = ["Advice", "Usability", "advise", "format_bytes", "slab_bytes", "usable_transports"]
+__all__ = ["Advice", "Usability", "advise", "format_bytes", "format_cpus", "slab_bytes", "usable_transports"]
 
 _LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 """Of DeepSeek-V3: the largest rows that are usual."""
@@ -84,7 +84,7 @@ def advise(facts: Facts, *, ranks: int, device_kind: str) -> list[Advice]:
             if near and facts.numa.affinity and not set(near) & set(facts.numa.affinity):
                 fact = f"this process may run on no CPU of NUMA node {node}, where GPU {device.index} is"
                 remedy = f"start it by `numactl --cpunodebind={node}`"
-                remedy += _docker(facts, f"--cpuset-cpus={near[0]}-{near[-1]}")
+                remedy += _docker(facts, f"--cpuset-cpus={format_cpus(near)}")
                 advice.append(Advice(f"{fact}: copies through host memory cross the nodes", remedy))
         settings = facts.environment.get("PYTORCH_ALLOC_CONF", "") + facts.environment.get(
             "PYTORCH_CUDA_ALLOC_CONF", ""
@@ -115,6 +115,17 @@ def format_bytes(num_bytes: int | None) -> str:
             number = num_bytes / size
             return f"{number:.0f} {unit}" if number >= 100 or number == int(number) else f"{number:.1f} {unit}"
     return f"{num_bytes} bytes"
+
+
+def format_cpus(cpus: tuple[int, ...]) -> str:
+    """0-3,8 for (0, 1, 2, 3, 8)."""
+    runs: list[list[int]] = []
+    for cpu in cpus:
+        if runs and runs[-1][1] == cpu - 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,10 @@ def test_the_command_in_the_readme_runs() -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("document", "marker"), [("README.md", "with LLM("), ("docs/offline.md", "with LLM(")])
+@pytest.mark.parametrize(
+    ("document", "marker"),
+    [("README.md", "with LLM("), ("docs/offline.md", "with LLM("), ("docs/doctor.md", "examine")],
+)
 def test_the_python_examples_run(document: str, marker: str, tmp_path: Path) -> None:
     (example,) = [block for block in blocks(document, "python") if marker in block]
     (tmp_path / "example.py").write_text(example)
