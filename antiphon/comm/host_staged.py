@@ -50,8 +50,9 @@ class _Chunk:
 def chunks_of(num_bytes: int) -> list[_Chunk]:
     """At most 8 chunks, at least one, none below 1 MiB if there is more than one; the same on both sides of a link."""
     count = max(1, min(_MAX_CHUNKS, num_bytes // _SMALLEST_CHUNK))
-    size = -(-num_bytes // count // _ALIGNMENT) * _ALIGNMENT if count > 1 else num_bytes
-    return [_Chunk(start, min(size, num_bytes - start)) for start in range(0, num_bytes, size)] or [_Chunk(0, 0)]
+    size = _aligned(-(-num_bytes // count))
+    starts = range(0, num_bytes, size) if num_bytes else (0,)
+    return [_Chunk(start, min(size, num_bytes - start)) for start in starts]
 
 
 class HostStagedMailbox:

@@ -27,7 +27,7 @@ def test_contract_on_two_devices(transport: str, tmp_path: Path) -> None:
     assert len(by_rank[0]) > 40
 
 
-@pytest.mark.parametrize("transport", ["copy-engine", "host-staged"])
+@pytest.mark.parametrize("transport", transports_of(2, "cuda"))
 def test_10_000_iterations_of_changing_sizes(transport: str) -> None:
     problems = run_ranks("tests.comm.gpu_checks:many_iterations", 2, transport, 10_000, timeout_s=20, limit_s=300)
     assert problems == ["", ""]
