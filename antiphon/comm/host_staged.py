@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from antiphon.comm.chunks import MAX_CHUNKS, chunks_of
 from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.group import RankGroup
 from antiphon.comm.host_memory import share_host_memory
@@ -36,23 +36,7 @@ from antiphon.runtime import CudaStreams, Event
 __all__ = ["HostStagedMailbox", "HostStagedTransport"]
 
 _ALIGNMENT = 4096
-_MAX_CHUNKS = 8
-_SMALLEST_CHUNK = 1 << 20
 _SET, _CLEAR = 1, 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    start: int
-    num_bytes: int
-
-
-def chunks_of(num_bytes: int) -> list[_Chunk]:
-    """At most 8 chunks, at least one, none below 1 MiB if there is more than one; the same on both sides of a link."""
-    count = max(1, min(_MAX_CHUNKS, num_bytes // _SMALLEST_CHUNK))
-    size = _aligned(-(-num_bytes // count))
-    starts = range(0, num_bytes, size) if num_bytes else (0,)
-    return [_Chunk(start, min(size, num_bytes - start)) for start in starts]
 
 
 class HostStagedMailbox:
@@ -64,7 +48,7 @@ class HostStagedMailbox:
         self._group = group
         self._streams = streams
         flush = check_stream_memory_operations(streams.device, "transport host-staged")
-        flags_end = _aligned(num_lanes * len(Phase) * group.size * _MAX_CHUNKS * 4)
+        flags_end = _aligned(num_lanes * len(Phase) * group.size * MAX_CHUNKS * 4)
         # Outgoing: one slab for all in dispatch, one for each peer in combine.
         self._slab_bytes = (_aligned(dispatch_bytes // group.size), _aligned(combine_bytes // group.size))
         lane_bytes = self._slab_bytes[0] + group.size * self._slab_bytes[1]
@@ -167,7 +151,7 @@ class HostStagedMailbox:
 
     def _flag(self, reader: int, exchange: Exchange, source: int, chunk: int) -> int:
         way = (exchange.lane * len(Phase) + exchange.phase) * self._group.size + source
-        return self._bases[reader] + 4 * (way * _MAX_CHUNKS + chunk)
+        return self._bases[reader] + 4 * (way * MAX_CHUNKS + chunk)
 
     def _signal(self, exchange: Exchange, flags: tuple[tuple[int, int], ...], stream: int) -> None:
         """Raise the flags of (peer, chunk), in one batch that is built when it is first needed."""

@@ -17,7 +17,7 @@ import torch
 
 from antiphon.comm.machine_facts import Check, Device, Gpus, Peer
 
-__all__ = ["probe_gpus"]
+__all__ = ["probe_gpus", "reaches_all_devices"]
 
 _PCI_ATTRIBUTES = ("PCI_DOMAIN_ID", "PCI_BUS_ID", "PCI_DEVICE_ID")
 
@@ -40,6 +40,12 @@ def probe_gpus(pinned_bytes: int) -> Gpus:
     pairs = [(source, target) for source in range(count) for target in range(count) if source != target]
     peers = tuple(Peer(source=s, target=t, access=_peer_access(s, t)) for s, t in pairs)
     return Gpus(devices=devices, peers=peers, pinned_memory=_pin(pinned_bytes), pinned_bytes=pinned_bytes)
+
+
+def reaches_all_devices(device: torch.device) -> bool:
+    """Whether `device` can access the memory of every other device that this process may use."""
+    others = (index for index in range(torch.cuda.device_count()) if index != device.index)
+    return all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
 
 
 def _device(index: int) -> Device:

@@ -1,12 +1,14 @@
 """Transports by name: what a user writes, which one `auto` takes and why, and how each is made.
 
-auto | local | allgather | alltoall
+auto | local | allgather | alltoall | copy-engine | host-staged | shared-memory
 simulated[:INNER[:BANDWIDTH[:LATENCY]]]     such as simulated:alltoall:200MB/s:1ms
 package.module:Class                        a `Transport` of the user's own
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -34,8 +36,13 @@ _CUDA_CLASSES = {
 
 _NAMES = ("auto", *_CLASSES, "simulated")
 
+_CUDA_ONLY = ("copy-engine", "host-staged")
+
 _WORTHWHILE_SAVING = 0.25
 """Share of the bytes that exact routing must save before it is worth the exchange of counts."""
+
+_WORTHWHILE_SAVING_OF_SLABS = 0.5
+"""The same before it is worth the multiprocessors of communication kernels, which the slab transports do not need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,25 +78,58 @@ def parse_transport(text: str) -> TransportSpec:
     return TransportSpec(name=inner, link=parse_link(bandwidth, latency))
 
 
-def choose_transport(spec: TransportSpec, shape: ExpertShape, num_ranks: int) -> tuple[TransportSpec, str]:
+def choose_transport(
+    spec: TransportSpec,
+    shape: ExpertShape,
+    num_ranks: int,
+    *,
+    device_kind: str = "cpu",
+    peer_access: bool = True,
+    usable: Collection[str] | None = None,
+) -> tuple[TransportSpec, str]:
     """The transport to use, with `auto` settled, and why.
 
+    On GPUs `auto` takes a transport that needs no SM: copy-engine with peer access, else host-staged. Both send all
+    tokens to all ranks, so from some number of ranks on exact routing is worth more.
     A token with K experts reaches W(1 - (1 - 1/W)^K) of W ranks on average; `alltoall` sends one copy to each of
     these, `allgather` one to all, but without an exchange of counts that the host must wait for.
+
+    peer_access: whether peer copies are allowed. usable: names that this machine allows, all when left out.
+    Raises `OptionError` for a transport that cannot serve these ranks on these devices.
     """
     if num_ranks == 1 and (spec.name == "auto" or spec.name in _CLASSES):
         return replace(spec, name="local"), "one rank holds all experts, nothing is sent"
-    if spec.name == "local":
-        raise OptionError(f"transport 'local' works on one rank, not on {num_ranks}; use auto, alltoall or allgather")
+    _check_fit(spec.name, num_ranks, device_kind, peer_access)
     if spec.name != "auto":
         return spec, "as asked"
     reached = num_ranks * (1 - (1 - 1 / num_ranks) ** shape.top_k)
     saving = 1 - reached / num_ranks
     fact = f"routed uniformly, a token with {shape.top_k} experts reaches {reached:.1f} of {num_ranks} ranks"
+    if device_kind == "cuda" and saving < _WORTHWHILE_SAVING_OF_SLABS:
+        for name, allowed, why in (
+            ("copy-engine", peer_access, "copies between peers take no multiprocessor from compute"),
+            ("host-staged", True, "without peer access; copies through host memory take no multiprocessor"),
+        ):
+            if allowed and (usable is None or name in usable):
+                return replace(spec, name=name), why
     if saving < _WORTHWHILE_SAVING:
         limit = f"alltoall is taken from {_WORTHWHILE_SAVING:.0%}"
         return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes, {limit}"
     return replace(spec, name="alltoall"), f"{fact}: exact routing saves {saving:.0%} of the bytes"
+
+
+def _check_fit(name: str, num_ranks: int, device_kind: str, peer_access: bool) -> None:
+    if name == "local":
+        raise OptionError(f"transport 'local' works on one rank, not on {num_ranks}; use auto, alltoall or allgather")
+    if name in _CUDA_ONLY and device_kind != "cuda":
+        raise OptionError(f"transport {name!r} moves data by the copy engines of GPUs; on CPUs use auto or alltoall")
+    if name == "shared-memory" and device_kind == "cuda":
+        raise OptionError("transport 'shared-memory' works on CPUs; on GPUs use auto or host-staged")
+    if name == "copy-engine" and not peer_access:
+        raise OptionError(
+            "transport 'copy-engine' needs peer access, which --no-peer-access or NCCL_P2P_DISABLE=1 forbids; "
+            "use host-staged"
+        )
 
 
 def create_transport(
@@ -100,16 +140,24 @@ def create_transport(
     streams: Streams,
     num_lanes: int,
     max_tokens: int = DEFAULT_MAX_TOKENS,
+    peer_access: bool = True,
 ) -> Transport:
     """Make the transport of this rank. Every rank must make the same one, at the same time: some meet their peers.
 
     max_tokens: the most tokens that one lane of one rank ever sends; some transports allocate for as many.
-
+    peer_access: whether GPUs may copy into each other's memory, if they can; the environment variable
+        NCCL_P2P_DISABLE=1 forbids it too.
     Raises `OptionError` for an unknown name, a class that cannot be loaded, or ranks that the transport cannot serve.
     """
     spec = parse_transport(spec) if isinstance(spec, str) else spec
-    spec, _ = choose_transport(spec, shape, group.size)
-    kind = load_transport(spec, streams.device.type)
+    device_kind = streams.device.type
+    peer_access = peer_access and os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
+    if spec.name == "auto" and device_kind == "cuda" and group.size > 1:
+        from antiphon.comm.machine_cuda import reaches_all_devices  # only where there are such devices
+
+        peer_access = all(group.all_gather_object(peer_access and reaches_all_devices(streams.device)))
+    spec, _ = choose_transport(spec, shape, group.size, device_kind=device_kind, peer_access=peer_access)
+    kind = load_transport(spec, device_kind)
     transport = kind(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
     if spec.link is None:
         return transport

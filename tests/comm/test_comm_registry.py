@@ -200,3 +200,39 @@ def test_experts_must_divide_by_ranks(num_ranks: int) -> None:
 def test_weights_are_at_least_float32(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     shape = ExpertShape(num_experts=2, top_k=1, hidden_size=1, dtype=dtype)
     assert shape.weight_dtype == weight_dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("auto", {}, "copy-engine"),
+        ("auto", {"peer_access": False}, "host-staged"),
+        ("auto", {"usable": ["host-staged", "alltoall"]}, "host-staged"),
+        ("auto", {"usable": ["alltoall", "allgather"]}, "alltoall"),
+        ("host-staged", {}, "host-staged"),
+        ("alltoall", {"peer_access": False}, "alltoall"),
+    ],
+)
+def test_what_gpus_use(name: str, options: dict[str, object], expected: str) -> None:
+    spec, _ = choose_transport(parse_transport(name), make_shape(), 2, device_kind="cuda", **options)
+    assert spec.name == expected
+
+
+def test_exact_routing_for_many_gpus() -> None:
+    spec, reason = choose_transport(parse_transport("auto"), make_shape(top_k=2), 8, device_kind="cuda")
+    assert spec.name == "alltoall"
+    assert "saves" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("copy-engine", {}, "on CPUs use auto or alltoall"),
+        ("host-staged", {}, "on CPUs use auto or alltoall"),
+        ("shared-memory", {"device_kind": "cuda"}, "on GPUs use auto or host-staged"),
+        ("copy-engine", {"device_kind": "cuda", "peer_access": False}, "use host-staged"),
+    ],
+)
+def test_transports_that_the_devices_cannot_serve(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        choose_transport(parse_transport(name), make_shape(), 2, **options)

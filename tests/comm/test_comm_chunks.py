@@ -1,10 +1,10 @@
-"""What of `host-staged` needs no device: the chunks of a slab."""
+"""The chunks of a slab."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antiphon.comm.host_staged import chunks_of
+from antiphon.comm.chunks import chunks_of
 
 
 @given(st.integers(min_value=0, max_value=1 << 32))
