@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 __all__ = ["decode_attention", "gather_keys_values", "prefill_attention", "write_keys_values"]
 
@@ -40,18 +39,24 @@ def prefill_attention(
 ) -> torch.Tensor:
     """Causal attention of the last `S` of `L` tokens of one request: [S, H, Q]. Keys and values are of all `L`."""
     num_new, length = q_SHQ.shape[0], key_LGQ.shape[0]
-    # With a batch dimension: torch's fused kernels take nothing else. The mask is an object that they understand;
-    # it becomes a tensor only where none of them can run.
-    out_1HSQ = F.scaled_dot_product_attention(
-        q_SHQ.transpose(0, 1).unsqueeze(0),
+    mask = None if num_new == length else _lower_right_mask(num_new, length)
+    out_BHSQ = F.scaled_dot_product_attention(
+        q_SHQ.transpose(0, 1).unsqueeze(0),  # with a batch dimension: torch's fused kernels take nothing else
         key_LGQ.transpose(0, 1).unsqueeze(0),
         value_LGQ.transpose(0, 1).unsqueeze(0),
-        attn_mask=None if length == num_new else causal_lower_right(num_new, length),
-        is_causal=length == num_new,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=True,
     )
-    return out_1HSQ.squeeze(0).transpose(0, 1)
+    return out_BHSQ.squeeze(0).transpose(0, 1)
+
+
+def _lower_right_mask(num_new: int, length: int) -> torch.Tensor:
+    """An object that fused kernels understand; it becomes a tensor only where none of them can run."""
+    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it: seconds of a start
+
+    return causal_lower_right(num_new, length)
 
 
 def decode_attention(

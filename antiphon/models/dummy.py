@@ -26,5 +26,5 @@ def fill_dummy_weights(model: CausalLM, *, seed: int = 0) -> None:
             continue
         if tensor.device not in generators:
             generators[tensor.device] = torch.Generator(tensor.device)
-        generator = generators[tensor.device].manual_seed((seed << 32) + zlib.crc32(name.encode()))
+        generator = generators[tensor.device].manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         tensor.normal_(0.0, 1.0 if "embed_tokens" in name else tensor.shape[-1] ** -0.5, generator=generator)

@@ -11,7 +11,7 @@ import pytest
 from antiphon.core.errors import ModelError
 from antiphon.models import KNOWN_ARCHITECTURES, read_config
 from antiphon.models.decoder import DecoderConfig
-from tests.models.deepseek_twin import rewrite_config, tiny_config
+from tests.models.twin import rewrite_config, tiny_config
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from antiphon.models import read_config
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.rope import RopeConfig, rope_angles, rope_tables, score_scale
-from tests.models.deepseek_twin import rewrite_config, tiny_config
+from tests.models.twin import rewrite_config, tiny_config
 
 YARN = {
     "rope_type": "yarn",

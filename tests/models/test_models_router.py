@@ -10,7 +10,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from antiphon.comm import Routes
 from antiphon.models.router import RoutingConfig, SigmoidRouter
-from tests.models.deepseek_twin import tiny_config
+from tests.models.twin import tiny_config
 
 NUM_TOKENS = 200
 

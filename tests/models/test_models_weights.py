@@ -22,7 +22,7 @@ from antiphon.models import (
 )
 from antiphon.models.decoder import Decoder
 from antiphon.runtime import CpuStreams
-from tests.models.deepseek_twin import random_checkpoint
+from tests.models.twin import random_checkpoint
 
 NUM_RANKS = 4
 NUM_EXPERTS = 12

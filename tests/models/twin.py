@@ -1,18 +1,30 @@
-"""A random tiny DeepSeek-V3 of transformers, saved as a checkpoint, and Antiphon's model loaded from it."""
+"""Random tiny models of transformers, saved as checkpoints, and Antiphon's models loaded from them."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from antiphon.comm import RankGroup, create_transport
 from antiphon.core.batch import Batch, MicroBatch, RequestSlice, use_micro_batch
@@ -36,7 +48,7 @@ BLOCK_SIZE = 4
 _NUM_BLOCKS = 40
 _MAX_LANES = 3
 
-_TINY: dict[str, Any] = {
+_DEEPSEEK_V3: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -62,19 +74,68 @@ _TINY: dict[str, Any] = {
 }
 
 
-def tiny_config(**changes: Any) -> DeepseekV3Config:
-    return DeepseekV3Config(**(_TINY | changes))
+_DEEPSEEK_V2 = _DEEPSEEK_V3 | {"topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-5}
+
+_QWEN3_MOE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+
+_GLM4_MOE: dict[str, Any] = {key: value for key, value in _QWEN3_MOE.items() if key != "num_experts"} | {
+    "head_dim": 12,
+    "n_routed_experts": 12,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "num_nextn_predict_layers": 0,
+}
+
+
+class _Kind(NamedTuple):
+    config: type[PretrainedConfig]
+    model: type[PreTrainedModel]
+    sizes: dict[str, Any]
+
+
+_KINDS = {
+    "deepseek-v3": _Kind(DeepseekV3Config, DeepseekV3ForCausalLM, _DEEPSEEK_V3),
+    "deepseek-v2": _Kind(DeepseekV2Config, DeepseekV2ForCausalLM, _DEEPSEEK_V2),
+    "qwen3-moe": _Kind(Qwen3MoeConfig, Qwen3MoeForCausalLM, _QWEN3_MOE),
+    "glm4-moe": _Kind(Glm4MoeConfig, Glm4MoeForCausalLM, _GLM4_MOE),
+}
+
+
+def tiny_config(kind: str = "deepseek-v3", **changes: Any) -> PretrainedConfig:
+    """The configuration of a small model, with the name of its architecture."""
+    names = {"architectures": [_KINDS[kind].model.__name__]}
+    return _KINDS[kind].config(**deepcopy(_KINDS[kind].sizes | names | changes))  # it writes into what it is given
 
 
 def random_checkpoint(
-    folder: Path, *, seed: int = 1, max_shard_size: str = "5GB", **changes: Any
-) -> DeepseekV3ForCausalLM:
+    folder: Path, *, kind: str = "deepseek-v3", seed: int = 1, max_shard_size: str = "5GB", **changes: Any
+) -> PreTrainedModel:
     """A model whose every weight matters (norms, biases and corrections too), saved in `folder`."""
-    config = tiny_config(**changes)
+    config = tiny_config(kind, **changes)
     config._attn_implementation = config._experts_implementation = "eager"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no shared experts are weights of size zero there
-        model = DeepseekV3ForCausalLM(config).eval()
+        model = _KINDS[kind].model(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -93,7 +154,7 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
     return values if "embed" in name else values * 1.2 / max(shape[-1], 1) ** 0.5
 
 
-def random_ids(count: int, *, seed: int, vocab_size: int = _TINY["vocab_size"]) -> list[int]:
+def random_ids(count: int, *, seed: int, vocab_size: int = _DEEPSEEK_V3["vocab_size"]) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (count,), generator=generator).tolist()
 
@@ -113,11 +174,11 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 class Twin:
     """Both models over the same weights; ours on one rank, with an empty cache full of NaN."""
 
-    theirs: DeepseekV3ForCausalLM
+    theirs: PreTrainedModel
     ours: Decoder
 
     @staticmethod
-    def load(theirs: DeepseekV3ForCausalLM, folder: Path, *, dtype: torch.dtype = torch.float32) -> Twin:
+    def load(theirs: PreTrainedModel, folder: Path, *, dtype: torch.dtype = torch.float32) -> Twin:
         config, checkpoint = read_config(folder), Checkpoint(folder)
         check_checkpoint(checkpoint, skeleton(config).checkpoint_tensors())
         transport = create_transport(

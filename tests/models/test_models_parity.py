@@ -1,4 +1,4 @@
-"""The whole model against transformers: prefill, decode from the paged cache, chunks, and cuts into lanes."""
+"""Models of every architecture against transformers: prefill, decode from the paged cache, chunks, cuts into lanes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from antiphon.core.batch import RequestSlice
-from tests.models.deepseek_twin import Twin, random_checkpoint, random_ids, relative_error, scattered_blocks
+from tests.models.twin import Twin, random_checkpoint, random_ids, relative_error, scattered_blocks
 
 TOLERANCE = 1e-4
 NUM_TOKENS = 30
@@ -23,7 +23,7 @@ YARN = {
     "beta_slow": 0.5,
 }
 
-CASES: dict[str, dict[str, Any]] = {
+DEEPSEEK_V3: dict[str, dict[str, Any]] = {
     "plain": {},
     "sizes-of-16-bytes": {"hidden_size": 32, "moe_intermediate_size": 16, "kv_lora_rank": 16, "vocab_size": 64},
     "odd-sizes": {
@@ -58,10 +58,55 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+DEEPSEEK_V2: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no-query-bottleneck": {"q_lora_rank": None, "first_k_dense_replace": 0},
+    "no-query-bottleneck-bias": {"q_lora_rank": None, "attention_bias": True, "n_shared_experts": 2},
+    "attention-bias": {"attention_bias": True},
+    "groups": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "one-of-three-groups": {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1},
+    "greedy-passes-over-groups": {"n_group": 4, "topk_group": 1},
+    "yarn": {"rope_parameters": YARN, "q_lora_rank": None},
+    "yarn-equal-mscales": {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+}
+
+QWEN3_MOE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "raw-weights": {"norm_topk_prob": False},
+    "attention-bias": {"attention_bias": True, "tie_word_embeddings": True},
+    "one-kv-head": {"num_key_value_heads": 1, "head_dim": 16},
+    "as-many-kv-heads": {"num_key_value_heads": 6, "num_experts_per_tok": 1},
+    "large-eps": {"rms_norm_eps": 0.1},
+    "yarn": {"rope_parameters": YARN},
+}
+
+GLM4_MOE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "qk-norm": {"use_qk_norm": True},
+    "no-bias": {"attention_bias": False, "first_k_dense_replace": 0, "tie_word_embeddings": True},
+    "groups": {"n_group": 4, "topk_group": 2, "norm_topk_prob": False, "n_shared_experts": 2},
+    "all-rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}},
+    "a-sixth-rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 1 / 6}},
+    "two-dense-layers": {"first_k_dense_replace": 2, "use_qk_norm": True},
+}
+
+CASES = {
+    f"{kind}-{name}": (kind, changes)
+    for kind, cases in {
+        "deepseek-v3": DEEPSEEK_V3,
+        "deepseek-v2": DEEPSEEK_V2,
+        "qwen3-moe": QWEN3_MOE,
+        "glm4-moe": GLM4_MOE,
+    }.items()
+    for name, changes in cases.items()
+}
+
+
 @pytest.fixture(scope="module", params=CASES)
 def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
     folder = tmp_path_factory.mktemp("checkpoint")
-    return Twin.load(random_checkpoint(folder, **CASES[request.param]), folder)
+    kind, changes = CASES[request.param]
+    return Twin.load(random_checkpoint(folder, kind=kind, **changes), folder)
 
 
 @pytest.fixture(autouse=True)
