@@ -26,7 +26,7 @@ _DEFAULT_BESIDE_FROM = {"cpu": "64K", "cuda": "1M"}
 _DEFAULT_TOKENS = {"cpu": "128,512", "cuda": "512,2048,8192"}
 _NO_BODY = "none"
 
-_TABLE_WIDTH = 150
+_TABLE_WIDTH = 160
 
 Ranks = Annotated[int, typer.Option(help="Processes, one device each.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]

@@ -95,8 +95,8 @@ def print_exchanges(result: dict[str, Any], console: Console) -> None:
         title=f"{len(result['devices'])} x {result['devices'][0]}: bytes a rank in a phase; overlap efficiency beside",
         title_justify="left",
     )
-    for heading in ("size", "transport"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("size", no_wrap=True)
+    table.add_column("transport", overflow="fold")
     for heading in ("us an exchange", "min to max", "GB/s", *bodies):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in result["results"]:

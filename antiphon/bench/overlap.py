@@ -164,8 +164,8 @@ def print_steps(result: dict[str, Any], console: Console) -> None:
     )
     for step in result["results"]:
         table = Table(title=f"{step['tokens']} tokens a rank; best serial: {step['best_serial']}", title_justify="left")
-        table.add_column("transport", no_wrap=True)
-        for heading in ("S", "C", "M", "C2", "D", "D, min to max", *(name for name, _ in _FIGURES), "host us S, D"):
+        table.add_column("transport", overflow="fold", min_width=len("simulated:allgather:"))
+        for heading in ("S", "C", "M", "C2", "D", "D, min to max", *(name for name, _ in _FIGURES), "host us"):
             table.add_column(heading, justify="right", no_wrap=True)
         for name, cell in step["transports"].items():
             ms = cell["ms"]

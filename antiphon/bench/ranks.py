@@ -31,7 +31,7 @@ __all__ = ["RanksError", "run_on_ranks"]
 _TASK_FILE = "task.json"
 _MEETING_FILE = "meeting"
 _PROGRESS_FILE = "progress"
-_GRACE_S = 2.0
+_GRACE_S = 1.0
 """How long the other ranks may go on after the first failure, so that their tracebacks are shown too."""
 
 _LAST_WORDS = 4000

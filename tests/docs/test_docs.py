@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -76,8 +77,9 @@ def test_every_shown_command_has_its_options() -> None:
     ]
     assert shown
     for command in shown:
-        name = shlex.split(command.partition("#")[0])[1]
-        printed = run([sys.executable, "-m", "antiphon.cli", name, "--help"])
+        words = shlex.split(command.partition("#")[0])[1:]
+        names = itertools.takewhile(lambda word: not word.startswith("-"), words)
+        printed = run([sys.executable, "-m", "antiphon.cli", *names, "--help"])
         assert set(options_in(command)) <= set(options_in(printed)), command
 
 

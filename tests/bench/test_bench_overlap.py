@@ -1,0 +1,136 @@
+"""`antiphon bench overlap` on two CPU ranks: what it prints, that arms differ as they must, and that it can fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from antiphon.bench.overlap import OutputsDiffer, OverlapOptions, check_outputs, summarize_steps
+from antiphon.bench.overlap_rank import ARMS, measure_steps, relative_errors, use_transport
+from antiphon.comm import RankGroup, TransportPart, create_transport
+from antiphon.core.bundled import bundled_model
+from antiphon.models import build_model, expert_shape, read_config
+from antiphon.models.moe import Experts
+from antiphon.runtime import CpuStreams
+
+FIGURES = (
+    "serial_over_dual",
+    "best_serial_over_dual",
+    "split_penalty_ms",
+    "excess_ms",
+    "recovered",
+    "overlap_efficiency",
+    "roofline_attainment",
+)
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "antiphon.cli", "bench", "overlap", "--device", "cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+
+@pytest.mark.processes
+def test_steps_are_measured_over_every_transport(tmp_path: Path) -> None:
+    slow = "simulated:allgather:20MB/s:1ms"
+    names = ["allgather", "alltoall", slow]
+    arguments = ["--transports", ",".join(names), "--tokens", "64,128", "--seq-len", "48", "--repeats", "2"]
+    ended = run_bench(*arguments, "--num-layers", "2", "--json", str(tmp_path / "result.json"))
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["model"]["layers"] == 2
+    assert result["options"]["routing"] == "uniform"
+    assert result["versions"]["torch"] == torch.__version__
+    assert len(result["devices"]) == 2
+    assert [step["tokens"] for step in result["results"]] == [64, 128]
+    for step in result["results"]:
+        assert list(step["transports"]) == names
+        serial_ms = {name: cell["ms"]["S"]["median"] for name, cell in step["transports"].items()}
+        assert serial_ms[step["best_serial"]] == min(serial_ms.values())
+        for cell in step["transports"].values():
+            assert set(cell["ms"]) == set(ARMS)
+            assert all(len(cell["repeats_ms"][arm]) == 2 and min(cell["repeats_ms"][arm]) > 0 for arm in ARMS)
+            assert set(FIGURES) <= set(cell)
+            assert all(host > 0 for host in cell["host_us_a_layer_and_lane"].values())
+            for errors in cell["errors"].values():
+                assert 0 <= errors["whole"] <= errors["worst_token"] < 1e-4
+        # The link model: at least 1 ms for each of the two phases of each layer with experts, one after the other.
+        slow_link_ms = 2 * result["model"]["moe_layers"] * 1.0
+        assert step["transports"][slow]["ms"]["M"]["min"] > slow_link_ms
+    assert all(name[:20] in ended.stderr for name in names)  # the table
+
+
+def test_a_transport_that_loses_a_token_fails_the_bench() -> None:
+    wrong = "tests.bench.rank_functions:ForgetsOneToken"
+    options = OverlapOptions(
+        model="tiny-deepseek",
+        ranks=1,
+        device="cpu",
+        tokens=[64],
+        transports=["local", wrong],
+        routing="uniform",
+        dtype="float32",
+        num_layers=2,
+        seq_len=48,
+        micro_batches=2,
+        repeats=1,
+        seed=0,
+        peer_access=True,
+        timeout_s=10,
+    )
+    measured = measure_steps(RankGroup(rank=0, size=1), torch.device("cpu"), asdict(options))
+    result = {"options": asdict(options), "results": summarize_steps([measured["steps"]], options, num_layers=2)}
+    errors = result["results"][0]["transports"][wrong]["errors"]
+    assert errors["S"]["worst_token"] < 1e-4 < errors["D"]["worst_token"]
+    with pytest.raises(OutputsDiffer, match=r"64 tokens, \S+:ForgetsOneToken, D"):
+        check_outputs(result)
+
+
+def made_up(*, whole: float | None, worst: float | None, routing: str = "uniform") -> dict[str, Any]:
+    right = {"whole": 0.0, "worst_token": 0.0}
+    errors = {"S": right, "D": {"whole": whole, "worst_token": worst}}
+    step = {"tokens": 512, "transports": {"alltoall": {"errors": errors}}}
+    return {"options": {"dtype": "bfloat16", "routing": routing}, "results": [step]}
+
+
+def test_rounding_passes_and_errors_are_named() -> None:
+    check_outputs(made_up(whole=0.02, worst=0.1))
+    for whole, worst in ((0.02, 0.9), (0.2, 0.3), (None, None)):
+        with pytest.raises(OutputsDiffer, match="512 tokens, alltoall, D"):
+            check_outputs(made_up(whole=whole, worst=worst))
+
+
+def test_single_tokens_may_differ_by_the_routing_of_the_model() -> None:
+    check_outputs(made_up(whole=0.02, worst=0.9, routing="model"))
+    with pytest.raises(OutputsDiffer):
+        check_outputs(made_up(whole=0.4, worst=0.9, routing="model"))
+
+
+def test_relative_errors() -> None:
+    expected_TD = torch.tensor([[3.0, 4.0], [0.0, 10.0]])
+    whole, worst = relative_errors(expected_TD + torch.tensor([[0.0, 0.0], [3.0, 4.0]]), expected_TD)
+    assert whole == pytest.approx(5 / math.sqrt(125))
+    assert worst == pytest.approx(0.5)
+    assert relative_errors(expected_TD * math.nan, expected_TD) == (math.inf, math.inf)
+
+
+def test_one_model_serves_all_transports() -> None:
+    config = read_config(bundled_model(), num_layers=3)
+    shape, group = expert_shape(config, torch.float32), RankGroup(rank=0, size=1)
+    first, second = (
+        create_transport("local", shape, group=group, streams=CpuStreams(), num_lanes=1, max_tokens=8) for _ in range(2)
+    )
+    model = build_model(config, first)
+    use_transport(model, second, TransportPart.LINK_ONLY)
+    used = [module.transport for module in model.modules() if isinstance(module, Experts)]
+    assert len(used) == 2 and all(transport is second for transport in used)
+    assert second.part is TransportPart.LINK_ONLY
+    assert first.part is TransportPart.WHOLE

@@ -1,0 +1,144 @@
+"""Write the tables of docs/performance.md from the results, so that no figure there is typed by hand.
+
+    python -m tools.performance_tables            # rewrite docs/performance.md
+    python -m tools.performance_tables --check    # exit code 1 if it is not what the results say
+
+Takes every file of benchmarks/results that `antiphon bench` wrote; other files there are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs/performance.md"
+RESULTS = ROOT / "benchmarks/results"
+BEGIN, END = "<!-- tables: written by tools/performance_tables.py -->", "<!-- end of tables -->"
+
+OVERLAP_HEADINGS = ("S/D", "best S/D", "recovered", "efficiency", "attainment")
+OVERLAP_FIGURES = (
+    "serial_over_dual",
+    "best_serial_over_dual",
+    "recovered",
+    "overlap_efficiency",
+    "roofline_attainment",
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    new = with_tables(text, read_results(RESULTS))
+    if "--check" in arguments:
+        return int(new != text)
+    DOCUMENT.write_text(new, encoding="utf-8")
+    return 0
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results of `antiphon bench` by file name."""
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(result, dict) and result.get("bench") in SECTIONS:
+            results[path.name] = result
+    return results
+
+
+def with_tables(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """The document with new tables between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document has no {BEGIN!r} with {END!r} behind it; put both in")
+    sections = [section(name, results[name]) for name in results]
+    body = "\n\n".join(sections) if sections else "No result is recorded yet."
+    return f"{before}{begin}\n\n{body}\n\n{end}{after}"
+
+
+def section(name: str, result: dict[str, Any]) -> str:
+    """Heading, conditions and tables of one file."""
+    options, versions = result["options"], result["versions"]
+    conditions = [
+        f"{len(result['devices'])} x {result['devices'][0]}",
+        f"peer access {'on' if options['peer_access'] else 'off'}",
+        f"medians of {options['repeats']}",
+        *(f"{key} {versions[key]}" for key in ("torch", "cuda", "nccl", "triton", "driver") if key in versions),
+        result["date"][:10],
+    ]
+    if result["bench"] == "overlap":
+        model = result["model"]
+        conditions.insert(
+            0,
+            f"{model['name']}, {model['layers']} layers ({model['moe_layers']} with experts), {options['dtype']}, "
+            f"routing {options['routing']}, texts of {options['seq_len']} tokens",
+        )
+    heading = f"### {name.removesuffix('.json')}"
+    source = f"[{name}](../benchmarks/results/{name})"
+    return "\n\n".join([heading, f"{'; '.join(conditions)}. All repeats: {source}.", SECTIONS[result["bench"]](result)])
+
+
+def overlap_table(result: dict[str, Any]) -> str:
+    """One row a number of tokens and transport; times in ms, host time in us."""
+    rows = []
+    for step in result["results"]:
+        for name, cell in step["transports"].items():
+            ms, host = cell["ms"], cell["host_us_a_layer_and_lane"]
+            rows.append(
+                [
+                    f"{step['tokens']:,}",
+                    f"{name}{' (best S)' if name == step['best_serial'] else ''}",
+                    *(f"{ms[arm]['median']:.2f}" for arm in ("S", "C", "M", "C2")),
+                    f"{ms['D']['median']:.2f} ({ms['D']['min']:.2f} to {ms['D']['max']:.2f})",
+                    *(decimal(cell[key]) for key in OVERLAP_FIGURES),
+                    f"{host['S']:.0f}, {host['D']:.0f}",
+                ]
+            )
+    headings = ["tokens a rank", "transport", "S", "C", "M", "C2", "D", *OVERLAP_HEADINGS, "host S, D"]
+    return markdown(headings, rows, num_texts=2)
+
+
+def comm_table(result: dict[str, Any]) -> str:
+    """One row a size and transport; the last columns are overlap efficiencies."""
+    bodies = result["options"]["beside"]
+    rows = []
+    for cell in result["results"]:
+        time = cell["exchange_ms"]
+        rows.append(
+            [
+                size_text(cell["size_bytes"]),
+                cell["transport"],
+                f"{time['median'] * 1e3:.0f} ({time['min'] * 1e3:.0f} to {time['max'] * 1e3:.0f})",
+                f"{cell['gigabytes_per_s']:.3g}",
+                *(decimal(cell["beside"].get(body, {}).get("overlap_efficiency")) for body in bodies),
+            ]
+        )
+    headings = ["bytes a phase", "transport", "us an exchange", "GB/s", *(f"beside {body}" for body in bodies)]
+    return markdown(headings, rows, num_texts=2)
+
+
+SECTIONS = {"overlap": overlap_table, "comm": comm_table}
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> str:
+    """A table whose first columns are texts and the others numbers, set to the right."""
+    rule = ["---"] * num_texts + ["---:"] * (len(headings) - num_texts)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, rule, *rows])
+
+
+def decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def size_text(num_bytes: int) -> str:
+    for unit, name in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if num_bytes % unit == 0:
+            return f"{num_bytes // unit}{name}"
+    return str(num_bytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
