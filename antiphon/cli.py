@@ -105,9 +105,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option(
-            help='One prompt a line, or, if it ends in .jsonl, JSON lines with a "prompt": text or token ids.'
-        ),
+        typer.Option(help='One prompt a line, or JSON lines if it ends in .jsonl, with a "prompt": text or token ids.'),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for a prompt.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

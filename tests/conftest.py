@@ -1,4 +1,4 @@
-"""One thread a process, no model hub, and the engines that many tests share: one start serves many checks."""
+"""One thread a process, no model hub, the CPU, and the engines that many tests share: one start serves many checks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # workers inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("ANTIPHON_DEVICE", "cpu")  # what "auto" is; tests of a GPU say so themselves
 
 import pytest
 import torch

@@ -47,9 +47,9 @@ def settle_device(device: str, ranks: int) -> tuple[str, str]:
         return name, f"by {where}"
     found = num_devices("cuda")
     if found >= ranks:
-        return "cuda", f"{found} CUDA devices for ranks={ranks}"
+        return "cuda", f"CUDA devices: {found}, ranks: {ranks}"
     if name == "auto":
-        return "cpu", f"{found} CUDA devices are too few for ranks={ranks}"
+        return "cpu", f"CUDA devices: {found}, ranks: {ranks}"
     raise OptionError(
         f"{where}='cuda' needs one CUDA device a rank: ranks={ranks}, but {found} can be used here; "
         "use fewer ranks or device='cpu', or check the driver, CUDA_VISIBLE_DEVICES and torch's build"

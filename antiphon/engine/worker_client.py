@@ -231,10 +231,10 @@ class WorkerClient:
         return self._end_by(*complaints[0], what)
 
     def _read_reports(self) -> None:
-        """What ranks left in the folder that could not send it any more."""
-        for rank in range(self._ranks):
-            if (report := read_report(rank, self._folder)) is not None:
-                self._failures.setdefault(rank, report)
+        """What ranks left in the folder that could not send it any more. It comes first: others fail because of it."""
+        found = {rank: read_report(rank, self._folder) for rank in range(self._ranks)}
+        reports = {rank: report for rank, report in found.items() if report is not None}
+        self._failures = reports | {rank: f for rank, f in self._failures.items() if rank not in reports}
 
     def _end_by(self, rank: int, failure: Failed, what: str) -> AntiphonError:
         kind = {"ModelError": ModelError, "OptionError": OptionError}.get(failure.kind)

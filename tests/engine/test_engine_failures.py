@@ -20,6 +20,8 @@ import pytest
 from antiphon import LLM, SamplingParams
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import EngineError, ModelError, OptionError, RequestError
+from antiphon.engine.messages import Failed
+from antiphon.engine.worker import read_report
 from tests.support.processes import assert_no_new_workers, worker_pids
 
 PROMPTS = ["Once upon a time", "The ship", "My dear friend,", "One day the king"]
@@ -92,6 +94,31 @@ def test_a_worker_that_ends_without_a_word_is_named() -> None:
     ):
         llm.generate(PROMPTS)
     assert_no_new_workers(before)
+
+
+@pytest.mark.processes
+def test_a_report_of_another_thread_ends_the_engine_at_once() -> None:
+    """Long before the time limit, though the rank's own thread never comes back to its socket."""
+    before = worker_pids()
+    with (
+        LLM(ranks=2, transport="tests.support.transports:ReportsFromAnotherThread", timeout_s=100) as llm,
+        clean_end(within_s=20),
+        pytest.raises(EngineError, match=r"rank 1 failed during generate: rank 1 is stuck in combine layer") as caught,
+    ):
+        llm.generate(PROMPTS)
+    assert_no_new_workers(before)
+    assert not getattr(caught.value, "__notes__", [])
+
+
+def test_a_report_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    assert read_report(0, tmp_path) is None
+    code = (
+        "import sys, pathlib; from antiphon.engine.worker import report_and_exit\n"
+        "report_and_exit('the message', rank=3, folder=pathlib.Path(sys.argv[1]), kind='EngineError')"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["failed-rank3.json"]
+    assert read_report(3, tmp_path) == Failed(kind="EngineError", message="the message", traceback="")
 
 
 @pytest.mark.processes
@@ -236,6 +263,16 @@ def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, pattern: str
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"max_model_len": 5000}, "use at most 4096"),
         ({"kv_cache_memory": 10}, "at least 2 are needed"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization=0 is not a share"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 is not a share"),
+        ({"device": "gpu"}, "device='gpu' is not known; use one of auto, cpu, cuda"),
+        ({"device": "cuda", "ranks": 64}, r"ranks=64, but \d+ can be used here; use fewer ranks"),
+        ({"peer_access": "no"}, "peer_access='no' is not True or False"),
+        ({"load_format": "dumy"}, "did you mean 'dummy'"),
+        ({"num_layers": 0}, "num_layers=0 is not a count"),
+        ({"routing": "uniform"}, "nonsense of real weights"),
+        ({"routing": "unifrom", "load_format": "dummy"}, "did you mean 'uniform'"),
+        ({"model": "qwen3-30b-a3b"}, "is a shape without weights; use load_format='dummy'"),
         ({"timeout_s": 0}, "timeout_s=0"),
         ({"timeout_s": float("inf")}, "timeout_s=inf"),
         ({"timeout_s": "x"}, "timeout_s='x'"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 from greenlet import getcurrent
 
 from antiphon.comm import Flight, Routes, Rows
 from antiphon.comm.alltoall import AllToAllTransport
+from antiphon.engine.worker import report_and_exit
 
 
 class NoGreenlets(AllToAllTransport):
@@ -34,6 +39,22 @@ class StopsInCombine(AllToAllTransport):
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         self.num_combines += 1
         if self.group.rank == 1 and self.num_combines == 3:
+            time.sleep(1e6)
+        return super().send_partials(lane, partial_RD, label)
+
+
+class ReportsFromAnotherThread(AllToAllTransport):
+    """Rank 1 hangs in its third combine, and a thread of its own ends the process, as the watch over a device does."""
+
+    name = "reports-from-another-thread"
+    num_combines = 0
+
+    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
+        self.num_combines += 1
+        if self.group.rank == 1 and self.num_combines == 3:
+            folder = Path(sys.argv[sys.argv.index("--folder") + 1])
+            report = partial(report_and_exit, f"rank 1 is stuck in {label}", rank=1, folder=folder)
+            threading.Timer(0.2, report).start()
             time.sleep(1e6)
         return super().send_partials(lane, partial_RD, label)
 

@@ -1,0 +1,153 @@
+"""Which device, dtype and limits the options lead to, on machines with any number of CUDA devices."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from antiphon import LLM, SamplingParams
+from antiphon.core.errors import OptionError
+from antiphon.engine import settle
+from antiphon.engine.config import EngineConfig
+from antiphon.engine.kv_cache import CacheSize
+from antiphon.engine.messages import Ready, decode_from_worker, encode
+from antiphon.engine.settle import DEVICE_VARIABLE, settle_device, settle_peer_access
+from antiphon.engine.worker_client import _environment
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (DEVICE_VARIABLE, "NCCL_P2P_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def machine_with(monkeypatch: pytest.MonkeyPatch, num_cuda: int) -> None:
+    monkeypatch.setattr(settle, "num_devices", lambda kind: num_cuda if kind == "cuda" else 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "num_cuda", "ranks", "expected"),
+    [
+        ("auto", None, 0, 1, "cpu"),
+        ("auto", None, 1, 1, "cuda"),
+        ("auto", None, 1, 2, "cpu"),
+        ("auto", None, 2, 2, "cuda"),
+        ("auto", None, 8, 2, "cuda"),
+        ("auto", "cpu", 8, 2, "cpu"),
+        ("auto", "cuda", 2, 2, "cuda"),
+        ("auto", "auto", 2, 2, "cuda"),
+        ("auto", "", 2, 2, "cuda"),
+        ("cpu", None, 8, 2, "cpu"),
+        ("cpu", "cuda", 8, 2, "cpu"),
+        ("cuda", None, 2, 2, "cuda"),
+        ("cuda", "cpu", 2, 2, "cuda"),
+    ],
+)
+def test_the_device(
+    device: str, variable: str | None, num_cuda: int, ranks: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine_with(monkeypatch, num_cuda)
+    if variable is not None:
+        monkeypatch.setenv(DEVICE_VARIABLE, variable)
+    assert settle_device(device, ranks)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "num_cuda", "pattern"),
+    [
+        ("cuda", None, 0, "device='cuda' needs one CUDA device a rank: ranks=2, but 0 can be used here"),
+        ("cuda", None, 1, "ranks=2, but 1 can be used here; use fewer ranks or device='cpu'"),
+        ("auto", "cuda", 1, f"{DEVICE_VARIABLE}='cuda' needs one CUDA device a rank: ranks=2, but 1"),
+        ("auto", "cdua", 1, f"{DEVICE_VARIABLE}='cdua' is not known; .*did you mean 'cuda'"),
+        ("cudo", None, 1, "device='cudo' is not known; .*did you mean 'cuda'"),
+    ],
+)
+def test_a_device_that_cannot_be_had(
+    device: str, variable: str | None, num_cuda: int, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine_with(monkeypatch, num_cuda)
+    if variable is not None:
+        monkeypatch.setenv(DEVICE_VARIABLE, variable)
+    with pytest.raises(OptionError, match=pattern):
+        settle_device(device, 2)
+
+
+def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_with(monkeypatch, 1)
+    config = EngineConfig().resolve()
+    assert (config.device_kind, config.dtype_name, config.cache) == ("cuda", "bfloat16", None)
+    assert ("device", "cuda", "CUDA devices: 1, ranks: 1") in config.settled()
+    assert ("dtype", "bfloat16", "what GPUs compute fastest") in config.settled()
+    described = dict(config.describe())
+    assert described["ranks"].startswith("1 on cuda, ")
+    assert described["KV cache"].startswith("measured when the weights are loaded")
+    with pytest.raises(AssertionError, match="not measured"):
+        _ = config.kv_capacity_tokens
+
+    started = config.started(device_name="Some GPU", cache=CacheSize(num_blocks=101, source="90% of it"))
+    assert started.kv_capacity_tokens == 1600
+    described = dict(started.describe())
+    assert described["ranks"].startswith("1 on Some GPU, ")
+    assert described["KV cache"].startswith("1,600 tokens a rank (")
+    assert "90% of it" in described["KV cache"]
+    assert started.cache_facts() == {"tokens": 1600, "source": "90% of it"}
+
+
+def test_memory_that_was_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_with(monkeypatch, 1)
+    config = EngineConfig(kv_cache_memory=2**20, dtype="float32").resolve()
+    assert config.cache is not None
+    assert config.dtype_name == "float32"
+
+
+@pytest.mark.parametrize(
+    ("device", "max_model_len", "asked", "expected"),
+    [
+        ("cpu", None, None, 163840),
+        ("cuda", None, None, 8192),
+        ("cuda", 1000, None, 2048),
+        ("cuda", 20000, None, 20000),
+        ("cuda", None, 512, 512),
+    ],
+)
+def test_the_largest_step(
+    device: str, max_model_len: int | None, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine_with(monkeypatch, 1)
+    options = EngineConfig(
+        model="deepseek-v2-lite",
+        load_format="dummy",
+        device=device,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=asked,
+    )
+    assert options.resolve().max_num_batched_tokens == expected
+
+
+def test_the_ready_message_carries_the_cache() -> None:
+    ready = Ready(device_name="Some GPU", cache=CacheSize(num_blocks=7, source="why"))
+    assert decode_from_worker(encode(ready)) == ready
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "expected"),
+    [(True, None, True), (False, None, False), (True, "1", False), (True, "0", True), (False, "0", False)],
+)
+def test_peer_access(asked: bool, variable: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if variable is not None:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", variable)
+    assert settle_peer_access(asked) is expected
+    options = EngineConfig(peer_access=asked, device="cpu").resolve().options
+    assert options.peer_access is expected
+    assert (_environment(options).get("NCCL_P2P_DISABLE") == "1") is not expected
+
+
+def test_an_option_without_effect_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), LLM(gpu_memory_utilization=0.5, device="cpu") as llm:
+        llm.generate("Once", SamplingParams(max_tokens=1))
+        stats = llm.stats()
+    (message,) = [record.message for record in caplog.records if "gpu_memory" in record.message]
+    assert message == "gpu_memory_utilization=0.5 has no effect: the size of the KV cache is the default for CPUs"
+    assert stats["device"].startswith("CPU (")
+    assert stats["kv_cache"] == {"tokens": llm.config.kv_capacity_tokens, "source": "the default for CPUs"}
