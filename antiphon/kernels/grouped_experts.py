@@ -42,7 +42,9 @@ def grouped_experts(
     The result is written into `out_RD` if that is given, else new and the caller's; safe on the stream that is current.
     workspace: memory kept from call to call, on CUDA devices; without it a call allocates its own.
     """
-    if x_RD.is_cuda and x_RD.shape[0]:
+    if x_RD.shape[0] == 0:
+        return x_RD.new_empty(x_RD.shape) if out_RD is None else out_RD
+    if x_RD.is_cuda:
         from antiphon.kernels.fused.experts import grouped_experts_fused  # Triton comes with CUDA only
 
         return grouped_experts_fused(

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from antiphon.kernels.activation import gated_silu_reference
 from antiphon.kernels.expert_workspace import ExpertWorkspace
-from antiphon.kernels.fused.activation import gated_silu_fused
+from antiphon.kernels.fused.activation import gated_silu_fused, launch_gated_silu
 from antiphon.kernels.fused.experts import add_up, grouped_experts_fused, place_pairs, spread_rows
 from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fused, rms_norm_fused
 from antiphon.kernels.fused.router import choose_experts_fused
@@ -152,6 +152,14 @@ def test_gated_silu(num_rows: int, width: int, dtype: torch.dtype) -> None:
     assert out_XF.shape == (num_rows, width)
     assert out_XF.dtype == dtype
     assert relative_error(out_XF, gated_silu_reference(gate_up_XG)) < TOLERANCE[dtype]
+
+
+def test_gated_silu_of_real_pairs_only() -> None:
+    """The device knows where they end, here inside a tile of several; behind it nothing is written."""
+    gate_up_XG, out_XF = randn(3000, 16, seed=12), torch.full((3000, 8), 77.0, device=DEVICE)
+    launch_gated_silu(gate_up_XG, out_XF, torch.tensor([5, 5, 777], dtype=torch.int32, device=DEVICE))
+    torch.testing.assert_close(out_XF[:777], gated_silu_reference(gate_up_XG[:777]), rtol=1e-5, atol=1e-6)
+    assert (out_XF[777:] == 77.0).all()
 
 
 # ---- norm and rope

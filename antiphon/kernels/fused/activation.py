@@ -15,7 +15,7 @@ _MAX_COLUMNS = 256
 _MAX_PROGRAMS = 1056  # eight a streaming multiprocessor of an H100; each takes tile after tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gated_silu_kernel(
     gate_up_XG,
     out_XF,

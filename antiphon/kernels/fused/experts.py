@@ -39,7 +39,7 @@ def _local_experts(ids, pairs, num_pairs, stride_row, stride_slot, first_expert,
     return tl.where(inside & (expert >= 0) & (expert < E), expert, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "first_expert"])
 def _count_kernel(
     ids,
     counts_EN,
@@ -61,7 +61,7 @@ def _count_kernel(
     tl.store(counts_EN + experts_E * num_blocks + block, tl.sum(hits, 0), mask=experts_E < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "first_expert"])
 def _place_kernel(
     ids,
     sums_EN,

@@ -17,7 +17,7 @@ _NORM_ELEMENTS = 2048  # of a tile, unless one row has more
 _ROPE_ELEMENTS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
     x,
     residual_TD,
@@ -115,7 +115,7 @@ def _launch_norm(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rope_kernel(
     x,
     cos_TP,

@@ -14,7 +14,7 @@ __all__ = ["choose_experts_fused"]
 _TILE_ELEMENTS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _choose_kernel(
     logits_TE,
     bias_E,
