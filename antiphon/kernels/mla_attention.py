@@ -69,12 +69,14 @@ def _causal_fused(q_HSQ: torch.Tensor, key_HLQ: torch.Tensor, value_HLV: torch.T
 
     torch's flash kernels want values as long as keys, four dimensions, and no mask but this one.
     """
-    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it: seconds of a start
-
     value_size = value_HLV.shape[2]
     padded_HLQ = F.pad(value_HLV, (0, key_HLQ.shape[2] - value_size))
     num_new, length = q_HSQ.shape[1], key_HLQ.shape[1]
-    mask = None if num_new == length else causal_lower_right(num_new, length)
+    mask = None
+    if num_new < length:
+        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it: a second of a start
+
+        mask = causal_lower_right(num_new, length)
     out_BHSQ = F.scaled_dot_product_attention(
         q_HSQ.unsqueeze(0),
         key_HLQ.unsqueeze(0),

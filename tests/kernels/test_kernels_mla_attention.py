@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from antiphon.kernels.mla_attention import decode_attention, gather_blocks, prefill_attention, write_latents
+from antiphon.kernels.mla_attention import (
+    _causal,
+    _causal_fused,
+    decode_attention,
+    gather_blocks,
+    prefill_attention,
+    write_latents,
+)
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 24
@@ -207,3 +214,13 @@ def test_gathering_follows_the_table() -> None:
     assert torch.equal(gathered, torch.cat([cache[3], cache[1][:2]]))
     gathered.fill_(0)
     assert cache[3].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("num_new", "length"), [(5, 5), (3, 7), (1, 9), (1, 1)])
+def test_the_form_for_flash_kernels_is_the_same(num_new: int, length: int) -> None:
+    """Values padded to the keys, and a mask that need not be stored."""
+    q_HSQ, key_HLQ, value_HLV = (
+        randn(2, rows, size, seed=seed, dtype=torch.float64)
+        for rows, size, seed in ((num_new, 12, 30), (length, 12, 31), (length, 8, 32))
+    )
+    torch.testing.assert_close(_causal_fused(q_HSQ, key_HLQ, value_HLV, 0.3), _causal(q_HSQ, key_HLQ, value_HLV, 0.3))
