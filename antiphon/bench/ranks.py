@@ -171,14 +171,12 @@ def _call(rank: int, folder: Path) -> Any:
 
     device = device_for_rank(task["device"], rank)
     activate(device)
-    on_device: dict[str, Any] = {} if device.type == "cpu" else {"device": device}
     group = RankGroup.connect(
         rank=rank,
         size=task["ranks"],
         init_method=f"file://{folder / _MEETING_FILE}",
         timeout_s=task["timeout_s"],
         board=ProgressBoard(folder / _PROGRESS_FILE, size=task["ranks"]),
-        **on_device,
     )
     try:
         return function(group, device, task["options"])
