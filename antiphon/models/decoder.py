@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Transport
+from antiphon.kernels.grouped_experts import ExpertWorkspace
 from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.layers import Embedding, GatedFeedForward, Linear, RMSNorm, checkpoint_tensors
 from antiphon.models.mla import LatentAttention, LatentAttentionConfig
 from antiphon.models.moe import Experts, MoELayer
 from antiphon.models.rope import rope_angles, rope_tables
-from antiphon.models.router import RoutingConfig, check_groups, make_router
+from antiphon.models.router import Router, RoutingConfig, check_groups
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
 
@@ -76,7 +77,7 @@ class DecoderConfig(ModelConfig):
 class DecoderLayer(nn.Module):
     """Attention, then experts or a dense feed-forward."""
 
-    def __init__(self, config: DecoderConfig, layer: int, transport: Transport) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, transport: Transport, workspace: ExpertWorkspace) -> None:
         super().__init__()
         dtype = transport.shape.dtype
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
@@ -90,20 +91,21 @@ class DecoderLayer(nn.Module):
         if layer < config.num_dense_layers:
             self.mlp = GatedFeedForward(config.hidden_size, config.dense_width, dtype=dtype)
         else:
-            self.mlp = _moe_layer(config, layer, transport)
+            self.mlp = _moe_layer(config, layer, transport, workspace)
 
     def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos_TP, sin_TP)
-        x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        attended_TD = self.self_attn(self.input_layernorm(x_TD), cos_TP, sin_TP)
+        normed_TD, x_TD = self.post_attention_layernorm.of_sum(attended_TD, x_TD)
+        x_TD = x_TD + self.mlp(normed_TD)
         return x_TD
 
 
-def _moe_layer(config: DecoderConfig, layer: int, transport: Transport) -> MoELayer:
+def _moe_layer(config: DecoderConfig, layer: int, transport: Transport, workspace: ExpertWorkspace) -> MoELayer:
     dtype = transport.shape.dtype
     shared_width = config.num_shared_experts * config.expert_width
     return MoELayer(
-        make_router(config.hidden_size, config.routing, dtype=dtype),
-        Experts(transport, config.expert_width, label=f"layer {layer}"),
+        Router(config.hidden_size, config.routing, dtype=dtype),
+        Experts(transport, config.expert_width, workspace, label=f"layer {layer}"),
         GatedFeedForward(config.hidden_size, shared_width, dtype=dtype) if shared_width else None,
     )
 
@@ -116,7 +118,10 @@ class Decoder(nn.Module):
         dtype = transport.shape.dtype
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer, transport) for layer in range(config.num_layers))
+        workspace = ExpertWorkspace()  # one for all layers and lanes: they queue on one stream
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, transport, workspace) for layer in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.lm_head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
         self._angles_P: torch.Tensor | None = None

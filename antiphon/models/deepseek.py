@@ -6,6 +6,7 @@ Sources: DeepSeek-V2 paper, DeepSeek-V3 Technical Report.
 
 from __future__ import annotations
 
+from antiphon.kernels.router import Scoring
 from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.mla import LatentAttentionConfig
@@ -20,7 +21,7 @@ def read_deepseek_v3(file: ConfigFile) -> DecoderConfig:
     file.require("topk_method", ("noaux_tc",), "noaux_tc")
     attention = LatentAttentionConfig.read(file, interleaved=file.flag("rope_interleave", True))
     routing = RoutingConfig(
-        scores="sigmoid",
+        scores=Scoring.SIGMOID,
         num_experts=file.count("n_routed_experts"),
         top_k=file.count("num_experts_per_tok"),
         num_groups=file.count("n_group"),
@@ -40,7 +41,7 @@ def read_deepseek_v2(file: ConfigFile) -> DecoderConfig:
     file.require("mlp_bias", (False,), False)
     limited = file.get("topk_method") == "group_limited_greedy"
     routing = RoutingConfig(
-        scores="softmax",
+        scores=Scoring.SOFTMAX,
         num_experts=file.count("n_routed_experts"),
         top_k=file.count("num_experts_per_tok"),
         num_groups=file.count("n_group") if limited else 1,

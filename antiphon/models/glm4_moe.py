@@ -5,6 +5,7 @@ Source: "GLM-4.5: Agentic, Reasoning, and Coding (ARC) Foundation Models".
 
 from __future__ import annotations
 
+from antiphon.kernels.router import Scoring
 from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.gqa import GroupedQueryConfig
@@ -16,7 +17,7 @@ __all__ = ["read_glm4_moe"]
 def read_glm4_moe(file: ConfigFile) -> DecoderConfig:
     """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
     routing = RoutingConfig(
-        scores="sigmoid",
+        scores=Scoring.SIGMOID,
         num_experts=file.count("n_routed_experts"),
         top_k=file.count("num_experts_per_tok"),
         num_groups=file.count("n_group"),

@@ -90,7 +90,7 @@ class GroupedQueryAttention(nn.Module):
         write_keys_values(self.cache_blocks, metadata.slots_T, key_TGQ, value_TGQ)
         order_point(("keys and values", self.layer))
 
-        out_THQ = torch.empty_like(q_THQ)
+        out_THQ = q_THQ.new_empty(q_THQ.shape)
         for prefill in metadata.prefills:
             rows = slice(prefill.start, prefill.stop)
             key_LGQ, value_LGQ = key_TGQ[rows], value_TGQ[rows]
@@ -111,14 +111,14 @@ class GroupedQueryAttention(nn.Module):
         self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [T, H, Q], keys and values [T, G, Q]."""
-        q_THQ, key_TGQ, value_TGQ = (
-            projected.unflatten(-1, (-1, self.config.head_size)) for projected in self.qkv_proj(x_TD)
-        )
+        config = self.config
+        q_TX, key_TX, value_TX = self.qkv_proj.split(self.qkv_proj(x_TD))
+        q_THQ = q_TX.view(-1, config.num_heads, config.head_size)
+        key_TGQ = key_TX.view(-1, config.num_kv_heads, config.head_size)
+        value_TGQ = value_TX.view(-1, config.num_kv_heads, config.head_size)
         if self.q_norm is not None and self.k_norm is not None:
             q_THQ, key_TGQ = self.q_norm(q_THQ), self.k_norm(key_TGQ)
-        return self._rotated(q_THQ, cos_TP, sin_TP), self._rotated(key_TGQ, cos_TP, sin_TP), value_TGQ
-
-    def _rotated(self, x_TXQ: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
-        rotary, plain = x_TXQ.tensor_split([self.config.rope.size], dim=-1)
-        rotary = apply_rope(rotary, cos_TP, sin_TP, interleaved=False)
-        return torch.cat([rotary, plain], dim=-1) if plain.shape[-1] else rotary
+        for x_TXQ in (q_THQ, key_TGQ):
+            rotary = x_TXQ[..., : config.rope.size]
+            apply_rope(rotary, cos_TP, sin_TP, interleaved=False, out=rotary)
+        return q_THQ, key_TGQ, value_TGQ

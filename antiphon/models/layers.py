@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from antiphon.kernels.norm_rope import rms_norm
+from antiphon.kernels.activation import gated_silu
+from antiphon.kernels.norm_rope import add_rms_norm, rms_norm
 
 __all__ = [
     "Embedding",
@@ -83,9 +84,13 @@ class MergedLinear(nn.Module):
         self.weight = parameter(sum(self.sizes), in_size, dtype=dtype)
         self.bias = parameter(sum(self.sizes), dtype=dtype).zero_() if with_bias else None
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The output of each layer: views of one tensor."""
-        return torch.split(F.linear(x, self.weight, self.bias), self.sizes, dim=-1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All outputs, [..., sum of sizes]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def split(self, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The output of each layer: views."""
+        return torch.split(out, self.sizes, dim=-1)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name, rows in self.rows.items():
@@ -106,7 +111,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """See `kernels.norm_rope.rms_norm`."""
+    """See `kernels.norm_rope`."""
 
     def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -115,6 +120,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `residual + x`, and that sum."""
+        return add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
 
 
 class GatedFeedForward(nn.Module):
@@ -126,6 +135,5 @@ class GatedFeedForward(nn.Module):
         self.down_proj = Linear(width, hidden_size, dtype=dtype)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        gate_TF, up_TF = self.gate_up_proj(x_TD)
-        out_TD: torch.Tensor = self.down_proj(F.silu(gate_TF) * up_TF)
+        out_TD: torch.Tensor = self.down_proj(gated_silu(self.gate_up_proj(x_TD)))
         return out_TD

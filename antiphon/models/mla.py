@@ -95,7 +95,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
         metadata = current_micro_batch().attention
-        first_TX, latent_TC = self.first_proj(x_TD)
+        first_TX, latent_TC = self.first_proj.split(self.first_proj(x_TD))
         q_THQ = self._queries(first_TX, cos_TP, sin_TP)
         latent_TC = self._latents(latent_TC, cos_TP, sin_TP)
         write_latents(self.cache_blocks, metadata.slots_T, latent_TC)
@@ -127,10 +127,10 @@ class LatentAttention(nn.Module):
         """[T, H, Q + P2], rotary part behind. first_TX: the queries, or their bottleneck."""
         config = self.config
         q_TX = first_TX if config.query_rank is None else self.q_b_proj(self.q_a_layernorm(first_TX))
-        q_THQ = q_TX.unflatten(-1, (config.num_heads, config.head_size))
-        plain, rotary = torch.split(q_THQ, [config.query_size, config.rope.size], dim=-1)
-        rotary = apply_rope(rotary, cos_TP, sin_TP, interleaved=config.rope.interleaved)
-        return torch.cat([plain, rotary], dim=-1)
+        q_THQ: torch.Tensor = q_TX.view(-1, config.num_heads, config.head_size)
+        rotary = q_THQ[..., config.query_size :]
+        apply_rope(rotary, cos_TP, sin_TP, interleaved=config.rope.interleaved, out=rotary)
+        return q_THQ
 
     def _latents(self, latent_TC: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
         """[T, C + P2]: what the cache keeps of each token."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from antiphon.comm import Routes, Rows, Transport
 from antiphon.core.batch import current_micro_batch
-from antiphon.kernels.grouped_experts import grouped_experts
+from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 from antiphon.models.layers import GatedFeedForward, parameter
 from antiphon.runtime import Pending, finish
 
@@ -41,10 +41,13 @@ class MoELayer(nn.Module):
 class Experts(nn.Module):
     """This rank's experts, and the transport that brings the tokens to them."""
 
-    def __init__(self, transport: Transport, expert_width: int, *, label: str) -> None:
+    def __init__(
+        self, transport: Transport, expert_width: int, workspace: ExpertWorkspace | None = None, *, label: str
+    ) -> None:
         super().__init__()
         shape = transport.shape
         self.transport = transport
+        self.workspace = workspace
         self.label = label
         self.width = expert_width
         num_local = transport.experts_per_rank
@@ -59,7 +62,13 @@ class Experts(nn.Module):
     def compute(self, rows: Rows) -> torch.Tensor:
         """Partial sums [R, D] of the rows over this rank's experts."""
         return grouped_experts(
-            rows.x_RD, rows.ids_RK, rows.weights_RK, self.gate_up_EGD, self.down_EDF, out_RD=rows.out_RD
+            rows.x_RD,
+            rows.ids_RK,
+            rows.weights_RK,
+            self.gate_up_EGD,
+            self.down_EDF,
+            out_RD=rows.out_RD,
+            workspace=self.workspace,
         )
 
     def combine(self, partial_RD: torch.Tensor) -> Pending[torch.Tensor]:

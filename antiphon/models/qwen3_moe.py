@@ -6,6 +6,7 @@ Source: Qwen3 Technical Report.
 from __future__ import annotations
 
 from antiphon.core.errors import ModelError
+from antiphon.kernels.router import Scoring
 from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.gqa import GroupedQueryConfig
@@ -21,7 +22,7 @@ def read_qwen3_moe(file: ConfigFile) -> DecoderConfig:
     file.require("mlp_only_layers", ([], None), None)
     experts_key = "num_experts" if file.get("num_local_experts") is None else "num_local_experts"  # transformers 5
     routing = RoutingConfig(
-        scores="softmax",
+        scores=Scoring.SOFTMAX,
         num_experts=file.count(experts_key),
         top_k=file.count("num_experts_per_tok"),
         normalize=file.flag("norm_topk_prob", False),

@@ -6,7 +6,6 @@ Shapes: `T` tokens, `D` hidden size, `E` experts, `K` experts per token, `G` gro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +13,18 @@ from torch import nn
 
 from antiphon.comm import Routes
 from antiphon.core.errors import ModelError
+from antiphon.kernels.router import Scoring, choose_experts
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import parameter
 
-__all__ = ["Router", "RoutingConfig", "SigmoidRouter", "SoftmaxRouter", "check_groups", "make_router"]
+__all__ = ["Router", "RoutingConfig", "check_groups"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingConfig:
     """How experts are chosen and weighed."""
 
-    scores: Literal["sigmoid", "softmax"]
+    scores: Scoring
     num_experts: int
     top_k: int
     num_groups: int = 1
@@ -36,7 +36,7 @@ class RoutingConfig:
     @property
     def best_of_group(self) -> int:
         """How many of its best experts a group is judged by."""
-        return 2 if self.scores == "sigmoid" else 1
+        return 2 if self.scores is Scoring.SIGMOID else 1
 
 
 def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
@@ -56,62 +56,54 @@ def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
 
 
 class Router(nn.Module):
-    """What both kinds share: the weight, and the limit on groups."""
+    """Scores of all experts, perhaps a limit on groups, then the best ones.
+
+    Softmax: DeepSeek-V2 paper, 2.2, and Qwen3. Sigmoid, with a correction bias that only chooses: DeepSeek-V3 paper,
+    2.1.2, and GLM-4.5.
+    """
+
+    e_score_correction_bias: torch.Tensor | None
 
     def __init__(self, hidden_size: int, config: RoutingConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.wide = torch.promote_types(dtype, torch.float32)
         self.weight = parameter(config.num_experts, hidden_size, dtype=dtype)
+        biased = config.scores is Scoring.SIGMOID
+        self.register_buffer(
+            "e_score_correction_bias", torch.empty(config.num_experts, dtype=self.wide) if biased else None
+        )
 
-    def _wide_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TD.to(self.wide), self.weight.to(self.wide))
-
-    def _allowed(self, choice_TE: torch.Tensor) -> torch.Tensor:
-        """Minus infinity for the experts outside the best groups."""
+    def forward(self, x_TD: torch.Tensor) -> Routes:
         config = self.config
-        if config.top_groups == config.num_groups:
-            return choice_TE
+        if config.narrow:
+            logits_TE = F.linear(x_TD, self.weight).to(self.wide)
+        else:
+            logits_TE = F.linear(x_TD.to(self.wide), self.weight.to(self.wide))
+        if config.top_groups < config.num_groups:
+            return self._choose_in_groups(logits_TE)
+        ids_TK, weights_TK = choose_experts(
+            logits_TE,
+            config.top_k,
+            config.scores,
+            bias_E=self.e_score_correction_bias,
+            normalize=config.normalize,
+            scale=config.scale,
+        )
+        return Routes(ids_TK, weights_TK)
+
+    def _choose_in_groups(self, logits_TE: torch.Tensor) -> Routes:
+        """Only experts of the best groups can be chosen."""
+        config = self.config
+        scores_TE = logits_TE.sigmoid() if config.scores is Scoring.SIGMOID else logits_TE.softmax(-1)
+        choice_TE = scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias
         choice_TGe = choice_TE.view(-1, config.num_groups, config.num_experts // config.num_groups)
         group_scores_TG = choice_TGe.topk(config.best_of_group, dim=-1).values.sum(-1)
         best_TG = group_scores_TG.topk(config.top_groups, sorted=False).indices
         refused_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TG, False)
-        return choice_TGe.masked_fill(refused_TG.unsqueeze(-1), float("-inf")).flatten(1)
-
-    def _finished(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Routes:
-        if self.config.normalize:
+        choice_TE = choice_TGe.masked_fill(refused_TG.unsqueeze(-1), float("-inf")).flatten(1)
+        ids_TK = choice_TE.topk(config.top_k, sorted=False).indices
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if config.normalize:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        if self.config.scale != 1.0:
-            weights_TK = weights_TK * self.config.scale
-        return Routes(ids_TK, weights_TK)
-
-
-class SigmoidRouter(Router):
-    """Sigmoid scores, a correction bias that only chooses, and a limit on groups (DeepSeek-V3 paper, 2.1.2)."""
-
-    e_score_correction_bias: torch.Tensor
-
-    def __init__(self, hidden_size: int, config: RoutingConfig, *, dtype: torch.dtype) -> None:
-        super().__init__(hidden_size, config, dtype=dtype)
-        self.register_buffer("e_score_correction_bias", torch.empty(config.num_experts, dtype=self.wide))
-
-    def forward(self, x_TD: torch.Tensor) -> Routes:
-        scores_TE = self._wide_logits(x_TD).sigmoid()
-        ids_TK = self._allowed(scores_TE + self.e_score_correction_bias).topk(self.config.top_k, sorted=False).indices
-        return self._finished(ids_TK, scores_TE.gather(1, ids_TK))
-
-
-class SoftmaxRouter(Router):
-    """Softmax over all experts, then the best ones (DeepSeek-V2 paper, 2.2; Qwen3)."""
-
-    def forward(self, x_TD: torch.Tensor) -> Routes:
-        logits_TE = F.linear(x_TD, self.weight) if self.config.narrow else self._wide_logits(x_TD)
-        scores_TE = logits_TE.softmax(dim=-1, dtype=self.wide)
-        weights_TK, ids_TK = self._allowed(scores_TE).topk(self.config.top_k, sorted=False)
-        return self._finished(ids_TK, weights_TK)
-
-
-def make_router(hidden_size: int, config: RoutingConfig, *, dtype: torch.dtype) -> Router:
-    """The router that the config asks for."""
-    kind = SigmoidRouter if config.scores == "sigmoid" else SoftmaxRouter
-    return kind(hidden_size, config, dtype=dtype)
+        return Routes(ids_TK, weights_TK * config.scale)

@@ -9,7 +9,8 @@ import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from antiphon.comm import Routes
-from antiphon.models.router import RoutingConfig, SigmoidRouter
+from antiphon.kernels.router import Scoring
+from antiphon.models.router import Router, RoutingConfig
 from tests.models.twin import tiny_config
 
 NUM_TOKENS = 200
@@ -25,12 +26,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_pair(bias_size: float, **changes: Any) -> tuple[DeepseekV3TopkRouter, SigmoidRouter]:
+def make_pair(bias_size: float, **changes: Any) -> tuple[DeepseekV3TopkRouter, Router]:
     config = tiny_config(**changes)
     generator = torch.Generator().manual_seed(9)
     theirs = DeepseekV3TopkRouter(config)
     routing = RoutingConfig(
-        scores="sigmoid",
+        scores=Scoring.SIGMOID,
         num_experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
         num_groups=config.n_group,
@@ -38,7 +39,7 @@ def make_pair(bias_size: float, **changes: Any) -> tuple[DeepseekV3TopkRouter, S
         normalize=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
     )
-    ours = SigmoidRouter(config.hidden_size, routing, dtype=torch.float32)
+    ours = Router(config.hidden_size, routing, dtype=torch.float32)
     weight = torch.randn(theirs.weight.shape, generator=generator) * 0.3
     bias = torch.randn(config.n_routed_experts, generator=generator) * bias_size
     for router in (theirs, ours):
@@ -107,7 +108,7 @@ def test_the_group_limit_holds() -> None:
 @torch.inference_mode()
 def test_scores_are_computed_in_float32_for_a_bfloat16_model() -> None:
     _, wide = make_pair(0.2, n_group=4, topk_group=2)
-    narrow = SigmoidRouter(24, wide.config, dtype=torch.bfloat16)
+    narrow = Router(24, wide.config, dtype=torch.bfloat16)
     narrow.weight.data.copy_(wide.weight)
     wide.weight.data.copy_(narrow.weight)
     for router in (wide, narrow):
