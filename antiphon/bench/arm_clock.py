@@ -9,6 +9,7 @@ times of the others. Knows nothing of what an arm does.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from antiphon.comm import RankGroup
 from antiphon.runtime.device import synchronize
 from antiphon.runtime.timing import timer_for
 
-__all__ = ["ArmClock", "Timed", "meet"]
+__all__ = ["ArmClock", "Timed", "meet", "tell"]
 
 T = TypeVar("T")
+
+_LOADED_S = time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +62,9 @@ def meet(group: RankGroup) -> None:
     if group.size > 1:
         mine = torch.zeros(1, dtype=torch.int64)
         group.all_gather(torch.empty(group.size, dtype=torch.int64), mine, "the start of an arm").wait()
+
+
+def tell(group: RankGroup, text: str) -> None:
+    """A line of progress on stderr, from rank 0 alone, with the seconds since this module was loaded."""
+    if group.rank == 0:
+        print(f"{time.perf_counter() - _LOADED_S:7.1f} s: {text}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from antiphon.bench.arm_clock import ArmClock
+from antiphon.bench.arm_clock import ArmClock, tell
 from antiphon.bench.compute_bodies import UNITS, Body, make_body
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport, TransportPart, create_transport
 from antiphon.comm.row_format import RowFormat
@@ -48,7 +48,8 @@ class _Exchanges:
     def __init__(self, transport: Transport, num_tokens: int) -> None:
         shape, device = transport.shape, transport.streams.device
         self.transport = transport
-        self.num_bytes = 0  # to or from other ranks, of one exchange
+        row_bytes = RowFormat(shape).row_bytes + shape.hidden_size * shape.dtype.itemsize
+        self.num_bytes = (transport.group.size - 1) * num_tokens * row_bytes  # from a rank to its peers, in both phases
         self._tokens_by_rank = (num_tokens,) * transport.group.size
         generator = torch.Generator(device).manual_seed(transport.group.rank)
         self._x_TD = torch.randn(num_tokens, shape.hidden_size, generator=generator, device=device).to(shape.dtype)
@@ -83,7 +84,6 @@ class _Exchanges:
             if compute is not None:
                 compute()
             back.wait()
-            self.num_bytes = sent.num_bytes + back.num_bytes
             switch("the next exchange")
 
     def _whole(self) -> torch.Tensor:
@@ -114,12 +114,19 @@ def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str,
     tokens_by_size = {size: max(1, round(size / peer_row_bytes)) for size in options["sizes"]}
     transports = {
         name: create_transport(
-            name, shape, group=group, streams=streams, num_lanes=NUM_LANES, max_tokens=max(tokens_by_size.values())
+            name,
+            shape,
+            group=group,
+            streams=streams,
+            num_lanes=NUM_LANES,
+            max_tokens=max(tokens_by_size.values()),
+            peer_access=options["peer_access"],
         )
         for name in options["transports"]
     }
     bodies = [make_body(name, device) for name in options["beside"]]
     clock = ArmClock(group, device)
+    tell(group, f"{len(transports)} transports are ready")
     cells = []
     for size, num_tokens in tokens_by_size.items():
         trials = {name: _Exchanges(transport, num_tokens) for name, transport in transports.items()}
@@ -127,6 +134,7 @@ def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str,
         measured = _measure_size(group, clock, trials, beside, repeats=options["repeats"])
         for name, times in measured.items():
             cells.append({"transport": name, "size_bytes": size, "tokens": num_tokens, **times})
+        tell(group, f"exchanges of {size} bytes are measured")
     return {"device": describe(device), "versions": versions(), "cells": cells}
 
 

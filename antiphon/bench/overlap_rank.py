@@ -1,10 +1,10 @@
-"""The rank's side of `antiphon bench overlap`: one model, every transport, the arms S, C, D, C2 and M by turns.
+"""The rank's side of `antiphon bench overlap`: one model, every transport, the arms S, C, M, D and C2 by turns.
 
-    for repeat:                            serial, whole        S
-        for transport:                     serial, no link      C   right after S: the buffers hold rows of this cut
-            S  C  D  C2  M                 split, whole         D
-                                           split, no link       C2  right after D, for the same reason
-                                           serial, link only    M   the transport's calls alone
+    for repeat:                 S   serial, whole
+        for transport:          C   serial, no link      after S: the buffers and counts are those of this cut
+            S  C  M  D  C2      M   serial, link only    the transport's calls alone; after S for the same reason
+                                D   split, whole
+                                C2  split, no link       after D
 
 Routes are the same in all arms: M sends by the routes that the routers gave to S. Every S and D is compared with the
 first S of the first transport, outside of what is timed.
@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from antiphon.bench.arm_clock import ArmClock
+from antiphon.bench.arm_clock import ArmClock, tell
 from antiphon.comm import RankGroup, Routes, Transport, TransportPart, create_transport
 from antiphon.core.batch import Batch, MicroBatch, RequestSlice
 from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
@@ -39,7 +39,7 @@ from antiphon.splitting import find_cut, join, split
 
 __all__ = ["ARMS", "measure_steps", "relative_errors", "use_transport"]
 
-ARMS = ("S", "C", "D", "C2", "M")
+ARMS = ("S", "C", "M", "D", "C2")
 _WARM_UPS = 2
 _BLOCK_SIZE = 16
 
@@ -90,6 +90,7 @@ class _Trial:
                 streams=self.streams,
                 num_lanes=options["micro_batches"],
                 max_tokens=max_tokens,
+                peer_access=options["peer_access"],
             )
             for name in options["transports"]
         }
@@ -172,6 +173,11 @@ def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any
     trial = _Trial(group, device, options)
     clock = ArmClock(group, device)
     config = trial.config
+    tell(group, f"model and {len(trial.transports)} transports are ready")
+    steps = []
+    for num_tokens in options["tokens"]:
+        steps.append({"tokens": num_tokens, "transports": _measure(trial, clock, num_tokens)})
+        tell(group, f"steps of {num_tokens} tokens are measured")
     return {
         "device": describe(device),
         "versions": versions(),
@@ -183,7 +189,7 @@ def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any
             "experts": config.num_experts,
             "top_k": config.top_k,
         },
-        "steps": [{"tokens": tokens, "transports": _measure(trial, clock, tokens)} for tokens in options["tokens"]],
+        "steps": steps,
     }
 
 
@@ -204,9 +210,9 @@ def _measure(trial: _Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[
             arms: dict[str, tuple[TransportPart, Callable[[], Any]]] = {
                 "S": (TransportPart.WHOLE, partial(trial.run_step, serial)),
                 "C": (TransportPart.COMPUTE_ONLY, partial(trial.run_step, serial)),
+                "M": (TransportPart.LINK_ONLY, partial(trial.run_link, transport, x_TD, routes)),
                 "D": (TransportPart.WHOLE, partial(trial.run_step, dual)),
                 "C2": (TransportPart.COMPUTE_ONLY, partial(trial.run_step, dual)),
-                "M": (TransportPart.LINK_ONLY, partial(trial.run_link, transport, x_TD, routes)),
             }
             cell = cells[name]
             for arm in ARMS:

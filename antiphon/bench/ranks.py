@@ -190,12 +190,19 @@ def _main() -> int:
     try:
         content, code = json.dumps({"returned": _call(rank, folder)}), 0
     except BaseException as error:
-        report = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-        content, code = json.dumps(report), 1
+        content, code = _failure(type(error).__name__, str(error), traceback.format_exc()), 1
+    _write_result(rank, folder, content)
+    return code
+
+
+def _failure(kind: str, message: str, told: str = "") -> str:
+    return json.dumps({"kind": kind, "message": message, "traceback": told or f"{kind}: {message}"})
+
+
+def _write_result(rank: int, folder: Path, content: str) -> None:
     unfinished = folder / f"unfinished-{rank}"
     unfinished.write_text(content)
     unfinished.rename(folder / f"result-{rank}")
-    return code
 
 
 if __name__ == "__main__":
