@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from antiphon.comm import RankGroup, Transport, create_transport
+from antiphon.comm import RankGroup, Transport, create_transport, parse_transport
 from antiphon.core.errors import OptionError
 from antiphon.engine.cache_size import measured_cache
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.kv_cache import BlockPool, allocate_cache
+from antiphon.engine.messages import Ready
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampler import Sampler
 from antiphon.engine.scheduler import Scheduler
@@ -27,10 +28,10 @@ from antiphon.models import (
 )
 from antiphon.planning import Planner
 from antiphon.runtime import streams_for
-from antiphon.runtime.device import activate, device_for_rank
+from antiphon.runtime.device import activate, describe, device_for_rank
 from antiphon.timeline import StepRecorder
 
-__all__ = ["build_engine"]
+__all__ = ["build_engine", "ready_message"]
 
 
 def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
@@ -40,12 +41,13 @@ def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
     activate(device)
     streams = streams_for(device)
     transport = create_transport(
-        config.transport,
+        parse_transport(options.transport),
         expert_shape(config.model, config.dtype),
         group=group,
         streams=streams,
         num_lanes=options.policy.micro_batches,
         max_tokens=config.max_num_batched_tokens,
+        peer_access=options.peer_access,
     )
     model = _load(config, transport)
     cache = config.cache or measured_cache(config, model, streams=streams, group=group)
@@ -79,6 +81,12 @@ def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
         recorder=recorder,
         stats=StepStats(options.policy.micro_batches),
     )
+
+
+def ready_message(engine: StepEngine) -> Ready:
+    """What a rank tells the front when `build_engine` is done."""
+    transport = engine.transport
+    return Ready(device_name=describe(transport.streams.device), transport_name=transport.name, cache=engine.cache)
 
 
 def _load(config: ResolvedConfig, transport: Transport) -> CausalLM:

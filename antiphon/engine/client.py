@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from antiphon.comm import RankGroup
 from antiphon.core.errors import EngineError
 from antiphon.core.policy import OverlapPolicy
-from antiphon.engine.build import build_engine
+from antiphon.engine.build import build_engine, ready_message
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.messages import Ready
 from antiphon.engine.request import Request, TokenOutput
-from antiphon.runtime.device import describe
+from antiphon.engine.step import StepEngine
+from antiphon.runtime.device import release_unused
 from antiphon.timeline import StepTimeline
 
 __all__ = ["Client", "InProcessClient"]
@@ -59,43 +61,47 @@ class InProcessClient:
     """One rank, in this process: no worker is started."""
 
     def __init__(self, config: ResolvedConfig) -> None:
-        self._engine = build_engine(config, RankGroup(rank=0, size=1))
-        self.ready = Ready(device_name=describe(self._engine.transport.streams.device), cache=self._engine.cache)
+        engine = build_engine(config, RankGroup(rank=0, size=1))
+        self.ready = ready_message(engine)
+        self._engine: StepEngine | None = engine
         self._ended = ""
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
-        self._check()
-        self._engine.scheduler.add(requests_by_rank[0])
+        self._running().scheduler.add(requests_by_rank[0])
 
     def abort(self, request_ids: Sequence[int]) -> None:
-        self._engine.scheduler.abort(request_ids)
+        if self._engine is not None:
+            self._engine.scheduler.abort(request_ids)
 
     def poll(self) -> list[TokenOutput]:
-        self._check()
+        engine = self._running()
         try:
-            return self._engine.step().outputs
+            return engine.step().outputs
         except Exception as error:
             self._ended = f"a step failed on rank 0: {type(error).__name__}: {error}"
             raise EngineError(self._ended) from error
         except BaseException:  # Ctrl-C: the scheduler has committed nothing of this step
-            self._engine.transport.reset()
+            engine.transport.reset()
             raise
 
     def reconfigure(self, policy: OverlapPolicy) -> None:
-        self._check()
-        self._engine.reconfigure(policy)
+        self._running().reconfigure(policy)
 
     def statistics(self) -> list[dict[str, Any]]:
-        self._check()
-        return [self._engine.statistics()]
+        return [self._running().statistics()]
 
     def timelines(self) -> list[list[StepTimeline]]:
-        self._check()
-        return [list(self._engine.recorder.steps)]
+        return [list(self._running().recorder.steps)]
 
     def close(self) -> None:
         self._ended = self._ended or "it was closed"
+        if self._engine is not None:
+            device = self._engine.transport.streams.device
+            self._engine = None  # weights and cache go now, not when the caller forgets the LLM
+            with suppress(RuntimeError):  # a device that has failed has said so before
+                release_unused(device)
 
-    def _check(self) -> None:
-        if self._ended:
+    def _running(self) -> StepEngine:
+        if self._ended or self._engine is None:
             raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")
+        return self._engine

@@ -107,7 +107,10 @@ class EngineConfig:
         dtype_name = _DEFAULT_DTYPES[device_kind] if self.dtype == "auto" else self.dtype
         shape = expert_shape(model, DTYPES[dtype_name])
         shape.experts_per_rank(self.ranks)
-        transport, transport_reason = choose_transport(requested, shape, self.ranks)
+        peer_access = settle_peer_access(self.peer_access)
+        transport, transport_reason = choose_transport(
+            requested, shape, self.ranks, device_kind=device_kind, peer_access=peer_access
+        )
         load_transport(transport, device_kind)
         if self.load_format != "dummy":
             check_checkpoint(Checkpoint(Path(source)), skeleton(model).checkpoint_tensors())
@@ -125,7 +128,7 @@ class EngineConfig:
                 self,
                 model=str(source),
                 policy=settle_policy(self.policy, self.ranks),
-                peer_access=settle_peer_access(self.peer_access),
+                peer_access=peer_access,
             ),
             requested_dbo=self.policy.dbo,
             model=model,
@@ -183,9 +186,13 @@ class ResolvedConfig:
     # set when the ranks have started
     device_name: str = ""
 
-    def started(self, *, device_name: str, cache: CacheSize) -> ResolvedConfig:
-        """With what only the ranks could tell."""
-        return replace(self, device_name=device_name, cache=cache)
+    def started(self, *, device_name: str, transport_name: str, cache: CacheSize) -> ResolvedConfig:
+        """With what only the ranks could tell: whether their devices reach each other is seen on the devices."""
+        started = replace(self, device_name=device_name, cache=cache)
+        if self.options.transport != "auto" or transport_name == self.transport.name:
+            return started
+        reason = f"not {self.transport}, for not all of these devices reach each other's memory"
+        return replace(started, transport=TransportSpec(name=transport_name), transport_reason=reason)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -144,7 +144,9 @@ class LLM:
         self._client: Client = InProcessClient(self.config) if ranks == 1 else WorkerClient(self.config)
         self._close = weakref.finalize(self, self._client.close)
         ready = self._client.ready
-        self.config = self.config.started(device_name=ready.device_name, cache=ready.cache)
+        self.config = self.config.started(
+            device_name=ready.device_name, transport_name=ready.transport_name, cache=ready.cache
+        )
         self._num_requests = 0
 
     def __enter__(self) -> Self:

@@ -98,6 +98,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The rank has loaded its model. What it says is the same on all ranks."""
 
     device_name: str
+    transport_name: str
     cache: CacheSize
 
 

@@ -23,14 +23,13 @@ import zmq
 
 from antiphon.comm import ProgressBoard, RankGroup
 from antiphon.core.errors import AntiphonError
-from antiphon.engine.build import build_engine
+from antiphon.engine.build import build_engine, ready_message
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.messages import (
     Answer,
     Ask,
     Failed,
     FromWorker,
-    Ready,
     Reconfigure,
     Stop,
     Tokens,
@@ -40,7 +39,6 @@ from antiphon.engine.messages import (
     encode,
 )
 from antiphon.engine.step import StepEngine
-from antiphon.runtime.device import describe
 
 __all__ = ["OPTIONS_FILE", "PROGRESS_FILE", "SOCKET_FILE", "START_S", "main", "read_report", "report_and_exit"]
 
@@ -146,7 +144,7 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
     board.mark(rank, "loading the model")
     engine = build_engine(config, group)
     board.mark(rank, "ready")
-    _send(socket, Ready(device_name=describe(engine.transport.streams.device), cache=engine.cache))
+    _send(socket, ready_message(engine))
     Worker(socket, engine).run()
     group.close()
 

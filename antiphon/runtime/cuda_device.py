@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["activate", "describe", "memory", "num_devices", "peak_bytes", "reset_peak", "synchronize"]
+__all__ = ["activate", "describe", "memory", "num_devices", "peak_bytes", "release_unused", "reset_peak", "synchronize"]
 
 
 def num_devices() -> int:
@@ -28,9 +28,13 @@ def memory(device: torch.device) -> tuple[int, int]:
     return int(free_bytes), int(total_bytes)
 
 
-def reset_peak(device: torch.device) -> None:
+def release_unused(device: torch.device) -> None:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
+
+
+def reset_peak(device: torch.device) -> None:
+    release_unused(device)
     torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "memory",
     "num_devices",
     "peak_bytes",
+    "release_unused",
     "reset_peak",
     "synchronize",
 ]
@@ -82,8 +83,16 @@ def memory(device: torch.device) -> DeviceMemory:
     return DeviceMemory(*cuda_device.memory(device))
 
 
+def release_unused(device: torch.device) -> None:
+    """Give memory that no tensor uses back to the device, for other processes and libraries; waits for the device."""
+    if device.type != "cpu":
+        from antiphon.runtime import cuda_device
+
+        cuda_device.release_unused(device)
+
+
 def reset_peak(device: torch.device) -> None:
-    """Give unused memory back to the device and let `peak_bytes` count from now on. The CPU cannot start afresh."""
+    """`release_unused`, and let `peak_bytes` count from now on. The CPU cannot start afresh."""
     if device.type != "cpu":
         from antiphon.runtime import cuda_device
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 
 from antiphon import LLM, SamplingParams
-from antiphon.core.errors import OptionError
+from antiphon.core.errors import EngineError, OptionError
 from antiphon.engine import settle
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.kv_cache import CacheSize
@@ -85,7 +86,9 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
     with pytest.raises(AssertionError, match="not measured"):
         _ = config.kv_capacity_tokens
 
-    started = config.started(device_name="Some GPU", cache=CacheSize(num_blocks=101, source="90% of it"))
+    started = config.started(
+        device_name="Some GPU", transport_name="local", cache=CacheSize(num_blocks=101, source="90% of it")
+    )
     assert started.kv_capacity_tokens == 1600
     described = dict(started.describe())
     assert described["ranks"].startswith("1 on Some GPU, ")
@@ -126,7 +129,7 @@ def test_the_largest_step(
 
 
 def test_the_ready_message_carries_the_cache() -> None:
-    ready = Ready(device_name="Some GPU", cache=CacheSize(num_blocks=7, source="why"))
+    ready = Ready(device_name="Some GPU", transport_name="host-staged", cache=CacheSize(num_blocks=7, source="why"))
     assert decode_from_worker(encode(ready)) == ready
 
 
@@ -151,3 +154,50 @@ def test_an_option_without_effect_says_so(caplog: pytest.LogCaptureFixture) -> N
     assert message == "gpu_memory_utilization=0.5 has no effect: the size of the KV cache is the default for CPUs"
     assert stats["device"].startswith("CPU (")
     assert stats["kv_cache"] == {"tokens": llm.config.kv_capacity_tokens, "source": "the default for CPUs"}
+
+
+def test_closing_lets_the_weights_go_though_the_llm_is_kept() -> None:
+    llm = LLM(device="cpu")
+    llm.generate("Once", SamplingParams(max_tokens=2))
+    model = weakref.ref(llm._client._engine.runner.model)  # type: ignore[attr-defined]
+    assert model() is not None
+    llm.close()
+    assert model() is None
+    with pytest.raises(EngineError, match="it was closed"):
+        llm.generate("Once")
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("transport", "peer_access", "found", "expected", "reason"),
+    [
+        ("auto", True, "copy-engine", "copy-engine", "copies between peers"),
+        ("auto", True, "host-staged", "host-staged", "not copy-engine, for not all of these devices reach"),
+        ("auto", False, "host-staged", "host-staged", "without peer access"),
+        ("alltoall", True, "alltoall", "alltoall", "as asked"),
+        ("some.module:Class", True, "its-own-name", "some.module:Class", "as asked"),
+    ],
+)
+def test_the_transport_on_gpus(
+    transport: str,
+    peer_access: bool,
+    found: str,
+    expected: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chosen before anything starts, and corrected by what the ranks find."""
+    machine_with(monkeypatch, 2)
+    monkeypatch.setattr("antiphon.engine.config.load_transport", lambda *_: None)
+    config = EngineConfig(ranks=2, transport=transport, peer_access=peer_access).resolve()
+    started = config.started(device_name="GPU", transport_name=found, cache=CacheSize(num_blocks=3, source=""))
+    assert started.transport.name == expected
+    assert reason in started.transport_reason
+
+
+def test_peer_copies_that_are_forbidden_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_with(monkeypatch, 2)
+    with pytest.raises(OptionError, match="copy-engine.* needs peer access"):
+        EngineConfig(ranks=2, transport="copy-engine", peer_access=False).resolve()
+    with pytest.raises(OptionError, match="copy-engine.*on CPUs use"):
+        EngineConfig(ranks=2, transport="copy-engine", device="cpu").resolve()
