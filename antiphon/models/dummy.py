@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import torch
@@ -15,8 +16,9 @@ __all__ = ["fill_dummy_weights"]
 def fill_dummy_weights(model: CausalLM, *, seed: int = 0) -> None:
     """Fill every weight of a model in place, by a generator on its own device.
 
-    Norms are 1, biases 0, embeddings normal, other weights normal with variance 1 / inputs, so that activations stay
-    finite at any depth. Values depend on the seed, the checkpoint's name of the tensor and the kind of device: what
+    Norms are 1, biases 0, embeddings normal, other weights normal with deviation 1 / sqrt(inputs), a tenth of it for
+    what is added to the hidden states: activations stay finite at any depth, and tokens stay different, as routing by
+    the model needs it. Values depend on the seed, the checkpoint's name of the tensor and the kind of device: what
     all ranks hold is the same on all of them, and an expert is the same on whichever rank it is.
     """
     generators: dict[torch.device, torch.Generator] = {}
@@ -27,4 +29,11 @@ def fill_dummy_weights(model: CausalLM, *, seed: int = 0) -> None:
         if tensor.device not in generators:
             generators[tensor.device] = torch.Generator(tensor.device)
         generator = generators[tensor.device].manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        tensor.normal_(0.0, 1.0 if "embed_tokens" in name else tensor.shape[-1] ** -0.5, generator=generator)
+        tensor.normal_(0.0, _deviation(name, tensor.shape[-1]), generator=generator)
+
+
+def _deviation(name: str, num_inputs: int) -> float:
+    if "embed_tokens" in name:
+        return 1.0
+    share = 0.1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+    return share / math.sqrt(num_inputs)

@@ -206,3 +206,57 @@ def test_keys_with_defaults_may_be_missing(folder: Path) -> None:
     assert isinstance(config, DecoderConfig)
     assert (config.attention.bias, config.attention.rope.interleaved, config.routing.normalize) == (False, True, True)
     assert (config.attention.query_rank, config.num_shared_experts, config.tied_embeddings) == (None, 0, False)
+
+
+# ---- the other architectures
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob=True, which is not supported; only False or None"),
+        ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc', which is not supported"),
+        ("deepseek-v2", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid', which is not supported"),
+        ("deepseek-v2", {"mlp_bias": True}, "mlp_bias=True, which is not supported"),
+        ("deepseek-v2", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("deepseek-v2", {"topk_method": "group_limited_greedy", "n_group": None}, "n_group=None; an integer"),
+        ("qwen3-moe", {"use_sliding_window": True}, "use_sliding_window=True, which is not supported"),
+        ("qwen3-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2, which is not supported; only 1"),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "mlp_only_layers=[0], which is not supported"),
+        ("qwen3-moe", {"partial_rotary_factor": 0.6}, "partial_rotary_factor below 1, which is not supported"),
+        ("qwen3-moe", {"num_key_value_heads": 4}, "num_attention_heads=6, num_key_value_heads=4; the first must be"),
+        ("qwen3-moe", {"num_experts_per_tok": 13}, "num_experts_per_tok=13"),
+        ("qwen3-moe", {"head_dim": 0}, "head_dim=0"),
+        ("qwen3-moe", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("qwen3-moe", {"quantization_config": {"quant_method": "fp8"}}, "is quantised ('fp8')"),
+        ("glm4-moe", {"partial_rotary_factor": 0.25}, "of head_dim=12, which is 3 dimensions; pairs need an even"),
+        ("glm4-moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5; a number above 0, at most 1"),
+        ("glm4-moe", {"partial_rotary_factor": "half"}, "partial_rotary_factor='half'; a number"),
+        ("glm4-moe", {"n_group": 5}, "groups must divide the experts"),
+        ("glm4-moe", {"use_qk_norm": 1}, "use_qk_norm=1; true or false is needed"),
+        ("glm4-moe", {"n_shared_experts": None}, "n_shared_experts=None; an integer"),
+    ],
+)
+def test_what_other_architectures_do_not_support(
+    tmp_path: Path, kind: str, changes: dict[str, Any], message: str
+) -> None:
+    config = tiny_config(kind)
+    config.save_pretrained(tmp_path)
+    rope = {key: value for key, value in config.rope_parameters.items() if key not in changes}
+    rewrite_config(tmp_path, rope_parameters=rope, **changes)
+    assert message in error_of(tmp_path)
+
+
+def test_older_checkpoints_name_rotary_parameters_at_the_top(tmp_path: Path) -> None:
+    tiny_config("glm4-moe").save_pretrained(tmp_path)
+    rewrite_config(tmp_path, remove=["rope_parameters"], rope_theta=500, partial_rotary_factor=0.5, rope_scaling=None)
+    config = read_config(tmp_path)
+    assert isinstance(config, DecoderConfig)
+    assert (config.attention.rope.theta, config.attention.rope.size) == (500.0, 6)
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+def test_both_names_of_the_number_of_experts(tmp_path: Path, key: str) -> None:
+    tiny_config("qwen3-moe").save_pretrained(tmp_path)
+    rewrite_config(tmp_path, remove={"num_experts", "num_local_experts"} - {key}, **{key: 12})
+    assert read_config(tmp_path).num_experts == 12

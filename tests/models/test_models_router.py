@@ -1,4 +1,4 @@
-"""The sigmoid router alone against the one of transformers."""
+"""Routers alone against those of transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from antiphon.comm import Routes
 from antiphon.kernels.router import Scoring
@@ -124,3 +126,63 @@ def test_no_tokens() -> None:
     _, ours = make_pair(0.2, n_group=4, topk_group=2)
     routes = ours(torch.empty(0, 24))
     assert routes.ids_TK.shape == routes.weights_TK.shape == (0, 3)
+
+
+# ---- softmax
+
+
+@pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (4, 2), (4, 1), (12, 5), (4, 4)])
+@torch.inference_mode()
+def test_softmax_in_groups(num_groups: int, top_groups: int) -> None:
+    """As DeepSeek-V2: a group is as good as its best expert, and weights are not normalised."""
+    changes = {"topk_method": "group_limited_greedy", "n_group": num_groups, "topk_group": top_groups}
+    theirs = DeepseekV2TopkRouter(tiny_config("deepseek-v2", **changes))
+    routing = RoutingConfig(
+        scores=Scoring.SOFTMAX,
+        num_experts=12,
+        top_k=3,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        normalize=False,
+        scale=1.7,
+    )
+    assert_alike(theirs, Router(24, routing, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@torch.inference_mode()
+def test_softmax(normalize: bool) -> None:
+    theirs = Qwen3MoeTopKRouter(tiny_config("qwen3-moe", norm_topk_prob=normalize))
+    routing = RoutingConfig(scores=Scoring.SOFTMAX, num_experts=12, top_k=3, normalize=normalize, narrow=True)
+    assert_alike(theirs, Router(24, routing, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@torch.inference_mode()
+def test_where_a_bfloat16_model_rounds(narrow: bool) -> None:
+    """Qwen3 rounds its logits as it was trained; DeepSeek-V2 does not."""
+    routing = RoutingConfig(scores=Scoring.SOFTMAX, num_experts=12, top_k=12, normalize=False, narrow=narrow)
+    router = Router(24, routing, dtype=torch.bfloat16)
+    router.weight.data.copy_(torch.randn(12, 24, generator=torch.Generator().manual_seed(1)))
+    x_TD = make_tokens(24).to(torch.bfloat16)
+    wide_TE = x_TD.float() @ router.weight.float().t()
+    rounded_TE = (x_TD @ router.weight.t()).float()
+    routes = router(x_TD)
+    assert routes.weights_TK.dtype == torch.float32
+    actual_TE = dense(routes.ids_TK, routes.weights_TK, 12)
+    expected_TE, other_TE = (rounded_TE, wide_TE) if narrow else (wide_TE, rounded_TE)
+    torch.testing.assert_close(actual_TE, expected_TE.softmax(-1), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(actual_TE, other_TE.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+def assert_alike(theirs: torch.nn.Module, ours: Router) -> None:
+    weight = torch.randn(12, 24, generator=torch.Generator().manual_seed(2)) * 0.3
+    theirs.weight.data.copy_(weight)
+    ours.weight.data.copy_(weight)
+    x_TD = make_tokens(24)
+    _, their_weights, their_ids = theirs(x_TD)
+    routes = ours(x_TD)
+    assert chosen(routes.ids_TK) == chosen(their_ids)
+    torch.testing.assert_close(
+        dense(routes.ids_TK, routes.weights_TK, 12), dense(their_ids, their_weights, 12), rtol=1e-5, atol=1e-6
+    )
