@@ -35,21 +35,21 @@ def gather_keys_values(
 
 
 def prefill_attention(
-    q_SHQ: torch.Tensor, key_LGQ: torch.Tensor, value_LGQ: torch.Tensor, scale: float
+    q_NSHQ: torch.Tensor, key_NLGQ: torch.Tensor, value_NLGQ: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal attention of the last `S` of `L` tokens of one request: [S, H, Q]. Keys and values are of all `L`."""
-    num_new, length = q_SHQ.shape[0], key_LGQ.shape[0]
+    """Causal attention of the last `S` of `L` tokens of `N` requests: [N, S, H, Q]. Keys and values are of all `L`."""
+    num_new, length = q_NSHQ.shape[1], key_NLGQ.shape[1]
     mask = None if num_new == length else _lower_right_mask(num_new, length)
-    out_BHSQ = F.scaled_dot_product_attention(
-        q_SHQ.transpose(0, 1).unsqueeze(0),  # with a batch dimension: torch's fused kernels take nothing else
-        key_LGQ.transpose(0, 1).unsqueeze(0),
-        value_LGQ.transpose(0, 1).unsqueeze(0),
+    out_NHSQ = F.scaled_dot_product_attention(
+        q_NSHQ.transpose(1, 2),
+        key_NLGQ.transpose(1, 2),
+        value_NLGQ.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=True,
     )
-    return out_BHSQ.squeeze(0).transpose(0, 1)
+    return out_NHSQ.transpose(1, 2)
 
 
 def _lower_right_mask(num_new: int, length: int) -> torch.Tensor:

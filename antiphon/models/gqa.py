@@ -1,17 +1,18 @@
 """Grouped-query attention over the paged cache of keys and values.
 
-Shapes: `T` tokens, `D` hidden size, `H` query heads, `G` key/value heads, `Q` dimensions of a head, `L` tokens of
-context and new ones, `P` pairs of rotary dimensions.
+Shapes: `T` tokens, `D` hidden size, `H` query heads, `G` key/value heads, `Q` dimensions of a head, `N` requests
+of the same length, `S` new tokens and `L` tokens of context and new ones of each, `P` pairs of rotary dimensions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from antiphon.core.batch import current_micro_batch
+from antiphon.core.batch import PrefillSlice, current_micro_batch
 from antiphon.core.errors import ModelError
 from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values, prefill_attention, write_keys_values
 from antiphon.kernels.norm_rope import apply_rope
@@ -91,15 +92,21 @@ class GroupedQueryAttention(nn.Module):
         order_point(("keys and values", self.layer))
 
         out_THQ = q_THQ.new_empty(q_THQ.shape)
-        for prefill in metadata.prefills:
-            rows = slice(prefill.start, prefill.stop)
+        for run in _runs(metadata.prefills):
+            rows, per_request = slice(run[0].start, run[-1].stop), (len(run), -1)
             key_LGQ, value_LGQ = key_TGQ[rows], value_TGQ[rows]
-            if prefill.context_len > 0:
-                length = prefill.context_len + prefill.stop - prefill.start
+            if run[0].context_len > 0:
+                length = run[0].context_len + run[0].stop - run[0].start
                 key_LGQ, value_LGQ = gather_keys_values(
-                    self.cache_blocks, prefill.block_ids_B, length, self.config.head_size
+                    self.cache_blocks, run[0].block_ids_B, length, self.config.head_size
                 )
-            out_THQ[rows] = prefill_attention(q_THQ[rows], key_LGQ, value_LGQ, self.scale)
+            out_NSHQ = prefill_attention(
+                torch.unflatten(q_THQ[rows], 0, per_request),
+                torch.unflatten(key_LGQ, 0, per_request),
+                torch.unflatten(value_LGQ, 0, per_request),
+                self.scale,
+            )
+            out_THQ[rows] = out_NSHQ.flatten(0, 1)
         if (decodes := metadata.decodes) is not None:
             out_THQ[decodes.rows_N] = decode_attention(
                 q_THQ[decodes.rows_N], self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale
@@ -122,3 +129,20 @@ class GroupedQueryAttention(nn.Module):
             rotary = x_TXQ[..., : config.rope.size]
             apply_rope(rotary, cos_TP, sin_TP, interleaved=False, out=rotary)
         return q_THQ, key_TGQ, value_TGQ
+
+
+def _runs(prefills: Sequence[PrefillSlice]) -> Iterator[list[PrefillSlice]]:
+    """Slices that one call of attention can take: neighbours of the same length without context, or one alone."""
+    run: list[PrefillSlice] = []
+    for prefill in prefills:
+        if run and not _alike(run[-1], prefill):
+            yield run
+            run = []
+        run.append(prefill)
+    if run:
+        yield run
+
+
+def _alike(first: PrefillSlice, second: PrefillSlice) -> bool:
+    same_length = first.stop - first.start == second.stop - second.start
+    return same_length and first.stop == second.start and first.context_len == second.context_len == 0

@@ -67,6 +67,11 @@ def make_cache(texts: list[Text], *, filling: float = float("nan")) -> torch.Ten
     return cache
 
 
+def attend(q_SHQ: torch.Tensor, key_LGQ: torch.Tensor, value_LGQ: torch.Tensor) -> torch.Tensor:
+    """Prefill of one request."""
+    return prefill_attention(q_SHQ.unsqueeze(0), key_LGQ.unsqueeze(0), value_LGQ.unsqueeze(0), SCALE)[0]
+
+
 def full_attention(text: Text) -> torch.Tensor:
     """[L, H, Q] by the formula, in float64, one query head after the other."""
     q_LHQ, key_LGQ, value_LGQ = (x.cpu().double() for x in (text.q_LHQ, text.key_LGQ, text.value_LGQ))
@@ -90,8 +95,16 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
 @pytest.mark.parametrize("context", [0, 1, 6, 12])
 def test_prefill(heads: tuple[int, int, int], context: int, dtype: torch.dtype) -> None:
     text = make_text(13, heads, seed=1, dtype=dtype)
-    out = prefill_attention(text.q_LHQ[context:], text.key_LGQ, text.value_LGQ, SCALE)
+    out = attend(text.q_LHQ[context:], text.key_LGQ, text.value_LGQ)
     assert_near(out, full_attention(text)[context:], dtype)
+
+
+@pytest.mark.parametrize("context", [0, 6])
+def test_prefill_of_several_requests(context: int) -> None:
+    texts = [make_text(13, (6, 2, 10), seed=seed, dtype=torch.float64) for seed in range(3)]
+    q, key, value = (torch.stack([getattr(text, name) for text in texts]) for name in ("q_LHQ", "key_LGQ", "value_LGQ"))
+    out = prefill_attention(q[:, context:], key, value, SCALE)
+    assert_near(out, torch.stack([full_attention(text)[context:] for text in texts]), torch.float64)
 
 
 @pytest.mark.parametrize("context", [0, 6])
@@ -101,7 +114,7 @@ def test_prefill_of_views_of_one_tensor(context: int) -> None:
     joint = torch.cat([text.q_LHQ, text.key_LGQ, text.value_LGQ], dim=1).flatten(1)
     q, key, value = (part.unflatten(1, (-1, 10)) for part in joint.split([60, 20, 20], dim=1))
     assert not key.is_contiguous()
-    assert_near(prefill_attention(q[context:], key, value, SCALE), full_attention(text)[context:], torch.float64)
+    assert_near(attend(q[context:], key, value), full_attention(text)[context:], torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,7 +159,7 @@ def test_on_the_device(context: int, dtype: torch.dtype) -> None:
         pytest.skip("needs a CUDA device")
     text = make_text(40, (8, 2, 64), seed=3, dtype=dtype, device="cuda")
     expected = full_attention(text)
-    out = prefill_attention(text.q_LHQ[context:], text.key_LGQ, text.value_LGQ, SCALE)
+    out = attend(text.q_LHQ[context:], text.key_LGQ, text.value_LGQ)
     assert_near(out, expected[context:], dtype)
     decoded = decode_attention(
         text.q_LHQ[-1:], make_cache([text]), text.blocks.unsqueeze(0), torch.tensor([40], device="cuda"), SCALE

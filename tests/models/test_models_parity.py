@@ -160,3 +160,15 @@ def test_a_mixed_batch(twin: Twin, cuts: tuple[int, ...]) -> None:
     ]
     expected = [twin.their_logits(ids[:stop])[start:] for ids, (start, stop) in zip(texts, spans, strict=True)]
     assert relative_error(twin.our_logits(requests, cuts), torch.cat(expected)) < TOLERANCE
+
+
+@pytest.mark.parametrize("cuts", [(), (10,), (14,), (25,), (9, 21)], ids=str)
+def test_prompts_of_the_same_length(twin: Twin, cuts: tuple[int, ...]) -> None:
+    """They may share one call of attention, but not with a request that a cut has shortened."""
+    texts = [random_ids(10, seed=seed) for seed in range(3)]
+    requests = [
+        part_of(ids, 0, 10, own, number)
+        for number, (ids, own) in enumerate(zip(texts, scattered_blocks(3, 10), strict=True))
+    ]
+    expected = torch.cat([twin.their_logits(ids) for ids in texts])
+    assert relative_error(twin.our_logits(requests, cuts), expected) < TOLERANCE
