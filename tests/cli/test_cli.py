@@ -70,6 +70,9 @@ def test_generate_prints_texts_and_a_summary(
         (["--model", "/no/such"], "error: model '/no/such' is not a folder"),
         (["--prompts-file", "/no/such"], "error: --prompts-file /no/such cannot be read"),
         (["--split", "tokens"], "did you mean 'token'?"),
+        (["--device", "cuda", "--ranks", "64"], "error: device='cuda' needs one CUDA device a rank: ranks=64, but "),
+        (["--no-peer-access", "--transport", "copy-engine", "--ranks", "2"], "error: transport 'copy-engine' "),
+        (["--model", "glm-4.5-air"], "error: model 'glm-4.5-air' is a shape without weights; use load_format='dummy'"),
         (["--rank", "2"], "No such option: --rank"),
         (["--ranks", "two"], "Invalid value for '--ranks'"),
     ],
@@ -96,7 +99,24 @@ def test_a_prompt_that_is_too_long_gives_one_clear_line(
     assert last_line.startswith("error: prompt 0 has ") and "max_model_len=4096 leaves room for 4095" in last_line
 
 
-@pytest.mark.parametrize("line", ["no json", "{}", '{"prompt": 3}', "[]"])
+def test_token_ids_of_a_file_run_on_dummy_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"prompt": [5, 6, 7]}\n{"prompt": [8]}\n')
+    arguments = ["--load-format", "dummy", "--num-layers", "2", "--routing", "uniform", "--max-tokens", "3"]
+    arguments += ["--prompts-file", str(tmp_path / "ids.jsonl")]
+    assert run_here(monkeypatch, "generate", *arguments, "--json") == 0
+    *rows, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [(row["prompt"], row["text"]) for row in rows] == [("", "")] * 2
+    assert [len(row["token_ids"]) for row in rows] == [3, 3]
+    assert last["stats"]["kv_cache"]["source"] == "the default for CPUs"
+    assert run_here(monkeypatch, "generate", *arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out.split("\n\n")[0] == " ".join(map(str, rows[0]["token_ids"]))
+    assert "cut to 2 layers, dummy weights, routing uniform" in printed.err
+
+
+@pytest.mark.parametrize("line", ["no json", "{}", '{"prompt": 3}', "[]", '{"prompt": []}'])
 def test_a_wrong_line_in_a_prompts_file_is_named(
     line: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +145,9 @@ def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         "--ranks",
         "--dbo",
         "--transport",
+        "--device",
+        "--load-format",
+        "--no-peer-access",
         "--prompt",
         "--prompts-file",
         "--max-tokens",

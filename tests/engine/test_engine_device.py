@@ -197,7 +197,7 @@ def test_the_transport_on_gpus(
 
 def test_peer_copies_that_are_forbidden_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     machine_with(monkeypatch, 2)
-    with pytest.raises(OptionError, match="copy-engine.* needs peer access"):
+    with pytest.raises(OptionError, match=r"copy-engine.* needs peer access"):
         EngineConfig(ranks=2, transport="copy-engine", peer_access=False).resolve()
-    with pytest.raises(OptionError, match="copy-engine.*on CPUs use"):
+    with pytest.raises(OptionError, match=r"copy-engine.*on CPUs use"):
         EngineConfig(ranks=2, transport="copy-engine", device="cpu").resolve()
