@@ -70,7 +70,7 @@ class AllGatherTransport(Transport):
         def wait() -> Rows:
             if work is not None:
                 work.wait()
-            return Rows(row.x(gathered), self.local_ids(row.ids(gathered)), row.weights(gathered), partials_RD)
+            return self.rows(row.x(gathered), row.ids(gathered), row.weights(gathered), partials_RD)
 
         num_bytes = (self.group.size - 1) * padded * row.row_bytes
         return Flight(wait=wait, ready_ns=None if work is None else work.ready_ns, num_bytes=num_bytes)

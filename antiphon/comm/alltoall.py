@@ -74,7 +74,7 @@ class AllToAllTransport(Transport):
         def wait() -> Rows:
             if work is not None:
                 work.wait()
-            return Rows(row.x(received), self.local_ids(row.ids(received)), row.weights(received))
+            return self.rows(row.x(received), row.ids(received), row.weights(received))
 
         num_bytes = self._remote_rows(exchange) * row.row_bytes
         ready_ns = None if work is None else work.ready_ns

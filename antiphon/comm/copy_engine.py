@@ -16,6 +16,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.group import RankGroup
 from antiphon.comm.mailbox import Exchange, Mailbox, Phase
+from antiphon.comm.mailbox_log import CommStreams, MailboxLog
 from antiphon.comm.slab import SlabTransport
 from antiphon.comm.stream_memory import StreamOperations, check_stream_memory_operations, copy_async
 from antiphon.core.errors import OptionError
@@ -34,7 +35,8 @@ class PeerCopyMailbox:
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
     ) -> None:
         self._group = group
-        self._streams = streams
+        self._streams: CommStreams = streams
+        self._log: MailboxLog | None = None
         flush = check_stream_memory_operations(streams.device, "transport copy-engine")
         flags_end = _aligned(num_lanes * len(Phase) * group.size * 4)
         lane_bytes = _aligned(dispatch_bytes) + _aligned(combine_bytes)
@@ -52,7 +54,7 @@ class PeerCopyMailbox:
             [flags_end + lane * lane_bytes, flags_end + lane * lane_bytes + _aligned(dispatch_bytes)]
             for lane in range(num_lanes)
         ]
-        sizes = (dispatch_bytes, combine_bytes)
+        self._sizes = sizes = (dispatch_bytes, combine_bytes)
         self._boxes = [[self._memory[start : start + sizes[p]] for p, start in enumerate(s)] for s in self._offsets]
         self._word = group.device_watch().word("compute")
         ways = [(lane, phase) for lane in range(num_lanes) for phase in Phase]
@@ -67,19 +69,39 @@ class PeerCopyMailbox:
         offset = self._offsets[exchange.lane][exchange.phase]
         for put in exchange.puts:
             if num_bytes := put.source.numel():
-                copy_async(self._bases[put.peer] + offset + put.offset, put.source.data_ptr(), num_bytes, stream)
+                target, source = self._bases[put.peer] + offset + put.offset, put.source.data_ptr()
+                copy_async(target, source, num_bytes, stream)
+                if self._log is not None:
+                    self._log.copied(exchange, "put", target, source, num_bytes, stream)
 
     def signal(self, exchange: Exchange) -> None:
-        self._signals[exchange.lane, exchange.phase].queue(self._streams.queue_on("comm"))
+        operations, stream = self._signals[exchange.lane, exchange.phase], self._streams.queue_on("comm")
+        operations.queue(stream)
+        if self._log is not None:
+            self._log.stepped(exchange, "signal", operations.steps, stream)
 
     def wait(self, exchange: Exchange) -> None:
-        self._waits[exchange.lane, exchange.phase].queue(exchange.label, self._streams.compute_handle)
+        wait, stream = self._waits[exchange.lane, exchange.phase], self._streams.compute_handle
+        wait.queue(exchange.label, stream)
+        if self._log is not None:
+            self._log.stepped(exchange, "wait", wait.operations.steps, stream)
 
     def reset(self, exchange: Exchange) -> None:
         """Done: the flags are taken down in the same batch of operations that waits for them."""
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return None
+
+    def record_into(self, log: MailboxLog) -> None:
+        for lane, offsets in enumerate(self._offsets):
+            for phase in Phase:
+                log.name_box(self.box(lane, phase).data_ptr(), self._sizes[phase], self._group.rank, lane, phase)
+                for rank, base in enumerate(self._bases):
+                    log.name_box(base + offsets[phase], self._sizes[phase], rank, lane, phase)
+                    for source in range(self._group.size):
+                        log.name_flag(self._flag(rank, lane, phase, source), rank, lane, phase, source)
+        self._streams = log.follow(self._streams)
+        self._log = log
 
     def _flag(self, rank: int, lane: int, phase: Phase, source: int) -> int:
         return self._bases[rank] + 4 * ((lane * len(Phase) + phase) * self._group.size + source)
@@ -102,20 +124,20 @@ class _Wait:
 
     def __init__(self, flag_by_peer: dict[int, int], word: WatchWord, *, flush: bool) -> None:
         self._word = word
-        self._operations = StreamOperations(flush=flush)
+        self.operations = StreamOperations(flush=flush)
         self._codes: list[tuple[int, int]] = []
         for peer, address in flag_by_peer.items():
-            self._codes.append((self._operations.write(word.address, 0), peer))
-            self._operations.wait(address, _SET)
+            self._codes.append((self.operations.write(word.address, 0), peer))
+            self.operations.wait(address, _SET)
         for address in flag_by_peer.values():
-            self._operations.write(address, _CLEAR)
-        self._operations.write(word.address, 0)
+            self.operations.write(address, _CLEAR)
+        self.operations.write(word.address, 0)
 
     def queue(self, label: str, stream: int) -> None:
         code = self._word.code(label)
         for number, peer in self._codes:
-            self._operations.set_value(number, code + peer)
-        self._operations.queue(stream)
+            self.operations.set_value(number, code + peer)
+        self.operations.queue(stream)
 
 
 class CopyEngineTransport(SlabTransport):

@@ -22,6 +22,7 @@ from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.group import RankGroup
 from antiphon.comm.host_memory import share_host_memory
 from antiphon.comm.mailbox import Exchange, Mailbox, Phase
+from antiphon.comm.mailbox_log import CommStreams, MailboxLog
 from antiphon.comm.slab import SlabTransport
 from antiphon.comm.stream_memory import (
     StreamOperations,
@@ -46,7 +47,8 @@ class HostStagedMailbox:
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
     ) -> None:
         self._group = group
-        self._streams = streams
+        self._streams: CommStreams = streams
+        self._log: MailboxLog | None = None
         flush = check_stream_memory_operations(streams.device, "transport host-staged")
         flags_end = _aligned(num_lanes * len(Phase) * group.size * MAX_CHUNKS * 4)
         # Outgoing: one slab for all in dispatch, one for each peer in combine.
@@ -103,6 +105,23 @@ class HostStagedMailbox:
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return None
 
+    def record_into(self, log: MailboxLog) -> None:
+        for lane, boxes in enumerate(self._boxes):
+            for phase in Phase:
+                log.name_box(boxes[phase].data_ptr(), boxes[phase].numel(), self._group.rank, lane, phase)
+                for rank in range(self._group.size):
+                    for peer in range(self._group.size):
+                        self._name_way(log, lane, phase, rank, peer)
+        self._streams = log.follow(self._streams)
+        self._log = log
+
+    def _name_way(self, log: MailboxLog, lane: int, phase: Phase, source: int, reader: int) -> None:
+        whom = f"rank {reader}" if phase is Phase.COMBINE else "all"
+        name = f"outgoing {phase.name.lower()} slab of rank {source} for {whom}, lane {lane}"
+        log.name_memory(self._slab_at(source, lane, phase, reader), self._slab_bytes[phase], name)
+        for chunk in range(MAX_CHUNKS):
+            log.name_flag(self._flag(reader, lane, phase, source, chunk), reader, lane, phase, source, chunk)
+
     def _upload(self, exchange: Exchange, stream: int) -> None:
         """Chunk by chunk to my memory, each followed by its flags; the last ones are left to `signal`."""
         if not exchange.puts:
@@ -118,7 +137,10 @@ class HostStagedMailbox:
                 chunk = chunks[number]
                 if chunk.num_bytes and not (exchange.same_source and uploaded):
                     target = self._slab(self._group.rank, exchange, put.peer) + chunk.start
-                    copy_async(target, put.source.data_ptr() + chunk.start, chunk.num_bytes, stream)
+                    source = put.source.data_ptr() + chunk.start
+                    copy_async(target, source, chunk.num_bytes, stream)
+                    if self._log is not None:
+                        self._log.copied(exchange, "upload", target, source, chunk.num_bytes, stream)
                     uploaded = True
                 if number < len(chunks) - 1:
                     flags.append((put.peer, number))
@@ -135,22 +157,31 @@ class HostStagedMailbox:
                 if number >= len(plans[arrival.peer]):
                     continue
                 chunk = plans[arrival.peer][number]
-                self._wait_for(exchange, arrival.peer, number).queue(code, stream)
+                wait = self._wait_for(exchange, arrival.peer, number)
+                wait.queue(code, stream)
+                if self._log is not None:
+                    self._log.stepped(exchange, "wait", wait.operations.steps, stream)
                 if chunk.num_bytes:
+                    target = box + arrival.offset + chunk.start
                     source = self._slab(arrival.peer, exchange, self._group.rank) + chunk.start
-                    copy_async(box + arrival.offset + chunk.start, source, chunk.num_bytes, stream)
+                    copy_async(target, source, chunk.num_bytes, stream)
+                    if self._log is not None:
+                        self._log.copied(exchange, "download", target, source, chunk.num_bytes, stream)
         self._done.queue(stream)
         self._arrived[exchange.lane][exchange.phase] = self._streams.record_on("down")
 
     def _slab(self, owner: int, exchange: Exchange, reader: int) -> int:
         """Address of the slab that `owner` has for `reader`."""
-        start = self._bases[owner] + self._lane_starts[exchange.lane]
-        if exchange.phase is Phase.DISPATCH:
+        return self._slab_at(owner, exchange.lane, exchange.phase, reader)
+
+    def _slab_at(self, owner: int, lane: int, phase: Phase, reader: int) -> int:
+        start = self._bases[owner] + self._lane_starts[lane]
+        if phase is Phase.DISPATCH:
             return start
         return start + self._slab_bytes[0] + reader * self._slab_bytes[1]
 
-    def _flag(self, reader: int, exchange: Exchange, source: int, chunk: int) -> int:
-        way = (exchange.lane * len(Phase) + exchange.phase) * self._group.size + source
+    def _flag(self, reader: int, lane: int, phase: Phase, source: int, chunk: int) -> int:
+        way = (lane * len(Phase) + phase) * self._group.size + source
         return self._bases[reader] + 4 * (way * MAX_CHUNKS + chunk)
 
     def _signal(self, exchange: Exchange, flags: tuple[tuple[int, int], ...], stream: int) -> None:
@@ -160,14 +191,17 @@ class HostStagedMailbox:
         if operations is None:
             operations = self._signals[key] = StreamOperations(flush=self._flush)
             for peer, chunk in flags:
-                operations.write(self._flag(peer, exchange, self._group.rank, chunk), _SET)
+                flag = self._flag(peer, exchange.lane, exchange.phase, self._group.rank, chunk)
+                operations.write(flag, _SET)
         operations.queue(stream)
+        if self._log is not None:
+            self._log.stepped(exchange, "signal", operations.steps, stream)
 
     def _wait_for(self, exchange: Exchange, peer: int, chunk: int) -> _ChunkWait:
         key = (exchange.lane, exchange.phase, peer, chunk)
         wait = self._waits.get(key)
         if wait is None:
-            flag = self._flag(self._group.rank, exchange, peer, chunk)
+            flag = self._flag(self._group.rank, exchange.lane, exchange.phase, peer, chunk)
             wait = self._waits[key] = _ChunkWait(flag, peer, self._word, flush=self._flush)
         return wait
 
@@ -177,14 +211,14 @@ class _ChunkWait:
 
     def __init__(self, flag: int, peer: int, word: WatchWord, *, flush: bool) -> None:
         self._peer = peer
-        self._operations = StreamOperations(flush=flush)
-        self._code = self._operations.write(word.address, 0)
-        self._operations.wait(flag, _SET)
-        self._operations.write(flag, _CLEAR)
+        self.operations = StreamOperations(flush=flush)
+        self._code = self.operations.write(word.address, 0)
+        self.operations.wait(flag, _SET)
+        self.operations.write(flag, _CLEAR)
 
     def queue(self, code: int, stream: int) -> None:
-        self._operations.set_value(self._code, code + self._peer)
-        self._operations.queue(stream)
+        self.operations.set_value(self._code, code + self._peer)
+        self.operations.queue(stream)
 
 
 class HostStagedTransport(SlabTransport):

@@ -18,7 +18,7 @@ class LocalTransport(Transport):
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
         # Copies, as with every other transport: the caller may reuse its tensors when the call has returned.
-        rows = Rows(x_TD.clone(), self.local_ids(routes.ids_TK), routes.weights_TK.clone())
+        rows = self.rows(x_TD.clone(), routes.ids_TK.clone(), routes.weights_TK.clone())
         return Flight(wait=lambda: rows, num_messages=0)
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:

@@ -32,9 +32,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from antiphon.comm.mailbox_log import MailboxLog
 
 __all__ = ["Arrival", "Exchange", "Mailbox", "Phase", "Put"]
 
@@ -95,4 +98,8 @@ class Mailbox(Protocol):
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         """For `Pending.ready_ns`: when the last slab of the exchange was there, if the medium can tell."""
+        ...
+
+    def record_into(self, log: MailboxLog) -> None:
+        """Name my memory and flags to `log`, and log what is queued from now on. Between two exchanges."""
         ...

@@ -179,7 +179,7 @@ class NcclAllToAllTransport(Transport):
 
     def _rows(self, lane: int, received: torch.Tensor, exchange: _Exchange) -> Rows:
         rows, row = received[: sum(exchange.received)], self._format
-        return Rows(row.x(rows), self.local_ids(row.ids(rows)), row.weights(rows), self._partials(lane, exchange))
+        return self.rows(row.x(rows), row.ids(rows), row.weights(rows), self._partials(lane, exchange))
 
     def _partials(self, lane: int, exchange: _Exchange) -> torch.Tensor:
         num_rows = sum(exchange.received)

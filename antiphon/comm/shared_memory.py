@@ -22,6 +22,7 @@ import torch
 from antiphon.comm.group import RankGroup
 from antiphon.comm.host_memory import share_host_memory
 from antiphon.comm.mailbox import Exchange, Mailbox, Phase
+from antiphon.comm.mailbox_log import Action, MailboxLog
 from antiphon.comm.slab import SlabTransport
 from antiphon.core.errors import OptionError
 
@@ -49,6 +50,7 @@ class SharedMemoryMailbox:
             for memory in memories
         ]
         self._arrived_ns = [[0, 0] for _ in range(num_lanes)]
+        self._log: MailboxLog | None = None
 
     def box(self, lane: int, phase: Phase) -> torch.Tensor:
         return self._boxes[self._group.rank][lane][phase]
@@ -56,35 +58,59 @@ class SharedMemoryMailbox:
     def put(self, exchange: Exchange) -> None:
         for put in exchange.puts:
             box = self._boxes[put.peer][exchange.lane][exchange.phase]
-            box[put.offset : put.offset + put.source.numel()].copy_(put.source)
+            target = box[put.offset : put.offset + put.source.numel()]
+            target.copy_(put.source)
+            if self._log is not None:
+                self._log.copied(exchange, "put", target.data_ptr(), put.source.data_ptr(), target.numel())
 
     def signal(self, exchange: Exchange) -> None:
-        word = self._word(exchange, self._group.rank)
+        word = self._word(exchange.lane, exchange.phase, self._group.rank)
         for put in exchange.puts:
             flags = self._flags[put.peer]
             flags[word + 1] = time.perf_counter_ns()
             flags[word] = 1
+            if self._log is not None:
+                self._log.flag(Action.SET, exchange, "signal", self._address(put.peer, word))
 
     def wait(self, exchange: Exchange) -> None:
         flags = self._flags[self._group.rank]
         arrived_ns = 0
         for arrival in exchange.arrivals:
-            word = self._word(exchange, arrival.peer)
+            word = self._word(exchange.lane, exchange.phase, arrival.peer)
             if flags[word] == 0:
                 self._group.wait_until(partial(_is_set, flags, word), exchange.label, peer=arrival.peer)
+            if self._log is not None:
+                self._log.flag(Action.WAIT, exchange, "wait", self._address(self._group.rank, word))
             arrived_ns = max(arrived_ns, int(flags[word + 1]))
         self._arrived_ns[exchange.lane][exchange.phase] = arrived_ns
 
     def reset(self, exchange: Exchange) -> None:
         flags = self._flags[self._group.rank]
         for arrival in exchange.arrivals:
-            flags[self._word(exchange, arrival.peer)] = 0
+            word = self._word(exchange.lane, exchange.phase, arrival.peer)
+            flags[word] = 0
+            if self._log is not None:
+                self._log.flag(Action.CLEAR, exchange, "reset", self._address(self._group.rank, word))
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return lambda: self._arrived_ns[exchange.lane][exchange.phase] or None
 
-    def _word(self, exchange: Exchange, source: int) -> int:
-        return ((exchange.lane * len(Phase) + exchange.phase) * self._group.size + source) * _FLAG_WORDS
+    def record_into(self, log: MailboxLog) -> None:
+        for rank, boxes in enumerate(self._boxes):
+            for lane, of_lane in enumerate(boxes):
+                for phase in Phase:
+                    log.name_box(of_lane[phase].data_ptr(), of_lane[phase].numel(), rank, lane, phase)
+                    for source in range(self._group.size):
+                        address = self._address(rank, self._word(lane, phase, source))
+                        log.name_flag(address, rank, lane, phase, source)
+        self._log = log
+
+    def _word(self, lane: int, phase: Phase, source: int) -> int:
+        return ((lane * len(Phase) + phase) * self._group.size + source) * _FLAG_WORDS
+
+    def _address(self, rank: int, word: int) -> int:
+        """Of a flag word of `rank`, in this process."""
+        return int(self._flags[rank].ctypes.data) + 8 * word
 
 
 class SharedMemoryTransport(SlabTransport):

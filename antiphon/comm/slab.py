@@ -21,6 +21,7 @@ import torch
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.mailbox import Arrival, Exchange, Mailbox, Phase, Put
+from antiphon.comm.mailbox_log import MailboxLog
 from antiphon.comm.row_format import RowFormat
 from antiphon.comm.transport import (
     DEFAULT_MAX_TOKENS,
@@ -73,10 +74,22 @@ class SlabTransport(Transport):
         self._peers = [(group.rank + step) % group.size for step in range(1, group.size)]
         self._layouts: list[_Layout | None] = [None] * num_lanes
         self._exchanges: list[list[Exchange | None]] = [[None, None] for _ in range(num_lanes)]
+        self._log: MailboxLog | None = None
 
     def last_exchange(self, lane: int, phase: Phase) -> Exchange | None:
         """What went over the link last, for tests and reports."""
         return self._exchanges[lane][phase]
+
+    def record_into(self, log: MailboxLog) -> None:
+        """Log what is queued from now on, for `antiphon.timeline.happens_before.check`. No exchange may be under way.
+
+        All ranks call it between the same two exchanges; `part` stays `TransportPart.WHOLE`.
+        """
+        self.mailbox.record_into(log)
+        for lane, sums in enumerate(self._partials):
+            num_bytes = sums.numel() * sums.element_size()
+            log.name_memory(sums.data_ptr(), num_bytes, f"partial sums of rank {self.group.rank}, lane {lane}")
+        self._log = log
 
     @abstractmethod
     def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
@@ -109,13 +122,16 @@ class SlabTransport(Transport):
             arrivals=tuple(Arrival(peer, *slab(peer)) for peer in self._peers),
             same_source=True,
         )
+        if self._log is not None:
+            self._log.packed(exchange, mine)
         self._send(exchange)
 
         def wait() -> Rows:
             self._receive(exchange)
-            ids_RK = self.local_ids(self._format.ids(rows))
             partials_RD = self._partials[lane][: layout.num_rows]
-            return Rows(self._format.x(rows), ids_RK, self._format.weights(rows), partials_RD)
+            if self._log is not None:
+                self._log.experts(lane, rows, partials_RD, label)
+            return self.rows(self._format.x(rows), self._format.ids(rows), self._format.weights(rows), partials_RD)
 
         received = sum(arrival.num_bytes for arrival in exchange.arrivals)
         return self._flight(wait, exchange, max(received, num_bytes * len(self._peers)))
@@ -143,6 +159,9 @@ class SlabTransport(Transport):
             arrivals=tuple(Arrival(peer, peer * my_bytes, my_bytes) for peer in self._peers),
             same_source=False,
         )
+        if self._log is not None:
+            box = self.mailbox.box(lane, Phase.DISPATCH)
+            self._log.experts(lane, box[: layout.num_rows * self._format.row_bytes], partials_RD, label)
         self._send(exchange)
 
         def wait() -> torch.Tensor:
@@ -152,7 +171,10 @@ class SlabTransport(Transport):
                 return own_TD
             box = self.mailbox.box(lane, Phase.COMBINE)[: self.group.size * my_bytes]
             home_WTD = box.view(self.shape.dtype).view(self.group.size, num_tokens, self.shape.hidden_size)
-            return self._add([own_TD if r == rank else home_WTD[r] for r in range(self.group.size)])
+            parts = [own_TD if r == rank else home_WTD[r] for r in range(self.group.size)]
+            if self._log is not None:
+                self._log.summed(exchange, parts)
+            return self._add(parts)
 
         sent = sum(put.source.numel() for put in exchange.puts)
         return self._flight(wait, exchange, max(sent, my_bytes * len(self._peers)))

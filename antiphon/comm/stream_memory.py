@@ -13,6 +13,7 @@ import torch
 from cuda.bindings import driver
 
 from antiphon.comm.host_memory import HostMemory
+from antiphon.comm.mailbox_log import MemoryStep
 from antiphon.core.errors import OptionError
 
 __all__ = [
@@ -73,6 +74,7 @@ class StreamOperations:
     def __init__(self, *, flush: bool) -> None:
         """flush: whether waits also make remote writes visible that arrived before the flag."""
         self._operations: list[Any] = []
+        self.steps: list[MemoryStep] = []  # the same, to be logged
         self._wait_flags = int(_WAIT.CU_STREAM_WAIT_VALUE_EQ) | (int(_WAIT.CU_STREAM_WAIT_VALUE_FLUSH) if flush else 0)
 
     def write(self, address: int, value: int) -> int:
@@ -83,6 +85,7 @@ class StreamOperations:
         operation.writeValue.value = value
         operation.writeValue.flags = 0  # with a memory barrier
         self._operations.append(operation)
+        self.steps.append(MemoryStep(False, address, value))
         return len(self._operations) - 1
 
     def wait(self, address: int, value: int) -> None:
@@ -93,6 +96,7 @@ class StreamOperations:
         operation.waitValue.value = value
         operation.waitValue.flags = self._wait_flags
         self._operations.append(operation)
+        self.steps.append(MemoryStep(True, address, value))
 
     def set_value(self, number: int, value: int) -> None:
         self._operations[number].writeValue.value = value

@@ -79,18 +79,40 @@ class Routes:
     weights_TK: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class Rows:
-    """What a rank received: tokens, their experts as indices on this rank (-1: another rank's), their weights.
+    """What a rank received: tokens, their experts, their weights. Tensors may have gaps between their rows.
 
-    x_RD may have gaps between its rows. out_RD: where the partial sums may be written, so that `combine` need not copy
-    them; `None` if the transport does not care.
+    global_ids_RK: expert ids of the whole model, or -1; this rank holds `num_experts` of them from `first_expert` on.
+    ids_RK: the same as indices on this rank, int64, -1 for other ranks' experts; computed when it is first asked for.
+    out_RD: where the partial sums may be written, so that `combine` need not copy them; `None` if it does not matter.
     """
 
-    x_RD: torch.Tensor
-    ids_RK: torch.Tensor
-    weights_RK: torch.Tensor
-    out_RD: torch.Tensor | None = None
+    __slots__ = ("_ids_RK", "first_expert", "global_ids_RK", "num_experts", "out_RD", "weights_RK", "x_RD")
+
+    def __init__(
+        self,
+        x_RD: torch.Tensor,
+        global_ids_RK: torch.Tensor,
+        weights_RK: torch.Tensor,
+        out_RD: torch.Tensor | None = None,
+        *,
+        first_expert: int = 0,
+        num_experts: int,
+    ) -> None:
+        self.x_RD = x_RD
+        self.global_ids_RK = global_ids_RK
+        self.weights_RK = weights_RK
+        self.out_RD = out_RD
+        self.first_expert = first_expert
+        self.num_experts = num_experts
+        self._ids_RK: torch.Tensor | None = None
+
+    @property
+    def ids_RK(self) -> torch.Tensor:
+        if self._ids_RK is None:
+            local = self.global_ids_RK.to(torch.int64) - self.first_expert
+            self._ids_RK = local.masked_fill_((local < 0) | (local >= self.num_experts), -1)
+        return self._ids_RK
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,11 +235,23 @@ class Transport(ABC):
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         """Start the combine that answers the last dispatch on `lane`."""
 
-    def local_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """Global expert ids as indices on this rank, int64; -1 for the experts of other ranks and for -1."""
-        first = self.group.rank * self.experts_per_rank
-        local = ids.to(torch.int64) - first
-        return local.masked_fill_((local < 0) | (local >= self.experts_per_rank), -1)
+    def rows(
+        self,
+        x_RD: torch.Tensor,
+        global_ids_RK: torch.Tensor,
+        weights_RK: torch.Tensor,
+        out_RD: torch.Tensor | None = None,
+    ) -> Rows:
+        """`Rows` for this rank's experts."""
+        num_experts = self.experts_per_rank
+        return Rows(
+            x_RD,
+            global_ids_RK,
+            weights_RK,
+            out_RD,
+            first_expert=self.group.rank * num_experts,
+            num_experts=num_experts,
+        )
 
     def _lane_in(self, phase: _Phase, verb: str) -> int:
         lane = current_lane()

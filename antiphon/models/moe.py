@@ -63,11 +63,12 @@ class Experts(nn.Module):
         """Partial sums [R, D] of the rows over this rank's experts."""
         return grouped_experts(
             rows.x_RD,
-            rows.ids_RK,
+            rows.global_ids_RK,
             rows.weights_RK,
             self.gate_up_EGD,
             self.down_EDF,
             out_RD=rows.out_RD,
+            first_expert=rows.first_expert,
             workspace=self.workspace,
         )
 

@@ -33,7 +33,7 @@ class Instant(Transport):
     def send_tokens(
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
-        return self._flight(lambda: Rows(x_TD, routes.ids_TK, routes.weights_TK))
+        return self._flight(lambda: self.rows(x_TD, routes.ids_TK, routes.weights_TK))
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         return self._flight(lambda: partial_RD)

@@ -174,10 +174,10 @@ def exact_sums(shape: ExpertShape, group: RankGroup, tokens: Tokens) -> torch.Te
     per_rank = shape.experts_per_rank(group.size)
     total_TD = torch.zeros(tokens.x_TD.shape, dtype=shape.weight_dtype, device=tokens.x_TD.device)
     for rank in range(group.size):
-        local_TK = tokens.routes.ids_TK - rank * per_rank
-        local_TK = local_TK.masked_fill((local_TK < 0) | (local_TK >= per_rank), -1)
         there = RankGroup(rank=rank, size=group.size, process_group=group.process_group)
-        total_TD += apply_experts(Rows(tokens.x_TD, local_TK, tokens.routes.weights_TK), shape, there)
+        ids_TK, weights_TK = tokens.routes.ids_TK, tokens.routes.weights_TK
+        rows = Rows(tokens.x_TD, ids_TK, weights_TK, first_expert=rank * per_rank, num_experts=per_rank)
+        total_TD += apply_experts(rows, shape, there)
     return total_TD.to(shape.dtype)
 
 
