@@ -30,7 +30,7 @@ stream; `wait` before `reset`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,16 +67,24 @@ class Arrival:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Exchange:
-    """One phase on one lane, as one rank sees it. Puts and arrivals are in the same order of peers on every call."""
+    """One phase on one lane, as one rank sees it. Puts and arrivals are in the same order of peers on every call.
+
+    Used again for every layer with the same numbers of tokens; only the label changes.
+    """
 
     lane: int
     phase: Phase
-    label: str  # for recordings and errors: "dispatch layer 3"
     puts: tuple[Put, ...]
     arrivals: tuple[Arrival, ...]
     same_source: bool  # every peer gets the same slab at the same offset
+    label: str = ""  # for recordings and errors: "dispatch layer 3"
+    num_bytes: int = field(init=False)  # to or from the peers, whichever is more
+
+    def __post_init__(self) -> None:
+        sent = sum(put.source.numel() for put in self.puts)
+        self.num_bytes = max(sent, sum(arrival.num_bytes for arrival in self.arrivals))
 
 
 class Mailbox(Protocol):

@@ -1,4 +1,4 @@
-"""What one rank queued for the slab protocol: the log that `antiphon.timeline.happens_before.check` proves free of races.
+"""What one rank queued for the slab protocol: the log that `antiphon.timeline.happens_before` proves free of races.
 
     log = MailboxLog(group.rank)
     transport.record_into(log)       # on every rank, between the same two exchanges

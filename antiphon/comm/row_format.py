@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from antiphon.comm.transport import ExpertShape, Routes
+from antiphon.kernels.pack import pack_rows
 
 __all__ = ["LaneBuffers", "RowFormat"]
 
@@ -28,9 +29,7 @@ class RowFormat:
 
     def pack(self, rows: torch.Tensor, x_TD: torch.Tensor, routes: Routes) -> None:
         """Write tokens and routes into `rows` [T, row_bytes]; on a GPU on the stream that is current."""
-        self.x(rows).copy_(x_TD)
-        self.weights(rows).copy_(routes.weights_TK)
-        self.ids(rows).copy_(routes.ids_TK)
+        pack_rows(self.x(rows), self.weights(rows), self.ids(rows), x_TD, routes.weights_TK, routes.ids_TK)
 
     def x(self, rows: torch.Tensor) -> torch.Tensor:
         """The hidden states [N, D] in `rows` [N, row_bytes] of uint8: a view."""

@@ -14,8 +14,10 @@ Shapes: `T` tokens of this rank, `D` hidden size, `R` tokens of all ranks.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 
@@ -33,21 +35,31 @@ from antiphon.comm.transport import (
     TransportPart,
     exchange_counts,
 )
+from antiphon.kernels.pack import pack_rows
 from antiphon.runtime import Streams
 
 __all__ = ["SlabTransport"]
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
+
+_KEPT_LAYOUTS = 64
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Layout:
-    """Which rows of a box belong to which rank."""
+    """All that follows from the numbers of tokens of one lane: views of its buffers, and what goes where.
+
+    Made once for each numbers of tokens, because making it takes the host longer than sending.
+    """
 
     tokens_by_rank: tuple[int, ...]
-    starts: tuple[int, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.tokens_by_rank)
+    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, weights and ids in my own slab
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, ids and weights of all ranks
+    partials_RD: torch.Tensor
+    home: list[torch.Tensor]  # the sums for my tokens [T, D], in order of rank; my own in its place
+    dispatch: Exchange
+    combine: Exchange
 
 
 class SlabTransport(Transport):
@@ -71,8 +83,8 @@ class SlabTransport(Transport):
             self._partials = [
                 torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=streams.device) for _ in range(num_lanes)
             ]
-        self._peers = [(group.rank + step) % group.size for step in range(1, group.size)]
-        self._layouts: list[_Layout | None] = [None] * num_lanes
+        self._layouts: list[dict[tuple[int, ...], _Layout]] = [{} for _ in range(num_lanes)]
+        self._current: list[_Layout | None] = [None] * num_lanes  # of the last dispatch
         self._exchanges: list[list[Exchange | None]] = [[None, None] for _ in range(num_lanes)]
         self._log: MailboxLog | None = None
 
@@ -100,86 +112,99 @@ class SlabTransport(Transport):
     ) -> Flight[Rows]:
         if tokens_by_rank is None:
             tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], label)
-        layout = _Layout(tokens_by_rank, (0, *accumulate(tokens_by_rank[:-1])))
         assert tokens_by_rank[self.group.rank] == x_TD.shape[0], f"{tokens_by_rank} is not for {x_TD.shape[0]} tokens"
-        self._layouts[lane] = layout
-        row_bytes = self._format.row_bytes
-        box = self.mailbox.box(lane, Phase.DISPATCH)
-        rows = box[: layout.num_rows * row_bytes].view(-1, row_bytes)
-        mine = self._part_of(rows, layout, self.group.rank)
+        layout = self._current[lane] = self._layout(lane, tokens_by_rank)
         if self.part is not TransportPart.LINK_ONLY:
-            self._format.pack(mine, x_TD, routes)
-
-        def slab(rank: int) -> tuple[int, int]:
-            return layout.starts[rank] * row_bytes, layout.tokens_by_rank[rank] * row_bytes
-
-        source, (offset, num_bytes) = mine.view(-1), slab(self.group.rank)
-        exchange = Exchange(
-            lane=lane,
-            phase=Phase.DISPATCH,
-            label=label,
-            puts=tuple(Put(peer, source, offset) for peer in self._peers),
-            arrivals=tuple(Arrival(peer, *slab(peer)) for peer in self._peers),
-            same_source=True,
-        )
+            pack_rows(*layout.packed, x_TD, routes.weights_TK, routes.ids_TK)
         if self._log is not None:
-            self._log.packed(exchange, mine)
-        self._send(exchange)
+            self._log.packed(layout.dispatch, layout.dispatch.puts[0].source)
+        self._send(layout.dispatch, label)
 
         def wait() -> Rows:
-            self._receive(exchange)
-            partials_RD = self._partials[lane][: layout.num_rows]
+            self._receive(layout.dispatch)
             if self._log is not None:
-                self._log.experts(lane, rows, partials_RD, label)
-            return self.rows(self._format.x(rows), self._format.ids(rows), self._format.weights(rows), partials_RD)
+                self._log_experts(lane, layout, label)
+            return self.rows(*layout.rows, layout.partials_RD)
 
-        received = sum(arrival.num_bytes for arrival in exchange.arrivals)
-        return self._flight(wait, exchange, max(received, num_bytes * len(self._peers)))
+        return self._flight(wait, layout.dispatch)
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
-        layout = self._layouts[lane]
+        layout = self._current[lane]
         assert layout is not None
-        rank, num_tokens = self.group.rank, layout.tokens_by_rank[self.group.rank]
-        partials_RD = self._partials[lane][: layout.num_rows]
-        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != partials_RD.data_ptr():
-            partials_RD.copy_(partial_RD)
-        my_bytes = num_tokens * self._sum_bytes
-        exchange = Exchange(
-            lane=lane,
-            phase=Phase.COMBINE,
-            label=label,
-            puts=tuple(
-                Put(
-                    peer,
-                    self._part_of(partials_RD, layout, peer).view(-1).view(torch.uint8),
-                    rank * layout.tokens_by_rank[peer] * self._sum_bytes,
-                )
-                for peer in self._peers
-            ),
-            arrivals=tuple(Arrival(peer, peer * my_bytes, my_bytes) for peer in self._peers),
-            same_source=False,
-        )
+        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != layout.partials_RD.data_ptr():
+            layout.partials_RD.copy_(partial_RD)
         if self._log is not None:
-            box = self.mailbox.box(lane, Phase.DISPATCH)
-            self._log.experts(lane, box[: layout.num_rows * self._format.row_bytes], partials_RD, label)
-        self._send(exchange)
+            self._log_experts(lane, layout, label)
+        self._send(layout.combine, label)
 
         def wait() -> torch.Tensor:
-            self._receive(exchange)
-            own_TD = self._part_of(partials_RD, layout, rank)
+            self._receive(layout.combine)
             if self.part is TransportPart.LINK_ONLY:
-                return own_TD
-            box = self.mailbox.box(lane, Phase.COMBINE)[: self.group.size * my_bytes]
-            home_WTD = box.view(self.shape.dtype).view(self.group.size, num_tokens, self.shape.hidden_size)
-            parts = [own_TD if r == rank else home_WTD[r] for r in range(self.group.size)]
+                return layout.home[self.group.rank]
             if self._log is not None:
-                self._log.summed(exchange, parts)
-            return self._add(parts)
+                self._log.summed(layout.combine, layout.home)
+            return self._add(layout.home)
 
-        sent = sum(put.source.numel() for put in exchange.puts)
-        return self._flight(wait, exchange, max(sent, my_bytes * len(self._peers)))
+        return self._flight(wait, layout.combine)
 
-    def _send(self, exchange: Exchange) -> None:
+    def _layout(self, lane: int, tokens_by_rank: tuple[int, ...]) -> _Layout:
+        layouts = self._layouts[lane]
+        layout = layouts.get(tokens_by_rank)
+        if layout is None:
+            if len(layouts) >= _KEPT_LAYOUTS:
+                layouts.pop(next(iter(layouts)))  # the oldest
+            with torch.inference_mode(False):
+                layout = layouts[tokens_by_rank] = self._make_layout(lane, tokens_by_rank)
+        return layout
+
+    def _make_layout(self, lane: int, tokens_by_rank: tuple[int, ...]) -> _Layout:
+        me, size, form = self.group.rank, self.group.size, self._format
+        peers = [(me + step) % size for step in range(1, size)]
+        starts = (0, *accumulate(tokens_by_rank))
+
+        def part_of(rows: torch.Tensor, rank: int) -> torch.Tensor:
+            return rows[starts[rank] : starts[rank + 1]]
+
+        rows = self.mailbox.box(lane, Phase.DISPATCH)[: starts[-1] * form.row_bytes].view(-1, form.row_bytes)
+        mine = part_of(rows, me)
+        partials_RD = self._partials[lane][: starts[-1]]
+        my_bytes = tokens_by_rank[me] * self._sum_bytes
+        home = self.mailbox.box(lane, Phase.COMBINE)[: size * my_bytes].view(self.shape.dtype)
+        home_WTD = home.view(size, tokens_by_rank[me], self.shape.hidden_size)
+        return _Layout(
+            tokens_by_rank=tokens_by_rank,
+            packed=(form.x(mine), form.weights(mine), form.ids(mine)),
+            rows=(form.x(rows), form.ids(rows), form.weights(rows)),
+            partials_RD=partials_RD,
+            home=[part_of(partials_RD, rank) if rank == me else home_WTD[rank] for rank in range(size)],
+            dispatch=Exchange(
+                lane=lane,
+                phase=Phase.DISPATCH,
+                puts=tuple(Put(peer, mine.view(-1), starts[me] * form.row_bytes) for peer in peers),
+                arrivals=tuple(
+                    Arrival(peer, starts[peer] * form.row_bytes, tokens_by_rank[peer] * form.row_bytes)
+                    for peer in peers
+                ),
+                same_source=True,
+            ),
+            combine=Exchange(
+                lane=lane,
+                phase=Phase.COMBINE,
+                puts=tuple(
+                    Put(
+                        peer,
+                        part_of(partials_RD, peer).view(-1).view(torch.uint8),
+                        me * tokens_by_rank[peer] * self._sum_bytes,
+                    )
+                    for peer in peers
+                ),
+                arrivals=tuple(Arrival(peer, peer * my_bytes, my_bytes) for peer in peers),
+                same_source=False,
+            ),
+        )
+
+    def _send(self, exchange: Exchange, label: str) -> None:
+        exchange.label = label
         self._exchanges[exchange.lane][exchange.phase] = exchange
         if self.part is not TransportPart.COMPUTE_ONLY:
             self.mailbox.put(exchange)
@@ -190,18 +215,18 @@ class SlabTransport(Transport):
             self.mailbox.wait(exchange)
             self.mailbox.reset(exchange)
 
-    def _flight(self, wait: object, exchange: Exchange, num_bytes: int) -> Flight:  # type: ignore[type-arg]
+    def _flight(self, wait: Callable[[], T], exchange: Exchange) -> Flight[T]:
         return Flight(
-            wait=wait,  # type: ignore[arg-type]
+            wait=wait,
             ready_ns=self.mailbox.ready_ns(exchange),
-            num_bytes=num_bytes,
-            num_messages=int(bool(self._peers)),
+            num_bytes=exchange.num_bytes,
+            num_messages=int(bool(exchange.puts)),
         )
 
-    @staticmethod
-    def _part_of(rows: torch.Tensor, layout: _Layout, rank: int) -> torch.Tensor:
-        start = layout.starts[rank]
-        return rows[start : start + layout.tokens_by_rank[rank]]
+    def _log_experts(self, lane: int, layout: _Layout, label: str) -> None:
+        assert self._log is not None
+        num_bytes = sum(layout.tokens_by_rank) * self._format.row_bytes
+        self._log.experts(lane, self.mailbox.box(lane, Phase.DISPATCH)[:num_bytes], layout.partials_RD, label)
 
     def _add(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The sum in order of rank, in float32 at least, rounded once."""
