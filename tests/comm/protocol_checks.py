@@ -1,0 +1,266 @@
+"""All ranks of a slab transport in one process, one after the other, for the logs that they make.
+
+    with protocol_world("copy-engine", size=2, num_lanes=2) as world:
+        world.run(layers)
+        problems = check(world.logs())
+
+The code of the transports and their media is the shipped one. Under it lie a driver that moves nothing, streams that
+are numbers, and a group whose waits end at once; so no rank waits for another and a rank's whole run can come before
+the next one's. What the driver was given is kept, to be compared with what was logged.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from antiphon.comm import ExpertShape, RankGroup, Routes, Transport
+from antiphon.comm.device_watch import WatchWord
+from antiphon.comm.mailbox_log import LoggedEvent, MailboxLog
+from antiphon.comm.slab import SlabTransport
+from antiphon.runtime import CpuStreams, CudaStreams, Streams, current_lane, finish, run_lanes
+from tests.comm.world import MAX_TOKENS, World, make_shape
+
+__all__ = [
+    "FIRST_HANDLE",
+    "MEDIA",
+    "FakeStreams",
+    "Layers",
+    "ProtocolWorld",
+    "logs_of_layers",
+    "protocol_world",
+    "run_layers",
+]
+
+MEDIA = ("shared-memory", "copy-engine", "host-staged")
+
+Layers = Sequence[Sequence[Sequence[int]]]
+"""Tokens of every rank, by lane and layer."""
+
+_FRESH_MODULES = ("stream_memory", "copy_engine", "host_staged")
+FIRST_HANDLE = 100
+"""Of the compute stream; the others follow in the order in which they are used."""
+
+_WATCH_WORD = 1 << 60  # an address that is nobody's
+
+
+@dataclass(slots=True)
+class FakeDriver:
+    """Stands for `cuda.bindings.driver`: everything succeeds, nothing happens, copies and batches are kept."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def module(self) -> SimpleNamespace:
+        ok = SimpleNamespace(name="CUDA_SUCCESS")
+        kinds = SimpleNamespace(CU_STREAM_MEM_OP_WRITE_VALUE_32="write", CU_STREAM_MEM_OP_WAIT_VALUE_32="wait")
+
+        def batch(stream: int, count: int, operations: list[Any], flags: int) -> tuple[Any]:
+            for operation in operations[:count]:
+                value = operation.writeValue if operation.operation == "write" else operation.waitValue
+                self.calls.append((operation.operation, value.address, value.value, stream))
+            return (ok,)
+
+        def copy(target: int, source: int, num_bytes: int, stream: int) -> tuple[Any]:
+            self.calls.append(("copy", target, source, num_bytes, stream))
+            return (ok,)
+
+        return SimpleNamespace(
+            CUresult=SimpleNamespace(CUDA_SUCCESS=ok),
+            CUstreamBatchMemOpType=kinds,
+            CUstreamWaitValue_flags=SimpleNamespace(CU_STREAM_WAIT_VALUE_EQ=1, CU_STREAM_WAIT_VALUE_FLUSH=2),
+            CUstreamBatchMemOpParams=lambda: SimpleNamespace(writeValue=SimpleNamespace(), waitValue=SimpleNamespace()),
+            CUdevice_attribute=SimpleNamespace(
+                CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS=1, CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES=2
+            ),
+            CUdeviceptr=int,
+            cuDeviceGet=lambda index: (ok, 0),
+            cuDeviceGetAttribute=lambda attribute, ordinal: (ok, 1),
+            cuMemHostRegister=lambda address, num_bytes, flags: (ok,),
+            cuMemHostUnregister=lambda address: (ok,),
+            cuMemHostGetDevicePointer=lambda address, flags: (ok, address),
+            cuMemcpyAsync=copy,
+            cuStreamBatchMemOp=batch,
+        )
+
+
+class FakeStreams(CudaStreams):
+    """Streams without a device: handles are numbers, events are new objects. Tensors are the CPU's."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, int] = {"compute": FIRST_HANDLE}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def compute_handle(self) -> int:
+        return self._handles["compute"]
+
+    def record(self) -> Any:
+        return object()
+
+    def record_on(self, name: str) -> Any:
+        return object()
+
+    def wait(self, event: Any) -> None:
+        pass
+
+    def queue_on(self, name: str, *, after: Any = None) -> int:
+        return self._handles.setdefault(name, FIRST_HANDLE + len(self._handles))
+
+
+class FakeGroup(RankGroup):
+    """One of several ranks in this process; waits end at once."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank=rank, size=size, process_group=object())  # type: ignore[arg-type]
+
+    def all_gather_object(self, value: object) -> list[Any]:
+        return [value] * self.size
+
+    def wait_until(self, done: Callable[[], bool], label: str, *, peer: int | None) -> None:
+        pass
+
+    def device_watch(self) -> Any:
+        return SimpleNamespace(word=lambda stream: WatchWord(_WATCH_WORD))
+
+
+class ProtocolWorld:
+    """The transports of all ranks, in order of rank, each with its log."""
+
+    def __init__(self, transports: list[SlabTransport], driver: FakeDriver) -> None:
+        self.transports = transports
+        self.driver = driver
+        self.recorders = [MailboxLog(transport.group.rank) for transport in transports]
+        for transport, log in zip(transports, self.recorders, strict=True):
+            transport.record_into(log)
+
+    def run(self, layers: Layers) -> None:
+        for transport in self.transports:
+            run_layers(transport, layers)
+
+    def is_watch_word(self, address: int) -> bool:
+        return address == _WATCH_WORD
+
+    def logs(self) -> list[list[LoggedEvent]]:
+        return [log.events for log in self.recorders]
+
+
+@contextmanager
+def protocol_world(
+    name: str, *, size: int, num_lanes: int, shape: ExpertShape | None = None, smallest_chunk: int = 256
+) -> Iterator[ProtocolWorld]:
+    """Transports whose runs are logged; they may be changed before they run.
+
+    smallest_chunk: bytes, so that small slabs go in several chunks over host memory.
+    """
+    driver = FakeDriver()
+    shape = shape or make_shape(torch.float32, num_experts=8, top_k=2, hidden_size=16)
+    with ExitStack() as stack:
+        stack.enter_context(_fresh_media(driver))
+        stack.enter_context(patch("torch.cuda.synchronize"))
+        stack.enter_context(patch.multiple("antiphon.comm.chunks", _SMALLEST_CHUNK=smallest_chunk, _ALIGNMENT=64))
+        memories: list[torch.Tensor] = []
+        transports = []
+        for rank in range(size):
+            with _shared_memories(rank, size, memories):
+                transports.append(_make(name, shape, FakeGroup(rank, size), num_lanes))
+        yield ProtocolWorld(transports, driver)
+
+
+def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> SlabTransport:
+    module_name, class_name = {
+        "shared-memory": ("shared_memory", "SharedMemoryTransport"),
+        "copy-engine": ("copy_engine", "CopyEngineTransport"),
+        "host-staged": ("host_staged", "HostStagedTransport"),
+    }[name]
+    kind = getattr(import_module(f"antiphon.comm.{module_name}"), class_name)
+    streams: Streams = CpuStreams() if name == "shared-memory" else FakeStreams()
+    transport: SlabTransport = kind(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=MAX_TOKENS)
+    return transport
+
+
+@contextmanager
+def _fresh_media(driver: FakeDriver) -> Iterator[None]:
+    """Import the CUDA media anew over the fake driver, and leave nothing of it behind."""
+    package = vars(import_module("antiphon.comm"))
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = driver.module()  # type: ignore[attr-defined]
+    ours = {f"antiphon.comm.{name}": name for name in _FRESH_MODULES}
+    replaced = {name: sys.modules.pop(name, None) for name in (*ours, "cuda", "cuda.bindings")}
+    attributes = {name: package.pop(name, None) for name in _FRESH_MODULES}
+    sys.modules |= {"cuda": ModuleType("cuda"), "cuda.bindings": bindings}
+    try:
+        for name in ours:
+            import_module(name)
+        yield
+    finally:
+        for kept, before in ((sys.modules, replaced), (package, attributes)):
+            for name, value in before.items():
+                kept.pop(name, None)
+                if value is not None:
+                    kept[name] = value
+
+
+@contextmanager
+def _shared_memories(rank: int, size: int, memories: list[torch.Tensor]) -> Iterator[None]:
+    """Memory that ranks share: made for all by the first one that asks."""
+
+    def memories_of(num_bytes: int) -> list[torch.Tensor]:
+        if not memories:
+            memories.extend(torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(size))
+        return memories
+
+    def share(group: RankGroup, num_bytes: int, *, what: str) -> list[Any]:
+        return [SimpleNamespace(tensor=memory) for memory in memories_of(num_bytes)]
+
+    symmetric = SimpleNamespace(
+        empty=lambda num_bytes, dtype, device: memories_of(num_bytes)[rank],
+        rendezvous=lambda memory, group: SimpleNamespace(buffer_ptrs=[other.data_ptr() for other in memories]),
+    )
+    with (
+        patch("antiphon.comm.copy_engine.symmetric_memory", symmetric),
+        patch("antiphon.comm.host_staged.share_host_memory", share),
+        patch("antiphon.comm.host_staged.unregister_host_memory", lambda memories: None),
+        patch("antiphon.comm.shared_memory.share_host_memory", share),
+    ):
+        yield
+
+
+def run_layers(transport: Transport, layers: Layers, *, streams: Streams | None = None) -> None:
+    """Dispatch and combine on every lane, layer by layer. Experts write nothing: only the log matters."""
+    shape, rank = transport.shape, transport.group.rank
+    device = transport.streams.device
+
+    def run_lane() -> None:
+        for number, counts in enumerate(layers[current_lane()]):
+            x_TD = torch.zeros(counts[rank], shape.hidden_size, dtype=shape.dtype, device=device)
+            ids_TK = torch.arange(shape.top_k, device=device).repeat(counts[rank], 1)
+            routes = Routes(ids_TK, torch.ones(ids_TK.shape, dtype=shape.weight_dtype, device=device))
+            label = f"layer {number}"
+            rows = finish(transport.dispatch(x_TD, routes, tokens_by_rank=tuple(counts), label=label))
+            assert rows.out_RD is not None
+            finish(transport.combine(rows.out_RD, label=label))
+
+    run_lanes([run_lane] * len(layers), streams=streams)
+
+
+def logs_of_layers(group: RankGroup, name: str, layers: Layers) -> list[LoggedEvent]:
+    """In the process of a rank: the log of a real run."""
+    world = World(group)
+    transport = world.make(name, make_shape(torch.float32, top_k=2, hidden_size=16), num_lanes=len(layers))
+    assert isinstance(transport, SlabTransport)
+    log = MailboxLog(group.rank)
+    transport.record_into(log)
+    world.barrier()
+    run_layers(transport, layers)
+    return log.events
