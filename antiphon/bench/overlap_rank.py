@@ -218,6 +218,7 @@ def _measure(trial: _Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[
             for arm in ARMS:
                 part, run = arms[arm]
                 use_transport(cast("_Module", trial.model), transport, part)
+                trial.runner.reserved_sms = transport.num_sms if arm == "D" else 0
                 timed = clock.measure(run)
                 if arm in ("S", "D"):
                     hidden_TD = join(timed.result)

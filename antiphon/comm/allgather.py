@@ -114,9 +114,7 @@ class AllGatherTransport(Transport):
 
 
 class NcclAllGatherTransport(AllGatherTransport):
-    """The same on CUDA devices, by NCCL. `max_ctas`: see `NcclGroup`."""
-
-    max_ctas: int | None = None
+    """The same on CUDA devices, by NCCL. max_ctas: see `NcclGroup`."""
 
     def __init__(
         self,
@@ -126,13 +124,15 @@ class NcclAllGatherTransport(AllGatherTransport):
         streams: Streams,
         num_lanes: int,
         max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_ctas: int | None = None,
     ) -> None:
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
         from antiphon.comm.nccl import NcclGroup  # only where there are such devices
 
         if not isinstance(streams, CudaStreams):
             raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
-        self._nccl = NcclGroup.of(group, streams, max_ctas=self.max_ctas)
+        self._nccl = NcclGroup.of(group, streams, max_ctas=max_ctas)
+        self.num_sms = max_ctas or 0
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         num_tokens, padded = self._num_tokens[lane], self._padded_tokens[lane]

@@ -43,7 +43,7 @@ class _Exchange:
 
 
 class NcclAllToAllTransport(Transport):
-    """Exact routing over NCCL's variable all-to-all."""
+    """Exact routing over NCCL's variable all-to-all. max_ctas: see `NcclGroup`."""
 
     name = "alltoall"
 
@@ -55,6 +55,7 @@ class NcclAllToAllTransport(Transport):
         streams: Streams,
         num_lanes: int,
         max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_ctas: int | None = None,
     ) -> None:
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
         if not isinstance(streams, CudaStreams):
@@ -62,7 +63,8 @@ class NcclAllToAllTransport(Transport):
         self._format = RowFormat(shape)
         self._buffers = [LaneBuffers(streams.device) for _ in range(num_lanes)]
         self._exchanges: list[_Exchange | None] = [None] * num_lanes
-        self._nccl = NcclGroup.of(group, streams)
+        self._nccl = NcclGroup.of(group, streams, max_ctas=max_ctas)
+        self.num_sms = max_ctas or 0
         with torch.inference_mode(False):
             self._counts = [torch.zeros(2, group.size, dtype=torch.int64, pin_memory=True) for _ in range(num_lanes)]
 

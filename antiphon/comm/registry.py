@@ -1,6 +1,7 @@
 """Transports by name: what a user writes, which one `auto` takes and why, and how each is made.
 
 auto | local | allgather | alltoall | copy-engine | host-staged | shared-memory
+allgather:16ctas, alltoall:16ctas           NCCL limited to so many blocks; compute of a split step leaves them SMs
 simulated[:INNER[:BANDWIDTH[:LATENCY]]]     such as simulated:alltoall:200MB/s:1ms
 package.module:Class                        a `Transport` of the user's own
 """
@@ -8,9 +9,11 @@ package.module:Class                        a `Transport` of the user's own
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import Any
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.link import Link, parse_link
@@ -51,9 +54,12 @@ class TransportSpec:
 
     name: str
     link: Link | None = None  # set for a simulated link
+    ctas: int | None = None  # of NCCL, if it may not choose
 
     def __str__(self) -> str:
-        return self.name if self.link is None else f"simulated {self.name} ({self.link})"
+        if self.link is not None:
+            return f"simulated {self.name} ({self.link})"
+        return self.name if self.ctas is None else f"{self.name}:{self.ctas}ctas"
 
 
 def parse_transport(text: str) -> TransportSpec:
@@ -66,6 +72,8 @@ def parse_transport(text: str) -> TransportSpec:
     if first not in _NAMES:
         raise unknown_value("transport", text, _NAMES)
     if first != "simulated":
+        if len(rest) == 1 and first in _CUDA_CLASSES and re.fullmatch(r"[1-9]\d{0,2}ctas", rest[0]):
+            return TransportSpec(name=first, ctas=int(rest[0].removesuffix("ctas")))
         if rest:
             raise OptionError(f"transport={text!r} has settings, which only simulated takes; use {first!r}")
         return TransportSpec(name=first)
@@ -100,6 +108,8 @@ def choose_transport(
     if num_ranks == 1 and (spec.name == "auto" or spec.name in _CLASSES):
         return replace(spec, name="local"), "one rank holds all experts, nothing is sent"
     _check_fit(spec.name, num_ranks, device_kind, peer_access)
+    if spec.ctas is not None and device_kind != "cuda":
+        raise OptionError(f"transport {str(spec)!r} limits the blocks of NCCL's kernels; on CPUs use {spec.name!r}")
     if spec.name != "auto":
         return spec, "as asked"
     reached = num_ranks * (1 - (1 - 1 / num_ranks) ** shape.top_k)
@@ -158,7 +168,8 @@ def create_transport(
         peer_access = all(group.all_gather_object(peer_access and reaches_all_devices(streams.device)))
     spec, _ = choose_transport(spec, shape, group.size, device_kind=device_kind, peer_access=peer_access)
     kind = load_transport(spec, device_kind)
-    transport = kind(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
+    settings: dict[str, Any] = {} if spec.ctas is None else {"max_ctas": spec.ctas}
+    transport = kind(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens, **settings)
     if spec.link is None:
         return transport
     from antiphon.comm.simulated import SimulatedTransport  # only where it is asked for

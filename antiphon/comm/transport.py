@@ -149,6 +149,7 @@ class Transport(ABC):
 
     name: ClassVar[str]
     sm_free: ClassVar[bool] = False  # on a GPU: moves data without occupying streaming multiprocessors
+    num_sms: int = 0  # multiprocessors that computation had better leave to the transport's kernels, if that is known
 
     def __init__(
         self,

@@ -70,11 +70,13 @@ def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
         eos_token_ids=config.model.eos_token_ids,
     )
     recorder = StepRecorder()
+    runner = Runner(model, streams=streams, recorder=recorder)
+    runner.reserved_sms = transport.num_sms
     return StepEngine(
         group=group,
         scheduler=scheduler,
         planner=Planner(options.policy),
-        runner=Runner(model, streams=streams, recorder=recorder),
+        runner=runner,
         sampler=Sampler(model.logits, scheduler.requests),
         transport=transport,
         cache=cache,

@@ -15,10 +15,11 @@ __all__ = ["Runner"]
 
 
 class Runner:
-    """Holds the model of this rank."""
+    """Holds the model of this rank. reserved_sms: `Transport.num_sms`, which a split step leaves free."""
 
     def __init__(self, model: CausalLM, *, streams: Streams, recorder: Recorder | None = None) -> None:
         self.model = model
+        self.reserved_sms = 0
         self._streams = streams
         self._recorder = recorder
 
@@ -29,7 +30,8 @@ class Runner:
             part.to(self._streams.device) for part in parts
         ]  # outside the lanes: all copies before the first layer
         functions = [partial(self._forward, part) for part in parts]
-        return run_lanes(functions, streams=self._streams, recorder=self._recorder)
+        with self._streams.leave_free(self.reserved_sms if len(parts) > 1 else 0):
+            return run_lanes(functions, streams=self._streams, recorder=self._recorder)
 
     def _forward(self, part: MicroBatch) -> torch.Tensor:
         with use_micro_batch(part):

@@ -83,6 +83,17 @@ class CudaStreams:
     def on_compute_stream(self) -> bool:
         return torch.cuda.current_stream(self._device) == self._compute
 
+    @contextmanager
+    def leave_free(self, num_sms: int) -> Iterator[None]:
+        if num_sms == 0:
+            yield
+            return
+        torch._C._set_sm_carveout_experimental(num_sms)
+        try:
+            yield
+        finally:
+            torch._C._set_sm_carveout_experimental(None)
+
     def _comm_stream(self, name: str) -> torch.cuda.Stream:
         stream = self._comm.get(name)
         if stream is None:

@@ -61,6 +61,10 @@ class Streams(Protocol):
         """Whether the compute stream is current; lanes must stay on it when they switch."""
         ...
 
+    def leave_free(self, num_sms: int) -> AbstractContextManager[None]:
+        """Inside, matrix products leave so many multiprocessors to communication kernels; 0 leaves none."""
+        ...
+
 
 class _CpuEvent:
     __slots__ = ()
@@ -95,6 +99,9 @@ class CpuStreams:
 
     def on_compute_stream(self) -> bool:
         return True
+
+    def leave_free(self, num_sms: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def streams_for(device: torch.device) -> Streams:

@@ -9,10 +9,13 @@ import torch
 
 from antiphon.comm import RankGroup
 from antiphon.comm.mailbox import Phase
+from antiphon.comm.mailbox_log import LoggedEvent, MailboxLog
+from antiphon.comm.slab import SlabTransport
 from antiphon.runtime import finish, run_lanes, streams_for
+from tests.comm.protocol_checks import run_layers
 from tests.comm.world import MAX_TOKENS, World, exact_sums, make_shape, poison_arrivals
 
-__all__ = ["many_iterations"]
+__all__ = ["logs_of_two_lanes", "many_iterations"]
 
 
 def many_iterations(group: RankGroup, name: str, num_iterations: int) -> str:
@@ -47,6 +50,24 @@ def many_iterations(group: RankGroup, name: str, num_iterations: int) -> str:
         if number % 500 == 499:
             torch.cuda.synchronize()
     return f"{int(wrong)} numbers are wrong" if int(wrong) else ""
+
+
+def logs_of_two_lanes(group: RankGroup, name: str) -> list[LoggedEvent]:
+    """What a slab transport queued in several steps of two lanes, unequally long; its largest slabs go in chunks."""
+    device = torch.device("cuda", group.rank)
+    torch.cuda.set_device(device)
+    world = World(group, streams_for(device))
+    transport = world.make(name, make_shape(torch.float32, top_k=2, hidden_size=1 << 14), num_lanes=2)
+    assert isinstance(transport, SlabTransport)
+    log, sizes = MailboxLog(group.rank), random.Random(11)
+    transport.record_into(log)
+    for step in range(5):
+        lanes = [
+            [[sizes.choice([0, 1, MAX_TOKENS]) for _ in range(group.size)] for _ in range(n)] for n in (4, 6 + step)
+        ]
+        run_layers(transport, lanes, streams=world.streams)
+    torch.cuda.synchronize()
+    return log.events
 
 
 def _partials(rows, shape, group):  # type: ignore[no-untyped-def]

@@ -230,9 +230,15 @@ def test_exact_routing_for_many_gpus() -> None:
         ("copy-engine", {}, "on CPUs use auto or alltoall"),
         ("host-staged", {}, "on CPUs use auto or alltoall"),
         ("shared-memory", {"device_kind": "cuda"}, "on GPUs use auto or host-staged"),
+        ("alltoall:16ctas", {}, "on CPUs use 'alltoall'"),
         ("copy-engine", {"device_kind": "cuda", "peer_access": False}, "use host-staged"),
     ],
 )
 def test_transports_that_the_devices_cannot_serve(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         choose_transport(parse_transport(name), make_shape(), 2, **options)
+
+
+def test_blocks_of_nccl() -> None:
+    spec = parse_transport("allgather:16ctas")
+    assert (spec.name, spec.ctas, str(spec)) == ("allgather", 16, "allgather:16ctas")

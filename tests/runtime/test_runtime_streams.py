@@ -1,6 +1,6 @@
 """Streams as the runtime uses them, and a recording fake that checks happens-before."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -41,6 +41,9 @@ class RecordedStreams:
     def join(self) -> None:
         self.log.append("join")
         self.happened["compute"] |= self.happened["comm"]
+
+    def leave_free(self, num_sms: int):
+        return nullcontext()
 
     def on_compute_stream(self) -> bool:
         return self.current == "compute"
