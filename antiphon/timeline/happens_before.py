@@ -34,7 +34,8 @@ def check(logs: Sequence[Sequence[LoggedEvent]]) -> list[str]:
     - a flag set again, or waited for again, while its clear is not known to have happened; cleared before its wait
     - an access to memory that no rank has named
 
-    Alike problems of different rounds are one text, with their number.
+    Problems of the same operations at the same place are one text, of the first, with their number. What else is said
+    of bytes that race, depends on the order of the logs; whether there is a problem does not.
     """
     return _Checker(logs).run()
 
