@@ -93,13 +93,14 @@ def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.
 
     Rows behind the last end are undefined. On a CUDA device only bfloat16 runs without waiting for the host.
     """
-    row_bytes = [x_XD.shape[1] * x_XD.element_size(), weight_END.shape[1] * x_XD.element_size()]
-    aligned = all(size % _ALIGNMENT_BYTES == 0 for size in row_bytes)
+    number_bytes = x_XD.element_size()
+    unaligned = x_XD.shape[1] * number_bytes % _ALIGNMENT_BYTES or weight_END.shape[1] * number_bytes % _ALIGNMENT_BYTES
     # On CUDA devices torch has a grouped kernel for bfloat16 only; what it does with other types has changed.
     in_a_loop = x_XD.dtype != torch.bfloat16 if x_XD.is_cuda else x_XD.dtype == torch.float64
-    if in_a_loop or not aligned or x_XD.shape[0] == 0:
+    if in_a_loop or unaligned or x_XD.shape[0] == 0:
         return grouped_product_reference(x_XD, weight_END, ends_E)
-    return F.grouped_mm(x_XD.contiguous(), weight_END.transpose(1, 2), offs=ends_E.to(torch.int32))
+    ends_E = ends_E if ends_E.dtype == torch.int32 else ends_E.to(torch.int32)
+    return F.grouped_mm(x_XD.contiguous(), weight_END.transpose(1, 2), offs=ends_E)
 
 
 def grouped_product_reference(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

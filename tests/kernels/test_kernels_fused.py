@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from antiphon.kernels.activation import gated_silu_reference
 from antiphon.kernels.expert_workspace import ExpertWorkspace
 from antiphon.kernels.fused.activation import gated_silu_fused, launch_gated_silu
+from antiphon.kernels.fused import experts as fused_experts
 from antiphon.kernels.fused.experts import add_up, grouped_experts_fused, place_pairs, spread_rows
 from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fused, rms_norm_fused
 from antiphon.kernels.fused.router import choose_experts_fused
@@ -65,6 +66,22 @@ def test_places_are_in_order_of_expert_then_row(
 ) -> None:
     """Over several blocks, with experts of others below and above; the last but one has none of its own."""
     ids_RK = padded(make_ids(num_rows, top_k, num_ids, seed=1, dtype=dtype), 3, filling=first)
+    assert_placed(ids_RK, first, num_experts)
+
+
+@pytest.mark.parametrize(("num_rows", "top_k"), [(150, 7), (500, 3), (17, 1)])
+def test_places_of_blocks_of_several_parts(num_rows: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with many rows: no more blocks than so many, and counts that are added up in several loads."""
+    monkeypatch.setattr(fused_experts, "_MAX_BLOCKS", 3)
+    monkeypatch.setattr(fused_experts, "_COUNTS_PER_LOAD", 16)
+    fused_experts._count_and_place.cache_clear()
+    try:
+        assert_placed(make_ids(num_rows, top_k, 12, seed=2), 2, 9)
+    finally:
+        fused_experts._count_and_place.cache_clear()
+
+
+def assert_placed(ids_RK: torch.Tensor, first: int, num_experts: int) -> None:
     places_RK, ends_E = place_pairs(ids_RK, num_experts, ExpertWorkspace(), first_expert=first)
     pair_ids = ids_RK.flatten().tolist()
     local = [pair for pair, number in enumerate(pair_ids) if first <= number < first + num_experts]

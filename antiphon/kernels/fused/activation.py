@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.fused.launch import wide_type
+from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 
 __all__ = ["gated_silu_fused", "launch_gated_silu"]
 
@@ -25,8 +27,9 @@ def _gated_silu_kernel(
     F: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    WIDE: tl.constexpr,
+    DOUBLE: tl.constexpr,
 ):
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     if E > 0:
         num_rows = tl.minimum(num_rows, tl.load(ends_E + E - 1))
     COLUMN_TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
@@ -45,23 +48,24 @@ def _gated_silu_kernel(
         tile += tl.num_programs(0)
 
 
+@lru_cache(maxsize=NUM_SHAPES)
+def _gated_silu(num_rows: int, width: int, num_ends: int, double: bool) -> Launch:
+    block_f = min(_MAX_COLUMNS, power_of_two(width))
+    block_x = _ELEMENTS_PER_TILE // block_f
+    num_tiles = divide_up(num_rows, block_x) * divide_up(width, block_f)
+    return Launch(
+        _gated_silu_kernel,
+        (min(num_tiles, _MAX_PROGRAMS), 1),
+        integers=(num_rows,),
+        constants={"E": num_ends, "F": width, "BLOCK_X": block_x, "BLOCK_F": block_f, "DOUBLE": double},
+    )
+
+
 def launch_gated_silu(gate_up_XG: torch.Tensor, out_XF: torch.Tensor, ends_E: torch.Tensor | None) -> None:
     """Fill the first `ends_E[-1]` rows of `out_XF`, or all if there are no ends. Both contiguous."""
     num_rows, width = out_XF.shape
-    block_f = min(_MAX_COLUMNS, triton.next_power_of_2(width))
-    block_x = _ELEMENTS_PER_TILE // block_f
-    num_tiles = triton.cdiv(num_rows, block_x) * triton.cdiv(width, block_f)
-    _gated_silu_kernel[(min(num_tiles, _MAX_PROGRAMS),)](
-        gate_up_XG,
-        out_XF,
-        out_XF if ends_E is None else ends_E,
-        num_rows,
-        E=0 if ends_E is None else ends_E.shape[0],
-        F=width,
-        BLOCK_X=block_x,
-        BLOCK_F=block_f,
-        WIDE=wide_type(out_XF.dtype),
-    )
+    launch = _gated_silu(num_rows, width, 0 if ends_E is None else ends_E.shape[0], is_double(out_XF.dtype))
+    launch(gate_up_XG, out_XF, out_XF if ends_E is None else ends_E)
 
 
 def gated_silu_fused(gate_up_XG: torch.Tensor) -> torch.Tensor:

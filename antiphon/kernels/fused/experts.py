@@ -13,18 +13,31 @@ Shapes: as in `grouped_experts`; `N` blocks of pairs.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from antiphon.kernels.expert_workspace import ExpertWorkspace
 from antiphon.kernels.fused.activation import launch_gated_silu
-from antiphon.kernels.fused.launch import column_block, stride_unit, wide_type
+from antiphon.kernels.fused.launch import (
+    NUM_SHAPES,
+    Launch,
+    column_block,
+    divide_up,
+    is_double,
+    power_of_two,
+    stride_unit,
+)
 from antiphon.kernels.grouped_experts import grouped_product
 
 __all__ = ["add_up", "grouped_experts_fused", "place_pairs", "spread_rows"]
 
-_PAIRS_PER_BLOCK = 128
+_MAX_BLOCKS = 128  # of pairs: about as many as there are streaming multiprocessors, and few counts to add up
+_MIN_PART, _MAX_PART = 16, 128  # pairs that a block takes at a time
+_TILE_ELEMENTS = 8192
+_COUNTS_PER_LOAD = 4096
 
 
 # ---- which place
@@ -39,58 +52,109 @@ def _local_experts(ids, pairs, num_pairs, stride_row, stride_slot, first_expert,
     return tl.where(inside & (expert >= 0) & (expert < E), expert, -1)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "first_expert"])
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "num_parts", "first_expert"])
 def _count_kernel(
     ids,
-    counts_EN,
+    counts_NE,
     num_pairs,
     num_blocks,
+    num_parts,
     stride_row,
     stride_slot,
     first_expert,
     K: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PART: tl.constexpr,
 ):
     block = tl.program_id(0)
-    pairs = block * BLOCK + tl.arange(0, BLOCK)
-    expert = _local_experts(ids, pairs, num_pairs, stride_row, stride_slot, first_expert, K, E)
     experts_E = tl.arange(0, BLOCK_E)
-    hits = (expert[:, None] == experts_E[None, :]).to(tl.int32)
-    tl.store(counts_EN + experts_E * num_blocks + block, tl.sum(hits, 0), mask=experts_E < E)
+    count_E = tl.zeros([BLOCK_E], tl.int32)
+    part = block * num_parts
+    end = part + num_parts
+    while part < end:
+        pairs = part * PART + tl.arange(0, PART)
+        expert = _local_experts(ids, pairs, num_pairs, stride_row, stride_slot, first_expert, K, E)
+        count_E += tl.sum((expert[:, None] == experts_E[None, :]).to(tl.int32), 0)
+        part += 1
+    tl.store(counts_NE + block * E + experts_E, count_E, mask=experts_E < E)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "first_expert"])
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "num_parts", "first_expert"])
 def _place_kernel(
     ids,
-    sums_EN,
+    counts_NE,
     places,
     ends_E,
     num_pairs,
     num_blocks,
+    num_parts,
     stride_row,
     stride_slot,
     first_expert,
     K: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PART: tl.constexpr,
 ):
     block = tl.program_id(0)
-    lanes = tl.arange(0, BLOCK)
-    pairs = block * BLOCK + lanes
-    expert = _local_experts(ids, pairs, num_pairs, stride_row, stride_slot, first_expert, K, E)
-    earlier = (expert[None, :] == expert[:, None]) & (lanes[None, :] < lanes[:, None])
-    rank = tl.sum(earlier.to(tl.int32), 1)
-    # Sums run over experts, then blocks: what stands before this block's own count is where its pairs begin.
-    before = expert * num_blocks + block - 1
-    start = tl.load(sums_EN + before, mask=(expert >= 0) & (before >= 0), other=0)
-    tl.store(places + pairs, tl.where(expert >= 0, start + rank, -1), mask=pairs < num_pairs)
+    experts_E = tl.arange(0, BLOCK_E)
+    # Every block adds up all counts: they are few, and a launch of its own would cost more.
+    total_E = tl.zeros([BLOCK_E], tl.int32)
+    before_E = tl.zeros([BLOCK_E], tl.int32)
+    blocks_N = tl.arange(0, BLOCK_N)
+    first = num_blocks * 0
+    while first < num_blocks:
+        mask = (blocks_N < num_blocks)[:, None] & (experts_E < E)[None, :]
+        count_NE = tl.load(counts_NE + blocks_N[:, None] * E + experts_E[None, :], mask=mask, other=0)
+        total_E += tl.sum(count_NE, 0)
+        before_E += tl.sum(tl.where((blocks_N < block)[:, None], count_NE, 0), 0)
+        blocks_N += BLOCK_N
+        first += BLOCK_N
+    end_E = tl.cumsum(total_E, 0)
     if block == 0:
-        experts_E = tl.arange(0, BLOCK_E)
-        end = tl.load(sums_EN + experts_E * num_blocks + num_blocks - 1, mask=experts_E < E, other=0)
-        tl.store(ends_E + experts_E, end, mask=experts_E < E)
+        tl.store(ends_E + experts_E, end_E, mask=experts_E < E)
+    next_E = end_E - total_E + before_E  # where the next pair of each expert goes
+    lanes = tl.arange(0, PART)
+    part = block * num_parts
+    end = part + num_parts
+    while part < end:
+        pairs = part * PART + lanes
+        expert = _local_experts(ids, pairs, num_pairs, stride_row, stride_slot, first_expert, K, E)
+        earlier = (expert[None, :] == expert[:, None]) & (lanes[None, :] < lanes[:, None])
+        hits = (expert[:, None] == experts_E[None, :]).to(tl.int32)
+        place = tl.sum(earlier.to(tl.int32), 1) + tl.sum(hits * next_E[None, :], 1)
+        tl.store(places + pairs, tl.where(expert >= 0, place, -1), mask=pairs < num_pairs)
+        next_E += tl.sum(hits, 0)
+        part += 1
+
+
+@lru_cache(maxsize=NUM_SHAPES)
+def _count_and_place(
+    num_rows: int, top_k: int, strides: tuple[int, int], num_experts: int, first_expert: int
+) -> tuple[int, Launch, Launch]:
+    """The number of blocks, and what counts and places."""
+    num_pairs = num_rows * top_k
+    block_e = power_of_two(num_experts)
+    part = max(_MIN_PART, min(_MAX_PART, _TILE_ELEMENTS // block_e))
+    num_parts = divide_up(num_pairs, part * _MAX_BLOCKS)
+    num_blocks = divide_up(num_pairs, part * num_parts)
+    integers = (num_pairs, num_blocks, num_parts, *strides, first_expert)
+    constants = {
+        "K": top_k,
+        "E": num_experts,
+        "BLOCK_E": block_e,
+        "BLOCK_N": max(1, _COUNTS_PER_LOAD // block_e),
+        "PART": part,
+    }
+    num_warps = 4 if block_e <= 64 else 8
+    count, place = (
+        Launch(kernel, (num_blocks, 1), integers=integers, constants=constants, num_warps=num_warps)
+        for kernel in (_count_kernel, _place_kernel)
+    )
+    return num_blocks, count, place
 
 
 def place_pairs(
@@ -100,23 +164,15 @@ def place_pairs(
 
     Both belong to the workspace and hold until its next use. ids_RK: int32 or int64, any strides, R above 0.
     """
-    num_pairs, top_k = ids_RK.numel(), ids_RK.shape[1]
-    num_blocks = triton.cdiv(num_pairs, _PAIRS_PER_BLOCK)
-    counts_X = workspace.get("counts", num_experts * num_blocks, torch.int32, ids_RK.device)
-    sums_X = workspace.get("sums", num_experts * num_blocks, torch.int32, ids_RK.device)
-    places_X = workspace.get("places", num_pairs, torch.int32, ids_RK.device)
-    ends_E = workspace.get("ends", num_experts, torch.int32, ids_RK.device)
-    sizes = (num_pairs, num_blocks, *ids_RK.stride(), first_expert)
-    constants = {
-        "K": top_k,
-        "E": num_experts,
-        "BLOCK_E": triton.next_power_of_2(num_experts),
-        "BLOCK": _PAIRS_PER_BLOCK,
-    }
-    _count_kernel[(num_blocks,)](ids_RK, counts_X, *sizes, **constants)
-    torch.cumsum(counts_X, 0, dtype=torch.int32, out=sums_X)
-    _place_kernel[(num_blocks,)](ids_RK, sums_X, places_X, ends_E, *sizes, **constants)
-    return places_X.view(ids_RK.shape), ends_E
+    num_rows, top_k = ids_RK.shape
+    num_blocks, count, place = _count_and_place(num_rows, top_k, ids_RK.stride(), num_experts, first_expert)
+    device = ids_RK.device
+    counts_NE = workspace.get("counts", (num_blocks, num_experts), torch.int32, device)
+    places_RK = workspace.get("places", (num_rows, top_k), torch.int32, device)
+    ends_E = workspace.get("ends", (num_experts,), torch.int32, device)
+    count(ids_RK, counts_NE)
+    place(ids_RK, counts_NE, places_RK, ends_E)
+    return places_RK, ends_E
 
 
 # ---- rows to places and back
@@ -145,22 +201,20 @@ def _spread_kernel(
             tl.store(x_XD + place * D + columns, x_D, mask=(columns < D) & (place >= 0))
 
 
+@lru_cache(maxsize=NUM_SHAPES)
+def _spread(num_rows: int, size: int, stride_row: int, top_k: int) -> Launch:
+    unit, block = stride_unit(stride_row), column_block(size)
+    return Launch(
+        _spread_kernel,
+        (num_rows, divide_up(size, block)),
+        integers=(stride_row // unit,),
+        constants={"D": size, "K": top_k, "UNIT": unit, "BLOCK_K": power_of_two(top_k), "BLOCK_D": block},
+    )
+
+
 def spread_rows(x_RD: torch.Tensor, places_RK: torch.Tensor, x_XD: torch.Tensor) -> None:
     """Copy each row to its places. Rows without a place are not read; places without a row are not written."""
-    (num_rows, size), top_k = x_RD.shape, places_RK.shape[1]
-    unit = stride_unit(x_RD.stride(0))
-    block = column_block(size)
-    _spread_kernel[(num_rows, triton.cdiv(size, block))](
-        x_RD,
-        places_RK,
-        x_XD,
-        x_RD.stride(0) // unit,
-        D=size,
-        K=top_k,
-        UNIT=unit,
-        BLOCK_K=triton.next_power_of_2(top_k),
-        BLOCK_D=block,
-    )
+    _spread(*x_RD.shape, x_RD.stride(0), places_RK.shape[1])(x_RD, places_RK, x_XD)
 
 
 @triton.jit
@@ -176,8 +230,9 @@ def _add_up_kernel(
     K: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    DOUBLE: tl.constexpr,
 ):
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_D = tl.zeros([BLOCK_D], WIDE)
@@ -191,24 +246,23 @@ def _add_up_kernel(
     tl.store(out_RD + row * out_stride_units * UNIT + columns, sum_D.to(out_RD.dtype.element_ty), mask=columns < D)
 
 
+@lru_cache(maxsize=NUM_SHAPES)
+def _add_up(
+    num_rows: int, size: int, stride_row: int, top_k: int, weights_strides: tuple[int, int], double: bool
+) -> Launch:
+    unit, block = stride_unit(stride_row), column_block(size)
+    return Launch(
+        _add_up_kernel,
+        (num_rows, divide_up(size, block)),
+        integers=(*weights_strides, stride_row // unit),
+        constants={"D": size, "K": top_k, "UNIT": unit, "BLOCK_D": block, "DOUBLE": double},
+    )
+
+
 def add_up(y_XD: torch.Tensor, places_RK: torch.Tensor, weights_RK: torch.Tensor, out_RD: torch.Tensor) -> None:
     """Write into each row of `out_RD` the weighted sum of what is at its places; 0 where it has none."""
-    (num_rows, size), top_k = out_RD.shape, places_RK.shape[1]
-    unit = stride_unit(out_RD.stride(0))
-    block = column_block(size)
-    _add_up_kernel[(num_rows, triton.cdiv(size, block))](
-        y_XD,
-        places_RK,
-        weights_RK,
-        out_RD,
-        *weights_RK.stride(),
-        out_RD.stride(0) // unit,
-        D=size,
-        K=top_k,
-        UNIT=unit,
-        BLOCK_D=block,
-        WIDE=wide_type(y_XD.dtype),
-    )
+    launch = _add_up(*out_RD.shape, out_RD.stride(0), places_RK.shape[1], weights_RK.stride(), is_double(y_XD.dtype))
+    launch(y_XD, places_RK, weights_RK, out_RD)
 
 
 # ---- all of it
@@ -227,26 +281,40 @@ def grouped_experts_fused(
 ) -> torch.Tensor:
     """See `grouped_experts`. bfloat16 on SM90 and later never waits for the host; other dtypes wait in the products."""
     num_rows, size = x_RD.shape
-    num_experts, width = gate_up_EGD.shape[0], down_EDF.shape[2]
     out_RD = x_RD.new_empty(num_rows, size) if out_RD is None else out_RD
     workspace = workspace or ExpertWorkspace()
     if x_RD.stride(1) != 1:
         x_RD = x_RD.contiguous()
     assert out_RD.stride(1) == 1, "out_RD has gaps inside its rows"
-    top_k = ids_RK.shape[1]
-    rows_per_pass = max(1, workspace.max_pairs // top_k)
+    rows_per_pass = max(1, workspace.max_pairs // ids_RK.shape[1])
+    if num_rows <= rows_per_pass:
+        _one_pass(x_RD, ids_RK, weights_RK, gate_up_EGD, down_EDF, out_RD, first_expert, workspace)
+        return out_RD
     for start in range(0, num_rows, rows_per_pass):
-        rows = slice(start, min(start + rows_per_pass, num_rows))
-        places_RK, ends_E = place_pairs(ids_RK[rows], num_experts, workspace, first_expert=first_expert)
-        num_pairs = places_RK.numel()
-        pairs = workspace.get("pairs", num_pairs * max(size, width), x_RD.dtype, x_RD.device)
-        x_XD = pairs[: num_pairs * size].view(num_pairs, size)
-        spread_rows(x_RD[rows], places_RK, x_XD)
-        gate_up_XG = grouped_product(x_XD, gate_up_EGD, ends_E)
-        # In the memory of x_XD, which the product behind us has read.
-        act_XF = pairs[: num_pairs * width].view(num_pairs, width)
-        launch_gated_silu(gate_up_XG, act_XF, ends_E)
-        del gate_up_XG  # before the next product allocates
-        y_XD = grouped_product(act_XF, down_EDF, ends_E)
-        add_up(y_XD, places_RK, weights_RK[rows], out_RD[rows])
+        rows = slice(start, start + rows_per_pass)
+        _one_pass(
+            x_RD[rows], ids_RK[rows], weights_RK[rows], gate_up_EGD, down_EDF, out_RD[rows], first_expert, workspace
+        )
     return out_RD
+
+
+def _one_pass(
+    x_RD: torch.Tensor,
+    ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EGD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    out_RD: torch.Tensor,
+    first_expert: int,
+    workspace: ExpertWorkspace,
+) -> None:
+    size, width = x_RD.shape[1], down_EDF.shape[2]
+    places_RK, ends_E = place_pairs(ids_RK, gate_up_EGD.shape[0], workspace, first_expert=first_expert)
+    num_pairs = places_RK.numel()
+    x_XD, act_XF = workspace.get_shared("pairs", ((num_pairs, size), (num_pairs, width)), x_RD.dtype, x_RD.device)
+    spread_rows(x_RD, places_RK, x_XD)
+    gate_up_XG = grouped_product(x_XD, gate_up_EGD, ends_E)
+    launch_gated_silu(gate_up_XG, act_XF, ends_E)  # over x_XD, which the product behind us has read
+    del gate_up_XG  # before the next product allocates
+    y_XD = grouped_product(act_XF, down_EDF, ends_E)
+    add_up(y_XD, places_RK, weights_RK, out_RD)

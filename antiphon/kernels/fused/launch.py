@@ -1,22 +1,183 @@
-"""Choices that all launches share."""
+"""Launches that cost the host little, and the choices that all of them share.
+
+Triton's own launch binds arguments, derives what they are specialised on, makes a key of it and asks the driver about
+every pointer: 35 to 45 us on a slow host. A `Launch` is one kernel for one shape: everything but the tensors is fixed.
+It launches through Triton once, keeps the compiled kernel that this returns, and afterwards calls its launcher itself.
+
+    @lru_cache(maxsize=NUM_SHAPES)
+    def _copy(num_rows: int, size: int) -> Launch:
+        return Launch(_copy_kernel, (num_rows, 1), integers=(num_rows,), constants={"D": size})
+
+    _copy(*x_TD.shape)(x_TD, out_TD)
+
+Because integers and constants are fixed, what Triton specialises on can only change with the dtypes of the tensors,
+with pointers that are no multiple of 16 bytes, and with the device: these are the key.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-__all__ = ["column_block", "stride_unit", "wide_type"]
+__all__ = [
+    "NUM_SHAPES",
+    "Direct",
+    "Driver",
+    "Launch",
+    "column_block",
+    "divide_up",
+    "find_driver",
+    "is_double",
+    "power_of_two",
+    "stride_unit",
+]
 
+NUM_SHAPES = 1024
+"""Launches that are kept of each kernel."""
+
+_KNOWN_VERSIONS = ("3.6.",)  # of Triton: those whose launcher takes arguments as below
+_POINTER_ALIGNMENT = 16
 _MAX_COLUMN_BLOCK = 1024
 _LARGEST_UNIT = 16
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Direct:
+    """A compiled kernel as its C launcher takes it: `launch(x, y, z, stream, *head, *pointers, *tail)`."""
+
+    launch: Callable[..., None]
+    head: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """What launches of our own need of Triton and torch."""
+
+    device: Callable[[], int]  # the current one
+    stream: Callable[[int], int]  # the current one of a device, as the driver names it
+    hooked: Callable[[], bool]  # whether a profiler wants to see every launch
+    direct: Callable[[Any], Direct | None]  # None: this kernel needs more than a launcher does alone
+
+
+class Launch:
+    """A kernel with its grid, integers and constants; a call adds the tensors and queues it on the current stream.
+
+    The kernel's parameters are pointers, then integers, then constants. All tensors are on the current device:
+    Triton checks that in the first call only. Where its protocol is not the known one, every call goes through Triton.
+    """
+
+    __slots__ = ("_constants", "_direct", "_driver", "_grid", "_integers", "_kernel", "_num_warps", "_tail")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        *,
+        integers: tuple[int, ...] = (),
+        constants: Mapping[str, Any],
+        num_warps: int = 4,
+        driver: Driver | None = None,
+    ) -> None:
+        """driver: another than Triton's, for tests."""
+        self._kernel = kernel
+        self._grid = grid
+        self._integers = integers
+        self._constants = constants
+        self._num_warps = num_warps
+        self._driver = find_driver() if driver is None else driver
+        self._tail = (*integers, *constants.values())  # the launcher skips constants: their order is free
+        self._direct: dict[tuple[Any, ...], Direct | None] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        driver = self._driver
+        if driver is None or driver.hooked():
+            self._through_triton(tensors)
+            return
+        device = driver.device()
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        key = (device, _misaligned(pointers), *[tensor.dtype for tensor in tensors])
+        direct = self._direct.get(key)
+        if direct is None:
+            compiled = self._through_triton(tensors)
+            if key not in self._direct:
+                self._direct[key] = driver.direct(compiled)
+            return
+        direct.launch(*self._grid, 1, driver.stream(device), *direct.head, *pointers, *self._tail)
+
+    def _through_triton(self, tensors: tuple[torch.Tensor, ...]) -> Any:
+        return self._kernel[self._grid](*tensors, *self._integers, **self._constants, num_warps=self._num_warps)
+
+
+def _misaligned(pointers: list[int]) -> int:
+    """A bit for each pointer that is no multiple of 16."""
+    together = 0
+    for pointer in pointers:
+        together |= pointer
+    if together % _POINTER_ALIGNMENT == 0:
+        return 0
+    return sum(1 << i for i, pointer in enumerate(pointers) if pointer % _POINTER_ALIGNMENT)
+
+
+def find_driver() -> Driver | None:
+    """None where kernels are interpreted, or Triton's launcher may want other arguments than the known one."""
+    return _DRIVER
+
+
+def _make_driver() -> Driver | None:
+    if not triton.__version__.startswith(_KNOWN_VERSIONS) or not hasattr(torch._C, "_cuda_getCurrentRawStream"):
+        return None
+    try:
+        from triton import knobs
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        runtime = knobs.runtime
+        if runtime.interpret:
+            return None
+        assert isinstance(runtime.launch_enter_hook.calls, list) and isinstance(runtime.launch_exit_hook.calls, list)
+    except (ImportError, AttributeError, AssertionError):
+        return None
+
+    def hooked() -> bool:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+    def direct(compiled: Any) -> Direct | None:
+        launcher = compiled.run
+        if type(launcher) is not CudaLauncher or launcher.global_scratch_size or launcher.profile_scratch_size:
+            return None
+        none = None  # scratch memory twice; metadata of the launch and hooks before and after it
+        options = (launcher.launch_cooperative_grid, launcher.launch_pdl, none, none)
+        return Direct(
+            launch=launcher.launch, head=(compiled.function, *options, compiled.packed_metadata, none, none, none)
+        )
+
+    return Driver(
+        device=torch._C._cuda_getDevice,
+        stream=torch._C._cuda_getCurrentRawStream,
+        hooked=hooked,
+        direct=direct,
+    )
+
+
+_DRIVER = _make_driver()
+
+
+def divide_up(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is not below the number."""
+    return 1 << (number - 1).bit_length()
+
+
 def column_block(size: int) -> int:
     """Columns of one program: a power of two."""
-    return int(min(_MAX_COLUMN_BLOCK, triton.next_power_of_2(size)))
+    return min(_MAX_COLUMN_BLOCK, power_of_two(size))
 
 
 def stride_unit(stride: int) -> int:
@@ -28,6 +189,6 @@ def stride_unit(stride: int) -> int:
     return math.gcd(stride, _LARGEST_UNIT)
 
 
-def wide_type(dtype: torch.dtype) -> tl.dtype:
-    """What sums of `dtype` are computed in: float32 at least."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def is_double(dtype: torch.dtype) -> bool:
+    """Whether sums of `dtype` are computed in float64; else they are in float32."""
+    return dtype == torch.float64

@@ -5,11 +5,13 @@ Shapes: as in `antiphon.kernels.norm_rope`.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.fused.launch import wide_type
+from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 
 __all__ = ["add_rms_norm_fused", "apply_rope_fused", "rms_norm_fused"]
 
@@ -34,9 +36,10 @@ def _norm_kernel(
     ADD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    DOUBLE: tl.constexpr,
 ):
     """Rows are (token, head) pairs; `out` and `sum_TD` are contiguous."""
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < num_rows)[:, None] & (columns < D)[None, :]
@@ -57,15 +60,48 @@ def _norm_kernel(
     tl.store(out + places, normed.to(dtype), mask=mask)
 
 
+@lru_cache(maxsize=NUM_SHAPES)
+def _norm(
+    num_rows: int,
+    num_heads: int,
+    size: int,
+    strides: tuple[int, int],
+    residual_stride: int | None,
+    eps: float,
+    double: bool,
+) -> Launch:
+    """residual_stride: of the rows of a residual that is added first; None for none."""
+    block_d = power_of_two(size)
+    block_r = max(1, _NORM_ELEMENTS // block_d)
+    return Launch(
+        _norm_kernel,
+        (divide_up(num_rows, block_r), 1),
+        integers=(num_rows, num_heads, *strides, residual_stride or 0),
+        constants={
+            "EPS": eps,
+            "D": size,
+            "ADD": residual_stride is not None,
+            "BLOCK_R": block_r,
+            "BLOCK_D": block_d,
+            "DOUBLE": double,
+        },
+        num_warps=8 if block_d > 4096 else 4,
+    )
+
+
 def rms_norm_fused(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """See `rms_norm`; x: [..., D]."""
-    if x.dim() not in (2, 3) or x.stride(-1) != 1:
-        shape, x = x.shape, x.reshape(-1, x.shape[-1]).contiguous()
-        return rms_norm_fused(x, weight_D, eps).view(shape)
-    out = x.new_empty(x.shape)
-    num_heads, stride_head = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
-    if x.numel():
-        _launch_norm(x, None, weight_D, out, None, num_heads, (x.stride(0), stride_head), eps)
+    shape, strides = x.shape, x.stride()
+    if len(shape) == 2 and strides[1] == 1:
+        num_rows, num_heads, row_strides = shape[0], 1, (strides[0], 0)
+    elif len(shape) == 3 and strides[2] == 1:
+        num_rows, num_heads, row_strides = shape[0] * shape[1], shape[1], (strides[0], strides[1])
+    else:
+        return rms_norm_fused(x.reshape(-1, shape[-1]).contiguous(), weight_D, eps).view(shape)
+    out = x.new_empty(shape)
+    if num_rows:
+        launch = _norm(num_rows, num_heads, shape[-1], row_strides, None, eps, is_double(x.dtype))
+        launch(x, x, weight_D, out, out)
     return out
 
 
@@ -75,44 +111,12 @@ def add_rms_norm_fused(
     """See `add_rms_norm`."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TD = residual_TD if residual_TD.stride(1) == 1 else residual_TD.contiguous()
-    out_TD, sum_TD = x_TD.new_empty(x_TD.shape), x_TD.new_empty(x_TD.shape)
-    if x_TD.numel():
-        _launch_norm(x_TD, residual_TD, weight_D, out_TD, sum_TD, 1, (x_TD.stride(0), 0), eps)
+    num_tokens, size = x_TD.shape
+    out_TD, sum_TD = x_TD.new_empty(num_tokens, size), x_TD.new_empty(num_tokens, size)
+    if num_tokens:
+        launch = _norm(num_tokens, 1, size, (x_TD.stride(0), 0), residual_TD.stride(0), eps, is_double(x_TD.dtype))
+        launch(x_TD, residual_TD, weight_D, out_TD, sum_TD)
     return out_TD, sum_TD
-
-
-def _launch_norm(
-    x: torch.Tensor,
-    residual_TD: torch.Tensor | None,
-    weight_D: torch.Tensor,
-    out: torch.Tensor,
-    sum_TD: torch.Tensor | None,
-    num_heads: int,
-    strides: tuple[int, int],
-    eps: float,
-) -> None:
-    size = x.shape[-1]
-    num_rows = x.numel() // size
-    block_d = triton.next_power_of_2(size)
-    block_r = max(1, _NORM_ELEMENTS // block_d)
-    _norm_kernel[(triton.cdiv(num_rows, block_r),)](
-        x,
-        x if residual_TD is None else residual_TD,
-        weight_D,
-        out,
-        out if sum_TD is None else sum_TD,
-        num_rows,
-        num_heads,
-        *strides,
-        0 if residual_TD is None else residual_TD.stride(0),
-        EPS=eps,
-        D=size,
-        ADD=residual_TD is not None,
-        BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        WIDE=wide_type(x.dtype),
-        num_warps=8 if block_d > 4096 else 4,
-    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -131,8 +135,9 @@ def _rope_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    WIDE: tl.constexpr,
+    DOUBLE: tl.constexpr,
 ):
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     pairs = tl.arange(0, BLOCK_P)
     mask = (rows < num_rows)[:, None] & (pairs < P)[None, :]
@@ -156,34 +161,50 @@ def _rope_kernel(
     tl.store(target + P, (second * cos + first * sin).to(dtype), mask=mask)
 
 
+@lru_cache(maxsize=NUM_SHAPES)
+def _rope(
+    num_rows: int,
+    num_heads: int,
+    num_pairs: int,
+    strides: tuple[int, int],
+    out_strides: tuple[int, int],
+    interleaved: bool,
+    double: bool,
+) -> Launch:
+    block_p = power_of_two(num_pairs)
+    block_r = max(1, _ROPE_ELEMENTS // block_p)
+    return Launch(
+        _rope_kernel,
+        (divide_up(num_rows, block_r), 1),
+        integers=(num_rows, num_heads, *strides, *out_strides),
+        constants={
+            "P": num_pairs,
+            "INTERLEAVED": interleaved,
+            "BLOCK_R": block_r,
+            "BLOCK_P": block_p,
+            "DOUBLE": double,
+        },
+    )
+
+
 def apply_rope_fused(
     x: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, *, interleaved: bool, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `apply_rope`."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = x.new_empty(x.shape) if out is None else out
-    assert out.shape == x.shape and out.stride(-1) == 1, "out has another shape than x, or gaps inside its heads"
+    strides, out_strides = (x.stride(), out.stride()) if x.dim() == 3 else (_one_head(x), _one_head(out))
+    assert out.shape == x.shape and out_strides[2] == 1, "out has another shape than x, or gaps inside its heads"
     num_heads = x.shape[1] if x.dim() == 3 else 1
-    num_rows, num_pairs = x.shape[0] * num_heads, x.shape[-1] // 2
-    if not x.numel():
-        return out
-    block_p = triton.next_power_of_2(num_pairs)
-    block_r = max(1, _ROPE_ELEMENTS // block_p)
-    _rope_kernel[(triton.cdiv(num_rows, block_r),)](
-        x,
-        cos_TP.contiguous(),
-        sin_TP.contiguous(),
-        out,
-        num_rows,
-        num_heads,
-        x.stride(0),
-        x.stride(1) if x.dim() == 3 else 0,
-        out.stride(0),
-        out.stride(1) if out.dim() == 3 else 0,
-        P=num_pairs,
-        INTERLEAVED=interleaved,
-        BLOCK_R=block_r,
-        BLOCK_P=block_p,
-        WIDE=wide_type(x.dtype),
-    )
+    num_rows = x.shape[0] * num_heads
+    if x.numel():
+        launch = _rope(
+            num_rows, num_heads, x.shape[-1] // 2, strides[:2], out_strides[:2], interleaved, is_double(x.dtype)
+        )
+        launch(x, cos_TP.contiguous(), sin_TP.contiguous(), out)
     return out
+
+
+def _one_head(x_TP: torch.Tensor) -> tuple[int, int, int]:
+    """Strides as if [T, P] were [T, 1, P]."""
+    return x_TP.stride(0), 0, x_TP.stride(1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.fused.launch import wide_type
+from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 from antiphon.kernels.router import Scoring
 
 __all__ = ["choose_experts_fused"]
@@ -31,8 +33,9 @@ def _choose_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDE: tl.constexpr,
+    DOUBLE: tl.constexpr,
 ):
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)[None, :]
     slots = tl.arange(0, BLOCK_K)[None, :]
@@ -69,6 +72,39 @@ def _choose_kernel(
     tl.store(weights_TK + places, weights * SCALE, mask=mask)
 
 
+@lru_cache(maxsize=NUM_SHAPES)
+def _choose(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    stride_token: int,
+    scoring: Scoring,
+    biased: bool,
+    normalize: bool,
+    scale: float,
+    double: bool,
+) -> Launch:
+    block_e = power_of_two(num_experts)
+    block_t = max(1, _TILE_ELEMENTS // block_e)
+    return Launch(
+        _choose_kernel,
+        (divide_up(num_tokens, block_t), 1),
+        integers=(num_tokens, stride_token),
+        constants={
+            "SCALE": scale,
+            "E": num_experts,
+            "K": top_k,
+            "SIGMOID": scoring is Scoring.SIGMOID,
+            "BIASED": biased,
+            "NORMALIZE": normalize,
+            "BLOCK_T": block_t,
+            "BLOCK_E": block_e,
+            "BLOCK_K": power_of_two(top_k),
+            "DOUBLE": double,
+        },
+    )
+
+
 def choose_experts_fused(
     logits_TE: torch.Tensor,
     top_k: int,
@@ -85,24 +121,16 @@ def choose_experts_fused(
     weights_TK = logits_TE.new_empty(num_tokens, top_k)
     if num_tokens == 0:
         return ids_TK, weights_TK
-    block_e = triton.next_power_of_2(num_experts)
-    block_t = max(1, _TILE_ELEMENTS // block_e)
-    _choose_kernel[(triton.cdiv(num_tokens, block_t),)](
-        logits_TE,
-        logits_TE if bias_E is None else bias_E,
-        ids_TK,
-        weights_TK,
+    launch = _choose(
         num_tokens,
+        num_experts,
+        top_k,
         logits_TE.stride(0),
-        SCALE=scale,
-        E=num_experts,
-        K=top_k,
-        SIGMOID=scoring is Scoring.SIGMOID,
-        BIASED=bias_E is not None,
-        NORMALIZE=normalize,
-        BLOCK_T=block_t,
-        BLOCK_E=block_e,
-        BLOCK_K=triton.next_power_of_2(top_k),
-        WIDE=wide_type(logits_TE.dtype),
+        scoring,
+        bias_E is not None,
+        normalize,
+        scale,
+        is_double(logits_TE.dtype),
     )
+    launch(logits_TE, logits_TE if bias_E is None else bias_E, ids_TK, weights_TK)
     return ids_TK, weights_TK
