@@ -14,8 +14,8 @@ from torch import nn
 
 from antiphon.core.batch import PrefillSlice, current_micro_batch
 from antiphon.core.errors import ModelError
-from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values, prefill_attention, write_keys_values
-from antiphon.kernels.norm_rope import apply_rope
+from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values, prefill_attention
+from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import Linear, MergedLinear, RMSNorm
 from antiphon.models.rope import RopeConfig, rotary_size
@@ -87,48 +87,53 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
         metadata = current_micro_batch().attention
-        q_THQ, key_TGQ, value_TGQ = self._projections(x_TD, cos_TP, sin_TP)
-        write_keys_values(self.cache_blocks, metadata.slots_T, key_TGQ, value_TGQ)
+        q_THQ, key_TGQ, value_TGQ = norm_rotate_write(
+            self.qkv_proj.forward(x_TD),
+            cos_TP,
+            sin_TP,
+            self.cache_blocks,
+            metadata.slots_T,
+            num_kv_heads=self.config.num_kv_heads,
+            head_size=self.config.head_size,
+            norms=self._norms(),
+        )
         order_point(("keys and values", self.layer))
 
-        out_THQ = q_THQ.new_empty(q_THQ.shape)
-        for run in _runs(metadata.prefills):
-            rows, per_request = slice(run[0].start, run[-1].stop), (len(run), -1)
-            key_LGQ, value_LGQ = key_TGQ[rows], value_TGQ[rows]
-            if run[0].context_len > 0:
-                length = run[0].context_len + run[0].stop - run[0].start
-                key_LGQ, value_LGQ = gather_keys_values(
-                    self.cache_blocks, run[0].block_ids_B, length, self.config.head_size
-                )
-            out_NSHQ = prefill_attention(
-                torch.unflatten(q_THQ[rows], 0, per_request),
-                torch.unflatten(key_LGQ, 0, per_request),
-                torch.unflatten(value_LGQ, 0, per_request),
-                self.scale,
-            )
-            out_THQ[rows] = out_NSHQ.flatten(0, 1)
+        parts_TX = [self._prefill(run, q_THQ, key_TGQ, value_TGQ) for run in _runs(metadata.prefills)]
+        if metadata.decodes is None and len(parts_TX) == 1:
+            return self.o_proj.forward(parts_TX[0])  # one call took all tokens: nothing to put together
+        out_TX = x_TD.new_empty(x_TD.shape[0], self.o_proj.weight.shape[1])
+        for run, part_TX in zip(_runs(metadata.prefills), parts_TX, strict=True):
+            out_TX[run[0].start : run[-1].stop] = part_TX
         if (decodes := metadata.decodes) is not None:
-            out_THQ[decodes.rows_N] = decode_attention(
+            out_NHQ = decode_attention(
                 q_THQ[decodes.rows_N], self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale
             )
-        out_TD: torch.Tensor = self.o_proj(out_THQ.flatten(1))
-        return out_TD
+            out_TX[decodes.rows_N] = out_NHQ.flatten(1)
+        return self.o_proj.forward(out_TX)
 
-    def _projections(
-        self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [T, H, Q], keys and values [T, G, Q]."""
-        config = self.config
-        q_TX, key_TX, value_TX = self.qkv_proj.split(self.qkv_proj(x_TD))
-        q_THQ = q_TX.view(-1, config.num_heads, config.head_size)
-        key_TGQ = key_TX.view(-1, config.num_kv_heads, config.head_size)
-        value_TGQ = value_TX.view(-1, config.num_kv_heads, config.head_size)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THQ, key_TGQ = self.q_norm(q_THQ), self.k_norm(key_TGQ)
-        for x_TXQ in (q_THQ, key_TGQ):
-            rotary = x_TXQ[..., : config.rope.size]
-            apply_rope(rotary, cos_TP, sin_TP, interleaved=False, out=rotary)
-        return q_THQ, key_TGQ, value_TGQ
+    def _norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+
+    def _prefill(
+        self, run: list[PrefillSlice], q_THQ: torch.Tensor, key_TGQ: torch.Tensor, value_TGQ: torch.Tensor
+    ) -> torch.Tensor:
+        """The attention of the tokens of a run of slices, heads side by side."""
+        first, start, stop = run[0], run[0].start, run[-1].stop
+        if stop - start < q_THQ.shape[0]:
+            q_THQ, key_TGQ, value_TGQ = q_THQ[start:stop], key_TGQ[start:stop], value_TGQ[start:stop]
+        if first.context_len > 0:
+            length = first.context_len + first.stop - first.start
+            key_TGQ, value_TGQ = gather_keys_values(self.cache_blocks, first.block_ids_B, length, self.config.head_size)
+        out_NSHQ = prefill_attention(
+            q_THQ.view(len(run), -1, *q_THQ.shape[1:]),
+            key_TGQ.view(len(run), -1, *key_TGQ.shape[1:]),
+            value_TGQ.view(len(run), -1, *value_TGQ.shape[1:]),
+            self.scale,
+        )
+        return out_NSHQ.reshape(stop - start, -1)
 
 
 def _runs(prefills: Sequence[PrefillSlice]) -> Iterator[list[PrefillSlice]]:

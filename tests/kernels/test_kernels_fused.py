@@ -9,13 +9,17 @@ pytest.importorskip("triton")
 
 from antiphon.kernels.activation import gated_silu_reference
 from antiphon.kernels.expert_workspace import ExpertWorkspace
-from antiphon.kernels.fused.activation import gated_silu_fused, launch_gated_silu
 from antiphon.kernels.fused import experts as fused_experts
+from antiphon.kernels.fused.activation import gated_silu_fused, launch_gated_silu
 from antiphon.kernels.fused.experts import add_up, grouped_experts_fused, place_pairs, spread_rows
+from antiphon.kernels.fused.gqa_write import norm_rotate_write_fused
 from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fused, rms_norm_fused
+from antiphon.kernels.fused.pack import pack_rows_fused
 from antiphon.kernels.fused.router import choose_experts_fused
+from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write_reference
 from antiphon.kernels.grouped_experts import grouped_experts_reference
 from antiphon.kernels.norm_rope import add_rms_norm_reference, apply_rope_reference, rms_norm_reference
+from antiphon.kernels.pack import pack_rows_reference
 from antiphon.kernels.router import Scoring, choose_experts, choose_experts_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU they are interpreted: see conftest
@@ -274,3 +278,71 @@ def test_ids_are_usable_whatever_the_logits_hold(choose, scoring: Scoring) -> No
         assert all(0 <= number < 5 for number in ids)
     if scoring is Scoring.SIGMOID:
         assert ids_TK[3].tolist() == [3, 4, 1, 2]
+
+
+# ---- queries, keys and values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_norms", [True, False])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "num_kv_heads", "head_size", "num_pairs"),
+    [(70, 4, 2, 16, 8), (5, 3, 1, 16, 3), (33, 2, 2, 128, 32), (1, 1, 1, 2, 1), (0, 2, 1, 8, 4)],
+)
+def test_norm_rotate_write(
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    num_pairs: int,
+    with_norms: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Of all, of half and of an odd part of a head; into slots in disorder, and no others."""
+    qkv_TX = padded(randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_size, seed=30, dtype=dtype), 8, 77.0)
+    angles_TP = randn(num_tokens, num_pairs, seed=31) * 3
+    cos_TP, sin_TP = angles_TP.cos().to(dtype), angles_TP.sin().to(dtype)
+    norms = None
+    if with_norms:
+        weights = [randn(head_size, seed=seed, dtype=dtype) for seed in (32, 33)]
+        norms = HeadNorms(*weights, eps=0.1)
+    slots_T = torch.randperm(96, generator=torch.Generator().manual_seed(34))[:num_tokens].to(DEVICE)
+    expected_cache = torch.full((24, 4, 2 * num_kv_heads * head_size), 55.0, dtype=dtype, device=DEVICE)
+    cache, sizes = expected_cache.clone(), {"num_kv_heads": num_kv_heads, "head_size": head_size, "norms": norms}
+    expected = norm_rotate_write_reference(qkv_TX.clone(), cos_TP, sin_TP, expected_cache, slots_T, **sizes)
+    actual = norm_rotate_write_fused(qkv_TX, cos_TP, sin_TP, cache, slots_T, **sizes)
+    assert [x.shape[1] for x in actual] == [num_heads, num_kv_heads, num_kv_heads]
+    for x, expected_x in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, expected_x, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(cache, expected_cache, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert int((cache != 55.0).any(-1).sum()) == num_tokens
+    assert (qkv_TX.as_strided((num_tokens, 8), qkv_TX.stride(), qkv_TX.shape[1]) == 77.0).all()
+
+
+# ---- packed rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tokens", "size", "top_k"), [(9, 40, 3), (3, 2500, 8), (1, 1, 1), (0, 16, 2)])
+def test_pack(num_tokens: int, size: int, top_k: int, dtype: torch.dtype) -> None:
+    """Every part between neighbours that stay as they are, from sources with gaps."""
+    wide = torch.promote_types(dtype, torch.float32)
+    sources = (
+        padded(randn(num_tokens, size, seed=40, dtype=dtype), 4),
+        padded(randn(num_tokens, top_k, seed=41, dtype=wide), 3),
+        padded(make_ids(num_tokens, top_k, 11, seed=42), 5, filling=99),
+    )
+    dtypes = (dtype, wide, torch.int32)
+    outs, expected = (
+        [
+            padded(torch.zeros(num_tokens, width, dtype=kind, device=DEVICE), 8, filling=77)
+            for width, kind in zip((size, top_k, top_k), dtypes, strict=True)
+        ]
+        for _ in range(2)
+    )
+    pack_rows_fused(*outs, *sources)
+    pack_rows_reference(*expected, *sources)
+    for out, expected_out, source in zip(outs, expected, sources, strict=True):
+        assert torch.equal(out, expected_out)
+        assert torch.equal(out.to(source.dtype), source)
+        assert (out.as_strided((num_tokens, 8), out.stride(), out.shape[1]) == 77).all()

@@ -1,0 +1,94 @@
+"""Tokens and routes into packed rows: the first program of each row takes its routes along.
+
+Shapes: as in `antiphon.kernels.pack`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_of_two, stride_unit
+
+__all__ = ["pack_rows_fused"]
+
+_MAX_COLUMNS = 2048
+
+
+@triton.jit
+def _pack_kernel(
+    x_out_TD,
+    weights_out_TK,
+    ids_out_TK,
+    x_TD,
+    weights_TK,
+    ids_TK,
+    x_out_units,
+    weights_out_stride,
+    ids_out_stride,
+    x_units,
+    weights_stride,
+    ids_stride,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    x_D = tl.load(x_TD + row * x_units * UNIT + columns, mask=columns < D, other=0)
+    tl.store(x_out_TD + row * x_out_units * OUT_UNIT + columns, x_D, mask=columns < D)
+    if tl.program_id(1) == 0:
+        slots = tl.arange(0, BLOCK_K)
+        weight_K = tl.load(weights_TK + row * weights_stride + slots, mask=slots < K, other=0)
+        id_K = tl.load(ids_TK + row * ids_stride + slots, mask=slots < K, other=0)
+        weights_out = weights_out_TK + row * weights_out_stride + slots
+        tl.store(weights_out, weight_K.to(weights_out_TK.dtype.element_ty), mask=slots < K)
+        tl.store(ids_out_TK + row * ids_out_stride + slots, id_K.to(ids_out_TK.dtype.element_ty), mask=slots < K)
+
+
+@lru_cache(maxsize=NUM_SHAPES)
+def _pack(
+    num_tokens: int, size: int, top_k: int, x_strides: tuple[int, int], other_strides: tuple[int, int, int, int]
+) -> Launch:
+    """x_strides: of the rows written and read. other_strides: of weights and ids written, then of those read."""
+    out_unit, unit = map(stride_unit, x_strides)
+    block = min(_MAX_COLUMNS, power_of_two(size))
+    weights_out, ids_out, weights, ids = other_strides
+    return Launch(
+        _pack_kernel,
+        (num_tokens, divide_up(size, block)),
+        integers=(x_strides[0] // out_unit, weights_out, ids_out, x_strides[1] // unit, weights, ids),
+        constants={
+            "D": size,
+            "K": top_k,
+            "OUT_UNIT": out_unit,
+            "UNIT": unit,
+            "BLOCK_K": power_of_two(top_k),
+            "BLOCK_D": block,
+        },
+    )
+
+
+def pack_rows_fused(
+    x_out_TD: torch.Tensor,
+    weights_out_TK: torch.Tensor,
+    ids_out_TK: torch.Tensor,
+    x_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+) -> None:
+    """See `pack_rows`."""
+    tensors = (x_out_TD, weights_out_TK, ids_out_TK, x_TD, weights_TK, ids_TK)
+    strides = [tensor.stride() for tensor in tensors]
+    assert all(stride[1] == 1 for stride in strides), "rows have gaps between their numbers"
+    (num_tokens, size), top_k = x_TD.shape, ids_TK.shape[1]
+    assert x_out_TD.shape == x_TD.shape and weights_out_TK.shape == ids_out_TK.shape == weights_TK.shape == ids_TK.shape
+    if num_tokens:
+        x_out, weights_out, ids_out, x, weights, ids = (stride[0] for stride in strides)
+        _pack(num_tokens, size, top_k, (x_out, x), (weights_out, ids_out, weights, ids))(*tensors)
