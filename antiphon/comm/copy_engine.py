@@ -14,7 +14,7 @@ import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from antiphon.comm.device_watch import WatchWord
-from antiphon.comm.group import RankGroup
+from antiphon.comm.group import RankGroup, located
 from antiphon.comm.mailbox import Exchange, Mailbox, Phase
 from antiphon.comm.mailbox_log import CommStreams, MailboxLog
 from antiphon.comm.slab import SlabTransport
@@ -82,7 +82,7 @@ class PeerCopyMailbox:
 
     def wait(self, exchange: Exchange) -> None:
         wait, stream = self._waits[exchange.lane, exchange.phase], self._streams.compute_handle
-        wait.queue(exchange.label, stream)
+        wait.queue(located(exchange.label), stream)
         if self._log is not None:
             self._log.stepped(exchange, "wait", wait.operations.steps, stream)
 

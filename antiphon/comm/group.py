@@ -21,7 +21,7 @@ from antiphon.comm.progress import ProgressBoard
 from antiphon.core.errors import PeerError
 from antiphon.runtime import current_lane, num_lanes
 
-__all__ = ["Collective", "RankGroup"]
+__all__ = ["Collective", "RankGroup", "located"]
 
 _FIRST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
@@ -171,7 +171,7 @@ class RankGroup:
 
     def _start(self, operation: Any, label: str, out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Collective:
         if self._order is not None:
-            self._order.append(f"{_where(label)}: {operation.__name__}")
+            self._order.append(f"{located(label)}: {operation.__name__}")
         try:
             work = operation(out, mine, group=self._process_group, async_op=True, **options)
         except RuntimeError as error:
@@ -181,7 +181,7 @@ class RankGroup:
         return Collective(self, work, label, (out, mine))
 
     def wait_for(self, work: dist.Work, label: str) -> None:
-        where = _where(label)
+        where = located(label)
         if self._board is not None:
             self._board.mark(self.rank, f"waiting for {where}")
         start = time.monotonic()
@@ -197,7 +197,7 @@ class RankGroup:
         """Block until `done()`, which `peer` (`None`: any of them) makes true. Raises `PeerError` after the limit."""
         if done():
             return
-        where = f"{_where(label)} from {'its peers' if peer is None else f'rank {peer}'}"
+        where = f"{located(label)} from {'its peers' if peer is None else f'rank {peer}'}"
         if self._board is not None:
             self._board.mark(self.rank, f"waiting for {where}")
         start = time.monotonic()
@@ -261,5 +261,6 @@ def _reason(error: Exception) -> str:
     return re.sub(r"^\[\S+\] ", "", lines[0]).partition(" This is typically")[0].rstrip(".")
 
 
-def _where(label: str) -> str:
+def located(label: str) -> str:
+    """The label with the lane that is running, if there are several."""
     return f"{label}, lane {current_lane()}" if num_lanes() > 1 else label

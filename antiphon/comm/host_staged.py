@@ -4,7 +4,8 @@ Each rank has a memory that all ranks have mapped: | flags | its outgoing slabs,
 that a peer downloads the first while the next is still on its way up; copy engines work both ways at once.
 
     up stream        ── chunk 0 to my memory ── flag at every peer ── chunk 1 ── flag ── ...
-    down stream      ── wait for a peer's chunk 0, flag to 0 ── chunk 0 to my box ── ...          (posted at once)
+    down stream      ── wait for a peer's chunk 0, flag to 0 ── chunk 0 to my box ── ...   (posted at once, not after
+                                                                                            my own compute)
     compute stream   ── waits for the down stream
 
 A slab that all peers get (dispatch) is uploaded once. A chunk's flag lies in the memory of the rank that waits for it.
@@ -19,7 +20,7 @@ import torch
 
 from antiphon.comm.chunks import MAX_CHUNKS, chunks_of
 from antiphon.comm.device_watch import WatchWord
-from antiphon.comm.group import RankGroup
+from antiphon.comm.group import RankGroup, located
 from antiphon.comm.host_memory import share_host_memory
 from antiphon.comm.mailbox import Exchange, Mailbox, Phase
 from antiphon.comm.mailbox_log import CommStreams, MailboxLog
@@ -73,6 +74,8 @@ class HostStagedMailbox:
                 ]
                 for _ in range(num_lanes)
             ]
+        torch.cuda.synchronize(streams.device)  # whoever had the memory of the boxes before is done with it
+        group.all_gather_object("boxes are ready")
         self._word = group.device_watch().word("down")
         self._arrived: list[list[Event | None]] = [[None, None] for _ in range(num_lanes)]
         self._signals: dict[tuple[int, ...], StreamOperations] = {}
@@ -85,9 +88,10 @@ class HostStagedMailbox:
         return self._boxes[lane][phase]
 
     def put(self, exchange: Exchange) -> None:
-        ready = self._streams.record()
-        self._upload(exchange, self._streams.queue_on("up", after=ready))
-        self._download(exchange, self._streams.queue_on("down", after=ready))
+        self._upload(exchange, self._streams.queue_on("up", after=self._streams.record()))
+        # Not after the compute so far: a peer sends only what this rank's last signal has allowed, and that one was
+        # behind this rank's last use of the box. So the peers' slabs come in while the compute of this one goes on.
+        self._download(exchange, self._streams.queue_on("down"))
 
     def signal(self, exchange: Exchange) -> None:
         """The flags of the last chunks; those before were signalled behind their copies."""
@@ -151,7 +155,7 @@ class HostStagedMailbox:
         """Chunk by chunk from the peers' memories to my box, each behind its flag."""
         box = self._boxes[exchange.lane][exchange.phase].data_ptr()
         plans = {arrival.peer: chunks_of(arrival.num_bytes) for arrival in exchange.arrivals}
-        code = self._word.code(exchange.label)
+        code = self._word.code(located(exchange.label))
         for number in range(max(map(len, plans.values()), default=0)):
             for arrival in exchange.arrivals:
                 if number >= len(plans[arrival.peer]):

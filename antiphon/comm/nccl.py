@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from antiphon.comm.device_watch import ALL_PEERS
-from antiphon.comm.group import RankGroup
+from antiphon.comm.group import RankGroup, located
 from antiphon.comm.stream_memory import StreamOperations
 from antiphon.runtime import CudaStreams, Event
 
@@ -104,7 +104,7 @@ class NcclGroup:
         dist.destroy_process_group(self._process_group)
 
     def _announce(self, label: str) -> None:
-        self._begin.set_value(self._code, self._word.code(label) + ALL_PEERS)
+        self._begin.set_value(self._code, self._word.code(located(label)) + ALL_PEERS)
         self._begin.queue(torch.cuda.current_stream(self._streams.device).cuda_stream)
 
     def _sent(self, *tensors: torch.Tensor) -> NcclCollective:
