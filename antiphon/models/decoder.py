@@ -93,11 +93,20 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = _moe_layer(config, layer, transport, workspace)
 
-    def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
-        attended_TD = self.self_attn(self.input_layernorm(x_TD), cos_TP, sin_TP)
-        normed_TD, x_TD = self.post_attention_layernorm.of_sum(attended_TD, x_TD)
-        x_TD = x_TD + self.mlp(normed_TD)
-        return x_TD
+    def forward(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None, cos_TP: torch.Tensor, sin_TP: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this layer adds last, and what it is to be added to: whoever norms the sum next adds it, in one pass.
+
+        residual_TD: of the layer before, whose other result `x_TD` is; None if `x_TD` is all there is.
+        """
+        if residual_TD is None:
+            normed_TD, residual_TD = self.input_layernorm.forward(x_TD), x_TD
+        else:
+            normed_TD, residual_TD = self.input_layernorm.of_sum(x_TD, residual_TD)
+        attended_TD = self.self_attn.forward(normed_TD, cos_TP, sin_TP)
+        normed_TD, residual_TD = self.post_attention_layernorm.of_sum(attended_TD, residual_TD)
+        return self.mlp.forward(normed_TD), residual_TD
 
 
 def _moe_layer(config: DecoderConfig, layer: int, transport: Transport, workspace: ExpertWorkspace) -> MoELayer:
@@ -127,14 +136,14 @@ class Decoder(nn.Module):
         self._angles_P: torch.Tensor | None = None
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        x_TD: torch.Tensor = self.embed_tokens(token_ids_T)
+        x_TD = self.embed_tokens.forward(token_ids_T)
         if self._angles_P is None:
             self._angles_P = rope_angles(self.config.attention.rope).to(x_TD.device)
         cos_TP, sin_TP = rope_tables(self._angles_P, positions_T, self.config.attention.rope, x_TD.dtype)
-        for layer in self.layers:
-            x_TD = layer(x_TD, cos_TP, sin_TP)
-        x_TD = self.norm(x_TD)
-        return x_TD
+        residual_TD: torch.Tensor | None = None
+        for layer in self.decoder_layers():
+            x_TD, residual_TD = layer.forward(x_TD, residual_TD, cos_TP, sin_TP)
+        return self.norm.forward(x_TD) if residual_TD is None else self.norm.of_sum(x_TD, residual_TD)[0]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

@@ -6,7 +6,6 @@ of the same length, `S` new tokens and `L` tokens of context and new ones of eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values,
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import Linear, MergedLinear, RMSNorm
+from antiphon.models.prefill_runs import prefill_runs
 from antiphon.models.rope import RopeConfig, rotary_size
 from antiphon.runtime import order_point
 
@@ -99,11 +99,12 @@ class GroupedQueryAttention(nn.Module):
         )
         order_point(("keys and values", self.layer))
 
-        parts_TX = [self._prefill(run, q_THQ, key_TGQ, value_TGQ) for run in _runs(metadata.prefills)]
+        runs = prefill_runs(metadata.prefills)
+        parts_TX = [self._prefill(run, q_THQ, key_TGQ, value_TGQ) for run in runs]
         if metadata.decodes is None and len(parts_TX) == 1:
             return self.o_proj.forward(parts_TX[0])  # one call took all tokens: nothing to put together
         out_TX = x_TD.new_empty(x_TD.shape[0], self.o_proj.weight.shape[1])
-        for run, part_TX in zip(_runs(metadata.prefills), parts_TX, strict=True):
+        for run, part_TX in zip(runs, parts_TX, strict=True):
             out_TX[run[0].start : run[-1].stop] = part_TX
         if (decodes := metadata.decodes) is not None:
             out_NHQ = decode_attention(
@@ -134,20 +135,3 @@ class GroupedQueryAttention(nn.Module):
             self.scale,
         )
         return out_NSHQ.reshape(stop - start, -1)
-
-
-def _runs(prefills: Sequence[PrefillSlice]) -> Iterator[list[PrefillSlice]]:
-    """Slices that one call of attention can take: neighbours of the same length without context, or one alone."""
-    run: list[PrefillSlice] = []
-    for prefill in prefills:
-        if run and not _alike(run[-1], prefill):
-            yield run
-            run = []
-        run.append(prefill)
-    if run:
-        yield run
-
-
-def _alike(first: PrefillSlice, second: PrefillSlice) -> bool:
-    same_length = first.stop - first.start == second.stop - second.start
-    return same_length and first.stop == second.start and first.context_len == second.context_len == 0

@@ -135,5 +135,4 @@ class GatedFeedForward(nn.Module):
         self.down_proj = Linear(width, hidden_size, dtype=dtype)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        out_TD: torch.Tensor = self.down_proj(gated_silu(self.gate_up_proj(x_TD)))
-        return out_TD
+        return self.down_proj.forward(gated_silu(self.gate_up_proj.forward(x_TD)))

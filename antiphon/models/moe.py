@@ -31,7 +31,7 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         routes = self.gate(x_TD)
         sent = self.experts.dispatch(x_TD, routes)
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        shared_TD = None if self.shared_experts is None else self.shared_experts.forward(x_TD)
         rows = finish(sent)  # switch, then wait: the other lane computes while our tokens travel
         back = self.experts.combine(self.experts.compute(rows))
         routed_TD = finish(back)  # switch, then wait

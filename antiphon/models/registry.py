@@ -19,7 +19,8 @@ from antiphon.models.glm4_moe import read_glm4_moe
 from antiphon.models.moe import Experts, MoELayer
 from antiphon.models.presets import PRESETS, preset_file
 from antiphon.models.qwen3_moe import read_qwen3_moe
-from antiphon.models.routing import RoutingKind, RoutingSpec, TableRouter, routing_tables
+from antiphon.models.router import Router
+from antiphon.models.routing import RouteTable, RoutingKind, RoutingSpec, TableRouter, routing_tables
 from antiphon.runtime import CpuStreams
 
 __all__ = [
@@ -110,11 +111,13 @@ def _route_by_table(model: Decoder, routing: RoutingSpec, transport: Transport) 
         rank=transport.group.rank,
         num_ranks=transport.group.size,
     )
-    on_device: dict[int, torch.Tensor] = {}  # a table that layers share is copied once
+    on_device: dict[int, RouteTable] = {}  # a table that layers share is copied once, and looked up once a step
     for number, table_NK in tables.items():
         if id(table_NK) not in on_device:
-            on_device[id(table_NK)] = table_NK.to(transport.streams.device)
-        moe_layers[number].gate = TableRouter(moe_layers[number].gate, on_device[id(table_NK)])
+            on_device[id(table_NK)] = RouteTable(table_NK.to(transport.streams.device))
+        router = moe_layers[number].gate
+        assert isinstance(router, Router)
+        moe_layers[number].gate = TableRouter(router, on_device[id(table_NK)])
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -75,11 +75,7 @@ class Router(nn.Module):
         )
 
     def forward(self, x_TD: torch.Tensor) -> Routes:
-        config = self.config
-        if config.narrow:
-            logits_TE = F.linear(x_TD, self.weight).to(self.wide)
-        else:
-            logits_TE = F.linear(x_TD.to(self.wide), self.weight.to(self.wide))
+        config, logits_TE = self.config, self._logits(x_TD)
         if config.top_groups < config.num_groups:
             return self._choose_in_groups(logits_TE)
         ids_TK, weights_TK = choose_experts(
@@ -91,6 +87,15 @@ class Router(nn.Module):
             scale=config.scale,
         )
         return Routes(ids_TK, weights_TK)
+
+    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """[T, E] in float32 at least."""
+        if self.config.narrow:
+            return F.linear(x_TD, self.weight).to(self.wide)
+        if x_TD.is_cuda and x_TD.dtype != self.wide and x_TD.shape[0]:
+            # Products of narrow numbers are exact in float32: the same without converting both sides.
+            return torch.mm(x_TD, self.weight.t(), out_dtype=self.wide)
+        return F.linear(x_TD.to(self.wide), self.weight.to(self.wide))
 
     def _choose_in_groups(self, logits_TE: torch.Tensor) -> Routes:
         """Only experts of the best groups can be chosen."""

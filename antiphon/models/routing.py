@@ -25,8 +25,9 @@ from antiphon.comm import Routes
 from antiphon.core.batch import current_micro_batch
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.models.layers import checkpoint_tensors
+from antiphon.models.router import Router
 
-__all__ = ["RoutingKind", "RoutingSpec", "TableRouter", "parse_routing", "routing_tables"]
+__all__ = ["RouteTable", "RoutingKind", "RoutingSpec", "TableRouter", "parse_routing", "routing_tables"]
 
 NUM_ROWS = 32768
 """Rows of a table that is not recorded; rank r of W begins at row r * N / W."""
@@ -75,18 +76,41 @@ def parse_routing(text: str) -> RoutingSpec:
     raise unknown_value("routing", text, ("model", "uniform", "zipf:A", "recorded:FILE"))
 
 
-class TableRouter(nn.Module):
-    """A router whose choice is replaced by a table. table_NK: int64, all different in a row."""
+class RouteTable:
+    """A table, and its rows for what the lanes run now: the first layer of a step looks them up, for all layers.
 
-    def __init__(self, router: nn.Module, table_NK: torch.Tensor) -> None:
+    table_NK: int64, all different in a row.
+    """
+
+    def __init__(self, table_NK: torch.Tensor) -> None:
+        self.table_NK = table_NK
+        self.num_users = 0
+        self._rows_by_lane: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def ids(self, *, look_up: bool) -> torch.Tensor:
+        """The expert ids [T, K] of the current micro-batch; not to be changed. look_up: even if they are known."""
+        part = current_micro_batch()
+        slots_T = part.attention.slots_T
+        known_T, ids_TK = self._rows_by_lane.get(part.lane, (None, None))
+        if look_up or known_T is not slots_T or ids_TK is None:
+            ids_TK = self.table_NK[slots_T.remainder(self.table_NK.shape[0])]
+            self._rows_by_lane[part.lane] = (slots_T, ids_TK)
+        return ids_TK
+
+
+class TableRouter(nn.Module):
+    """A router whose choice is replaced by a table."""
+
+    def __init__(self, router: Router, table: RouteTable) -> None:
         super().__init__()
         self.router = router
-        self.table_NK = table_NK
+        self.table = table
+        # Of the layers, which are made in order. It always looks up: what a tensor holds may change between steps.
+        self.first = table.num_users == 0
+        table.num_users += 1
 
     def forward(self, x_TD: torch.Tensor) -> Routes:
-        routes: Routes = self.router(x_TD)
-        rows_T = current_micro_batch().attention.slots_T.remainder(self.table_NK.shape[0])
-        return Routes(self.table_NK[rows_T], routes.weights_TK)
+        return Routes(self.table.ids(look_up=self.first), self.router.forward(x_TD).weights_TK)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Those of the router, as if it stood alone."""

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from antiphon.comm import RankGroup, Routes, create_transport
-from antiphon.core.batch import RequestSlice
+from antiphon.core.batch import AttentionMetadata, MicroBatch, RequestSlice, use_micro_batch
 from antiphon.core.errors import OptionError
+from antiphon.kernels.router import Scoring
 from antiphon.models import build_model, expert_shape, fill_dummy_weights, parse_routing, read_config
 from antiphon.models.decoder import Decoder
-from antiphon.models.routing import RoutingKind, TableRouter, routing_tables
+from antiphon.models.router import Router, RoutingConfig
+from antiphon.models.routing import RouteTable, RoutingKind, TableRouter, routing_tables
 from antiphon.runtime import CpuStreams
 from tests.models.twin import Twin, random_ids, scattered_blocks, tiny_config
 
@@ -233,8 +235,43 @@ def test_only_the_choice_is_replaced(tmp_path: Path) -> None:
 
 def test_layers_share_one_table(tmp_path: Path) -> None:
     model = Routed(tmp_path, "zipf:1", "qwen3-moe").model
-    tables = {id(module.table_NK) for module in model.modules() if isinstance(module, TableRouter)}
+    tables = {id(module.table) for module in model.modules() if isinstance(module, TableRouter)}
     assert len(tables) == 1
+
+
+def test_only_the_first_layer_of_a_step_looks_up_the_rows() -> None:
+    """Even if the slots of the next step are in the same memory; and lanes have rows of their own."""
+    table = RouteTable(torch.arange(20).view(10, 2))
+    config = RoutingConfig(scores=Scoring.SOFTMAX, num_experts=20, top_k=2, normalize=True)
+    first, second = (TableRouter(Router(4, config, dtype=torch.float32), table) for _ in range(2))
+    for layer in (first, second):
+        torch.nn.init.normal_(layer.router.weight)
+    parts = [micro_batch(lane, slots) for lane, slots in enumerate(([3, 11], [7]))]
+    x_TD = torch.randn(2, 4)
+
+    def ids(layer: TableRouter, lane: int) -> torch.Tensor:
+        with use_micro_batch(parts[lane]):
+            return layer(x_TD[: parts[lane].num_tokens]).ids_TK
+
+    of_lanes = [ids(first, lane) for lane in range(2)]
+    assert [x.tolist() for x in of_lanes] == [[[6, 7], [2, 3]], [[14, 15]]]
+    assert [ids(second, lane) is of_lanes[lane] for lane in range(2)] == [True, True]
+    parts[0].attention.slots_T.fill_(5)
+    assert ids(first, 0).tolist() == [[10, 11]] * 2
+    assert ids(second, 0).tolist() == [[10, 11]] * 2
+    parts[0] = micro_batch(0, [9])
+    assert ids(second, 0).tolist() == [[18, 19]], "alone, without the first layer"
+
+
+def micro_batch(lane: int, slots: list[int]) -> MicroBatch:
+    return MicroBatch(
+        lane=lane,
+        requests=(),
+        token_ids_T=torch.zeros(len(slots), dtype=torch.int64),
+        positions_T=torch.zeros(len(slots), dtype=torch.int64),
+        attention=AttentionMetadata(slots_T=torch.tensor(slots), decodes=None, prefills=()),
+        tokens_by_rank=(len(slots),),
+    )
 
 
 def test_the_kinds_are_those_of_the_option() -> None:
