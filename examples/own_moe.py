@@ -6,33 +6,38 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, create_transport
-from antiphon.runtime import CpuStreams, finish, run_lanes
+from antiphon.runtime import finish, run_lanes, streams_for
+from antiphon.runtime.device import activate, device_for_rank, num_devices
 
 T, D, E, K = 256, 64, 8, 2  # tokens, hidden size, experts, experts per token
 
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+device = device_for_rank("cuda" if num_devices("cuda") >= size else "cpu", rank)
+activate(device)  # makes it torch's current device, without TF32
 group = RankGroup.connect(rank=rank, size=size, init_method="env://")
+streams = streams_for(device)
 shape = ExpertShape(num_experts=E, top_k=K, hidden_size=D, dtype=torch.float32)
-transport = create_transport("alltoall", shape, group=group, streams=CpuStreams(), num_lanes=2)
+transport = create_transport("auto", shape, group=group, streams=streams, num_lanes=2, max_tokens=T)
 
-torch.manual_seed(0)
-router, experts = torch.randn(D, E), torch.randn(E, D, D) / D**0.5
-mine = experts[rank * E // size : (rank + 1) * E // size]  # rank r holds experts r*E/W to (r+1)*E/W
+weights = torch.Generator().manual_seed(0)  # the same on every rank
+router, experts = torch.randn(D, E, generator=weights), torch.randn(E, D, D, generator=weights) / D**0.5
+router, mine = router.to(device), experts[rank * E // size : (rank + 1) * E // size].to(device)
 
 
 def moe_layer(x: torch.Tensor) -> torch.Tensor:
-    weights, ids = (x @ router).softmax(-1).topk(K)
-    rows = finish(transport.dispatch(x, Routes(ids, weights)))  # the other lane computes here
-    out = torch.zeros_like(rows.x_RD)
-    for expert, matrix in enumerate(mine):
-        row, place = (rows.ids_RK == expert).nonzero(as_tuple=True)
-        out.index_add_(0, row, F.silu(rows.x_RD[row] @ matrix) * rows.weights_RK[row, place, None])
+    probs, ids = (x @ router).softmax(-1).topk(K)
+    sent = transport.dispatch(x, Routes(ids, probs), tokens_by_rank=(len(x),) * size)
+    rows = finish(sent)  # the other lane computes here
+    out = torch.zeros_like(rows.x_RD) if rows.out_RD is None else rows.out_RD.zero_()
+    for expert, matrix in enumerate(mine):  # all rows through each expert: slow, but the host never waits for a GPU
+        weight = (rows.weights_RK * (rows.ids_RK == expert)).sum(1, keepdim=True)
+        out += F.silu(rows.x_RD @ matrix) * weight
     return finish(transport.combine(out))  # and here
 
 
-x = torch.randn(T, D, generator=torch.Generator().manual_seed(rank))
-(whole,) = run_lanes([lambda: moe_layer(x)])
-halves = run_lanes([lambda: moe_layer(x[: T // 2]), lambda: moe_layer(x[T // 2 :])])
+x = torch.randn(T, D, generator=torch.Generator().manual_seed(rank + 1)).to(device)
+(whole,) = run_lanes([lambda: moe_layer(x)], streams=streams)
+halves = run_lanes([lambda: moe_layer(x[: T // 2]), lambda: moe_layer(x[T // 2 :])], streams=streams)
 torch.testing.assert_close(torch.cat(halves), whole)
-print(f"rank {rank}: two lanes give what one lane gives")
+print(f"rank {rank} on {device} over {transport.name}: two lanes give what one lane gives")
 group.close()

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -106,12 +107,23 @@ def test_the_python_examples_run(document: str, marker: str, tmp_path: Path) -> 
     assert run([sys.executable, str(tmp_path / "example.py")]).strip()
 
 
-@pytest.mark.processes
-def test_the_library_example_runs_under_torchrun() -> None:
+def run_library_example(**environment: str) -> str:
     (command,) = [b for b in blocks("docs/library.md", "") if b.startswith("torchrun")]
     arguments = ["--standalone", *shlex.split(command)[1:]]
-    printed = run([sys.executable, "-m", "torch.distributed.run", *arguments])
-    assert printed.count("two lanes give what one lane gives") == 2
+    return run([sys.executable, "-m", "torch.distributed.run", *arguments], **environment)
+
+
+@pytest.mark.processes
+def test_the_library_example_runs_under_torchrun() -> None:
+    printed = run_library_example(CUDA_VISIBLE_DEVICES="")
+    assert printed.count("on cpu over alltoall: two lanes give what one lane gives") == 2
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_library_example_takes_the_gpus() -> None:
+    printed = run_library_example()
+    assert len(re.findall(r"on cuda:[01] over (copy-engine|host-staged): two lanes give", printed)) == 2
 
 
 def test_code_in_the_readme_is_the_code_of_the_package() -> None:
@@ -147,8 +159,8 @@ def test_the_library_loads_nothing_of_the_engine() -> None:
     assert run([sys.executable, "-c", code]).strip() == "['comm', 'core', 'runtime']"
 
 
-def run(command: list[str]) -> str:
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200"}
+def run(command: list[str], **settings: str) -> str:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200", **settings}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
