@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from antiphon.core.batch import current_micro_batch
+from antiphon.core.batch import PrefillSlice, current_micro_batch
 from antiphon.core.errors import ModelError
-from antiphon.kernels.mla_attention import decode_attention, gather_blocks, prefill_attention, write_latents
+from antiphon.kernels.latent_write import norm_rotate_write_latents
+from antiphon.kernels.mla_attention import decode_attention, gather_blocks, prefill_attention
 from antiphon.kernels.norm_rope import apply_rope
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import Linear, MergedLinear, RMSNorm
+from antiphon.models.prefill_runs import prefill_runs
 from antiphon.models.rope import RopeConfig, score_scale
 from antiphon.runtime import order_point
 
@@ -94,53 +96,65 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(config.num_heads * config.value_size, config.hidden_size, dtype=dtype, bias=config.bias)
 
     def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
-        metadata = current_micro_batch().attention
-        first_TX, latent_TC = self.first_proj.split(self.first_proj(x_TD))
+        config, metadata = self.config, current_micro_batch().attention
+        first_TX, latent_TC = self.first_proj.split(self.first_proj.forward(x_TD))
+        latent_TC = norm_rotate_write_latents(
+            latent_TC,
+            self.kv_a_layernorm.weight,
+            self.kv_a_layernorm.eps,
+            cos_TP,
+            sin_TP,
+            self.cache_blocks,
+            metadata.slots_T,
+            interleaved=config.rope.interleaved,
+        )
         q_THQ = self._queries(first_TX, cos_TP, sin_TP)
-        latent_TC = self._latents(latent_TC, cos_TP, sin_TP)
-        write_latents(self.cache_blocks, metadata.slots_T, latent_TC)
         order_point(("keys and values", self.layer))
 
-        key_up_HQC, value_up_HVC = self._up_projections()
-        out_THV = q_THQ.new_empty(x_TD.shape[0], self.config.num_heads, self.config.value_size)
-        for prefill in metadata.prefills:
-            rows = slice(prefill.start, prefill.stop)
-            latents_LC = latent_TC[rows]
-            if prefill.context_len > 0:
-                length = prefill.context_len + prefill.stop - prefill.start
-                latents_LC = gather_blocks(self.cache_blocks, prefill.block_ids_B, length)
-            out_THV[rows] = prefill_attention(q_THQ[rows], latents_LC, key_up_HQC, value_up_HVC, self.scale)
+        up_HXC = self.kv_b_proj.weight.view(config.num_heads, -1, config.latent_size)
+        runs = prefill_runs(metadata.prefills)
+        parts_TX = [self._prefill(run, q_THQ, latent_TC, up_HXC) for run in runs]
+        if metadata.decodes is None and len(parts_TX) == 1:
+            return self.o_proj.forward(parts_TX[0])  # one call took all tokens: nothing to put together
+        out_TX = x_TD.new_empty(x_TD.shape[0], config.num_heads * config.value_size)
+        for run, part_TX in zip(runs, parts_TX, strict=True):
+            out_TX[run[0].start : run[-1].stop] = part_TX
         if (decodes := metadata.decodes) is not None:
-            out_THV[decodes.rows_N] = decode_attention(
+            out_NHV = decode_attention(
                 q_THQ[decodes.rows_N],
                 self.cache_blocks,
                 decodes.block_table_NB,
                 decodes.seq_lens_N,
-                key_up_HQC,
-                value_up_HVC,
+                up_HXC[:, : config.query_size],
+                up_HXC[:, config.query_size :],
                 self.scale,
             )
-        out_TD: torch.Tensor = self.o_proj(out_THV.flatten(1))
-        return out_TD
+            out_TX[decodes.rows_N] = out_NHV.flatten(1)
+        return self.o_proj.forward(out_TX)
+
+    def _prefill(
+        self, run: list[PrefillSlice], q_THQ: torch.Tensor, latent_TC: torch.Tensor, up_HXC: torch.Tensor
+    ) -> torch.Tensor:
+        """The attention of the tokens of a run of slices, heads side by side."""
+        first, start, stop = run[0], run[0].start, run[-1].stop
+        if stop - start < q_THQ.shape[0]:
+            q_THQ, latent_TC = q_THQ[start:stop], latent_TC[start:stop]
+        if first.context_len > 0:
+            length = first.context_len + first.stop - first.start
+            latent_TC = gather_blocks(self.cache_blocks, first.block_ids_B, length)
+        out_NSHV = prefill_attention(
+            q_THQ.view(len(run), -1, *q_THQ.shape[1:]),
+            latent_TC.view(len(run), -1, latent_TC.shape[1]),
+            up_HXC,
+            self.scale,
+        )
+        return out_NSHV.reshape(stop - start, -1)
 
     def _queries(self, first_TX: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
         """[T, H, Q + P2], rotary part behind. first_TX: the queries, or their bottleneck."""
         config = self.config
-        q_TX = first_TX if config.query_rank is None else self.q_b_proj(self.q_a_layernorm(first_TX))
-        q_THQ: torch.Tensor = q_TX.view(-1, config.num_heads, config.head_size)
+        q_TX = first_TX if config.query_rank is None else self.q_b_proj.forward(self.q_a_layernorm.forward(first_TX))
+        q_THQ = q_TX.view(-1, config.num_heads, config.head_size)
         rotary = q_THQ[..., config.query_size :]
         apply_rope(rotary, cos_TP, sin_TP, interleaved=config.rope.interleaved, out=rotary)
         return q_THQ
-
-    def _latents(self, latent_TC: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
-        """[T, C + P2]: what the cache keeps of each token."""
-        config = self.config
-        latent_TC, rotary = torch.split(latent_TC, [config.latent_size, config.rope.size], dim=-1)
-        rotary = apply_rope(rotary, cos_TP, sin_TP, interleaved=config.rope.interleaved)
-        return torch.cat([self.kv_a_layernorm(latent_TC), rotary], dim=-1)
-
-    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """From a latent to the keys [H, Q, C] and values [H, V, C] of every head: views."""
-        config = self.config
-        up_HXC = self.kv_b_proj.weight.view(config.num_heads, -1, config.latent_size)
-        return up_HXC[:, : config.query_size], up_HXC[:, config.query_size :]

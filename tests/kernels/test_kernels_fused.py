@@ -13,11 +13,13 @@ from antiphon.kernels.fused import experts as fused_experts
 from antiphon.kernels.fused.activation import gated_silu_fused, launch_gated_silu
 from antiphon.kernels.fused.experts import add_up, grouped_experts_fused, place_pairs, spread_rows
 from antiphon.kernels.fused.gqa_write import norm_rotate_write_fused
+from antiphon.kernels.fused.latent_write import norm_rotate_write_latents_fused
 from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fused, rms_norm_fused
 from antiphon.kernels.fused.pack import pack_rows_fused
 from antiphon.kernels.fused.router import choose_experts_fused
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write_reference
 from antiphon.kernels.grouped_experts import grouped_experts_reference
+from antiphon.kernels.latent_write import norm_rotate_write_latents_reference
 from antiphon.kernels.norm_rope import add_rms_norm_reference, apply_rope_reference, rms_norm_reference
 from antiphon.kernels.pack import pack_rows_reference
 from antiphon.kernels.router import Scoring, choose_experts, choose_experts_reference
@@ -317,6 +319,32 @@ def test_norm_rotate_write(
     torch.testing.assert_close(cache, expected_cache, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert int((cache != 55.0).any(-1).sum()) == num_tokens
     assert (qkv_TX.as_strided((num_tokens, 8), qkv_TX.stride(), qkv_TX.shape[1]) == 77.0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("num_tokens", "size", "num_pairs"), [(37, 48, 8), (5, 512, 32), (3, 7, 3), (0, 8, 2)])
+def test_norm_rotate_write_latents(
+    num_tokens: int, size: int, num_pairs: int, interleaved: bool, dtype: torch.dtype
+) -> None:
+    width = size + 2 * num_pairs
+    latent_TX = padded(randn(num_tokens, width, seed=35, dtype=dtype), 8)
+    before, weight_C = latent_TX.clone(), randn(size, seed=36, dtype=dtype)
+    angles_TP = randn(num_tokens, num_pairs, seed=37) * 3
+    cos_TP, sin_TP = angles_TP.cos().to(dtype), angles_TP.sin().to(dtype)
+    slots_T = torch.randperm(48, generator=torch.Generator().manual_seed(38))[:num_tokens].to(DEVICE)
+    cache = torch.full((12, 4, width), 55.0, dtype=dtype, device=DEVICE)
+    expected_cache = cache.clone()
+    out_TX = norm_rotate_write_latents_fused(
+        latent_TX, weight_C, 0.1, cos_TP, sin_TP, cache, slots_T, interleaved=interleaved
+    )
+    expected_TX = norm_rotate_write_latents_reference(
+        latent_TX, weight_C, 0.1, cos_TP, sin_TP, expected_cache, slots_T, interleaved=interleaved
+    )
+    torch.testing.assert_close(out_TX, expected_TX, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert torch.equal(cache.flatten(0, 1)[slots_T], out_TX)
+    assert int((cache != 55.0).any(-1).sum()) == num_tokens
+    assert torch.equal(latent_TX, before)
 
 
 # ---- packed rows

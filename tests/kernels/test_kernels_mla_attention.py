@@ -9,7 +9,7 @@ import torch
 
 from antiphon.kernels.mla_attention import (
     _causal,
-    _causal_fused,
+    _causal_padded,
     decode_attention,
     gather_blocks,
     prefill_attention,
@@ -105,7 +105,8 @@ def full_attention(heads: Heads, text: Text) -> torch.Tensor:
 
 def prefill(heads: Heads, cache: torch.Tensor, text: Text, start: int, stop: int) -> torch.Tensor:
     latents_LC = gather_blocks(cache, torch.tensor(text.blocks[: -(-stop // BLOCK_SIZE)]), stop)
-    return prefill_attention(text.q_SHQ[start:stop], latents_LC, heads.key_up_HQC, heads.value_up_HVC, heads.scale)
+    up_HXC = torch.cat([heads.key_up_HQC, heads.value_up_HVC], dim=1)
+    return prefill_attention(text.q_SHQ[start:stop].unsqueeze(0), latents_LC.unsqueeze(0), up_HXC, heads.scale)[0]
 
 
 def decode(heads: Heads, cache: torch.Tensor, texts: list[Text], positions: list[int]) -> torch.Tensor:
@@ -137,6 +138,20 @@ def test_prefill_is_full_attention(length: int, dtype: torch.dtype) -> None:
     assert out_SHV.shape == (length, heads.num_heads, heads.value)
     assert out_SHV.dtype == dtype
     assert relative_error(out_SHV, full_attention(heads, text)) < TOLERANCE[dtype]
+
+
+def test_texts_of_the_same_length_go_together() -> None:
+    heads = make_heads(torch.float64)
+    texts = [make_text(heads, 6, seed=seed, first_block=1) for seed in (40, 41, 42)]
+    up_HXC = torch.cat([heads.key_up_HQC, heads.value_up_HVC], dim=1)
+    out_NSHV = prefill_attention(
+        torch.stack([text.q_SHQ for text in texts]),
+        torch.stack([text.latents_LC for text in texts]),
+        up_HXC,
+        heads.scale,
+    )
+    for out_SHV, text in zip(out_NSHV, texts, strict=True):
+        assert relative_error(out_SHV, full_attention(heads, text)) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -219,8 +234,9 @@ def test_gathering_follows_the_table() -> None:
 @pytest.mark.parametrize(("num_new", "length"), [(5, 5), (3, 7), (1, 9), (1, 1)])
 def test_the_form_for_flash_kernels_is_the_same(num_new: int, length: int) -> None:
     """Values padded to the keys, and a mask that need not be stored."""
-    q_HSQ, key_HLQ, value_HLV = (
-        randn(2, rows, size, seed=seed, dtype=torch.float64)
+    q_NHSQ, key_NHLQ, value_NHLV = (
+        randn(2, 3, rows, size, seed=seed, dtype=torch.float64)
         for rows, size, seed in ((num_new, 12, 30), (length, 12, 31), (length, 8, 32))
     )
-    torch.testing.assert_close(_causal_fused(q_HSQ, key_HLQ, value_HLV, 0.3), _causal(q_HSQ, key_HLQ, value_HLV, 0.3))
+    out = _causal_padded(q_NHSQ, key_NHLQ, value_NHLV, 0.3)
+    torch.testing.assert_close(out, _causal(q_NHSQ, key_NHLQ, value_NHLV, 0.3))

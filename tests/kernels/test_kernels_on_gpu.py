@@ -177,15 +177,18 @@ def test_choice(num_experts: int, top_k: int, scoring: Scoring) -> None:
     torch.testing.assert_close(weights_TK[same_T], expected_TK[same_T], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("num_new", "length"), [(700, 700), (300, 1000), (1, 513)])
-def test_latent_prefill(num_new: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("num_texts", "num_new", "length"), [(1, 700, 700), (3, 256, 256), (1, 300, 1000), (1, 1, 513)]
+)
+def test_latent_prefill(num_texts: int, num_new: int, length: int) -> None:
     heads, query, rope, value, latent = 16, 128, 64, 128, 512
-    q_SHQ, latents_LC = randn(num_new, heads, query + rope, seed=18), randn(length, latent + rope, seed=19)
-    key_up, value_up = randn(heads, query, latent, seed=20) / 23, randn(heads, value, latent, seed=21) / 23
-    out_SHV = run_without_waiting(lambda: prefill_attention(q_SHQ, latents_LC, key_up, value_up, 0.07))
-    assert out_SHV.shape == (num_new, heads, value)
-    key_HLQ = torch.einsum("lc,hqc->hlq", latents_LC[:, :latent].float(), key_up.float())
-    key_HLQ = torch.cat([key_HLQ, latents_LC[:, latent:].float().expand(heads, -1, -1)], dim=-1)
-    value_HLV = torch.einsum("lc,hvc->hlv", latents_LC[:, :latent].float(), value_up.float())
-    expected = _causal(q_SHQ.float().transpose(0, 1), key_HLQ, value_HLV, 0.07).transpose(0, 1)
-    assert relative_error(out_SHV, expected) < 2e-2
+    q_NSHQ = randn(num_texts, num_new, heads, query + rope, seed=18)
+    latents_NLC = randn(num_texts, length, latent + rope, seed=19)
+    up_HXC = randn(heads, query + value, latent, seed=20) / 23
+    out_NSHV = run_without_waiting(lambda: prefill_attention(q_NSHQ, latents_NLC, up_HXC, 0.07))
+    assert out_NSHV.shape == (num_texts, num_new, heads, value)
+    both_NHLX = torch.einsum("nlc,hxc->nhlx", latents_NLC[..., :latent].float(), up_HXC.float())
+    rope_key_NHLP = latents_NLC[..., latent:].float().unsqueeze(1).expand(-1, heads, -1, -1)
+    key_NHLQ = torch.cat([both_NHLX[..., :query], rope_key_NHLP], dim=-1)
+    expected = _causal(q_NSHQ.float().transpose(1, 2), key_NHLQ, both_NHLX[..., query:], 0.07).transpose(1, 2)
+    assert relative_error(out_NSHV, expected) < 2e-2
