@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -81,6 +81,7 @@ class Exchange:
     same_source: bool  # every peer gets the same slab at the same offset
     label: str = ""  # for recordings and errors: "dispatch layer 3"
     num_bytes: int = field(init=False)  # to or from the peers, whichever is more
+    prepared: Any = None  # of the medium, which may make something once that it needs at every use
 
     def __post_init__(self) -> None:
         sent = sum(put.source.numel() for put in self.puts)

@@ -6,7 +6,8 @@ Source: CUDA driver API, stream memory operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from antiphon.comm.mailbox_log import MemoryStep
 from antiphon.core.errors import OptionError
 
 __all__ = [
+    "Replay",
     "StreamOperations",
     "check_stream_memory_operations",
     "copy_async",
@@ -63,6 +65,26 @@ def unregister_host_memory(memories: Sequence[HostMemory]) -> None:
     torch.cuda.synchronize()
     for memory in memories:
         _checked(driver.cuMemHostUnregister(memory.tensor.data_ptr()), "cuMemHostUnregister")
+
+
+class Replay:
+    """What a function queues on a stream, kept to be queued again by one call: a CUDA graph."""
+
+    def __init__(self, stream: int, queue: Callable[[], None]) -> None:
+        """Calls `queue`, which queues driver calls on `stream`; none of them runs before `Replay.queue`."""
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _checked(driver.cuStreamBeginCapture(stream, mode), "cuStreamBeginCapture")
+        try:
+            queue()
+        finally:
+            graph = _checked(driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
+        self._graph = _checked(driver.cuGraphInstantiate(graph, 0), "cuGraphInstantiate")
+        _checked(driver.cuGraphDestroy(graph), "cuGraphDestroy")
+        # Destroying is safe while it runs: the driver waits with it. Not at the end of the process.
+        weakref.finalize(self, driver.cuGraphExecDestroy, self._graph).atexit = False
+
+    def queue(self, stream: int) -> None:
+        _checked(driver.cuGraphLaunch(self._graph, stream), "cuGraphLaunch")
 
 
 class StreamOperations:

@@ -26,6 +26,7 @@ class CudaStreams:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
         self._compute = torch.cuda.current_stream(self._device)
+        self._compute_handle: int = self._compute.cuda_stream
         self._comm: dict[str, torch.cuda.Stream] = {}
 
     @property
@@ -37,18 +38,17 @@ class CudaStreams:
         return ("cuda", "cpu")
 
     def record(self) -> Event:
-        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        event: torch.cuda.Event = self._current().record_event()
         return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event), "an event of another device reached CudaStreams"
-        torch.cuda.current_stream(self._device).wait_event(event)
+        self._current().wait_event(event)
 
     @property
     def compute_handle(self) -> int:
         """The raw handle of the compute stream, for driver calls."""
-        handle: int = self._compute.cuda_stream
-        return handle
+        return self._compute_handle
 
     def queue_on(self, name: str, *, after: Event | None = None) -> int:
         """The raw handle of a comm stream, for driver calls; what is queued there runs after `after`."""
@@ -81,7 +81,8 @@ class CudaStreams:
             self._compute.wait_stream(stream)
 
     def on_compute_stream(self) -> bool:
-        return torch.cuda.current_stream(self._device) == self._compute
+        handle: int = torch._C._cuda_getCurrentRawStream(self._device.index)
+        return handle == self._compute_handle
 
     @contextmanager
     def leave_free(self, num_sms: int) -> Iterator[None]:
@@ -93,6 +94,10 @@ class CudaStreams:
             yield
         finally:
             torch._C._set_sm_carveout_experimental(None)
+
+    def _current(self) -> torch.cuda.Stream:
+        """The stream that is current; asked for at every switch and exchange, so by the quick way."""
+        return self._compute if self.on_compute_stream() else torch.cuda.current_stream(self._device)
 
     def _comm_stream(self, name: str) -> torch.cuda.Stream:
         stream = self._comm.get(name)

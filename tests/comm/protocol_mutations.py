@@ -16,7 +16,7 @@ from antiphon.comm.mailbox_log import Action, MailboxLog, MemoryStep
 from antiphon.comm.slab import SlabTransport
 from tests.comm.protocol_checks import MEDIA, ProtocolWorld
 
-__all__ = ["MUTATIONS", "Mutation", "downloads_before_the_compute_so_far"]
+__all__ = ["MUTATIONS", "Mutation"]
 
 Change = Callable[[ProtocolWorld], None]
 
@@ -62,7 +62,7 @@ def wait_leaves_out_a_peer(world: ProtocolWorld) -> None:
     else:
         _change_chunk_waits(
             mailbox,
-            lambda wait, peer: [step for step in wait.operations.steps if not (step.waits and peer == last)],
+            lambda wait, peer: [step for step in wait.steps if not (step.waits and peer == last)],
         )
 
 
@@ -86,10 +86,6 @@ def pack_before_the_combine_is_there(world: ProtocolWorld) -> None:
 
 def puts_before_the_compute_so_far(world: ProtocolWorld) -> None:
     _change_streams(world, lambda name, after: (name, None if name in ("comm", "up") else after))
-
-
-def downloads_before_the_compute_so_far(world: ProtocolWorld) -> None:
-    _change_streams(world, lambda name, after: (name, None if name == "down" else after))
 
 
 def signal_on_another_stream(world: ProtocolWorld) -> None:
@@ -234,7 +230,7 @@ def _change_chunk_waits(mailbox: Any, steps_of: Callable[[Any, int], list[Memory
 
     def wait_for(exchange: Exchange, peer: int, chunk: int) -> Any:
         wait = inner(exchange, peer, chunk)
-        return SimpleNamespace(queue=wait.queue, operations=SimpleNamespace(steps=steps_of(wait, peer)))
+        return SimpleNamespace(queue=wait.queue, steps=steps_of(wait, peer))
 
     mailbox._wait_for = wait_for
 

@@ -11,7 +11,7 @@ import pytest
 from antiphon.comm.mailbox_log import Action, LoggedEvent
 from antiphon.timeline.happens_before import check
 from tests.comm.protocol_checks import FIRST_HANDLE, MEDIA, Layers, protocol_world
-from tests.comm.protocol_mutations import MUTATIONS, Mutation, downloads_before_the_compute_so_far
+from tests.comm.protocol_mutations import MUTATIONS, Mutation
 from tests.support.ranks import run_ranks
 
 
@@ -62,14 +62,6 @@ def test_broken_protocols_are_found(mutation: Mutation, size: int) -> None:
         problems = check(world.logs())
     for pattern in mutation.found:
         assert any(re.search(pattern, problem) for problem in problems), "\n".join([pattern, *problems])
-
-
-def test_downloads_need_not_wait_for_the_compute_stream() -> None:
-    """What peers send is behind their wait for this rank's opposite phase, which is behind its last read of the box."""
-    with protocol_world("host-staged", size=4, num_lanes=2) as world:
-        downloads_before_the_compute_so_far(world)
-        world.run(changing_layers(4, (6, 6), seed=3))
-        assert check(world.logs()) == []
 
 
 @pytest.mark.parametrize("name", ["copy-engine", "host-staged"])
