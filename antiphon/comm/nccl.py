@@ -19,6 +19,8 @@ from antiphon.runtime import CudaStreams, Event
 
 __all__ = ["NcclCollective", "NcclGroup"]
 
+_CTA_POLICY_ZERO = 2
+
 
 class NcclCollective:
     """A collective that has been queued; the same calls as `Collective`."""
@@ -41,29 +43,39 @@ class NcclCollective:
 class NcclGroup:
     """A communicator of all ranks of `group`. All ranks make it at once.
 
-    max_ctas: blocks that a collective may occupy; NCCL's choice when left out.
+    max_ctas: blocks that a collective may occupy; NCCL's choice when left out. zero_cta: collectives by copy engines,
+    where NCCL can, of buffers that `symmetric_buffers` made.
     """
 
     @classmethod
-    def of(cls, group: RankGroup, streams: CudaStreams, *, max_ctas: int | None = None) -> NcclGroup:
+    def of(
+        cls, group: RankGroup, streams: CudaStreams, *, max_ctas: int | None = None, zero_cta: bool = False
+    ) -> NcclGroup:
         """The group's communicator with these settings: transports share it, because it takes a second to make."""
-        found = group.extras.get(("nccl", max_ctas))
+        found = group.extras.get(("nccl", max_ctas, zero_cta))
         if found is None:
-            found = group.extras["nccl", max_ctas] = cls(group, streams, max_ctas=max_ctas)
+            found = cls(group, streams, max_ctas=max_ctas, zero_cta=zero_cta)
+            group.extras["nccl", max_ctas, zero_cta] = found
         assert isinstance(found, NcclGroup)
         return found
 
-    def __init__(self, group: RankGroup, streams: CudaStreams, *, max_ctas: int | None = None) -> None:
+    def __init__(
+        self, group: RankGroup, streams: CudaStreams, *, max_ctas: int | None = None, zero_cta: bool = False
+    ) -> None:
         # A program that uses NVLink multicast can disturb others on a shared host, and nothing here needs it.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         if max_ctas is not None:
             options.config.min_ctas = options.config.max_ctas = max_ctas
+        if zero_cta:
+            options.config.cta_policy = _CTA_POLICY_ZERO  # type: ignore[attr-defined]
+        options._timeout = timeout = timedelta(seconds=2 * group.timeout_s)  # the device watch speaks first
         self._streams = streams
+        self._pools: list[torch.cuda.MemPool] = []
         self._process_group = dist.new_group(
             backend="nccl",
             pg_options=options,
-            timeout=timedelta(seconds=2 * group.timeout_s),  # the device watch speaks first
+            timeout=timeout,
             device_id=streams.device,
         )
         self._word = group.device_watch().word("comm")
@@ -99,6 +111,20 @@ class NcclGroup:
         self._announce(label)
         dist.all_to_all_single(out, mine, list(out_splits), list(in_splits), group=self._process_group)
         return self._sent(out, mine)
+
+    def symmetric_buffers(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Buffers of so many bytes in windows that all ranks have registered; all ranks call it at once."""
+        device = self._streams.device
+        # Windows need a communicator that has been used.
+        dist.all_reduce(torch.zeros(1, device=device), group=self._process_group)
+        backend = self._process_group._get_backend(device)
+        pool = torch.cuda.MemPool(backend.mem_allocator)
+        with torch.inference_mode(False), torch.cuda.use_mem_pool(pool):
+            buffers = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        backend.register_mem_pool(pool, symm=True)
+        self._pools.append(pool)
+        torch.cuda.synchronize(device)
+        return buffers
 
     def close(self) -> None:
         dist.destroy_process_group(self._process_group)

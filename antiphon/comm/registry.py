@@ -1,6 +1,7 @@
 """Transports by name: what a user writes, which one `auto` takes and why, and how each is made.
 
 auto | local | allgather | alltoall | copy-engine | host-staged | shared-memory
+nccl-zero-cta                               NCCL's own copy-engine collectives, a baseline
 allgather:16ctas, alltoall:16ctas           NCCL limited to so many blocks; compute of a split step leaves them SMs
 simulated[:INNER[:BANDWIDTH[:LATENCY]]]     such as simulated:alltoall:200MB/s:1ms
 package.module:Class                        a `Transport` of the user's own
@@ -28,6 +29,7 @@ _CLASSES = {
     "allgather": "antiphon.comm.allgather:AllGatherTransport",
     "alltoall": "antiphon.comm.alltoall:AllToAllTransport",
     "copy-engine": "antiphon.comm.copy_engine:CopyEngineTransport",
+    "nccl-zero-cta": "antiphon.comm.nccl_zero_cta:NcclZeroCtaTransport",
     "host-staged": "antiphon.comm.host_staged:HostStagedTransport",
     "shared-memory": "antiphon.comm.shared_memory:SharedMemoryTransport",
 }
@@ -39,7 +41,7 @@ _CUDA_CLASSES = {
 
 _NAMES = ("auto", *_CLASSES, "simulated")
 
-_CUDA_ONLY = ("copy-engine", "host-staged")
+_CUDA_ONLY = ("copy-engine", "host-staged", "nccl-zero-cta")
 
 _WORTHWHILE_SAVING = 0.25
 """Share of the bytes that exact routing must save before it is worth the exchange of counts."""

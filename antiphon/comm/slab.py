@@ -36,6 +36,7 @@ from antiphon.comm.transport import (
     exchange_counts,
 )
 from antiphon.kernels.pack import pack_rows
+from antiphon.kernels.rank_sum import add_in_rank_order
 from antiphon.runtime import Streams
 
 __all__ = ["SlabTransport"]
@@ -143,7 +144,7 @@ class SlabTransport(Transport):
                 return layout.home[self.group.rank]
             if self._log is not None:
                 self._log.summed(layout.combine, layout.home)
-            return self._add(layout.home)
+            return add_in_rank_order(layout.home)
 
         return self._flight(wait, layout.combine)
 
@@ -227,14 +228,3 @@ class SlabTransport(Transport):
         assert self._log is not None
         num_bytes = sum(layout.tokens_by_rank) * self._format.row_bytes
         self._log.experts(lane, self.mailbox.box(lane, Phase.DISPATCH)[:num_bytes], layout.partials_RD, label)
-
-    def _add(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The sum in order of rank, in float32 at least, rounded once."""
-        if len(parts) == 1:
-            return parts[0].clone()
-        if len(parts) == 2:  # an addition of two is computed wide and rounded once on every device
-            return torch.add(*parts)
-        wide = parts[0].to(self.shape.weight_dtype, copy=True)
-        for part in parts[1:]:
-            wide += part
-        return wide.to(self.shape.dtype)

@@ -189,6 +189,7 @@ def rows_are_what_was_sent(world: World, name: str) -> None:
     expected_rows = {
         "local": counts[0],
         "allgather": world.size * max(counts),
+        "nccl-zero-cta": world.size * max(counts),
         "alltoall": len(expected_x),
         **dict.fromkeys(SLAB_TRANSPORTS, sum(counts)),
     }[_inner_name(name)]
@@ -223,7 +224,13 @@ def messages_are_counted(world: World, name: str) -> None:
     back = transport.combine(apply_experts(finish(sent), shape, world.group))
     finish(back)
     one = int(world.size > 1)
-    expected = {"local": (0, 0), "allgather": (1, 1), "alltoall": (2, 1), **dict.fromkeys(SLAB_TRANSPORTS, (one, one))}
+    expected = {
+        "local": (0, 0),
+        "allgather": (1, 1),
+        "nccl-zero-cta": (1, 1),
+        "alltoall": (2, 1),
+        **dict.fromkeys(SLAB_TRANSPORTS, (one, one)),
+    }
     world.expect_equal((sent.num_messages, back.num_messages), expected[_inner_name(name)], "messages")
 
 
@@ -340,7 +347,7 @@ def _remote_rows(world: World, inner: str, shape: ExpertShape, counts: tuple[int
     """Rows to or from other ranks, whichever are more."""
     if inner == "local":
         return 0
-    if inner == "allgather":
+    if inner in ("allgather", "nccl-zero-cta"):
         return (world.size - 1) * max(counts)
     if inner in SLAB_TRANSPORTS:
         return max((world.size - 1) * counts[world.rank], sum(counts) - counts[world.rank])
@@ -356,7 +363,7 @@ def _remote_rows(world: World, inner: str, shape: ExpertShape, counts: tuple[int
 def transports_of(size: int, device_type: str = "cpu") -> list[str]:
     """Names of all transports that can run on `size` ranks of a device."""
     if device_type == "cuda":
-        return ["allgather", "alltoall", "copy-engine", "host-staged"]
+        return ["allgather", "alltoall", "copy-engine", "host-staged", "nccl-zero-cta"]
     names = [
         "allgather",
         "alltoall",
