@@ -32,7 +32,10 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 def add_rms_norm(
     x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(rms_norm(residual + x), residual + x)`: both [T, D], new, in x's dtype; the sum is rounded before the norm."""
+    """`(rms_norm(residual + x), residual + x)`: both [T, D], in x's dtype; the sum is rounded before the norm.
+
+    The norm is new; the sum may be in the memory of `residual_TD`, so that is not to be used any more.
+    """
     if x_TD.is_cuda and x_TD.dtype == residual_TD.dtype == weight_D.dtype:
         from antiphon.kernels.fused.norm_rope import add_rms_norm_fused  # Triton comes with CUDA only
 

@@ -122,7 +122,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of `residual + x`, and that sum."""
+        """The norm of `residual + x`, and that sum, which may be in the memory of the residual."""
         return add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
 
 

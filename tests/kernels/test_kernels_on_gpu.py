@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from antiphon.kernels.activation import gated_silu
+from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write, norm_rotate_write_reference
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts, grouped_experts_reference
 from antiphon.kernels.mla_attention import _causal, prefill_attention
 from antiphon.kernels.norm_rope import (
@@ -19,7 +20,9 @@ from antiphon.kernels.norm_rope import (
     rms_norm,
     rms_norm_reference,
 )
+from antiphon.kernels.pack import pack_rows
 from antiphon.kernels.router import Scoring, choose_experts, choose_experts_reference
+from antiphon.models.router import Router, RoutingConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,11 +142,8 @@ def test_norms() -> None:
     torch.testing.assert_close(out_THD, rms_norm_reference(q_THD, weight_D, 1e-6), rtol=1e-2, atol=1e-6)
     for size in (576, 2048, 7168):
         x_TD, residual_TD, weight_D = randn(777, size, seed=10), randn(777, size, seed=11), randn(size, seed=12)
-        for actual, expected in zip(
-            add_rms_norm(x_TD, residual_TD, weight_D, 1e-6),
-            add_rms_norm_reference(x_TD, residual_TD, weight_D, 1e-6),
-            strict=True,
-        ):
+        both = add_rms_norm_reference(x_TD, residual_TD, weight_D, 1e-6)
+        for actual, expected in zip(add_rms_norm(x_TD, residual_TD, weight_D, 1e-6), both, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-6)
 
 
@@ -192,3 +192,53 @@ def test_latent_prefill(num_texts: int, num_new: int, length: int) -> None:
     key_NHLQ = torch.cat([both_NHLX[..., :query], rope_key_NHLP], dim=-1)
     expected = _causal(q_NSHQ.float().transpose(1, 2), key_NHLQ, both_NHLX[..., query:], 0.07).transpose(1, 2)
     assert relative_error(out_NSHV, expected) < 2e-2
+
+
+@pytest.mark.parametrize("num_pairs", [64, 32])
+@pytest.mark.parametrize(("num_tokens", "num_heads", "num_kv_heads"), [(4096, 32, 4), (1, 96, 8), (333, 64, 4)])
+def test_norm_rotate_write(num_tokens: int, num_heads: int, num_kv_heads: int, num_pairs: int) -> None:
+    """In place: threads that hold the same numbers must not read what others have written already."""
+    qkv_TX = randn(num_tokens, (num_heads + 2 * num_kv_heads) * 128, seed=30)
+    angles_TP = randn(num_tokens, num_pairs, seed=31, dtype=torch.float32) * 3
+    cos_TP, sin_TP = angles_TP.cos().to(BFLOAT16), angles_TP.sin().to(BFLOAT16)
+    norms = HeadNorms(randn(128, seed=32), randn(128, seed=33), 1e-6)
+    slots_T = torch.randperm(5000, generator=torch.Generator("cuda").manual_seed(34), device="cuda")[:num_tokens]
+    cache = randn(500, 10, 2 * num_kv_heads * 128, seed=35)
+    sizes = {"num_kv_heads": num_kv_heads, "head_size": 128, "norms": norms}
+    expected_cache, results = cache.clone(), []
+    wide = (qkv_TX.float(), cos_TP.float(), sin_TP.float(), expected_cache.float())
+    wide_norms = HeadNorms(norms.q_weight_Q.float(), norms.k_weight_Q.float(), 1e-6)
+    expected = norm_rotate_write_reference(*wide, slots_T, **{**sizes, "norms": wide_norms})
+    for source_TX in (qkv_TX.clone(), qkv_TX.clone()):
+        with no_waiting() if results else nullcontext():
+            results.append(norm_rotate_write(source_TX, cos_TP, sin_TP, cache, slots_T, **sizes))
+    for actual, again, expected_x in zip(*results, expected, strict=True):
+        assert relative_error(actual, expected_x) < 1e-2
+        torch.testing.assert_close(actual.float(), expected_x, rtol=3e-2, atol=0.2)
+        assert torch.equal(actual, again)
+    assert relative_error(cache, wide[3]) < 1e-2
+    others = torch.ones(5000, dtype=torch.bool, device="cuda").index_fill_(0, slots_T, False)
+    assert torch.equal(cache.flatten(0, 1)[others], expected_cache.flatten(0, 1)[others])
+
+
+def test_packing() -> None:
+    """Rows as transports make them, whose ends are no multiple of 16 bytes."""
+    x_RD, ids_RK, weights_RK = packed_rows(3000, 2048, 6, 64, BFLOAT16, seed=36)
+    x_TD, weights_TK = randn(3000, 2048, seed=37), randn(3000, 6, seed=38, dtype=torch.float32)
+    ids_TK = weights_TK.argsort(1)
+    pack_rows(x_RD, weights_RK, ids_RK, x_TD, weights_TK, ids_TK)
+    assert torch.equal(x_RD, x_TD)
+    assert torch.equal(weights_RK, weights_TK)
+    assert torch.equal(ids_RK.to(torch.int64), ids_TK)
+
+
+def test_logits_of_a_router_are_not_rounded() -> None:
+    config = RoutingConfig(scores=Scoring.SOFTMAX, num_experts=128, top_k=8, normalize=True)
+    router = Router(2048, config, dtype=BFLOAT16).cuda()
+    router.weight.copy_(randn(128, 2048, seed=39) / 45)
+    for num_tokens in (1000, 1, 0):
+        x_TD = randn(num_tokens, 2048, seed=40)
+        logits_TE = router._logits(x_TD)
+        assert logits_TE.dtype == torch.float32
+        expected_TE = x_TD.double() @ router.weight.double().t()
+        torch.testing.assert_close(logits_TE.double(), expected_TE, rtol=1e-4, atol=1e-4)

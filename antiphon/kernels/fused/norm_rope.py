@@ -108,13 +108,13 @@ def rms_norm_fused(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch
 def add_rms_norm_fused(
     x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `add_rms_norm`."""
+    """See `add_rms_norm`; every number of the sum is written by the thread that read it."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    residual_TD = residual_TD if residual_TD.stride(1) == 1 else residual_TD.contiguous()
+    sum_TD = residual_TD = residual_TD.contiguous()
     num_tokens, size = x_TD.shape
-    out_TD, sum_TD = x_TD.new_empty(num_tokens, size), x_TD.new_empty(num_tokens, size)
+    out_TD = x_TD.new_empty(num_tokens, size)
     if num_tokens:
-        launch = _norm(num_tokens, 1, size, (x_TD.stride(0), 0), residual_TD.stride(0), eps, is_double(x_TD.dtype))
+        launch = _norm(num_tokens, 1, size, (x_TD.stride(0), 0), size, eps, is_double(x_TD.dtype))
         launch(x_TD, residual_TD, weight_D, out_TD, sum_TD)
     return out_TD, sum_TD
 
