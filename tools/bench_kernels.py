@@ -175,7 +175,7 @@ def check() -> dict[str, float]:
         expected = grouped_experts_reference(x_RD.float(), ids_RK, weights_RK, *wide, first_expert=NUM_LOCAL)
         for max_pairs in (262_144, 3000):
             workspace = ExpertWorkspace(max_pairs=max_pairs)
-            workspace.get("pairs", num_rows * TOP_K * HIDDEN, BF16, x_RD.device).fill_(float("nan"))
+            workspace.get("pairs", (num_rows * TOP_K * HIDDEN,), BF16, x_RD.device).fill_(float("nan"))
             out_RD = torch.full((num_rows, HIDDEN), float("nan"), dtype=BF16, device="cuda")
             grouped_experts(
                 x_RD, ids_RK, weights_RK, gate_up, down, out_RD=out_RD, first_expert=NUM_LOCAL, workspace=workspace
