@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,12 @@ class Collective:
         return self._ready_ns
 
 
+class Closeable(Protocol):
+    """Something that ends with the group."""
+
+    def close(self) -> None: ...
+
+
 class RankGroup:
     """One rank of a group of `size`. A group of one needs no process group and moves nothing.
 
@@ -78,7 +84,7 @@ class RankGroup:
         self._process_group = process_group
         self._board = board
         self._order: list[str] | None = None
-        self.extras: dict[Hashable, object] = {}  # what transports share that use this group
+        self.extras: dict[Hashable, Closeable] = {}  # what transports share that use this group
         self._on_stuck = on_stuck
         self._device_watch: DeviceWatch | None = None
 
@@ -128,6 +134,9 @@ class RankGroup:
 
     def close(self) -> None:
         """Leave the process group. Peers that still wait for this rank get an error."""
+        for extra in self.extras.values():
+            extra.close()
+        self.extras.clear()
         if self._device_watch is not None:
             self._device_watch.close()
         if self._process_group is not None:

@@ -127,7 +127,11 @@ class NcclGroup:
         return buffers
 
     def close(self) -> None:
-        dist.destroy_process_group(self._process_group)
+        """Give up the windows; the communicator itself ends with the group's process groups."""
+        backend = self._process_group._get_backend(self._streams.device)
+        for pool in self._pools:
+            backend.deregister_mem_pool(pool)
+        self._pools.clear()
 
     def _announce(self, label: str) -> None:
         self._begin.set_value(self._code, self._word.code(located(label)) + ALL_PEERS)
