@@ -1,4 +1,4 @@
-"""The command line: `antiphon generate` and `antiphon demo`. Reads options, prints results; knows no more."""
+"""The command line: `antiphon generate`, `demo`, `doctor` and `bench`. Reads options, prints results; knows no more."""
 
 from __future__ import annotations
 

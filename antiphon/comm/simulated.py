@@ -2,7 +2,8 @@
 
 The data really travels by the wrapped transport; it counts as arrived when that is done and the modelled link, which
 carries one communication of this rank after the other, has had its time. Waiting is a sleep, so compute of the other
-lane runs at full speed. What is measured with it is always named as simulated.
+lane runs at full speed; on a GPU it would hold up the host, which queues for all lanes, so it is for CPUs. What is
+measured with it is always named as simulated.
 """
 
 from __future__ import annotations

@@ -56,10 +56,10 @@ class LLM:
     ranks: processes that share the experts; they must divide the number of experts. With one rank no process is
         started. device: "cpu", "cuda" (one device a rank), or "auto": what the environment variable ANTIPHON_DEVICE
         says, else "cuda" if there are as many devices as ranks.
-    dbo: dual-batch overlap, "auto", "on" or "off". transport: "auto", "local", "allgather", "alltoall", or
-        "simulated:INNER:BANDWIDTH:LATENCY". dtype: "auto" (bfloat16 on GPUs, float32 on CPUs), "float32", "bfloat16",
-        "float64". peer_access: whether GPUs may read each other's memory; the environment variable
-        NCCL_P2P_DISABLE=1 forbids it too.
+    dbo: dual-batch overlap, "auto", "on" or "off". transport: "auto", "copy-engine" and "host-staged" (GPUs),
+        "shared-memory" (CPUs), "allgather", "alltoall", "local", or others in docs/offline.md. dtype: "auto" (bfloat16
+        on GPUs, float32 on CPUs), "float32", "bfloat16", "float64". peer_access: whether GPUs may read each other's
+        memory; the environment variable NCCL_P2P_DISABLE=1 forbids it too.
     split: where a batch is cut, "token" or "request-boundary". micro_batches: parts of a split step, 2 to 8.
     dbo_prefill_token_threshold, dbo_decode_token_threshold: tokens on the busiest rank from which a step is split;
         by default 512 and 32 under "auto" and none under "on".
@@ -68,8 +68,8 @@ class LLM:
     block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank; by default a fixed size on
         the CPU, and on a GPU what the share gpu_memory_utilization of its memory leaves beside the weights and the
         largest step, which is run once to measure it.
-    seed: from which requests without a seed take theirs. timeout_s: longest wait for another process.
-    debug_order: compare the collectives of all ranks before every step.
+    seed: from which requests without a seed take theirs, and dummy weights. timeout_s: longest wait for another
+        process. debug_order: compare the collectives of all ranks before every step.
 
     Raises `OptionError` and `ModelError` (both `ValueError`) before anything is started, `EngineError` if a worker
     does not come up. Not thread-safe. Leaving the context, `close`, and the end of the process end all workers.
