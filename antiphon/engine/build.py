@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from antiphon.comm import RankGroup, Transport, create_transport, parse_transport
-from antiphon.core.errors import OptionError
+from antiphon.comm.machine import examine_machine
+from antiphon.comm.usable import Usability, slab_bytes, usable_transports
+from antiphon.core.errors import AntiphonError, OptionError
 from antiphon.engine.cache_size import measured_cache
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.kv_cache import BlockPool, allocate_cache
@@ -27,11 +29,11 @@ from antiphon.models import (
     weight_bytes,
 )
 from antiphon.planning import Planner
-from antiphon.runtime import streams_for
+from antiphon.runtime import Streams, streams_for
 from antiphon.runtime.device import activate, describe, device_for_rank
 from antiphon.timeline import StepRecorder
 
-__all__ = ["build_engine", "ready_message"]
+__all__ = ["build_engine", "make_transport", "ready_message"]
 
 
 def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
@@ -40,15 +42,7 @@ def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
     device = device_for_rank(config.device_kind, group.rank)
     activate(device)
     streams = streams_for(device)
-    transport = create_transport(
-        parse_transport(options.transport),
-        expert_shape(config.model, config.dtype),
-        group=group,
-        streams=streams,
-        num_lanes=options.policy.micro_batches,
-        max_tokens=config.max_num_batched_tokens,
-        peer_access=options.peer_access,
-    )
+    transport = make_transport(config, group, streams)
     model = _load(config, transport)
     cache = config.cache or measured_cache(config, model, streams=streams, group=group)
     model.bind_kv_cache(
@@ -89,6 +83,55 @@ def ready_message(engine: StepEngine) -> Ready:
     """What a rank tells the front when `build_engine` is done."""
     transport = engine.transport
     return Ready(device_name=describe(transport.streams.device), transport_name=transport.name, cache=engine.cache)
+
+
+def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -> Transport:
+    """The transport of this rank; all ranks make it at the same time.
+
+    One that fails in the driver or in a library gets the error that `antiphon doctor` would have given before: an
+    `OptionError` with reason and remedy, if the machine is why. Other errors are those of `create_transport`.
+    """
+    options = config.options
+    try:
+        return create_transport(
+            parse_transport(options.transport),
+            expert_shape(config.model, config.dtype),
+            group=group,
+            streams=streams,
+            num_lanes=options.policy.micro_batches,
+            max_tokens=config.max_num_batched_tokens,
+            peer_access=options.peer_access,
+        )
+    except AntiphonError:
+        raise
+    except Exception as error:
+        found = _unusable(config)
+        if found is None:
+            raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OptionError(
+            f"transport {found.name!r} cannot be used on this machine: {found.reason} ({first_line}); "
+            f"{found.remedy or 'use another transport'}"
+        ) from error
+
+
+def _unusable(config: ResolvedConfig) -> Usability | None:
+    """What forbids the transport here, if anything does. Examines the machine, which takes seconds."""
+    options = config.options
+    needed_bytes = slab_bytes(
+        options.ranks,
+        shape=expert_shape(config.model, config.dtype),
+        num_lanes=options.policy.micro_batches,
+        max_tokens=config.max_num_batched_tokens,
+    )
+    judged = usable_transports(
+        examine_machine(),
+        ranks=options.ranks,
+        device_kind=config.device_kind,
+        peer_access=options.peer_access,
+        shared_bytes=needed_bytes,
+    )
+    return next((found for found in judged if found.name == config.transport.name and not found.usable), None)
 
 
 def _load(config: ResolvedConfig, transport: Transport) -> CausalLM:
