@@ -56,6 +56,8 @@ def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
 
     judged = usable_transports(examine_machine(), ranks=ranks, device_kind=device, peer_access=peer_access)
     names = [found.name for found in judged if found.usable and found.name not in ("local", "simulated")]
+    if "copy-engine" in names:
+        names.insert(names.index("copy-engine"), "nccl-zero-cta")  # a baseline, which needs the same of the machine
     if not names:
         why = "; ".join(f"{found.name}: {found.reason}" for found in judged)
         raise OptionError(f"no transport is usable for --ranks {ranks} on {device} ({why}); antiphon doctor says more")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from antiphon.comm.machine_facts import Check, Device, Gpus, Peer
 
-__all__ = ["probe_gpus", "reaches_all_devices"]
+__all__ = ["probe_gpus", "reaches"]
 
 _PCI_ATTRIBUTES = ("PCI_DOMAIN_ID", "PCI_BUS_ID", "PCI_DEVICE_ID")
 
@@ -42,10 +43,9 @@ def probe_gpus(pinned_bytes: int) -> Gpus:
     return Gpus(devices=devices, peers=peers, pinned_memory=_pin(pinned_bytes), pinned_bytes=pinned_bytes)
 
 
-def reaches_all_devices(device: torch.device) -> bool:
-    """Whether `device` can access the memory of every other device that this process may use."""
-    others = (index for index in range(torch.cuda.device_count()) if index != device.index)
-    return all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+def reaches(device: torch.device, others: Iterable[int]) -> bool:
+    """Whether `device` can access the memory of the devices with these indices; it can its own."""
+    return all(torch.cuda.can_device_access_peer(device.index, other) for other in others if other != device.index)
 
 
 def _device(index: int) -> Device:

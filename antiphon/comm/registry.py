@@ -165,9 +165,10 @@ def create_transport(
     device_kind = streams.device.type
     peer_access = peer_access and os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
     if spec.name == "auto" and device_kind == "cuda" and group.size > 1:
-        from antiphon.comm.machine_cuda import reaches_all_devices  # only where there are such devices
+        from antiphon.comm.machine_cuda import reaches  # only where there are such devices
 
-        peer_access = all(group.all_gather_object(peer_access and reaches_all_devices(streams.device)))
+        devices = group.all_gather_object(streams.device.index)
+        peer_access = all(group.all_gather_object(peer_access and reaches(streams.device, devices)))
     spec, _ = choose_transport(spec, shape, group.size, device_kind=device_kind, peer_access=peer_access)
     kind = load_transport(spec, device_kind)
     settings: dict[str, Any] = {} if spec.ctas is None else {"max_ctas": spec.ctas}

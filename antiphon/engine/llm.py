@@ -20,7 +20,7 @@ from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import EngineConfig, ResolvedConfig
-from antiphon.engine.prompts import Prompt, params_for, plain_int, prompt_list
+from antiphon.engine.prompts import Prompt, params_for, plain_ints, prompt_list
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.settle import settle_policy
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
@@ -291,9 +291,11 @@ class LLM:
                 raise RequestError(f"prompt {place} is not valid Unicode text ({error}); repair or drop it") from None
             ids = self._tokenizer.encode(prompt)
         else:
-            ids = [plain_int(item) for item in prompt]
+            ids = plain_ints(prompt)
         if not ids:
             raise RequestError(f"prompt {place} is empty; give at least one token")
+        if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+            return ids
         for token_id in ids:
             if not is_whole(token_id) or not 0 <= token_id < vocab_size:
                 raise RequestError(f"prompt {place} has token id {token_id!r}; use integers from 0 to {vocab_size - 1}")

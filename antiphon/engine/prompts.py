@@ -9,16 +9,17 @@ from typing import Any
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import SamplingParams
 
-__all__ = ["Prompt", "params_for", "plain_int", "prompt_list"]
+__all__ = ["Prompt", "params_for", "plain_ints", "prompt_list"]
 
 Prompt = str | Sequence[int]
 
 
-def plain_int(item: object) -> Any:
+def plain_ints(items: Sequence[Any]) -> list[Any]:
     """Integers of other libraries (numpy's, say) as Python's; what is no integer as it is."""
-    if isinstance(item, bool):
-        return item
-    return int(item) if isinstance(item, Integral) else item
+    ids = list(items)
+    if set(map(type, ids)) <= {int}:  # the usual case, at the speed of C: prompts have many thousand tokens
+        return ids
+    return [item if isinstance(item, bool) or not isinstance(item, Integral) else int(item) for item in ids]
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
