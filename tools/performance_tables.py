@@ -3,7 +3,8 @@
     python -m tools.performance_tables            # rewrite docs/performance.md
     python -m tools.performance_tables --check    # exit code 1 if it is not what the results say
 
-Takes every file of benchmarks/results that `antiphon bench` wrote; other files there are left alone.
+Takes every file of benchmarks/results that `antiphon bench` or tools/prefill_throughput.py wrote; other files there
+are left alone.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def section(name: str, result: dict[str, Any]) -> str:
     options, versions = result["options"], result["versions"]
     conditions = [
         f"{len(result['devices'])} x {result['devices'][0]}",
-        f"peer access {'on' if options['peer_access'] else 'off'}",
+        f"peer access {'on' if options.get('peer_access', not options.get('no_peer_access')) else 'off'}",
         f"medians of {options['repeats']}",
         *(f"{key} {versions[key]}" for key in ("torch", "cuda", "nccl", "triton", "driver") if key in versions),
         result["date"][:10],
@@ -75,6 +76,12 @@ def section(name: str, result: dict[str, Any]) -> str:
             0,
             f"{model['name']}, {model['layers']} layers ({model['moe_layers']} with experts), {options['dtype']}, "
             f"routing {options['routing']}, texts of {options['seq_len']} tokens",
+        )
+    if result["bench"] == "prefill throughput":
+        conditions.insert(
+            0,
+            f"{options['model']}, whole engine, {options['prompts']} prompts of {options['length']:,} tokens a GPU, "
+            f"{options['batched_tokens']:,} tokens a step, routing {options['routing']}, {result['transport']}",
         )
     heading = f"### {name.removesuffix('.json')}"
     source = f"[{name}](../benchmarks/results/{name})"
@@ -120,7 +127,14 @@ def comm_table(result: dict[str, Any]) -> str:
     return markdown(headings, rows, num_texts=2)
 
 
-SECTIONS = {"overlap": overlap_table, "comm": comm_table}
+def prefill_table(result: dict[str, Any]) -> str:
+    """One row a setting of overlap."""
+    rates = result["tokens_per_s_and_gpu"]
+    rows = [[dbo, *(f"{rate[key]:,.0f}" for key in ("median", "worst", "best"))] for dbo, rate in rates.items()]
+    return markdown(["dbo", "tokens/s and GPU, median", "worst", "best"], rows, num_texts=1)
+
+
+SECTIONS = {"overlap": overlap_table, "comm": comm_table, "prefill throughput": prefill_table}
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> str:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from antiphon import LLM, SamplingParams
+from antiphon.runtime.device import describe, device_for_rank
 from antiphon.runtime.versions import versions
 
 
@@ -50,6 +51,7 @@ def main() -> None:
         max_model_len=max(options.batched_tokens, options.length + 1),
     )
     with llm:
+        kind = llm.config.device_kind
         vocabulary = llm.config.model.vocab_size
         numbers = random.Random(0)
         num_prompts = options.prompts * options.ranks
@@ -72,6 +74,7 @@ def main() -> None:
         "bench": "prefill throughput",
         "what": "prefill tokens per second and GPU, from LLM.generate to its return",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "devices": [describe(device_for_rank(kind, rank)) for rank in range(options.ranks)],
         "versions": versions(),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "transport": stats["transport"],

@@ -127,7 +127,7 @@ class EngineConfig:
             options=replace(
                 self,
                 model=str(source),
-                policy=settle_policy(self.policy, self.ranks),
+                policy=settle_policy(self.policy, self.ranks, device_kind=device_kind, transport=transport.name),
                 peer_access=peer_access,
             ),
             requested_dbo=self.policy.dbo,

@@ -62,7 +62,7 @@ class LLM:
         memory; the environment variable NCCL_P2P_DISABLE=1 forbids it too.
     split: where a batch is cut, "token" or "request-boundary". micro_batches: parts of a split step, 2 to 8.
     dbo_prefill_token_threshold, dbo_decode_token_threshold: tokens on the busiest rank from which a step is split;
-        by default 512 and 32 under "auto" and none under "on".
+        by default 512 and 32 under "auto" (on GPUs 4096, with peer access 8192, for both) and none under "on".
     max_num_batched_tokens: tokens of one step on one rank; also the longest prompt. max_num_seqs: requests that run
         at once on one rank. max_model_len: longest text, prompt and output together.
     block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank; by default a fixed size on
@@ -135,6 +135,7 @@ class LLM:
             timeout_s=timeout_s,
             debug_order=debug_order,
         )
+        self._asked_policy = options.policy
         self.config: ResolvedConfig = options.resolve()
         self._policy = self.config.options.policy
         for sentence in self.config.without_effect():
@@ -201,10 +202,13 @@ class LLM:
 
     def reconfigure(self, *, dbo: str | None = None, split: str | None = None) -> None:
         """Change `dbo` or `split` of all ranks between two calls of `generate`, without loading the model again."""
-        policy = replace(self._policy, dbo=dbo or self._policy.dbo, split=split or self._policy.split)
-        policy = settle_policy(policy, self.config.options.ranks)
+        config, asked = self.config, self._asked_policy
+        asked = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)
+        policy = settle_policy(
+            asked, config.options.ranks, device_kind=config.device_kind, transport=config.transport.name
+        )
         self._client.reconfigure(policy)
-        self._policy = policy
+        self._asked_policy, self._policy = asked, policy
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start.

@@ -9,11 +9,12 @@ import pytest
 
 from antiphon import LLM, SamplingParams
 from antiphon.core.errors import EngineError, OptionError
+from antiphon.core.policy import OverlapPolicy
 from antiphon.engine import settle
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.kv_cache import CacheSize
 from antiphon.engine.messages import Ready, decode_from_worker, encode
-from antiphon.engine.settle import DEVICE_VARIABLE, settle_device, settle_peer_access
+from antiphon.engine.settle import DEVICE_VARIABLE, settle_device, settle_peer_access, settle_policy
 from antiphon.engine.worker_client import _environment
 
 
@@ -201,3 +202,25 @@ def test_peer_copies_that_are_forbidden_cannot_be_asked_for(monkeypatch: pytest.
         EngineConfig(ranks=2, transport="copy-engine", peer_access=False).resolve()
     with pytest.raises(OptionError, match=r"copy-engine.*on CPUs use"):
         EngineConfig(ranks=2, transport="copy-engine", device="cpu").resolve()
+
+
+@pytest.mark.parametrize(
+    ("transport", "asked", "expected"),
+    [
+        ("host-staged", {}, (4096, 4096)),
+        ("alltoall", {}, (4096, 4096)),
+        ("copy-engine", {}, (8192, 8192)),
+        ("copy-engine", {"prefill_threshold": 100}, (100, 8192)),
+        ("host-staged", {"decode_threshold": 7}, (4096, 7)),
+        ("host-staged", {"dbo": "on"}, (0, 0)),
+    ],
+)
+def test_thresholds_on_gpus(transport: str, asked: dict[str, object], expected: tuple[int, int]) -> None:
+    policy = settle_policy(OverlapPolicy(**asked), 2, device_kind="cuda", transport=transport)
+    assert (policy.threshold(decode_only=False), policy.threshold(decode_only=True)) == expected
+    assert settle_policy(policy, 2, device_kind="cuda", transport=transport) == policy
+
+
+def test_thresholds_on_cpus_and_on_one_rank() -> None:
+    assert settle_policy(OverlapPolicy(), 2) == OverlapPolicy()
+    assert settle_policy(OverlapPolicy(), 1, device_kind="cuda", transport="local").dbo == "off"
