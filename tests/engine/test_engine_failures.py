@@ -141,6 +141,24 @@ def test_a_peer_that_does_not_answer_is_named_within_the_time_limit(how: str) ->
     assert_no_new_workers(before)
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("phase", ["dispatch", "combine"])
+def test_a_peer_that_stops_inside_an_exchange_of_slabs_is_named(phase: str) -> None:
+    """Rank, layer, lane and phase; and the next start works."""
+    before = worker_pids()
+    transport = f"tests.support.transports:SlabStopsIn{phase.title()}"
+    pattern = rf"rank 0 waited 3.\d s for {phase} layer \d, lane \d from rank 1 in vain; rank 1 \(pid \d+, running\)"
+    with (
+        LLM(ranks=2, transport=transport, dbo="on", timeout_s=3) as llm,
+        clean_end(within_s=12),
+        pytest.raises(EngineError, match=pattern),
+    ):
+        llm.generate(PROMPTS, LONG)
+    assert_no_new_workers(before)
+    with LLM(ranks=2, transport="shared-memory") as llm:
+        assert llm.generate(PROMPTS)
+
+
 def test_a_failed_request_leaves_the_engine_usable(one_rank: LLM) -> None:
     expected = [output.token_ids for output in one_rank.generate(PROMPTS)]
     too_long = [5] * 5000

@@ -69,7 +69,9 @@ def test_two_ranks_alltoall_equal_transformers(two_ranks: LLM, dbo: str, split: 
 
 @pytest.mark.processes
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("ranks", "transport"), [(2, "allgather"), (4, "alltoall"), (4, "allgather")])
+@pytest.mark.parametrize(
+    ("ranks", "transport"), [(2, "allgather"), (2, "shared-memory"), (4, "alltoall"), (4, "allgather")]
+)
 def test_more_ranks_and_transports_equal_transformers(ranks: int, transport: str) -> None:
     with LLM(ranks=ranks, transport=transport) as llm:
         for dbo, split in MODES:

@@ -8,12 +8,15 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from greenlet import getcurrent
 
 from antiphon.comm import Flight, Routes, Rows
 from antiphon.comm.alltoall import AllToAllTransport
+from antiphon.comm.mailbox import Exchange, Phase
+from antiphon.comm.shared_memory import SharedMemoryTransport
 from antiphon.engine.worker import report_and_exit
 
 
@@ -41,6 +44,29 @@ class StopsInCombine(AllToAllTransport):
         if self.group.rank == 1 and self.num_combines == 3:
             time.sleep(1e6)
         return super().send_partials(lane, partial_RD, label)
+
+
+class _SlabThatStops(SharedMemoryTransport):
+    """Rank 1 sleeps for ever before its third exchange of a phase."""
+
+    phase: ClassVar[Phase]
+    num_exchanges = 0
+
+    def _send(self, exchange: Exchange, label: str) -> None:
+        self.num_exchanges += exchange.phase is self.phase
+        if self.group.rank == 1 and self.num_exchanges == 3:
+            time.sleep(1e6)
+        super()._send(exchange, label)
+
+
+class SlabStopsInDispatch(_SlabThatStops):
+    name = "slab-stops-in-dispatch"
+    phase = Phase.DISPATCH
+
+
+class SlabStopsInCombine(_SlabThatStops):
+    name = "slab-stops-in-combine"
+    phase = Phase.COMBINE
 
 
 class ReportsFromAnotherThread(AllToAllTransport):
