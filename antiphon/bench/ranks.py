@@ -178,21 +178,21 @@ def _call(rank: int, folder: Path) -> Any:
         timeout_s=task["timeout_s"],
         board=ProgressBoard(folder / _PROGRESS_FILE, size=task["ranks"]),
     )
-    try:
-        return function(group, device, task["options"])
-    finally:
-        group.close()
+    result = function(group, device, task["options"])
+    group.close()  # not after an error: the process ends, and its watch may be needed until then
+    return result
 
 
 def _main() -> int:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     _end_with_parent(folder)
     try:
-        content, code = json.dumps({"returned": _call(rank, folder)}), 0
+        _write_result(rank, folder, json.dumps({"returned": _call(rank, folder)}))
     except BaseException as error:
-        content, code = _failure(type(error).__name__, str(error), traceback.format_exc()), 1
-    _write_result(rank, folder, content)
-    return code
+        # Written before the frames of the traceback go, and with them transports that may wait for their device.
+        _write_result(rank, folder, _failure(type(error).__name__, str(error), traceback.format_exc()))
+        os._exit(1)
+    return 0
 
 
 def _failure(kind: str, message: str, told: str = "") -> str:

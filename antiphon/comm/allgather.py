@@ -133,6 +133,11 @@ class NcclAllGatherTransport(AllGatherTransport):
             raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
         self._nccl = NcclGroup.of(group, streams, max_ctas=max_ctas)
         self.num_sms = max_ctas or 0
+        for lane in range(num_lanes):  # at once, so that the memory that is left can be measured
+            self._padded_tokens[lane] = max_tokens
+            self._partials(lane)
+            for name, num_rows in (("packed", max_tokens), ("gathered", max_tokens * group.size)):
+                self._buffers[lane].get(name, num_rows, self._format.row_bytes, torch.uint8)
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         num_tokens, padded = self._num_tokens[lane], self._padded_tokens[lane]

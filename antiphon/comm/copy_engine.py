@@ -8,6 +8,7 @@ Boxes and flags lie in symmetric memory: | flags | dispatch box, combine box of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,8 @@ class PeerCopyMailbox:
         self._streams: CommStreams = streams
         self._log: MailboxLog | None = None
         flush = check_stream_memory_operations(streams.device, "transport copy-engine")
+        # Multicast over NVLink needs rights that a shared host does not give, and nothing here uses it.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         flags_end = _aligned(num_lanes * len(Phase) * group.size * 4)
         lane_bytes = _aligned(dispatch_bytes) + _aligned(combine_bytes)
         with torch.inference_mode(False):

@@ -91,26 +91,36 @@ class DeviceWatch:
 
     def _watch(self) -> None:
         since: dict[int, tuple[int, float]] = {}
+        told: set[int] = set()
         while not self._closed.wait(_PERIOD_S):
             now = time.monotonic()
             for place, word in enumerate(list(self._words.values())):
                 value = int(self._values[place])
                 if value == 0:
-                    since.pop(place, None)
+                    if since.pop(place, None) is not None and place in told:
+                        told.discard(place)
+                        self._mark("computing")
                 elif place not in since or since[place][0] != value:
                     since[place] = (value, now)
+                    told.discard(place)
                 elif now - since[place][1] > self._timeout_s:
                     self._report(word, value, now - since[place][1])
                     return
-                elif self._board is not None and now - since[place][1] > 2 * _PERIOD_S:
+                elif place not in told and now - since[place][1] > 2 * _PERIOD_S:
+                    told.add(place)  # once, so that the board says since when
                     label, whom = word.explain(value)
-                    self._board.mark(self._rank, f"waiting on its device for {label} from {whom}")
+                    self._mark(f"waiting on its device for {label} from {whom}")
+
+    def _mark(self, where: str) -> None:
+        if self._board is not None:
+            self._board.mark(self._rank, where)
 
     def _report(self, word: WatchWord, value: int, waited_s: float) -> None:
         label, whom = word.explain(value)
-        said = f"; {self._board.describe(except_rank=self._rank)}" if self._board is not None else ""
-        message = f"rank {self._rank} waited {waited_s:.1f} s on its device for {label} from {whom} in vain{said}"
+        message = f"rank {self._rank} waited {waited_s:.1f} s on its device for {label} from {whom} in vain"
         try:
+            if self._board is not None:
+                message += f"; {self._board.describe(except_rank=self._rank)}"
             if self._on_stuck is not None:
                 self._on_stuck(message)
         finally:

@@ -175,12 +175,15 @@ class RankGroup:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._process_group)
+        try:
+            dist.all_gather_object(values, value, group=self._process_group)
+        except RuntimeError as error:
+            what = f"rank {self.rank} could not exchange {type(value).__name__} with its peers"
+            raise PeerError(_missing(what, self.rank, self._board, error)) from error
         return values
 
     def _start(self, operation: Any, label: str, out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Collective:
-        if self._order is not None:
-            self._order.append(f"{located(label)}: {operation.__name__}")
+        self.note(label, operation.__name__)
         try:
             work = operation(out, mine, group=self._process_group, async_op=True, **options)
         except RuntimeError as error:
@@ -231,6 +234,11 @@ class RankGroup:
     def record_order(self) -> None:
         """Keep a list of all collectives from now on, for `order_fingerprint`."""
         self._order = []
+
+    def note(self, label: str, operation: str) -> None:
+        """A communication is about to be sent, by whatever means; every transport says so."""
+        if self._order is not None:
+            self._order.append(f"{located(label)}: {operation}")
 
     def order_fingerprint(self) -> int:
         """A checksum of the collectives since the last check; 0 if they are not recorded."""

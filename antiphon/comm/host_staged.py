@@ -108,11 +108,14 @@ class HostStagedMailbox:
         self._arrived[exchange.lane][exchange.phase] = self._streams.record_on("down")
 
     def _prepare(self, exchange: Exchange, up: int, down: int) -> _Prepared | None:
-        """From the third use on, a replay for each stream: dozens of driver calls become two."""
+        """From the third use on, a replay for each stream: dozens of driver calls become two.
+
+        Not for slabs that go in one chunk: there are few calls to spare, and in decode few uses of a layout.
+        """
         if isinstance(exchange.prepared, _Prepared):
             return exchange.prepared if self._log is None else None
         exchange.prepared = (exchange.prepared or 0) + 1
-        if exchange.prepared <= _USES_BEFORE_REPLAY or self._log is not None:
+        if exchange.prepared <= _USES_BEFORE_REPLAY or self._log is not None or not _goes_in_chunks(exchange):
             return None
         prepared = exchange.prepared = _Prepared(
             Replay(up, lambda: self._upload(exchange, up)), Replay(down, lambda: self._download(exchange, down))
@@ -248,6 +251,11 @@ class _Prepared:
 
     upload: Replay
     download: Replay
+
+
+def _goes_in_chunks(exchange: Exchange) -> bool:
+    sizes = [*(put.source.numel() for put in exchange.puts), *(arrival.num_bytes for arrival in exchange.arrivals)]
+    return any(len(chunks_of(size)) > 1 for size in sizes)
 
 
 class HostStagedTransport(SlabTransport):

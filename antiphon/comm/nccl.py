@@ -70,6 +70,7 @@ class NcclGroup:
         if zero_cta:
             options.config.cta_policy = _CTA_POLICY_ZERO  # type: ignore[attr-defined]
         options._timeout = timeout = timedelta(seconds=2 * group.timeout_s)  # the device watch speaks first
+        self._group = group
         self._streams = streams
         self._pools: list[torch.cuda.MemPool] = []
         self._process_group = dist.new_group(
@@ -87,14 +88,14 @@ class NcclGroup:
     def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> NcclCollective:
         """`out` [W * n, ...] gets `mine` [n, ...] of every rank, in order of rank."""
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self._announce(label)
+        self._announce(label, "all-gather")
         call(out, mine, group=self._process_group)
         return self._sent(out, mine)
 
     def reduce_scatter(self, out: torch.Tensor, parts: torch.Tensor, label: str) -> NcclCollective:
         """`out` [n, ...] gets the sum over ranks of their part for this rank, in NCCL's order and the parts' dtype."""
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        self._announce(label)
+        self._announce(label, "reduce-scatter")
         call(out, parts, group=self._process_group)
         return self._sent(out, parts)
 
@@ -108,7 +109,7 @@ class NcclGroup:
         in_splits: Sequence[int],
     ) -> NcclCollective:
         """Rows of `mine` go to the ranks by `in_splits`; `out` gets theirs by `out_splits`."""
-        self._announce(label)
+        self._announce(label, "all-to-all")
         dist.all_to_all_single(out, mine, list(out_splits), list(in_splits), group=self._process_group)
         return self._sent(out, mine)
 
@@ -133,7 +134,8 @@ class NcclGroup:
             backend.deregister_mem_pool(pool)
         self._pools.clear()
 
-    def _announce(self, label: str) -> None:
+    def _announce(self, label: str, operation: str) -> None:
+        self._group.note(label, operation)
         self._begin.set_value(self._code, self._word.code(located(label)) + ALL_PEERS)
         self._begin.queue(torch.cuda.current_stream(self._streams.device).cuda_stream)
 

@@ -65,6 +65,12 @@ class NcclAllToAllTransport(Transport):
         self._exchanges: list[_Exchange | None] = [None] * num_lanes
         self._nccl = NcclGroup.of(group, streams, max_ctas=max_ctas)
         self.num_sms = max_ctas or 0
+        rows = group.size * max_tokens
+        for buffers in self._buffers:  # at once, so that the memory that is left can be measured
+            for name in ("packed", "received"):
+                buffers.get(name, rows, self._format.row_bytes, torch.uint8)
+            for name in ("partials", "home"):
+                buffers.get(name, rows, shape.hidden_size, shape.dtype)
         with torch.inference_mode(False):
             self._counts = [torch.zeros(2, group.size, dtype=torch.int64, pin_memory=True) for _ in range(num_lanes)]
 
@@ -94,7 +100,7 @@ class NcclAllToAllTransport(Transport):
 
         def launch() -> None:
             nonlocal work
-            self.group.wait_until(counted.query, f"counts of {label}", peer=None)  # type: ignore[attr-defined]
+            counted.synchronize()  # type: ignore[attr-defined]  # the device watch limits it
             exchange.sent, exchange.received = counts.tolist()
             flight.num_bytes = self._remote_rows(exchange) * row.row_bytes
             with self.streams.comm(after=ready):

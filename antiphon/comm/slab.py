@@ -150,12 +150,13 @@ class SlabTransport(Transport):
 
     def _layout(self, lane: int, tokens_by_rank: tuple[int, ...]) -> _Layout:
         layouts = self._layouts[lane]
-        layout = layouts.get(tokens_by_rank)
+        layout = layouts.pop(tokens_by_rank, None)
         if layout is None:
             if len(layouts) >= _KEPT_LAYOUTS:
-                layouts.pop(next(iter(layouts)))  # the oldest
+                layouts.pop(next(iter(layouts)))  # the one that was not used for the longest time
             with torch.inference_mode(False):
-                layout = layouts[tokens_by_rank] = self._make_layout(lane, tokens_by_rank)
+                layout = self._make_layout(lane, tokens_by_rank)
+        layouts[tokens_by_rank] = layout  # in order of their last use
         return layout
 
     def _make_layout(self, lane: int, tokens_by_rank: tuple[int, ...]) -> _Layout:
@@ -208,6 +209,7 @@ class SlabTransport(Transport):
         exchange.label = label
         self._exchanges[exchange.lane][exchange.phase] = exchange
         if self.part is not TransportPart.COMPUTE_ONLY:
+            self.group.note(label, "slabs")
             self.mailbox.put(exchange)
             self.mailbox.signal(exchange)
 

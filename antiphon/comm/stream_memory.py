@@ -76,8 +76,10 @@ class Replay:
         _checked(driver.cuStreamBeginCapture(stream, mode), "cuStreamBeginCapture")
         try:
             queue()
-        finally:
-            graph = _checked(driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
+        except BaseException:
+            driver.cuStreamEndCapture(stream)  # the first error is the cause
+            raise
+        graph = _checked(driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
         self._graph = _checked(driver.cuGraphInstantiate(graph, 0), "cuGraphInstantiate")
         _checked(driver.cuGraphDestroy(graph), "cuGraphDestroy")
         # Destroying is safe while it runs: the driver waits with it. Not at the end of the process.

@@ -17,6 +17,7 @@ from antiphon.engine.messages import Ready
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampler import Sampler
 from antiphon.engine.scheduler import Scheduler
+from antiphon.engine.settle import settle_policy
 from antiphon.engine.stats import StepStats
 from antiphon.engine.step import StepEngine
 from antiphon.models import (
@@ -69,7 +70,9 @@ def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
     return StepEngine(
         group=group,
         scheduler=scheduler,
-        planner=Planner(options.policy),
+        planner=Planner(
+            settle_policy(options.policy, options.ranks, device_kind=config.device_kind, transport=transport.name)
+        ),
         runner=runner,
         sampler=Sampler(model.logits, scheduler.requests),
         transport=transport,
@@ -105,7 +108,7 @@ def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -
     except AntiphonError:
         raise
     except Exception as error:
-        found = _unusable(config)
+        found = None if options.transport == "auto" else _unusable(config)  # auto has asked the devices
         if found is None:
             raise
         first_line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -127,10 +127,8 @@ class EngineConfig:
             options=replace(
                 self,
                 model=str(source),
-                policy=settle_policy(self.policy, self.ranks, device_kind=device_kind, transport=transport.name),
                 peer_access=peer_access,
             ),
-            requested_dbo=self.policy.dbo,
             model=model,
             routing=routing,
             device_kind=device_kind,
@@ -172,7 +170,6 @@ class ResolvedConfig:
     """Options without `auto`, and the reasons. Workers get only the options and resolve them again."""
 
     options: EngineConfig
-    requested_dbo: str
     model: ModelConfig
     routing: RoutingSpec
     device_kind: str
@@ -193,6 +190,13 @@ class ResolvedConfig:
             return started
         reason = f"not {self.transport}, for not all of these devices reach each other's memory"
         return replace(started, transport=TransportSpec(name=transport_name), transport_reason=reason)
+
+    @property
+    def policy(self) -> OverlapPolicy:
+        """The policy that was asked for, settled for these devices and the transport, as far as it is known."""
+        return settle_policy(
+            self.options.policy, self.options.ranks, device_kind=self.device_kind, transport=self.transport.name
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -226,15 +230,20 @@ class ResolvedConfig:
             settled.append(("device", self.device_kind, self.device_reason))
         if "auto" in self.options.transport or self.options.transport == "simulated":
             settled.append(("transport", str(self.transport), self.transport_reason))
-        if self.requested_dbo != self.options.policy.dbo:
-            settled.append(("dbo", self.options.policy.dbo, ONE_RANK_HIDES_NOTHING))
+        if self.options.policy.dbo != self.policy.dbo:
+            settled.append(("dbo", self.policy.dbo, ONE_RANK_HIDES_NOTHING))
         if self.options.dtype == "auto":
             reason = "exact and fast on CPUs" if self.device_kind == "cpu" else "what GPUs compute fastest"
             settled.append(("dtype", self.dtype_name, reason))
         return settled
 
-    def _settled_dbo(self) -> str:
-        return f"{self.requested_dbo}: {self.options.policy.dbo}, {ONE_RANK_HIDES_NOTHING}"
+    def _describe_dbo(self) -> str:
+        asked, policy = self.options.policy.dbo, self.policy
+        if asked != policy.dbo:
+            return f"{asked}: {policy.dbo}, {ONE_RANK_HIDES_NOTHING}"
+        most, prefill = self.max_num_batched_tokens, policy.threshold(decode_only=False)
+        limit = f"; a step has at most {most} tokens" if policy.dbo != "off" and prefill >= most else ""
+        return policy.describe() + limit
 
     def describe(self) -> list[tuple[str, str]]:
         """(heading, text) of the start-up block."""
@@ -249,7 +258,7 @@ class ResolvedConfig:
             ),
             ("transport", f"{self.transport}: {self.transport_reason}"),
             ("KV cache", self._describe_cache()),
-            ("dbo", options.policy.describe() if self.requested_dbo == options.policy.dbo else self._settled_dbo()),
+            ("dbo", self._describe_dbo()),
         ]
 
     def _describe_model(self) -> str:

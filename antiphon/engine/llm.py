@@ -137,7 +137,6 @@ class LLM:
         )
         self._asked_policy = options.policy
         self.config: ResolvedConfig = options.resolve()
-        self._policy = self.config.options.policy
         for sentence in self.config.without_effect():
             logger.warning(sentence)
         options = self.config.options
@@ -148,6 +147,7 @@ class LLM:
         self.config = self.config.started(
             device_name=ready.device_name, transport_name=ready.transport_name, cache=ready.cache
         )
+        self._policy = self.config.policy
         self._num_requests = 0
 
     def __enter__(self) -> Self:

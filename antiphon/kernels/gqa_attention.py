@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from antiphon.kernels.request_groups import MOST_POSITIONS, request_groups
+
 __all__ = ["decode_attention", "gather_keys_values", "prefill_attention", "write_keys_values"]
 
 
@@ -65,12 +67,27 @@ def decode_attention(
     block_table_NB: torch.Tensor,
     seq_lens_N: torch.Tensor,
     scale: float,
+    *,
+    most_positions: int = MOST_POSITIONS,
 ) -> torch.Tensor:
     """Attention of one new token for each of `N` requests: [N, H, Q].
 
     seq_lens_N counts the new token, whose keys and values are in the cache already. The host does not wait: the
-    lengths stay on the device, and whatever lies behind them in the blocks is hidden.
+    lengths stay on the device, and whatever lies behind them in the blocks is hidden. All texts are padded to the
+    longest one; most_positions bounds how many are gathered at once.
     """
+    groups = request_groups(q_NHQ.shape[0], block_table_NB.shape[1] * cache_blocks.shape[1], most_positions)
+    parts = [_decode(q_NHQ[some], cache_blocks, block_table_NB[some], seq_lens_N[some], scale) for some in groups]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode(
+    q_NHQ: torch.Tensor,
+    cache_blocks: torch.Tensor,
+    block_table_NB: torch.Tensor,
+    seq_lens_N: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     num_requests, num_heads, head_size = q_NHQ.shape
     wide = torch.promote_types(q_NHQ.dtype, torch.float32)
     num_kv_heads, length = cache_blocks.shape[2] // (2 * head_size), block_table_NB.shape[1] * cache_blocks.shape[1]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
+from antiphon.kernels.request_groups import MOST_POSITIONS, request_groups
+
 __all__ = ["decode_attention", "gather_blocks", "prefill_attention", "write_latents"]
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -105,11 +107,31 @@ def decode_attention(
     key_up_HQC: torch.Tensor,
     value_up_HVC: torch.Tensor,
     scale: float,
+    *,
+    most_positions: int = MOST_POSITIONS,
 ) -> torch.Tensor:
     """Attention of one new token for each of `N` requests, in latent space: [N, H, V].
 
-    q_NHQ: [N, H, Q + P2]. seq_lens_N counts the new token, whose latent is in the cache already.
+    q_NHQ: [N, H, Q + P2]. seq_lens_N counts the new token, whose latent is in the cache already. All texts are padded
+    to the longest one; most_positions bounds how many are gathered at once.
     """
+    groups = request_groups(q_NHQ.shape[0], block_table_NB.shape[1] * cache_blocks.shape[1], most_positions)
+    parts = [
+        _decode(q_NHQ[some], cache_blocks, block_table_NB[some], seq_lens_N[some], key_up_HQC, value_up_HVC, scale)
+        for some in groups
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode(
+    q_NHQ: torch.Tensor,
+    cache_blocks: torch.Tensor,
+    block_table_NB: torch.Tensor,
+    seq_lens_N: torch.Tensor,
+    key_up_HQC: torch.Tensor,
+    value_up_HVC: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     query_size, latent_size = key_up_HQC.shape[1], key_up_HQC.shape[2]
     wide = torch.promote_types(q_NHQ.dtype, torch.float32)
     latents_NLC = cache_blocks[block_table_NB].flatten(1, 2)

@@ -57,6 +57,11 @@ class FakeDriver:
     """Stands for `cuda.bindings.driver`: everything succeeds, nothing happens, copies and batches are kept."""
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
+    captured: list[tuple[Any, ...]] | None = None  # instead of `calls`, while a stream is captured
+    num_replays: int = 0
+
+    def _keep(self, call: tuple[Any, ...]) -> None:
+        (self.calls if self.captured is None else self.captured).append(call)
 
     def module(self) -> SimpleNamespace:
         ok = SimpleNamespace(name="CUDA_SUCCESS")
@@ -65,11 +70,25 @@ class FakeDriver:
         def batch(stream: int, count: int, operations: list[Any], flags: int) -> tuple[Any]:
             for operation in operations[:count]:
                 value = operation.writeValue if operation.operation == "write" else operation.waitValue
-                self.calls.append((operation.operation, value.address, value.value, stream))
+                self._keep((operation.operation, value.address, value.value, stream))
             return (ok,)
 
         def copy(target: int, source: int, num_bytes: int, stream: int) -> tuple[Any]:
-            self.calls.append(("copy", target, source, num_bytes, stream))
+            self._keep(("copy", target, source, num_bytes, stream))
+            return (ok,)
+
+        def begin_capture(stream: int, mode: object) -> tuple[Any]:
+            self.captured = []
+            return (ok,)
+
+        def end_capture(stream: int) -> tuple[Any, Any]:
+            graph, self.captured = self.captured, None
+            return (ok, graph)
+
+        def launch(graph: list[tuple[Any, ...]], stream: int) -> tuple[Any]:
+            assert all(call[-1] == stream for call in graph), "captured on another stream"
+            self.calls.extend(graph)
+            self.num_replays += 1
             return (ok,)
 
         return SimpleNamespace(
@@ -86,6 +105,13 @@ class FakeDriver:
             cuMemHostRegister=lambda address, num_bytes, flags: (ok,),
             cuMemHostUnregister=lambda address: (ok,),
             cuMemHostGetDevicePointer=lambda address, flags: (ok, address),
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1),
+            cuStreamBeginCapture=begin_capture,
+            cuStreamEndCapture=end_capture,
+            cuGraphInstantiate=lambda graph, flags: (ok, graph),
+            cuGraphDestroy=lambda graph: (ok,),
+            cuGraphExecDestroy=lambda graph: (ok,),
+            cuGraphLaunch=launch,
             cuMemcpyAsync=copy,
             cuStreamBatchMemOp=batch,
         )

@@ -10,7 +10,7 @@ import pytest
 
 from antiphon.comm.mailbox_log import Action, LoggedEvent
 from antiphon.timeline.happens_before import check
-from tests.comm.protocol_checks import FIRST_HANDLE, MEDIA, Layers, protocol_world
+from tests.comm.protocol_checks import FIRST_HANDLE, MEDIA, Layers, protocol_world, run_layers
 from tests.comm.protocol_mutations import MUTATIONS, Mutation
 from tests.support.ranks import run_ranks
 
@@ -83,6 +83,25 @@ def test_the_log_is_what_the_driver_was_given(name: str) -> None:
         ]
     assert logged == given
     assert {call[0] for call in given} == {"copy", "write", "wait"}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_replay_is_what_was_queued_one_by_one(size: int) -> None:
+    """The logs and their checks see the first; slabs of several chunks of different lengths, two layouts by turns."""
+    with protocol_world("host-staged", size=size, num_lanes=1) as world:
+        transport = world.transports[size - 1]
+        transport._log = transport.mailbox._log = None
+        seen: dict[tuple[int, ...], list[list[object]]] = {}
+        for _ in range(5):
+            for counts in ((40, 50, 7, 33)[:size], (61, 3, 0, 20)[:size]):
+                start = len(world.driver.calls)
+                run_layers(transport, [[counts]])
+                calls = world.driver.calls[start:]
+                seen.setdefault(counts, []).append([c for c in calls if not world.is_watch_word(c[1])])
+        assert world.driver.num_replays == 2 * 2 * 2 * 3  # streams, phases, layouts, uses after the second
+    for uses in seen.values():
+        assert len([call for call in uses[0] if call[0] == "copy"]) > 4
+        assert all(use == uses[0] for use in uses[1:])
 
 
 def test_slabs_go_in_several_chunks_here_too() -> None:

@@ -224,3 +224,16 @@ def test_thresholds_on_gpus(transport: str, asked: dict[str, object], expected: 
 def test_thresholds_on_cpus_and_on_one_rank() -> None:
     assert settle_policy(OverlapPolicy(), 2) == OverlapPolicy()
     assert settle_policy(OverlapPolicy(), 1, device_kind="cuda", transport="local").dbo == "off"
+
+
+def test_the_policy_follows_the_transport_that_the_devices_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The front takes peers for granted; the ranks have looked."""
+    machine_with(monkeypatch, 2)
+    config = EngineConfig(ranks=2).resolve()
+    assert (config.transport.name, config.policy.threshold(decode_only=False)) == ("copy-engine", 8192)
+    cache = CacheSize(num_blocks=10, source="a test")
+    with_peers = config.started(device_name="a GPU", transport_name="copy-engine", cache=cache)
+    assert "a step has at most" in dict(with_peers.describe())["dbo"]
+    started = config.started(device_name="a GPU", transport_name="host-staged", cache=cache)
+    assert (started.transport.name, started.policy.threshold(decode_only=False)) == ("host-staged", 4096)
+    assert "from 4096 tokens a rank" in dict(started.describe())["dbo"]

@@ -1,0 +1,68 @@
+"""The watch over device waits, without a device: the test writes the words that streams would write."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from antiphon.comm import ProgressBoard
+from antiphon.comm.device_watch import ALL_PEERS, DeviceWatch
+
+STUCK = """
+import pathlib, sys, time
+from antiphon.comm import ProgressBoard
+from antiphon.comm.device_watch import DeviceWatch
+folder = pathlib.Path(sys.argv[1])
+board = ProgressBoard(folder / "board", size=2)
+if sys.argv[2] == "torn":
+    board._map[256:266] = b"no numbers"
+watch = DeviceWatch(rank=0, timeout_s=0.5, board=board, on_stuck=(folder / "report").write_text, pin_memory=False)
+word = watch.word("compute")
+watch._values[0] = word.code("combine layer 3, lane 1") + 1
+time.sleep(30)
+"""
+
+
+def run_stuck(folder: Path, row: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", STUCK, str(folder), row]
+    return subprocess.run(command, capture_output=True, text=True, timeout=25, check=False)
+
+
+def test_a_wait_that_never_ends_is_reported_and_ends_the_process(tmp_path: Path) -> None:
+    ended = run_stuck(tmp_path, "empty")
+    said = (tmp_path / "report").read_text()
+    assert ended.returncode == 1
+    assert said.startswith("rank 0 waited 0.")
+    assert "on its device for combine layer 3, lane 1 from rank 1 in vain; rank 1 never started" in said
+    assert f"error: {said}" in ended.stderr
+
+
+def test_a_board_that_cannot_be_read_does_not_keep_the_process(tmp_path: Path) -> None:
+    assert run_stuck(tmp_path, "torn").returncode == 1
+
+
+def test_waits_that_go_on_are_no_alarm(tmp_path: Path) -> None:
+    """Each shorter than the limit, all together longer; the board says what is waited for, and when it is over."""
+    board = ProgressBoard(tmp_path / "board", size=2)
+    stuck: list[str] = []
+    watch = DeviceWatch(rank=0, timeout_s=2.0, board=board, on_stuck=stuck.append, pin_memory=False)
+    word = watch.word("comm")
+    for layer in range(4):
+        watch._values[0] = word.code(f"dispatch layer {layer}") + ALL_PEERS
+        time.sleep(0.9)
+        assert f"waiting on its device for dispatch layer {layer} from its peers" in board.describe()
+    watch._values[0] = 0
+    time.sleep(0.5)
+    assert "was last computing" in board.describe()
+    watch.close()
+    assert not stuck
+
+
+def test_codes_start_again_before_they_grow_out_of_a_word() -> None:
+    word = DeviceWatch(rank=0, timeout_s=1.0, pin_memory=False).word("down")
+    word._number = 2**24 - 1
+    last, first = word.code("last"), word.code("first")
+    assert 0 < first < last < 2**31 - ALL_PEERS
+    assert word.explain(first + 5) == ("first", "rank 5")
