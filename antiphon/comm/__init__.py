@@ -11,6 +11,7 @@ Uses the streams that it is given and never switches lanes. The one place that c
 from antiphon.comm.agreement import exchange
 from antiphon.comm.group import RankGroup
 from antiphon.comm.link import Link
+from antiphon.comm.machine_facts import peers_forbidden
 from antiphon.comm.progress import ProgressBoard
 from antiphon.comm.registry import (
     TransportSpec,
@@ -37,4 +38,5 @@ __all__ = [
     "exchange",
     "load_transport",
     "parse_transport",
+    "peers_forbidden",
 ]

@@ -18,6 +18,7 @@ from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.group import RankGroup, located
 from antiphon.comm.mailbox import Exchange, Mailbox, Phase
 from antiphon.comm.mailbox_log import CommStreams, MailboxLog
+from antiphon.comm.row_format import aligned
 from antiphon.comm.slab import SlabTransport
 from antiphon.comm.stream_memory import StreamOperations, check_stream_memory_operations, copy_async
 from antiphon.core.errors import OptionError
@@ -41,8 +42,8 @@ class PeerCopyMailbox:
         flush = check_stream_memory_operations(streams.device, "transport copy-engine")
         # Multicast over NVLink needs rights that a shared host does not give, and nothing here uses it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        flags_end = _aligned(num_lanes * len(Phase) * group.size * 4)
-        lane_bytes = _aligned(dispatch_bytes) + _aligned(combine_bytes)
+        flags_end = aligned(num_lanes * len(Phase) * group.size * 4, _ALIGNMENT)
+        lane_bytes = aligned(dispatch_bytes, _ALIGNMENT) + aligned(combine_bytes, _ALIGNMENT)
         with torch.inference_mode(False):
             self._memory = symmetric_memory.empty(
                 flags_end + num_lanes * lane_bytes, dtype=torch.uint8, device=streams.device
@@ -54,7 +55,7 @@ class PeerCopyMailbox:
         torch.cuda.synchronize(streams.device)
         group.all_gather_object("flags are zero")
         self._offsets = [
-            [flags_end + lane * lane_bytes, flags_end + lane * lane_bytes + _aligned(dispatch_bytes)]
+            [flags_end + lane * lane_bytes, flags_end + lane * lane_bytes + aligned(dispatch_bytes, _ALIGNMENT)]
             for lane in range(num_lanes)
         ]
         self._sizes = sizes = (dispatch_bytes, combine_bytes)
@@ -147,7 +148,6 @@ class CopyEngineTransport(SlabTransport):
     """The slab protocol by peer copies of copy engines."""
 
     name = "copy-engine"
-    sm_free = True
 
     def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
         streams = self.streams
@@ -162,7 +162,3 @@ class CopyEngineTransport(SlabTransport):
             dispatch_bytes=dispatch_bytes,
             combine_bytes=combine_bytes,
         )
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -25,6 +25,7 @@ from antiphon.comm.group import RankGroup, located
 from antiphon.comm.host_memory import share_host_memory
 from antiphon.comm.mailbox import Exchange, Mailbox, Phase
 from antiphon.comm.mailbox_log import CommStreams, MailboxLog
+from antiphon.comm.row_format import aligned
 from antiphon.comm.slab import SlabTransport
 from antiphon.comm.stream_memory import (
     Replay,
@@ -54,9 +55,10 @@ class HostStagedMailbox:
         self._streams: CommStreams = streams
         self._log: MailboxLog | None = None
         flush = check_stream_memory_operations(streams.device, "transport host-staged")
-        flags_end = _aligned(num_lanes * len(Phase) * group.size * MAX_CHUNKS * 4)
+        flags_end = aligned(num_lanes * len(Phase) * group.size * MAX_CHUNKS * 4, _ALIGNMENT)
         # Outgoing: one slab for all in dispatch, one for each peer in combine.
-        self._slab_bytes = (_aligned(dispatch_bytes // group.size), _aligned(combine_bytes // group.size))
+        dispatch_slab, combine_slab = dispatch_bytes // group.size, combine_bytes // group.size
+        self._slab_bytes = (aligned(dispatch_slab, _ALIGNMENT), aligned(combine_slab, _ALIGNMENT))
         lane_bytes = self._slab_bytes[0] + group.size * self._slab_bytes[1]
         what = "transport host-staged"
         self._memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what=what)
@@ -262,7 +264,6 @@ class HostStagedTransport(SlabTransport):
     """The slab protocol through pinned host memory, by copy engines."""
 
     name = "host-staged"
-    sm_free = True
 
     def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
         streams = self.streams
@@ -277,7 +278,3 @@ class HostStagedTransport(SlabTransport):
             dispatch_bytes=dispatch_bytes,
             combine_bytes=combine_bytes,
         )
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -6,9 +6,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["UNLIMITED", "Check", "Device", "Facts", "Gpus", "Host", "Numa", "NumaNode", "Peer", "Versions"]
+__all__ = [
+    "UNLIMITED",
+    "Check",
+    "Device",
+    "Facts",
+    "Gpus",
+    "Host",
+    "Numa",
+    "NumaNode",
+    "Peer",
+    "Versions",
+    "peers_forbidden",
+]
 
 UNLIMITED = -1
 """A limit of the system that is not set."""
@@ -119,3 +132,8 @@ class Facts:
     host: Host
     numa: Numa
     environment: dict[str, str]
+
+
+def peers_forbidden(environment: Mapping[str, str]) -> bool:
+    """Whether `NCCL_P2P_DISABLE` forbids peer access, to NCCL and so to us."""
+    return environment.get("NCCL_P2P_DISABLE", "").strip() not in ("", "0")

@@ -36,7 +36,6 @@ class NcclZeroCtaTransport(Transport):
     """Every rank gets all tokens; needs NVLink between all ranks."""
 
     name = "nccl-zero-cta"
-    sm_free = True
 
     def __init__(
         self,

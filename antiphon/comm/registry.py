@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.link import Link, parse_link
+from antiphon.comm.machine_facts import peers_forbidden
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape, Transport
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.runtime import Streams
@@ -95,7 +95,6 @@ def choose_transport(
     *,
     device_kind: str = "cpu",
     peer_access: bool = True,
-    usable: Collection[str] | None = None,
 ) -> tuple[TransportSpec, str]:
     """The transport to use, with `auto` settled, and why.
 
@@ -104,7 +103,7 @@ def choose_transport(
     A token with K experts reaches W(1 - (1 - 1/W)^K) of W ranks on average; `alltoall` sends one copy to each of
     these, `allgather` one to all, but without an exchange of counts that the host must wait for.
 
-    peer_access: whether peer copies are allowed. usable: names that this machine allows, all when left out.
+    peer_access: whether peer copies are allowed.
     Raises `OptionError` for a transport that cannot serve these ranks on these devices.
     """
     if num_ranks == 1 and (spec.name == "auto" or spec.name in _CLASSES):
@@ -118,12 +117,10 @@ def choose_transport(
     saving = 1 - reached / num_ranks
     fact = f"routed uniformly, a token with {shape.top_k} experts reaches {reached:.1f} of {num_ranks} ranks"
     if device_kind == "cuda" and saving < _WORTHWHILE_SAVING_OF_SLABS:
-        for name, allowed, why in (
-            ("copy-engine", peer_access, "copies between peers take no multiprocessor from compute"),
-            ("host-staged", True, "without peer access; copies through host memory take no multiprocessor"),
-        ):
-            if allowed and (usable is None or name in usable):
-                return replace(spec, name=name), why
+        if peer_access:
+            return replace(spec, name="copy-engine"), "copies between peers take no multiprocessor from compute"
+        reason = "without peer access; copies through host memory take no multiprocessor"
+        return replace(spec, name="host-staged"), reason
     if saving < _WORTHWHILE_SAVING:
         limit = f"alltoall is taken from {_WORTHWHILE_SAVING:.0%}"
         return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes, {limit}"
@@ -163,7 +160,7 @@ def create_transport(
     """
     spec = parse_transport(spec) if isinstance(spec, str) else spec
     device_kind = streams.device.type
-    peer_access = peer_access and os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
+    peer_access = peer_access and not peers_forbidden(os.environ)
     if spec.name == "auto" and device_kind == "cuda" and group.size > 1:
         from antiphon.comm.machine_cuda import reaches  # only where there are such devices
 

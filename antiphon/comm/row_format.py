@@ -12,7 +12,7 @@ import torch
 from antiphon.comm.transport import ExpertShape, Routes
 from antiphon.kernels.pack import pack_rows
 
-__all__ = ["LaneBuffers", "RowFormat"]
+__all__ = ["LaneBuffers", "RowFormat", "aligned"]
 
 _ROW_ALIGNMENT = 16
 
@@ -22,10 +22,10 @@ class RowFormat:
 
     def __init__(self, shape: ExpertShape) -> None:
         self.shape = shape
-        self._x_end = _aligned(shape.hidden_size * shape.dtype.itemsize, 8)
+        self._x_end = aligned(shape.hidden_size * shape.dtype.itemsize, 8)
         self._weights_end = self._x_end + shape.top_k * shape.weight_dtype.itemsize
         self._ids_end = self._weights_end + shape.top_k * 4
-        self.row_bytes = _aligned(self._ids_end, _ROW_ALIGNMENT)
+        self.row_bytes = aligned(self._ids_end, _ROW_ALIGNMENT)
 
     def pack(self, rows: torch.Tensor, x_TD: torch.Tensor, routes: Routes) -> None:
         """Write tokens and routes into `rows` [T, row_bytes]; on a GPU on the stream that is current."""
@@ -65,5 +65,6 @@ class LaneBuffers:
         return buffer[:num_rows]
 
 
-def _aligned(size: int, alignment: int) -> int:
+def aligned(size: int, alignment: int) -> int:
+    """The next multiple of `alignment`."""
     return -(-size // alignment) * alignment

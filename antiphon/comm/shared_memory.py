@@ -23,6 +23,7 @@ from antiphon.comm.group import RankGroup
 from antiphon.comm.host_memory import share_host_memory
 from antiphon.comm.mailbox import Exchange, Mailbox, Phase
 from antiphon.comm.mailbox_log import Action, MailboxLog
+from antiphon.comm.row_format import aligned
 from antiphon.comm.slab import SlabTransport
 from antiphon.core.errors import OptionError
 
@@ -39,12 +40,12 @@ class SharedMemoryMailbox:
         self._group = group
         sizes = (dispatch_bytes, combine_bytes)
         flag_words = num_lanes * len(Phase) * group.size * _FLAG_WORDS
-        flags_end = _aligned(flag_words * 8)
-        lane_bytes = sum(map(_aligned, sizes))
+        flags_end = aligned(flag_words * 8, _ALIGNMENT)
+        lane_bytes = sum(aligned(size, _ALIGNMENT) for size in sizes)
         memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what="transport shared-memory")
         self._flags = [memory.tensor[: flag_words * 8].view(torch.int64).numpy() for memory in memories]
         starts = [flags_end + lane * lane_bytes for lane in range(num_lanes)]
-        offsets = (0, _aligned(dispatch_bytes))
+        offsets = (0, aligned(dispatch_bytes, _ALIGNMENT))
         self._boxes = [
             [[memory.tensor[start + offsets[phase] :][: sizes[phase]] for phase in Phase] for start in starts]
             for memory in memories
@@ -130,7 +131,3 @@ class SharedMemoryTransport(SlabTransport):
 
 def _is_set(flags: np.ndarray[Any, Any], word: int) -> bool:
     return bool(flags[word] != 0)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

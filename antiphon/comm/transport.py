@@ -148,7 +148,6 @@ class Transport(ABC):
     """Dispatch and combine. Implementations fill in `send_tokens` and `send_partials`."""
 
     name: ClassVar[str]
-    sm_free: ClassVar[bool] = False  # on a GPU: moves data without occupying streaming multiprocessors
     num_sms: int = 0  # multiprocessors that computation had better leave to the transport's kernels, if that is known
 
     def __init__(

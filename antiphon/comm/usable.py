@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.comm.machine_facts import UNLIMITED, Check, Facts, Peer
+from antiphon.comm.machine_facts import UNLIMITED, Check, Facts, Peer, peers_forbidden
 from antiphon.comm.row_format import RowFormat
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape
 from antiphon.core.errors import OptionError, unknown_value
@@ -228,7 +228,7 @@ class _Judge:
     def _lacks_of_peer_access(self) -> Iterable[Advice]:
         if not self.peer_access:
             return [Advice("peer access is forbidden by --no-peer-access", "leave that option out")]
-        if _is_set(self.facts.environment.get("NCCL_P2P_DISABLE")):
+        if peers_forbidden(self.facts.environment):
             return [Advice("peer access is forbidden by NCCL_P2P_DISABLE", "unset that variable")]
         remedy = "use host-staged"
         for peer in self._peers():
@@ -303,7 +303,3 @@ def _judged(name: str, lacks: Iterable[Advice], reason: str = "") -> Usability:
 def _docker(facts: Facts, flag: str) -> str:
     """The flag for whoever starts the container; nothing outside of one."""
     return f" (docker: {flag})" if facts.host.container else ""
-
-
-def _is_set(value: str | None) -> bool:
-    return value is not None and value.strip() not in ("", "0")

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from antiphon.comm import peers_forbidden
 from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import OverlapPolicy
@@ -82,7 +83,7 @@ def settle_peer_access(peer_access: bool) -> bool:
     """No peer access if the user forbids it, to us or by `NCCL_P2P_DISABLE=1` to NCCL."""
     if not isinstance(peer_access, bool):
         raise OptionError(f"peer_access={peer_access!r} is not True or False")
-    return peer_access and os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
+    return peer_access and not peers_forbidden(os.environ)
 
 
 def settle_model(model: str, load_format: str) -> Path | str:
