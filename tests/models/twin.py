@@ -39,7 +39,7 @@ from antiphon.models import (
     skeleton,
 )
 from antiphon.models.decoder import Decoder
-from antiphon.runtime import CpuStreams, run_lanes
+from antiphon.runtime import Streams, run_lanes, streams_for
 from antiphon.splitting import join, split
 
 __all__ = ["Twin", "random_checkpoint", "random_ids", "relative_error", "rewrite_config", "tiny_config"]
@@ -172,25 +172,27 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @dataclass(slots=True)
 class Twin:
-    """Both models over the same weights; ours on one rank, with an empty cache full of NaN."""
+    """Both models over the same weights; ours on one rank, on any device, with an empty cache full of NaN."""
 
     theirs: PreTrainedModel
     ours: Decoder
+    streams: Streams
 
     @staticmethod
-    def load(theirs: PreTrainedModel, folder: Path, *, dtype: torch.dtype = torch.float32) -> Twin:
+    def load(theirs: PreTrainedModel, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Twin:
+        streams = streams_for(torch.device(device))
         config, checkpoint = read_config(folder), Checkpoint(folder)
         check_checkpoint(checkpoint, skeleton(config).checkpoint_tensors())
         transport = create_transport(
             "auto",
             expert_shape(config, dtype),
             group=RankGroup(rank=0, size=1),
-            streams=CpuStreams(),
+            streams=streams,
             num_lanes=_MAX_LANES,
         )
         ours = build_model(config, transport)
         load_weights(checkpoint, ours.checkpoint_tensors())
-        twin = Twin(theirs, ours)
+        twin = Twin(theirs, ours, streams)
         twin.empty_cache()
         return twin
 
@@ -198,7 +200,7 @@ class Twin:
         config = self.ours.config
         dtype = self.ours.embed_tokens.weight.dtype
         shape = (config.num_layers, _NUM_BLOCKS, BLOCK_SIZE, config.kv_width)
-        self.ours.bind_kv_cache(torch.full(shape, float("nan"), dtype=dtype))
+        self.ours.bind_kv_cache(torch.full(shape, float("nan"), dtype=dtype, device=self.streams.device))
 
     @torch.inference_mode()
     def their_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -211,7 +213,8 @@ class Twin:
         edges = [0, *cuts, sum(request.query_len for request in requests)]
         plan = Plan(part_tokens=(tuple(stop - start for start, stop in pairwise(edges)),), reason="test")
         parts = split(Batch(rank=0, requests=tuple(requests)), plan, block_size=BLOCK_SIZE)
-        return self.ours.logits(join(run_lanes([partial(self._forward, part) for part in parts])))
+        lanes = [partial(self._forward, part.to(self.streams.device)) for part in parts]
+        return self.ours.logits(join(run_lanes(lanes, streams=self.streams))).cpu()
 
     def _forward(self, part: MicroBatch) -> torch.Tensor:
         with use_micro_batch(part):
