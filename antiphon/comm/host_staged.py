@@ -106,7 +106,6 @@ class HostStagedMailbox:
         else:
             prepared.upload.queue(up)
             prepared.download.queue(down)
-        self._done.queue(down)
         self._arrived[exchange.lane][exchange.phase] = self._streams.record_on("down")
 
     def _prepare(self, exchange: Exchange, up: int, down: int) -> _Prepared | None:
@@ -119,15 +118,20 @@ class HostStagedMailbox:
         exchange.prepared = (exchange.prepared or 0) + 1
         if exchange.prepared <= _USES_BEFORE_REPLAY or self._log is not None or not _goes_in_chunks(exchange):
             return None
+
+        def upload_and_signal() -> None:
+            self._upload(exchange, up)
+            self._signal_last(exchange, up)
+
         prepared = exchange.prepared = _Prepared(
-            Replay(up, lambda: self._upload(exchange, up)), Replay(down, lambda: self._download(exchange, down))
+            Replay(up, upload_and_signal), Replay(down, lambda: self._download(exchange, down))
         )
         return prepared
 
     def signal(self, exchange: Exchange) -> None:
-        """The flags of the last chunks; those before were signalled behind their copies."""
-        last = tuple((put.peer, len(chunks_of(put.source.numel())) - 1) for put in exchange.puts)
-        self._signal(exchange, last, self._streams.queue_on("up"))
+        """The flags of the last chunks; those before were signalled behind their copies. A replay has them all."""
+        if self._log is not None or not isinstance(exchange.prepared, _Prepared):
+            self._signal_last(exchange, self._streams.queue_on("up"))
 
     def wait(self, exchange: Exchange) -> None:
         arrived = self._arrived[exchange.lane][exchange.phase]
@@ -201,6 +205,7 @@ class HostStagedMailbox:
                     copy_async(target, source, chunk.num_bytes, stream)
                     if self._log is not None:
                         self._log.copied(exchange, "download", target, source, chunk.num_bytes, stream)
+        self._done.queue(stream)
 
     def _slab(self, owner: int, exchange: Exchange, reader: int) -> int:
         """Address of the slab that `owner` has for `reader`."""
@@ -215,6 +220,10 @@ class HostStagedMailbox:
     def _flag(self, reader: int, lane: int, phase: Phase, source: int, chunk: int) -> int:
         way = (lane * len(Phase) + phase) * self._group.size + source
         return self._bases[reader] + 4 * (way * MAX_CHUNKS + chunk)
+
+    def _signal_last(self, exchange: Exchange, stream: int) -> None:
+        last = tuple((put.peer, len(chunks_of(put.source.numel())) - 1) for put in exchange.puts)
+        self._signal(exchange, last, stream)
 
     def _signal(self, exchange: Exchange, flags: tuple[tuple[int, int], ...], stream: int) -> None:
         """Raise the flags of (peer, chunk), in one batch that is built when it is first needed."""

@@ -91,16 +91,18 @@ def test_a_replay_is_what_was_queued_one_by_one(size: int) -> None:
     with protocol_world("host-staged", size=size, num_lanes=1) as world:
         transport = world.transports[size - 1]
         transport._log = transport.mailbox._log = None
-        seen: dict[tuple[int, ...], list[list[object]]] = {}
+        seen: dict[tuple[int, ...], list[list[list[tuple[object, ...]]]]] = {}
         for _ in range(5):
             for counts in ((40, 50, 7, 33)[:size], (61, 3, 0, 20)[:size]):
                 start = len(world.driver.calls)
                 run_layers(transport, [[counts]])
-                calls = world.driver.calls[start:]
-                seen.setdefault(counts, []).append([c for c in calls if not world.is_watch_word(c[1])])
+                calls = [c for c in world.driver.calls[start:] if not world.is_watch_word(c[1])]
+                by_stream = [[c for c in calls if c[-1] == stream] for stream in sorted({c[-1] for c in calls})]
+                seen.setdefault(counts, []).append(by_stream)
         assert world.driver.num_replays == 2 * 2 * 2 * 3  # streams, phases, layouts, uses after the second
     for uses in seen.values():
-        assert len([call for call in uses[0] if call[0] == "copy"]) > 4
+        assert len(uses[0]) == 2, "one stream up, one down"
+        assert all(len([call for call in calls if call[0] == "copy"]) > 4 for calls in uses[0])
         assert all(use == uses[0] for use in uses[1:])
 
 
