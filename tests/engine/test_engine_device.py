@@ -10,6 +10,7 @@ import pytest
 from antiphon import LLM, SamplingParams
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.policy import OverlapPolicy
+from antiphon.engine import config as config_module
 from antiphon.engine import settle
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.kv_cache import CacheSize
@@ -229,6 +230,7 @@ def test_thresholds_on_cpus_and_on_one_rank() -> None:
 def test_the_policy_follows_the_transport_that_the_devices_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The front takes peers for granted; the ranks have looked."""
     machine_with(monkeypatch, 2)
+    monkeypatch.setattr(config_module, "load_transport", lambda spec, kind: None)  # it needs CUDA's bindings
     config = EngineConfig(ranks=2).resolve()
     assert (config.transport.name, config.policy.threshold(decode_only=False)) == ("copy-engine", 8192)
     cache = CacheSize(num_blocks=10, source="a test")
