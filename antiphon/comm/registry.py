@@ -185,7 +185,8 @@ def load_transport(spec: TransportSpec, device_type: str = "cpu") -> type[Transp
     try:
         loaded = getattr(import_module(module_name), class_name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise OptionError(f"transport {path!r} cannot be loaded: {error}; check the path and PYTHONPATH") from error
+        remedy = "install cuda-bindings" if spec.name in _CLASSES else "check the path and PYTHONPATH"
+        raise OptionError(f"transport {path!r} cannot be loaded: {error}; {remedy}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
         raise OptionError(f"transport {path!r} is not a subclass of antiphon.comm.Transport")
     return loaded
