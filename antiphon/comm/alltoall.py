@@ -9,11 +9,10 @@ sent in `dispatch`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from antiphon.comm.group import Collective, RankGroup
+from antiphon.comm.routed_exchange import RoutedExchange
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.transport import (
     DEFAULT_MAX_TOKENS,
@@ -28,16 +27,6 @@ from antiphon.comm.transport import (
 from antiphon.runtime import Streams
 
 __all__ = ["AllToAllTransport"]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Exchange:
-    """What combine must know of the dispatch that it answers."""
-
-    num_tokens: int
-    tokens_N: torch.Tensor  # token of every row sent, ordered by destination rank
-    sent: list[int]  # rows sent to each rank
-    received: list[int]  # rows received from each rank
 
 
 class AllToAllTransport(Transport):
@@ -57,7 +46,7 @@ class AllToAllTransport(Transport):
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
         self._format = RowFormat(shape)
         self._buffers = [LaneBuffers(torch.device("cpu")) for _ in range(num_lanes)]
-        self._exchanges: list[_Exchange | None] = [None] * num_lanes
+        self._exchanges: list[RoutedExchange | None] = [None] * num_lanes
 
     def send_tokens(
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
@@ -76,7 +65,7 @@ class AllToAllTransport(Transport):
                 work.wait()
             return self.rows(row.x(received), row.ids(received), row.weights(received))
 
-        num_bytes = self._remote_rows(exchange) * row.row_bytes
+        num_bytes = exchange.remote_rows(self.group.rank) * row.row_bytes
         ready_ns = None if work is None else work.ready_ns
         return Flight(wait=wait, ready_ns=ready_ns, num_bytes=num_bytes, num_messages=2)
 
@@ -96,9 +85,9 @@ class AllToAllTransport(Transport):
                 work.wait()
             if self.part is TransportPart.LINK_ONLY:
                 return home[: exchange.num_tokens]
-            return self._add_in_rank_order(home, exchange)
+            return exchange.add_home(home)
 
-        num_bytes = self._remote_rows(exchange) * hidden_size * dtype.itemsize
+        num_bytes = exchange.remote_rows(self.group.rank) * hidden_size * dtype.itemsize
         return Flight(wait=wait, ready_ns=None if work is None else work.ready_ns, num_bytes=num_bytes)
 
     def _send(
@@ -109,7 +98,7 @@ class AllToAllTransport(Transport):
         with self.streams.comm(after=self.streams.record()):
             return self.group.all_to_all(out, rows, label, out_splits=out_splits, in_splits=in_splits)
 
-    def _exchange_for(self, lane: int, routes: Routes, label: str) -> _Exchange:
+    def _exchange_for(self, lane: int, routes: Routes, label: str) -> RoutedExchange:
         """Planned from the routes; where one part alone is measured, that of the lane's last whole dispatch."""
         exchange = self._exchanges[lane]
         if self.part is TransportPart.WHOLE or exchange is None:
@@ -124,29 +113,16 @@ class AllToAllTransport(Transport):
         reached_TW.scatter_(1, routes.ids_TK // self.experts_per_rank, True)
         return reached_TW.sum(0), reached_TW.t().nonzero()[:, 1]
 
-    def _plan_exchange(self, routes: Routes, label: str) -> _Exchange:
+    def _plan_exchange(self, routes: Routes, label: str) -> RoutedExchange:
         sent_W, tokens_N = self._order_by_rank(routes)
         received_W = torch.empty_like(sent_W)
         ones = [1] * self.group.size
         label = f"counts of {label}"
         work = self.group.all_to_all(received_W, sent_W, label, out_splits=ones, in_splits=ones)
         wait_for_counts(work, label)
-        return _Exchange(
+        return RoutedExchange(
             num_tokens=routes.ids_TK.shape[0],
             tokens_N=tokens_N,
             sent=sent_W.tolist(),
             received=received_W.tolist(),
         )
-
-    def _add_in_rank_order(self, home_ND: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
-        wide = self.shape.weight_dtype
-        out_TD = torch.zeros(exchange.num_tokens, self.shape.hidden_size, dtype=wide)
-        for tokens, rows in zip(
-            torch.split(exchange.tokens_N, exchange.sent), torch.split(home_ND, exchange.sent), strict=True
-        ):
-            out_TD.index_add_(0, tokens, rows.to(wide))
-        return out_TD.to(self.shape.dtype)
-
-    def _remote_rows(self, exchange: _Exchange) -> int:
-        mine = self.group.rank
-        return max(sum(rows) - rows[mine] for rows in (exchange.sent, exchange.received))

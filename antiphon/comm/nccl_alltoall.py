@@ -10,12 +10,11 @@ those that go somewhere in front.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.nccl import NcclCollective, NcclGroup
+from antiphon.comm.routed_exchange import RoutedExchange
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.transport import (
     DEFAULT_MAX_TOKENS,
@@ -30,16 +29,6 @@ from antiphon.core.errors import OptionError
 from antiphon.runtime import CudaStreams, Streams
 
 __all__ = ["NcclAllToAllTransport"]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Exchange:
-    """What combine must know of the dispatch that it answers."""
-
-    num_tokens: int
-    tokens_N: torch.Tensor  # token of every packed row; the first sum(sent) count
-    sent: list[int] = field(default_factory=list)  # set by the launch
-    received: list[int] = field(default_factory=list)
 
 
 class NcclAllToAllTransport(Transport):
@@ -62,7 +51,7 @@ class NcclAllToAllTransport(Transport):
             raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
         self._format = RowFormat(shape)
         self._buffers = [LaneBuffers(streams.device) for _ in range(num_lanes)]
-        self._exchanges: list[_Exchange | None] = [None] * num_lanes
+        self._exchanges: list[RoutedExchange | None] = [None] * num_lanes
         self._nccl = NcclGroup.of(group, streams, max_ctas=max_ctas)
         self.num_sms = max_ctas or 0
         rows = group.size * max_tokens
@@ -82,7 +71,7 @@ class NcclAllToAllTransport(Transport):
         num_ranks, num_tokens = self.group.size, x_TD.shape[0]
         buffers, row, counts = self._buffers[lane], self._format, self._counts[lane]
         reached_TW = self._reached(routes)
-        exchange = _Exchange(num_tokens=num_tokens, tokens_N=_front_first(reached_TW))
+        exchange = RoutedExchange(num_tokens=num_tokens, tokens_N=_front_first(reached_TW))
         self._exchanges[lane] = exchange
         packed = buffers.get("packed", num_ranks * num_tokens, row.row_bytes, torch.uint8)
         self._pack(packed, x_TD, routes, exchange.tokens_N)
@@ -102,7 +91,7 @@ class NcclAllToAllTransport(Transport):
             nonlocal work
             counted.synchronize()  # type: ignore[attr-defined]  # the device watch limits it
             exchange.sent, exchange.received = counts.tolist()
-            flight.num_bytes = self._remote_rows(exchange) * row.row_bytes
+            flight.num_bytes = exchange.remote_rows(self.group.rank) * row.row_bytes
             with self.streams.comm(after=ready):
                 work = self._rows_away(received, packed, exchange, label)
 
@@ -134,9 +123,9 @@ class NcclAllToAllTransport(Transport):
                 work.wait()
             if self.part is TransportPart.LINK_ONLY:
                 return home[: exchange.num_tokens]
-            return self._add_in_rank_order(home, exchange)
+            return exchange.add_home(home)
 
-        return Flight(wait=wait, num_bytes=self._remote_rows(exchange) * hidden_size * dtype.itemsize)
+        return Flight(wait=wait, num_bytes=exchange.remote_rows(self.group.rank) * hidden_size * dtype.itemsize)
 
     def _measured_dispatch(self, lane: int, x_TD: torch.Tensor, routes: Routes, label: str) -> Flight[Rows]:
         """One part alone, with the counts of the last whole dispatch of the lane."""
@@ -161,10 +150,6 @@ class NcclAllToAllTransport(Transport):
 
         return Flight(wait=wait)
 
-    def _remote_rows(self, exchange: _Exchange) -> int:
-        mine = self.group.rank
-        return max(sum(rows) - rows[mine] for rows in (exchange.sent, exchange.received))
-
     def _reached(self, routes: Routes) -> torch.Tensor:
         """Which token goes to which rank: bool [T, W]."""
         ids_TK = routes.ids_TK
@@ -175,7 +160,7 @@ class NcclAllToAllTransport(Transport):
         self._format.pack(packed, x_TD[tokens_N], Routes(routes.ids_TK[tokens_N], routes.weights_TK[tokens_N]))
 
     def _rows_away(
-        self, received: torch.Tensor, packed: torch.Tensor, exchange: _Exchange, label: str
+        self, received: torch.Tensor, packed: torch.Tensor, exchange: RoutedExchange, label: str
     ) -> NcclCollective:
         return self._nccl.all_to_all(
             received[: sum(exchange.received)],
@@ -185,21 +170,13 @@ class NcclAllToAllTransport(Transport):
             in_splits=exchange.sent,
         )
 
-    def _rows(self, lane: int, received: torch.Tensor, exchange: _Exchange) -> Rows:
+    def _rows(self, lane: int, received: torch.Tensor, exchange: RoutedExchange) -> Rows:
         rows, row = received[: sum(exchange.received)], self._format
         return self.rows(row.x(rows), row.ids(rows), row.weights(rows), self._partials(lane, exchange))
 
-    def _partials(self, lane: int, exchange: _Exchange) -> torch.Tensor:
+    def _partials(self, lane: int, exchange: RoutedExchange) -> torch.Tensor:
         num_rows = sum(exchange.received)
         return self._buffers[lane].get("partials", num_rows, self.shape.hidden_size, self.shape.dtype)
-
-    def _add_in_rank_order(self, home_ND: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
-        wide = self.shape.weight_dtype
-        out_TD = torch.zeros(exchange.num_tokens, self.shape.hidden_size, dtype=wide, device=home_ND.device)
-        tokens_N = exchange.tokens_N[: sum(exchange.sent)]
-        for tokens, rows in zip(torch.split(tokens_N, exchange.sent), torch.split(home_ND, exchange.sent), strict=True):
-            out_TD.index_add_(0, tokens, rows.to(wide))
-        return out_TD.to(self.shape.dtype)
 
 
 def _front_first(reached_TW: torch.Tensor) -> torch.Tensor:
