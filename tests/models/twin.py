@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +39,7 @@ from antiphon.models import (
     skeleton,
 )
 from antiphon.models.decoder import Decoder
-from antiphon.runtime import Streams, run_lanes, streams_for
+from antiphon.runtime import CpuStreams, Streams, run_lanes, streams_for
 from antiphon.splitting import join, split
 
 __all__ = ["Twin", "random_checkpoint", "random_ids", "relative_error", "rewrite_config", "tiny_config"]
@@ -176,7 +176,7 @@ class Twin:
 
     theirs: PreTrainedModel
     ours: Decoder
-    streams: Streams
+    streams: Streams = field(default_factory=CpuStreams)
 
     @staticmethod
     def load(theirs: PreTrainedModel, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Twin:
