@@ -79,8 +79,7 @@ class AllGatherTransport(Transport):
         hidden_size, dtype = self.shape.hidden_size, self.shape.dtype
         num_tokens, padded = self._num_tokens[lane], self._padded_tokens[lane]
         partials_RD = self._partials(lane)
-        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != partials_RD.data_ptr():
-            partials_RD.copy_(partial_RD)
+        self.keep_sums(partials_RD, partial_RD)
         home = self._buffers[lane].get("home", padded * self.group.size, hidden_size, dtype)
         equal = [padded] * self.group.size
         work: Collective | None = None
@@ -142,8 +141,7 @@ class NcclAllGatherTransport(AllGatherTransport):
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         num_tokens, padded = self._num_tokens[lane], self._padded_tokens[lane]
         partials_RD = self._partials(lane)
-        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != partials_RD.data_ptr():
-            partials_RD.copy_(partial_RD)
+        self.keep_sums(partials_RD, partial_RD)
         # New, the caller's; made on the compute stream, so nothing queued there still uses its memory when the comm
         # stream begins to write.
         out_TD = torch.empty(padded, self.shape.hidden_size, dtype=self.shape.dtype, device=self.streams.device)

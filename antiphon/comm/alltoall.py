@@ -75,8 +75,7 @@ class AllToAllTransport(Transport):
         hidden_size, dtype = self.shape.hidden_size, self.shape.dtype
         buffers = self._buffers[lane]
         partials = buffers.get("partials", sum(exchange.received), hidden_size, dtype)
-        if self.part is not TransportPart.LINK_ONLY:
-            partials.copy_(partial_RD)
+        self.keep_sums(partials, partial_RD)
         home = buffers.get("home", sum(exchange.sent), hidden_size, dtype)
         work = self._send(home, partials, label, out_splits=exchange.sent, in_splits=exchange.received)
 

@@ -16,12 +16,11 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.group import RankGroup, located
-from antiphon.comm.mailbox import Exchange, Mailbox, Phase
+from antiphon.comm.mailbox import Exchange, Phase
 from antiphon.comm.mailbox_log import CommStreams, MailboxLog
 from antiphon.comm.row_format import aligned
-from antiphon.comm.slab import SlabTransport
+from antiphon.comm.slab import CudaSlabTransport
 from antiphon.comm.stream_memory import StreamOperations, check_stream_memory_operations, copy_async
-from antiphon.core.errors import OptionError
 from antiphon.runtime import CudaStreams
 
 __all__ = ["CopyEngineTransport", "PeerCopyMailbox"]
@@ -144,21 +143,9 @@ class _Wait:
         self.operations.queue(stream)
 
 
-class CopyEngineTransport(SlabTransport):
+class CopyEngineTransport(CudaSlabTransport):
     """The slab protocol by peer copies of copy engines."""
 
     name = "copy-engine"
-
-    def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
-        streams = self.streams
-        if not isinstance(streams, CudaStreams):
-            raise OptionError(f"transport 'copy-engine' needs CUDA devices, not {streams.device}; use alltoall")
-        if self.group.size == 1:
-            raise OptionError("transport 'copy-engine' works between ranks; one rank uses local")
-        return PeerCopyMailbox(
-            self.group,
-            streams,
-            num_lanes=self.num_lanes,
-            dispatch_bytes=dispatch_bytes,
-            combine_bytes=combine_bytes,
-        )
+    medium = PeerCopyMailbox
+    instead = "alltoall"

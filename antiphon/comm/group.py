@@ -205,11 +205,11 @@ class RankGroup:
         if self._board is not None:
             self._board.mark(self.rank, f"computing after {where}")
 
-    def wait_until(self, done: Callable[[], bool], label: str, *, peer: int | None) -> None:
-        """Block until `done()`, which `peer` (`None`: any of them) makes true. Raises `PeerError` after the limit."""
+    def wait_until(self, done: Callable[[], bool], label: str, *, peer: int) -> None:
+        """Block until `done()`, which `peer` makes true. Raises `PeerError` after the time limit."""
         if done():
             return
-        where = f"{located(label)} from {'its peers' if peer is None else f'rank {peer}'}"
+        where = f"{located(label)} from rank {peer}"
         if self._board is not None:
             self._board.mark(self.rank, f"waiting for {where}")
         start = time.monotonic()

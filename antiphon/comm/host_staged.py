@@ -23,10 +23,10 @@ from antiphon.comm.chunks import MAX_CHUNKS, chunks_of
 from antiphon.comm.device_watch import ALL_PEERS
 from antiphon.comm.group import RankGroup, located
 from antiphon.comm.host_memory import share_host_memory
-from antiphon.comm.mailbox import Exchange, Mailbox, Phase
+from antiphon.comm.mailbox import Exchange, Phase
 from antiphon.comm.mailbox_log import CommStreams, MailboxLog
 from antiphon.comm.row_format import aligned
-from antiphon.comm.slab import SlabTransport
+from antiphon.comm.slab import CudaSlabTransport
 from antiphon.comm.stream_memory import (
     Replay,
     StreamOperations,
@@ -35,7 +35,6 @@ from antiphon.comm.stream_memory import (
     register_host_memory,
     unregister_host_memory,
 )
-from antiphon.core.errors import OptionError
 from antiphon.runtime import CudaStreams, Event
 
 __all__ = ["HostStagedMailbox", "HostStagedTransport"]
@@ -269,21 +268,9 @@ def _goes_in_chunks(exchange: Exchange) -> bool:
     return any(len(chunks_of(size)) > 1 for size in sizes)
 
 
-class HostStagedTransport(SlabTransport):
+class HostStagedTransport(CudaSlabTransport):
     """The slab protocol through pinned host memory, by copy engines."""
 
     name = "host-staged"
-
-    def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
-        streams = self.streams
-        if not isinstance(streams, CudaStreams):
-            raise OptionError(f"transport 'host-staged' needs CUDA devices, not {streams.device}; use shared-memory")
-        if self.group.size == 1:
-            raise OptionError("transport 'host-staged' works between ranks; one rank uses local")
-        return HostStagedMailbox(
-            self.group,
-            streams,
-            num_lanes=self.num_lanes,
-            dispatch_bytes=dispatch_bytes,
-            combine_bytes=combine_bytes,
-        )
+    medium = HostStagedMailbox
+    instead = "shared-memory"

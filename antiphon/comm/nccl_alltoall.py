@@ -108,8 +108,7 @@ class NcclAllToAllTransport(Transport):
         assert exchange is not None
         hidden_size, dtype = self.shape.hidden_size, self.shape.dtype
         partials_RD = self._partials(lane, exchange)
-        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != partials_RD.data_ptr():
-            partials_RD.copy_(partial_RD)
+        self.keep_sums(partials_RD, partial_RD)
         home = self._buffers[lane].get("home", sum(exchange.sent), hidden_size, dtype)
         work: NcclCollective | None = None
         if self.part is not TransportPart.COMPUTE_ONLY:

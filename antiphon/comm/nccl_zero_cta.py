@@ -89,8 +89,7 @@ class NcclZeroCtaTransport(Transport):
         num_tokens, padded = self._tokens[lane]
         size, rank = self.group.size, self.group.rank
         partials_RD = self._sums(self._partials[lane], padded)
-        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != partials_RD.data_ptr():
-            partials_RD.copy_(partial_RD)
+        self.keep_sums(partials_RD, partial_RD)
         sums_WTD = partials_RD.view(size, padded, self.shape.hidden_size)
         home = self._sums(self._home[lane], padded)
         home_WTD = home.view(size, padded, self.shape.hidden_size)

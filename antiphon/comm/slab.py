@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -35,11 +35,12 @@ from antiphon.comm.transport import (
     TransportPart,
     exchange_counts,
 )
+from antiphon.core.errors import OptionError
 from antiphon.kernels.pack import pack_rows
 from antiphon.kernels.rank_sum import add_in_rank_order
-from antiphon.runtime import Streams
+from antiphon.runtime import CudaStreams, Streams
 
-__all__ = ["SlabTransport"]
+__all__ = ["CudaSlabTransport", "SlabTransport"]
 
 T = TypeVar("T")
 
@@ -86,12 +87,12 @@ class SlabTransport(Transport):
             ]
         self._layouts: list[dict[tuple[int, ...], _Layout]] = [{} for _ in range(num_lanes)]
         self._current: list[_Layout | None] = [None] * num_lanes  # of the last dispatch
-        self._exchanges: list[list[Exchange | None]] = [[None, None] for _ in range(num_lanes)]
         self._log: MailboxLog | None = None
 
     def last_exchange(self, lane: int, phase: Phase) -> Exchange | None:
-        """What went over the link last, for tests and reports."""
-        return self._exchanges[lane][phase]
+        """That of the lane's last dispatch, or the one that answers it; for tests and reports."""
+        layout = self._current[lane]
+        return None if layout is None else (layout.dispatch, layout.combine)[phase]
 
     def record_into(self, log: MailboxLog) -> None:
         """Log what is queued from now on, for `antiphon.timeline.happens_before.check`. No exchange may be under way.
@@ -132,8 +133,7 @@ class SlabTransport(Transport):
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         layout = self._current[lane]
         assert layout is not None
-        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != layout.partials_RD.data_ptr():
-            layout.partials_RD.copy_(partial_RD)
+        self.keep_sums(layout.partials_RD, partial_RD)
         if self._log is not None:
             self._log_experts(lane, layout, label)
         self._send(layout.combine, label)
@@ -207,7 +207,6 @@ class SlabTransport(Transport):
 
     def _send(self, exchange: Exchange, label: str) -> None:
         exchange.label = label
-        self._exchanges[exchange.lane][exchange.phase] = exchange
         if self.part is not TransportPart.COMPUTE_ONLY:
             self.group.note(label, "slabs")
             self.mailbox.put(exchange)
@@ -230,3 +229,25 @@ class SlabTransport(Transport):
         assert self._log is not None
         num_bytes = sum(layout.tokens_by_rank) * self._format.row_bytes
         self._log.experts(lane, self.mailbox.box(lane, Phase.DISPATCH)[:num_bytes], layout.partials_RD, label)
+
+
+class CudaSlabTransport(SlabTransport):
+    """The slab protocol between GPUs, over a mailbox of the class `medium`."""
+
+    medium: ClassVar[Callable[..., Mailbox]]
+    instead: ClassVar[str]  # what to use without GPUs
+
+    def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
+        if not isinstance(self.streams, CudaStreams):
+            raise OptionError(
+                f"transport {self.name!r} needs CUDA devices, not {self.streams.device}; use {self.instead}"
+            )
+        if self.group.size == 1:
+            raise OptionError(f"transport {self.name!r} works between ranks; one rank uses local")
+        return type(self).medium(
+            self.group,
+            self.streams,
+            num_lanes=self.num_lanes,
+            dispatch_bytes=dispatch_bytes,
+            combine_bytes=combine_bytes,
+        )

@@ -253,6 +253,11 @@ class Transport(ABC):
             num_experts=num_experts,
         )
 
+    def keep_sums(self, own_RD: torch.Tensor, partial_RD: torch.Tensor) -> None:
+        """Copy the caller's sums into the transport's own memory, unless they were written there (`Rows.out_RD`)."""
+        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != own_RD.data_ptr():
+            own_RD.copy_(partial_RD)
+
     def _lane_in(self, phase: _Phase, verb: str) -> int:
         lane = current_lane()
         if lane >= self.num_lanes:
