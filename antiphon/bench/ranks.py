@@ -190,13 +190,14 @@ def _main() -> int:
         _write_result(rank, folder, json.dumps({"returned": _call(rank, folder)}))
     except BaseException as error:
         # Written before the frames of the traceback go, and with them transports that may wait for their device.
-        _write_result(rank, folder, _failure(type(error).__name__, str(error), traceback.format_exc()))
+        _write_result(rank, folder, _failure(error))
         os._exit(1)
     return 0
 
 
-def _failure(kind: str, message: str, told: str = "") -> str:
-    return json.dumps({"kind": kind, "message": message, "traceback": told or f"{kind}: {message}"})
+def _failure(error: BaseException) -> str:
+    told = "".join(traceback.format_exception(error))
+    return json.dumps({"kind": type(error).__name__, "message": str(error), "traceback": told})
 
 
 def _write_result(rank: int, folder: Path, content: str) -> None:

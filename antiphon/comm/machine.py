@@ -10,18 +10,17 @@ context. What a fact means for a transport is not decided here but in `usable`.
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
 import torch
 
 from antiphon.comm.machine_facts import Facts, Gpus, Versions
-from antiphon.comm.machine_host import numa_node_of, probe_host, probe_numa, read_text, run_limited
+from antiphon.comm.machine_host import numa_node_of, probe_host, probe_numa, run_limited
+from antiphon.runtime.versions import installed, versions
 
 __all__ = ["examine_machine"]
 
@@ -61,31 +60,18 @@ def examine_machine(*, time_limit_s: float = 60.0) -> Facts:
 
 def probe_versions(driver: str | None = None, root: Path = _ROOT) -> Versions:
     """driver: its version, where it is known already."""
+    found = versions(root)
     return Versions(
-        python=platform.python_version(),
-        torch=str(torch.__version__),
-        cuda=torch.version.cuda,
-        driver=driver or _driver_of_the_kernel(root),
-        nccl=_nccl_version(),
-        triton=_installed("triton"),
-        greenlet=_installed("greenlet"),
-        cuda_bindings=_installed("cuda-bindings"),
+        python=found["python"],
+        torch=found["torch"],
+        cuda=found.get("cuda"),
+        driver=driver or found.get("driver"),
+        nccl=found.get("nccl"),
+        triton=found.get("triton"),
+        greenlet=installed("greenlet"),
+        cuda_bindings=installed("cuda-bindings"),
         backends=_backends(),
     )
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _driver_of_the_kernel(root: Path) -> str | None:
-    found = re.search(
-        r"NVRM version:.*?\b(\d{3}\.\d+(?:\.\d+)?)\b", read_text(root / "proc/driver/nvidia/version") or ""
-    )
-    return found[1] if found else None
 
 
 def _backends() -> tuple[str, ...]:
@@ -93,15 +79,6 @@ def _backends() -> tuple[str, ...]:
         return ()
     has = {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
     return tuple(name for name, available in has.items() if available)
-
-
-def _nccl_version() -> str | None:
-    if "nccl" not in _backends():
-        return None
-    try:
-        return ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
-    except Exception:
-        return None
 
 
 # ---- GPUs

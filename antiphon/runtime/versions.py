@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-__all__ = ["versions"]
-
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+__all__ = ["installed", "versions"]
 
 
-def versions() -> dict[str, str]:
-    """Version by name; what is not there is left out. Never raises."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("antiphon", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+def versions(root: Path = Path("/")) -> dict[str, str]:
+    """Version by name; what is not there is left out. Never raises. root: of the file system that knows the driver."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    found |= {package: number for package in ("antiphon", "triton") if (number := installed(package))}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
         found |= _cuda_versions()
-    driver = _driver()
-    if driver:
+    if driver := _driver(root / "proc/driver/nvidia/version"):
         found["driver"] = driver
     return found
+
+
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _cuda_versions() -> dict[str, str]:
@@ -35,14 +37,15 @@ def _cuda_versions() -> dict[str, str]:
 
     try:
         return cuda_versions()
-    except (RuntimeError, AttributeError, ImportError):
+    except Exception:  # a library that is broken is as good as absent
         return {}
 
 
-def _driver() -> str:
-    """Version of the NVIDIA driver; empty if there is none that says so."""
+def _driver(file: Path) -> str | None:
+    """Version of the NVIDIA driver that the kernel has loaded."""
     try:
-        words = _DRIVER_FILE.read_text().partition("\n")[0].split()
+        text = file.read_text(errors="replace")
     except OSError:
-        return ""
-    return next((word for word in words if word[:1].isdigit() and "." in word), "")
+        return None
+    found = re.search(r"NVRM version:.*?\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else None
