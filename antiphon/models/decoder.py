@@ -21,7 +21,7 @@ from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.layers import Embedding, GatedFeedForward, Linear, RMSNorm, checkpoint_tensors
 from antiphon.models.mla import LatentAttention, LatentAttentionConfig
-from antiphon.models.moe import Experts, MoELayer
+from antiphon.models.moe import Experts, MoELayer, MoENames
 from antiphon.models.rope import rope_angles, rope_tables
 from antiphon.models.router import Router, RoutingConfig, check_groups
 
@@ -40,6 +40,7 @@ class DecoderConfig(ModelConfig):
     num_shared_experts: int
     norm_eps: float
     tied_embeddings: bool
+    moe_names: MoENames
 
     @staticmethod
     def read(
@@ -49,6 +50,8 @@ class DecoderConfig(ModelConfig):
         routing: RoutingConfig,
         num_dense_layers: int,
         num_shared_experts: int,
+        expert_width_key: str = "moe_intermediate_size",
+        moe_names: MoENames | None = None,
     ) -> DecoderConfig:
         """The keys that all architectures name alike. Raises `ModelError` for those that are missing or wrong."""
         check_groups(file, routing)
@@ -67,10 +70,11 @@ class DecoderConfig(ModelConfig):
             routing=routing,
             num_dense_layers=num_dense_layers,
             dense_width=file.count("intermediate_size"),
-            expert_width=file.count("moe_intermediate_size"),
+            expert_width=file.count(expert_width_key),
             num_shared_experts=num_shared_experts,
             norm_eps=file.number("rms_norm_eps", 1e-6),
             tied_embeddings=file.flag("tie_word_embeddings", False),
+            moe_names=moe_names or MoENames(),
         )
 
 
@@ -114,8 +118,9 @@ def _moe_layer(config: DecoderConfig, layer: int, transport: Transport, workspac
     shared_width = config.num_shared_experts * config.expert_width
     return MoELayer(
         Router(config.hidden_size, config.routing, dtype=dtype),
-        Experts(transport, config.expert_width, workspace, label=f"layer {layer}"),
+        Experts(transport, config.expert_width, workspace, label=f"layer {layer}", names=config.moe_names),
         GatedFeedForward(config.hidden_size, shared_width, dtype=dtype) if shared_width else None,
+        names=config.moe_names,
     )
 
 

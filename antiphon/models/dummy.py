@@ -35,5 +35,5 @@ def fill_dummy_weights(model: CausalLM, *, seed: int = 0) -> None:
 def _deviation(name: str, num_inputs: int) -> float:
     if "embed_tokens" in name:
         return 1.0
-    share = 0.1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+    share = 0.1 if name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")) else 1.0
     return share / math.sqrt(num_inputs)

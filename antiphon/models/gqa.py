@@ -64,6 +64,13 @@ class GroupedQueryConfig:
             rope=RopeConfig.read(file, size=size, interleaved=False),
         )
 
+    def refuse_partial_rotation(self, file: ConfigFile) -> None:
+        """For architectures that rotate whole heads. Raises `ModelError`."""
+        if self.rope.size != self.head_size:
+            raise ModelError(
+                f"{file.path} has a partial_rotary_factor below 1, which is not supported for {file.architecture}"
+            )
+
 
 class GroupedQueryAttention(nn.Module):
     """Attention of one layer. The engine sets `cache_blocks` [num_blocks, block_size, 2GQ] before the first step."""

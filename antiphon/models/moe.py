@@ -6,6 +6,7 @@ Shapes: `T` tokens, `D` hidden size, `E` experts, `K` experts per token, `R` row
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,17 +14,38 @@ from torch import nn
 from antiphon.comm import Routes, Rows, Transport
 from antiphon.core.batch import current_micro_batch
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
-from antiphon.models.layers import GatedFeedForward, parameter
+from antiphon.models.layers import GatedFeedForward, checkpoint_tensors, parameter
 from antiphon.runtime import Pending, finish
 
-__all__ = ["Experts", "MoELayer"]
+__all__ = ["Experts", "MoELayer", "MoENames"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoENames:
+    """How a checkpoint calls the layer, and the parts of an expert."""
+
+    layer: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+_USUAL_NAMES = MoENames()
 
 
 class MoELayer(nn.Module):
     """Router, shared experts and routed experts. With one lane this is the plain serial layer."""
 
-    def __init__(self, router: nn.Module, experts: Experts, shared_experts: GatedFeedForward | None) -> None:
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: Experts,
+        shared_experts: GatedFeedForward | None,
+        *,
+        names: MoENames = _USUAL_NAMES,
+    ) -> None:
         super().__init__()
+        self.names = names
         self.gate = router
         self.experts = experts
         self.shared_experts = shared_experts
@@ -37,18 +59,29 @@ class MoELayer(nn.Module):
         routed_TD = finish(back)  # switch, then wait
         return routed_TD if shared_TD is None else routed_TD + shared_TD
 
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `InParts`."""
+        return checkpoint_tensors(self, f"{prefix}{self.names.layer}.")
+
 
 class Experts(nn.Module):
     """This rank's experts, and the transport that brings the tokens to them."""
 
     def __init__(
-        self, transport: Transport, expert_width: int, workspace: ExpertWorkspace | None = None, *, label: str
+        self,
+        transport: Transport,
+        expert_width: int,
+        workspace: ExpertWorkspace | None = None,
+        *,
+        label: str,
+        names: MoENames = _USUAL_NAMES,
     ) -> None:
         super().__init__()
         shape = transport.shape
         self.transport = transport
         self.workspace = workspace
         self.label = label
+        self.names = names
         self.width = expert_width
         num_local = transport.experts_per_rank
         self.first_expert = transport.group.rank * num_local
@@ -79,6 +112,6 @@ class Experts(nn.Module):
         """Checkpoint names of this rank's experts, and the views that they fill; see `InParts`."""
         for local in range(self.gate_up_EGD.shape[0]):
             name = f"{prefix}experts.{self.first_expert + local}."
-            yield name + "gate_proj.weight", self.gate_up_EGD[local, : self.width]
-            yield name + "up_proj.weight", self.gate_up_EGD[local, self.width :]
-            yield name + "down_proj.weight", self.down_EDF[local]
+            yield f"{name}{self.names.gate}.weight", self.gate_up_EGD[local, : self.width]
+            yield f"{name}{self.names.up}.weight", self.gate_up_EGD[local, self.width :]
+            yield f"{name}{self.names.down}.weight", self.down_EDF[local]

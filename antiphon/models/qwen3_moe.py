@@ -5,7 +5,6 @@ Source: Qwen3 Technical Report.
 
 from __future__ import annotations
 
-from antiphon.core.errors import ModelError
 from antiphon.kernels.router import Scoring
 from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DecoderConfig
@@ -31,8 +30,5 @@ def read_qwen3_moe(file: ConfigFile) -> DecoderConfig:
     attention = GroupedQueryConfig.read(
         file, qk_norm=True, out_bias=file.flag("attention_bias", False), rotary_share=1.0
     )
-    if attention.rope.size != attention.head_size:
-        raise ModelError(
-            f"{file.path} has a partial_rotary_factor below 1, which is not supported for {file.architecture}"
-        )
+    attention.refuse_partial_rotation(file)
     return DecoderConfig.read(file, attention=attention, routing=routing, num_dense_layers=0, num_shared_experts=0)

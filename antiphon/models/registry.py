@@ -16,6 +16,7 @@ from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.decoder import Decoder, DecoderConfig
 from antiphon.models.deepseek import read_deepseek_v2, read_deepseek_v3
 from antiphon.models.glm4_moe import read_glm4_moe
+from antiphon.models.mixtral import read_mixtral
 from antiphon.models.moe import Experts, MoELayer
 from antiphon.models.presets import PRESETS, preset_file
 from antiphon.models.qwen3_moe import read_qwen3_moe
@@ -38,6 +39,7 @@ _READERS: dict[str, Callable[[ConfigFile], DecoderConfig]] = {
     "DeepseekV2ForCausalLM": read_deepseek_v2,
     "Qwen3MoeForCausalLM": read_qwen3_moe,
     "Glm4MoeForCausalLM": read_glm4_moe,
+    "MixtralForCausalLM": read_mixtral,
 }
 
 KNOWN_ARCHITECTURES = tuple(_READERS)

@@ -235,6 +235,13 @@ def test_keys_with_defaults_may_be_missing(folder: Path) -> None:
         ("glm4-moe", {"n_group": 5}, "groups must divide the experts"),
         ("glm4-moe", {"use_qk_norm": 1}, "use_qk_norm=1; true or false is needed"),
         ("glm4-moe", {"n_shared_experts": None}, "n_shared_experts=None; an integer"),
+        ("mixtral", {"sliding_window": 127}, "sliding_window=127, which is not supported; only null, or at least its"),
+        ("mixtral", {"sliding_window": 127}, "at least its max_position_embeddings=128"),
+        ("mixtral", {"sliding_window": "long"}, "sliding_window='long'"),
+        ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor below 1, which is not supported"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts=None; an integer"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("mixtral", {"intermediate_size": 0}, "intermediate_size=0; an integer"),
     ],
 )
 def test_what_other_architectures_do_not_support(

@@ -90,6 +90,18 @@ GLM4_MOE: dict[str, dict[str, Any]] = {
     "two-dense-layers": {"first_k_dense_replace": 2, "use_qk_norm": True},
 }
 
+MIXTRAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two-experts": {"num_local_experts": 2},
+    "one-expert": {"num_experts_per_tok": 1},
+    "all-experts": {"num_local_experts": 4, "num_experts_per_tok": 4},
+    "head-size": {"head_dim": 10, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "as-many-kv-heads": {"num_key_value_heads": 6, "rms_norm_eps": 0.1},
+    "odd-sizes": {"hidden_size": 30, "intermediate_size": 13, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "window-that-hides-nothing": {"sliding_window": 128},
+    "yarn": {"rope_parameters": YARN, "head_dim": 10},  # transformers 5.23 fails at yarn without a head_dim
+}
+
 CASES = {
     f"{kind}-{name}": (kind, changes)
     for kind, cases in {
@@ -97,6 +109,7 @@ CASES = {
         "deepseek-v2": DEEPSEEK_V2,
         "qwen3-moe": QWEN3_MOE,
         "glm4-moe": GLM4_MOE,
+        "mixtral": MIXTRAL,
     }.items()
     for name, changes in cases.items()
 }

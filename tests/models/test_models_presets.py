@@ -11,12 +11,13 @@ import torch
 from antiphon.core.errors import ModelError
 from antiphon.models import PRESETS, num_parameters, preset_file, read_config, skeleton, weight_bytes
 from antiphon.models.decoder import DecoderConfig
-from tests.models.twin import random_checkpoint, tiny_config
+from tests.models.twin import KINDS, random_checkpoint, tiny_config
 
 PUBLISHED = {  # parameters, layers, of them dense, experts, experts a token, numbers in the cache a token and layer
     "deepseek-v2-lite": (15.7e9, 27, 1, 64, 6, 576),
     "deepseek-v3": (671e9, 61, 3, 256, 8, 576),
     "glm-4.5-air": (106e9, 46, 1, 128, 8, 2048),
+    "mixtral-8x7b": (46.7e9, 32, 0, 8, 2, 2048),
     "qwen3-235b-a22b": (235e9, 94, 0, 128, 8, 1024),
     "qwen3-30b-a3b": (30.5e9, 48, 0, 128, 8, 1024),
 }
@@ -67,7 +68,7 @@ def test_an_unknown_name_is_told_the_presets() -> None:
         read_config("qwen3")
 
 
-@pytest.mark.parametrize("kind", ["deepseek-v3", "deepseek-v2", "qwen3-moe", "glm4-moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_memory_of_a_rank(kind: str, tmp_path: Path) -> None:
     random_checkpoint(tmp_path, kind=kind)
     config = read_config(tmp_path)

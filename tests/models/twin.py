@@ -20,6 +20,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -42,7 +44,7 @@ from antiphon.models.decoder import Decoder
 from antiphon.runtime import CpuStreams, Streams, run_lanes, streams_for
 from antiphon.splitting import join, split
 
-__all__ = ["Twin", "random_checkpoint", "random_ids", "relative_error", "rewrite_config", "tiny_config"]
+__all__ = ["KINDS", "Twin", "random_checkpoint", "random_ids", "relative_error", "rewrite_config", "tiny_config"]
 
 BLOCK_SIZE = 4
 _NUM_BLOCKS = 40
@@ -106,6 +108,20 @@ _GLM4_MOE: dict[str, Any] = {key: value for key, value in _QWEN3_MOE.items() if 
     "num_nextn_predict_layers": 0,
 }
 
+_MIXTRAL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_local_experts": 12,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+
 
 class _Kind(NamedTuple):
     config: type[PretrainedConfig]
@@ -118,7 +134,10 @@ _KINDS = {
     "deepseek-v2": _Kind(DeepseekV2Config, DeepseekV2ForCausalLM, _DEEPSEEK_V2),
     "qwen3-moe": _Kind(Qwen3MoeConfig, Qwen3MoeForCausalLM, _QWEN3_MOE),
     "glm4-moe": _Kind(Glm4MoeConfig, Glm4MoeForCausalLM, _GLM4_MOE),
+    "mixtral": _Kind(MixtralConfig, MixtralForCausalLM, _MIXTRAL),
 }
+
+KINDS = tuple(_KINDS)
 
 
 def tiny_config(kind: str = "deepseek-v3", **changes: Any) -> PretrainedConfig:
