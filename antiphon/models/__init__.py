@@ -14,13 +14,14 @@ from antiphon.models.registry import (
     weight_bytes,
 )
 from antiphon.models.routing import RoutingSpec, parse_routing
-from antiphon.models.weights import Checkpoint, check_checkpoint, load_weights
+from antiphon.models.weights import Checkpoint, LoadProgress, check_checkpoint, load_weights
 
 __all__ = [
     "KNOWN_ARCHITECTURES",
     "PRESETS",
     "CausalLM",
     "Checkpoint",
+    "LoadProgress",
     "ModelConfig",
     "RoutingSpec",
     "build_model",

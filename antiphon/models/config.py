@@ -84,15 +84,6 @@ class ConfigFile:
             names = " or ".join(repr(item) for item in supported)
             raise ModelError(f"{self.path} has {key}={value!r}, which is not supported; only {names}")
 
-    def refuse_quantised(self) -> None:
-        """Refuse a checkpoint whose weights are not plain numbers."""
-        settings = self._values.get("quantization_config")
-        if settings is not None:
-            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-            raise ModelError(
-                f"{self.path} is quantised ({method!r}), which is not supported; use a bfloat16 checkpoint"
-            )
-
     def eos_token_ids(self) -> tuple[int, ...]:
         """From `generation_config.json` if it has them, else from `config.json`."""
         generation = self.path.with_name("generation_config.json")

@@ -12,6 +12,7 @@ import torch
 from antiphon.comm import ExpertShape, RankGroup, Transport, create_transport
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import ModelError
+from antiphon.models.block_fp8 import BlockFp8
 from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.decoder import Decoder, DecoderConfig
 from antiphon.models.deepseek import read_deepseek_v2, read_deepseek_v3
@@ -59,7 +60,7 @@ def read_config(source: Path | str, *, num_layers: int | None = None) -> ModelCo
             f"{file.path} has architecture {file.architecture!r}, which is not known; "
             f"known are {', '.join(KNOWN_ARCHITECTURES)}{hint}"
         )
-    file.refuse_quantised()
+    BlockFp8.read(file)  # refuses what is not loaded
     config = _READERS[file.architecture](file)
     if num_layers is None:
         return config

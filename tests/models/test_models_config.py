@@ -94,9 +94,8 @@ def test_sizes_of_zero(folder: Path, key: str) -> None:
         ({"n_group": 6, "num_experts_per_tok": 3}, "1 groups of 2 experts"),
         ({"n_group": 12, "topk_group": 6}, "6 groups of 1 experts"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>'; token ids are needed"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised ('fp8'), which is not supported; use"),
         ({"quantization_config": {}}, "is quantised ('unknown')"),
-        ({"quantization_config": "fp8"}, "is quantised"),
+        ({"quantization_config": "fp8"}, "quantization_config='fp8'; an object is needed"),
     ],
 )
 def test_what_is_not_supported(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -228,7 +227,7 @@ def test_keys_with_defaults_may_be_missing(folder: Path) -> None:
         ("qwen3-moe", {"num_experts_per_tok": 13}, "num_experts_per_tok=13"),
         ("qwen3-moe", {"head_dim": 0}, "head_dim=0"),
         ("qwen3-moe", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("qwen3-moe", {"quantization_config": {"quant_method": "fp8"}}, "is quantised ('fp8')"),
+        ("qwen3-moe", {"quantization_config": {"quant_method": "awq"}}, "is quantised ('awq')"),
         ("glm4-moe", {"partial_rotary_factor": 0.25}, "of head_dim=12, which is 3 dimensions; pairs need an even"),
         ("glm4-moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5; a number above 0, at most 1"),
         ("glm4-moe", {"partial_rotary_factor": "half"}, "partial_rotary_factor='half'; a number"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from antiphon.comm import RankGroup, create_transport
 from antiphon.core.errors import ModelError
 from antiphon.models import (
     Checkpoint,
+    LoadProgress,
     build_model,
     check_checkpoint,
     expert_shape,
@@ -179,10 +182,19 @@ def test_tied_embeddings_need_no_head(tmp_path: Path) -> None:
 
 def test_progress_is_told(folder: Path) -> None:
     model = model_of_rank(folder, 0, 1)
-    told: list[tuple[int, int]] = []
-    load_weights(Checkpoint(folder), model.checkpoint_tensors(), progress=lambda done, of: told.append((done, of)))
-    total = len(dict(model.checkpoint_tensors()))
-    assert told == [(number, total) for number in range(1, total + 1)]
+    told: list[LoadProgress] = []
+    load_weights(Checkpoint(folder), model.checkpoint_tensors(), progress=told.append)
+    tensors = dict(model.checkpoint_tensors())
+    assert [(step.tensors, step.num_tensors) for step in told] == [
+        (number, len(tensors)) for number in range(1, len(tensors) + 1)
+    ]
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())  # stored as they are loaded, in float32
+    assert {step.num_bytes for step in told} == {num_bytes}
+    read = [0, *(step.bytes for step in told)]
+    assert sorted(after - before for before, after in pairwise(read)) == sorted(t.nbytes for t in tensors.values())
+    assert str(LoadProgress(tensors=1, num_tensors=9, bytes=4_970_000_000, num_bytes=14_200_000_000)) == (
+        "35% of 14.2 GB"
+    )
 
 
 def test_tensors_beyond_the_model_are_passed_over(folder: Path) -> None:
@@ -220,7 +232,29 @@ def test_an_index_that_names_the_wrong_file(sharded: Path) -> None:
 
 def test_an_index_that_names_a_file_that_is_missing(sharded: Path) -> None:
     change_index(sharded, **{A_WEIGHT: "model-00099-of-00099.safetensors"})
-    assert "model-00099-of-00099.safetensors cannot be opened" in error_of(sharded)
+    message = error_of(sharded)
+    assert "model-00099-of-00099.safetensors does not exist, though the index names it (1 of" in message
+    assert "download it again" in message
+
+
+def test_shards_that_are_missing_are_counted_before_anything_is_read(sharded: Path) -> None:
+    shards = sorted(sharded.glob("*.safetensors"))
+    for path in shards[1:]:
+        path.unlink()
+    checkpoint = CountingCheckpoint(sharded)
+    with pytest.raises(ModelError, match=rf"\({len(shards) - 1} of {len(shards)} files are missing\)"):
+        load_weights(checkpoint, model_of_rank(sharded, 0, 1).checkpoint_tensors())
+    assert checkpoint.read == []
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_truncated_shard_is_found_before_anything_is_read(sharded: Path, keep: int) -> None:
+    path = max(sharded.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:keep])
+    checkpoint = CountingCheckpoint(sharded)
+    with pytest.raises(ModelError, match=rf"{path.name} cannot be opened .*; download it again"):
+        load_weights(checkpoint, model_of_rank(sharded, 0, 1).checkpoint_tensors())
+    assert checkpoint.read == []
 
 
 @pytest.mark.parametrize("file_name", [3, None, ["a"]])
@@ -245,6 +279,27 @@ def test_a_shape_that_would_broadcast(folder: Path) -> None:
 def test_no_checkpoint_files(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "has neither model.safetensors.index.json nor model.safetensors" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model-q4.gguf"])
+def test_checkpoints_in_other_formats(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    message = error_of(folder)
+    assert "has neither model.safetensors.index.json nor model.safetensors" in message
+    assert f"{name} is of another format, so use a safetensors version of the model, or write one" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e5m2])
+def test_numbers_that_are_no_weights(folder: Path, dtype: torch.dtype) -> None:
+    change_tensors(folder, **{A_WEIGHT: torch.zeros(20, 24, dtype=dtype)})
+    assert re.search(rf"has {A_WEIGHT!r} in (I8|U8|I32|BOOL|F8_E5M2), which is not supported; use", error_of(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_every_float_format(folder: Path, dtype: torch.dtype) -> None:
+    stored = stored_tensors(folder)[A_WEIGHT].to(dtype)
+    change_tensors(folder, **{A_WEIGHT: stored})
+    assert torch.equal(dict(load(folder).checkpoint_tensors())[A_WEIGHT], stored.float())
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": null}'])
