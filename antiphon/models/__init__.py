@@ -3,6 +3,7 @@
 from antiphon.models.causal_lm import CausalLM
 from antiphon.models.config import ModelConfig
 from antiphon.models.dummy import fill_dummy_weights
+from antiphon.models.hub import resolve_model
 from antiphon.models.presets import PRESETS, preset_file
 from antiphon.models.registry import (
     KNOWN_ARCHITECTURES,
@@ -33,6 +34,7 @@ __all__ = [
     "parse_routing",
     "preset_file",
     "read_config",
+    "resolve_model",
     "skeleton",
     "weight_bytes",
 ]
