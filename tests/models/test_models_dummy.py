@@ -79,7 +79,7 @@ def test_tensors_and_seeds_differ(tmp_path: Path) -> None:
 def test_activations_stay_finite_and_tokens_different(kind: str, tmp_path: Path) -> None:
     """At the depth of the deepest preset in bfloat16; tokens that became one would all go to the same experts."""
     model = make_model(tmp_path, kind, num_hidden_layers=94, dtype=torch.bfloat16)
-    twin = Twin(None, model)  # type: ignore[arg-type]
+    twin = Twin(None, model)
     twin.empty_cache()
     (blocks,) = scattered_blocks(1, 40)
     request = RequestSlice(request_id=0, token_ids=tuple(random_ids(40, seed=2)), context_len=0, block_ids=blocks)

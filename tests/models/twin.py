@@ -191,27 +191,35 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @dataclass(slots=True)
 class Twin:
-    """Both models over the same weights; ours on one rank, on any device, with an empty cache full of NaN."""
+    """Both models over the same weights; ours is one rank's, on any device, with an empty cache full of NaN."""
 
-    theirs: PreTrainedModel
+    theirs: PreTrainedModel | None  # None: only ours is asked
     ours: Decoder
     streams: Streams = field(default_factory=CpuStreams)
+    rank: int = 0
 
     @staticmethod
-    def load(theirs: PreTrainedModel, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Twin:
+    def load(
+        theirs: PreTrainedModel | None,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        group: RankGroup | None = None,
+        transport: str = "auto",
+    ) -> Twin:
+        group = group or RankGroup(rank=0, size=1)
         streams = streams_for(torch.device(device))
         config, checkpoint = read_config(folder), Checkpoint(folder)
         check_checkpoint(checkpoint, skeleton(config).checkpoint_tensors())
-        transport = create_transport(
-            "auto",
-            expert_shape(config, dtype),
-            group=RankGroup(rank=0, size=1),
-            streams=streams,
-            num_lanes=_MAX_LANES,
+        ours = build_model(
+            config,
+            create_transport(
+                transport, expert_shape(config, dtype), group=group, streams=streams, num_lanes=_MAX_LANES
+            ),
         )
-        ours = build_model(config, transport)
         load_weights(checkpoint, ours.checkpoint_tensors())
-        twin = Twin(theirs, ours, streams)
+        twin = Twin(theirs, ours, streams, group.rank)
         twin.empty_cache()
         return twin
 
@@ -224,14 +232,22 @@ class Twin:
     @torch.inference_mode()
     def their_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """[S, V] of one text, without a cache."""
+        assert self.theirs is not None
         return self.theirs(torch.tensor([list(token_ids)])).logits[0]
 
     @torch.inference_mode()
     def our_logits(self, requests: Sequence[RequestSlice], cuts: Sequence[int] = ()) -> torch.Tensor:
         """[T, V] of a batch that is cut before the tokens `cuts`, one lane a part."""
         edges = [0, *cuts, sum(request.query_len for request in requests)]
-        plan = Plan(part_tokens=(tuple(stop - start for start, stop in pairwise(edges)),), reason="test")
-        parts = split(Batch(rank=0, requests=tuple(requests)), plan, block_size=BLOCK_SIZE)
+        return self.logits_of_parts(requests, (tuple(stop - start for start, stop in pairwise(edges)),))
+
+    @torch.inference_mode()
+    def logits_of_parts(
+        self, requests: Sequence[RequestSlice], part_tokens: tuple[tuple[int, ...], ...]
+    ) -> torch.Tensor:
+        """The same, with the tokens of every part of all ranks, each of which must call it."""
+        plan = Plan(part_tokens=part_tokens, reason="test")
+        parts = split(Batch(rank=self.rank, requests=tuple(requests)), plan, block_size=BLOCK_SIZE)
         lanes = [partial(self._forward, part.to(self.streams.device)) for part in parts]
         return self.ours.logits(join(run_lanes(lanes, streams=self.streams))).cpu()
 
