@@ -27,7 +27,7 @@ overlap=(python3 -m antiphon.cli bench overlap)
 prefill=(python3 -m tools.prefill_throughput)
 no_peers=(--transports allgather,host-staged --no-peer-access)
 nvlink=(--transports allgather,copy-engine)
-sizes=512,2048,4096,8192,16384
+sizes=2048,4096,8192,16384
 
 step overlap-qwen3-235b-a22b-no-peer-access 60 "${overlap[@]}" qwen3-235b-a22b --num-layers 12 --tokens 8192 --repeats 5 "${no_peers[@]}"
 step overlap-deepseek-v3-no-peer-access 60 "${overlap[@]}" deepseek-v3 --num-layers 6 --tokens 8192 --repeats 5 "${no_peers[@]}"
@@ -41,8 +41,12 @@ step overlap-qwen3-30b-a3b-no-peer-access 120 "${overlap[@]}" qwen3-30b-a3b --to
 step overlap-qwen3-30b-a3b-nvlink 120 "${overlap[@]}" qwen3-30b-a3b --tokens $sizes --repeats 5 --transports allgather,nccl-zero-cta,copy-engine
 step overlap-glm-4.5-air-no-peer-access 90 "${overlap[@]}" glm-4.5-air --tokens 8192 --repeats 4 "${no_peers[@]}"
 step overlap-glm-4.5-air-nvlink 90 "${overlap[@]}" glm-4.5-air --tokens 8192 --repeats 4 "${nvlink[@]}"
-step overlap-deepseek-v2-lite-no-peer-access 60 "${overlap[@]}" deepseek-v2-lite --tokens 8192 --repeats 5 "${no_peers[@]}"
+step overlap-deepseek-v2-lite-no-peer-access 60 "${overlap[@]}" deepseek-v2-lite --tokens 8192 --repeats 15 "${no_peers[@]}"
 step overlap-deepseek-v2-lite-nvlink 60 "${overlap[@]}" deepseek-v2-lite --tokens 8192 --repeats 5 "${nvlink[@]}"
+step overlap-qwen3-30b-a3b-alltoall-no-peer-access 60 "${overlap[@]}" qwen3-30b-a3b --tokens 8192 --repeats 5 --transports allgather,alltoall,host-staged --no-peer-access
+step overlap-qwen3-30b-a3b-alltoall-nvlink 60 "${overlap[@]}" qwen3-30b-a3b --tokens 8192 --repeats 5 --transports allgather,alltoall,allgather:16ctas,copy-engine
+step overlap-qwen3-30b-a3b-512-no-peer-access 60 "${overlap[@]}" qwen3-30b-a3b --tokens 512 --repeats 5 "${no_peers[@]}"
+step overlap-qwen3-30b-a3b-512-nvlink 60 "${overlap[@]}" qwen3-30b-a3b --tokens 512 --repeats 5 "${nvlink[@]}"
 step comm-nvlink 90 python3 -m antiphon.cli bench comm --sizes 4K,64K,1M,16M,64M,256M,512M --beside-from 256M --repeats 5 \
     --transports allgather,nccl-zero-cta,copy-engine,host-staged
 step prefill-qwen3-30b-a3b-one-gpu 60 "${prefill[@]}" qwen3-30b-a3b --ranks 1 --repeats 2

@@ -37,18 +37,20 @@ from antiphon.runtime.device import describe
 from antiphon.runtime.versions import versions
 from antiphon.splitting import find_cut, join, split
 
-__all__ = ["ARMS", "measure_steps", "relative_errors", "use_transport"]
+__all__ = ["ARMS", "HasModules", "Trial", "measure_steps", "relative_errors", "use_transport"]
 
 ARMS = ("S", "C", "M", "D", "C2")
 _WARM_UPS = 2
 _BLOCK_SIZE = 16
 
 
-class _Module(Protocol):
+class HasModules(Protocol):
+    """What has torch modules inside, a `CausalLM` for one."""
+
     def modules(self) -> Iterator[nn.Module]: ...
 
 
-def use_transport(model: _Module, transport: Transport, part: TransportPart = TransportPart.WHOLE) -> None:
+def use_transport(model: HasModules, transport: Transport, part: TransportPart = TransportPart.WHOLE) -> None:
     """Let all experts of `model` go by `transport`, of which only `part` runs. Between steps only."""
     transport.part = part
     for module in model.modules():
@@ -66,7 +68,7 @@ def relative_errors(value_TD: torch.Tensor, expected_TD: torch.Tensor) -> tuple[
     return (whole, worst) if math.isfinite(whole + worst) else (math.inf, math.inf)
 
 
-class _Trial:
+class Trial:
     """The model of one rank with its transports, and the steps that it is measured on."""
 
     def __init__(self, group: RankGroup, device: torch.device, options: dict[str, Any]) -> None:
@@ -97,7 +99,7 @@ class _Trial:
         first = next(iter(self.transports.values()))
         self.model = build_model(self.config, first, routing=parse_routing(options["routing"]))
         fill_dummy_weights(self.model, seed=options["seed"])
-        modules = list(cast("_Module", self.model).modules())
+        modules = list(cast("HasModules", self.model).modules())
         self.moe_layers = [module for module in modules if isinstance(module, MoELayer)]
         if not self.moe_layers:
             raise OptionError(f"--num-layers {options['num_layers']} leaves no layer with experts; use more")
@@ -170,7 +172,7 @@ def _num_blocks(options: dict[str, Any]) -> int:
 
 def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     """Every number of tokens; see `antiphon.bench.overlap.OverlapOptions`. Times in ms, an item a repeat."""
-    trial = _Trial(group, device, options)
+    trial = Trial(group, device, options)
     clock = ArmClock(group, device)
     config = trial.config
     tell(group, f"model and {len(trial.transports)} transports are ready")
@@ -193,7 +195,7 @@ def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any
     }
 
 
-def _measure(trial: _Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[str, Any]]:
+def _measure(trial: Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[str, Any]]:
     """All arms of all transports by turns, for one number of tokens."""
     serial, dual = (trial.parts(num_tokens, lanes) for lanes in (1, trial.options["micro_batches"]))
     shape = next(iter(trial.transports.values())).shape
@@ -204,7 +206,7 @@ def _measure(trial: _Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[
     for repeat in range(_WARM_UPS + trial.options["repeats"]):
         for name, transport in trial.transports.items():
             if not routes:
-                use_transport(cast("_Module", trial.model), transport)
+                use_transport(cast("HasModules", trial.model), transport)
                 with trial.routes_of_layers() as routes:
                     trial.run_step(serial)
             arms: dict[str, tuple[TransportPart, Callable[[], Any]]] = {
@@ -217,7 +219,7 @@ def _measure(trial: _Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[
             cell = cells[name]
             for arm in ARMS:
                 part, run = arms[arm]
-                use_transport(cast("_Module", trial.model), transport, part)
+                use_transport(cast("HasModules", trial.model), transport, part)
                 trial.runner.reserved_sms = transport.num_sms if arm == "D" else 0
                 timed = clock.measure(run)
                 if arm in ("S", "D"):

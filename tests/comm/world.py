@@ -15,6 +15,7 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Rows, Transport, load_transport, parse_transport
 from antiphon.comm.mailbox import Exchange, Phase
+from antiphon.comm.nccl_zero_cta import NcclZeroCtaTransport
 from antiphon.comm.simulated import SimulatedTransport
 from antiphon.comm.slab import SlabTransport
 from antiphon.runtime import CpuStreams, Streams, current_lane, finish
@@ -188,7 +189,10 @@ def poison_buffers(transport: Transport) -> int:
     inner = transport.inner if isinstance(transport, SimulatedTransport) else transport
     if isinstance(inner, SlabTransport):
         return poison_arrivals(inner, Phase.COMBINE)
-    buffers = [tensor for lane in getattr(inner, "_buffers", ()) for tensor in lane._buffers.values()]
+    if isinstance(inner, NcclZeroCtaTransport):
+        buffers = [*inner._gathered, *inner._home, *inner._partials]
+    else:
+        buffers = [tensor for lane in getattr(inner, "_buffers", ()) for tensor in lane._buffers.values()]
     for buffer in buffers:
         buffer.view(torch.uint8).fill_(0xFF)
     return len(buffers)

@@ -107,7 +107,8 @@ def llm() -> Iterator[LLM]:
 @pytest.mark.skipif(NUM_DEVICES < 1, reason="needs a CUDA device")
 def test_drawn_and_greedy_requests_in_one_batch(llm: LLM) -> None:
     prompts = mixed_prompts(6)
-    drawn = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, top_p=0.95, seed=3)
+    # Hot: this model is so sure of these texts that at 1.5 it still writes what it would write greedily.
+    drawn = SamplingParams(max_tokens=12, ignore_eos=True, temperature=3.0, top_p=0.95, seed=3)
     greedy = SamplingParams(max_tokens=12, ignore_eos=True)
     first = llm.generate(prompts, [drawn, greedy] * 3)
     again = llm.generate(prompts, [drawn, greedy] * 3)
