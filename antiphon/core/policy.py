@@ -29,6 +29,11 @@ class OverlapPolicy:
     split: the cut rule, `token` or `request-boundary`. micro_batches: lanes of a split step, 2 to `MAX_LANES`.
     prefill_threshold, decode_threshold: tokens on the busiest rank from which a step is split; `None` takes 512 and
         32 under `auto` and no threshold under `on`. The decode threshold holds where that rank only decodes.
+    imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens.
+    min_total_tokens, min_prefill_tokens: a step with fewer tokens on the busiest rank is not split, nor is one with
+        prefill there, but with fewer tokens of it. They hold under `on` too, beside the thresholds.
+    start_layer, end_layer: layers from the first up to, but not including, the last run split, the others whole;
+        `None` is the end of the model.
     Raises `OptionError` for a value out of range.
     """
 
@@ -38,6 +43,10 @@ class OverlapPolicy:
     prefill_threshold: int | None = None
     decode_threshold: int | None = None
     imbalance_ratio: float = 0.1
+    min_total_tokens: int = 0
+    min_prefill_tokens: int = 0
+    start_layer: int = 0
+    end_layer: int | None = None
 
     def __post_init__(self) -> None:
         if self.dbo not in DBO_MODES:
@@ -52,6 +61,18 @@ class OverlapPolicy:
                 raise OptionError(
                     f"dbo_{name.replace('_', '_token_')}={value!r} is not a count of tokens; use 0 or more"
                 )
+        for name in ("min_total_tokens", "min_prefill_tokens"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < 0:
+                raise OptionError(f"{name}_to_split={value!r} is not a count of tokens; use 0 or more")
+        for name, value in (("start_layer", self.start_layer), ("end_layer", self.end_layer)):
+            if value is not None and (not is_whole(value) or value < 0):
+                raise OptionError(f"dbo_{name}={value!r} is not the number of a layer; use 0 or more")
+        if self.end_layer is not None and self.end_layer <= self.start_layer:
+            raise OptionError(
+                f"dbo_start_layer={self.start_layer} and dbo_end_layer={self.end_layer} leave no layer to split; "
+                "use an end above the start, or dbo='off'"
+            )
         if not is_number(self.imbalance_ratio) or not 0 <= self.imbalance_ratio <= 1:
             raise OptionError(f"imbalance_ratio={self.imbalance_ratio!r} is out of range; use a number from 0 to 1")
 

@@ -71,6 +71,8 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = _DEFAULT_UTILIZATION
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
     seed: int = 0
     timeout_s: float = 120.0
     debug_order: bool = False
@@ -96,6 +98,9 @@ class EngineConfig:
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r} is not a share of the memory; "
                 "use a number above 0, at most 1"
             )
+        for name in ("prefix_caching", "chunked_prefill"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} is not True or False; use one of them")
         if self.dtype not in ("auto", *DTYPES):
             raise unknown_value("dtype", self.dtype, ("auto", *DTYPES))
         device_kind, device_reason = settle_device(self.device, self.ranks)

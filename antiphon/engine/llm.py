@@ -68,6 +68,8 @@ class LLM:
     block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank; by default a fixed size on
         the CPU, and on a GPU what the share gpu_memory_utilization of its memory leaves beside the weights and the
         largest step, which is run once to measure it.
+    prefix_caching: keep the full KV blocks of texts that have ended, for prompts that begin alike.
+    chunked_prefill: a prompt that is longer than what is left of a step takes several steps.
     seed: from which requests without a seed take theirs, and dummy weights. timeout_s: longest wait for another
         process. debug_order: compare the collectives of all ranks before every step.
 
@@ -101,6 +103,8 @@ class LLM:
         block_size: int = 16,
         kv_cache_memory: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        prefix_caching: bool = True,
+        chunked_prefill: bool = True,
         seed: int = 0,
         timeout_s: float = 120.0,
         debug_order: bool = False,
@@ -131,6 +135,8 @@ class LLM:
             block_size=block_size,
             kv_cache_memory=kv_cache_memory,
             gpu_memory_utilization=gpu_memory_utilization,
+            prefix_caching=prefix_caching,
+            chunked_prefill=chunked_prefill,
             seed=seed,
             timeout_s=timeout_s,
             debug_order=debug_order,
