@@ -72,7 +72,12 @@ class Batch:
     @property
     def decode_only(self) -> bool:
         """Whether every request continues by one token; false for an empty batch."""
-        return bool(self.requests) and all(r.query_len == 1 and r.context_len > 0 for r in self.requests)
+        return bool(self.requests) and self.num_prefill_tokens == 0
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of the requests that do not just continue by one."""
+        return sum(r.query_len for r in self.requests if r.query_len > 1 or r.context_len == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

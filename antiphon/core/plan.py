@@ -14,7 +14,7 @@ __all__ = ["MAX_LANES", "ROW_SIZE", "Plan", "Proposal", "Refusal", "plan_kind"]
 MAX_LANES = 8
 """Most lanes a plan can have: the row has a fixed size."""
 
-_FIXED_FIELDS = 7
+_FIXED_FIELDS = 8
 ROW_SIZE = _FIXED_FIELDS + MAX_LANES
 """Length of a row, in int64 words."""
 
@@ -45,11 +45,13 @@ class Proposal:
     `part_tokens` are the tokens of each lane if the step is split; one entry if this rank's batch cannot be cut.
     `wave` is the newest message of the front process that the rank has seen, `policy` a fingerprint of the
     options that decide, `order` one of the collectives issued so far (0: not recorded). Ranks must agree in both.
+    `num_prefill_tokens` are those of `num_tokens` that belong to prompts.
     """
 
     num_tokens: int
     decode_only: bool
     part_tokens: tuple[int, ...]
+    num_prefill_tokens: int = 0
     refusal: Refusal = Refusal.NONE
     wave: int = 0
     policy: int = 0
@@ -69,6 +71,7 @@ class Proposal:
             self.wave,
             self.policy,
             self.order,
+            self.num_prefill_tokens,
             len(self.part_tokens),
         ]
         return fixed + list(self.part_tokens) + [0] * (MAX_LANES - len(self.part_tokens))
@@ -76,7 +79,7 @@ class Proposal:
     @staticmethod
     def from_row(row: list[int]) -> Proposal:
         """The inverse of `to_row`."""
-        num_parts = row[6]
+        num_parts = row[_FIXED_FIELDS - 1]
         return Proposal(
             num_tokens=row[0],
             decode_only=bool(row[1]),
@@ -84,6 +87,7 @@ class Proposal:
             wave=row[3],
             policy=row[4],
             order=row[5],
+            num_prefill_tokens=row[6],
             part_tokens=tuple(row[_FIXED_FIELDS : _FIXED_FIELDS + num_parts]),
         )
 

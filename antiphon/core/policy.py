@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.plan import MAX_LANES
 
-__all__ = ["DBO_MODES", "SPLIT_RULES", "OverlapPolicy"]
+__all__ = ["DBO_MODES", "OPTION_NAMES", "SPLIT_RULES", "OverlapPolicy"]
 
 DBO_MODES = ("auto", "on", "off")
 
@@ -18,6 +18,27 @@ SPLIT_RULES = ("token", "request-boundary")
 
 DEFAULT_PREFILL_THRESHOLD = 512
 DEFAULT_DECODE_THRESHOLD = 32
+
+OPTION_NAMES = {
+    "dbo": "dbo",
+    "split": "split",
+    "micro_batches": "micro_batches",
+    "prefill_threshold": "dbo_prefill_token_threshold",
+    "decode_threshold": "dbo_decode_token_threshold",
+    "imbalance_ratio": "imbalance_ratio",
+    "min_total_tokens": "min_total_tokens_to_split",
+    "min_prefill_tokens": "min_prefill_tokens_to_split",
+    "start_layer": "dbo_start_layer",
+    "end_layer": "dbo_end_layer",
+}
+"""Field of `OverlapPolicy` -> the option by which users know it."""
+
+_WHOLE_NUMBERS = {
+    **dict.fromkeys(
+        ("prefill_threshold", "decode_threshold", "min_total_tokens", "min_prefill_tokens"), "a count of tokens"
+    ),
+    **dict.fromkeys(("start_layer", "end_layer"), "the number of a layer"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +76,12 @@ class OverlapPolicy:
             raise unknown_value("split", self.split, SPLIT_RULES)
         if not is_whole(self.micro_batches) or not 2 <= self.micro_batches <= MAX_LANES:
             raise OptionError(f"micro_batches={self.micro_batches!r} is out of range; use 2 to {MAX_LANES}")
-        for name in ("prefill_threshold", "decode_threshold"):
+        for name, what in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and (not is_whole(value) or value < 0):
-                raise OptionError(
-                    f"dbo_{name.replace('_', '_token_')}={value!r} is not a count of tokens; use 0 or more"
-                )
-        for name in ("min_total_tokens", "min_prefill_tokens"):
-            value = getattr(self, name)
+            if value is None and _DEFAULTS[name] is None:
+                continue
             if not is_whole(value) or value < 0:
-                raise OptionError(f"{name}_to_split={value!r} is not a count of tokens; use 0 or more")
-        for name, value in (("start_layer", self.start_layer), ("end_layer", self.end_layer)):
-            if value is not None and (not is_whole(value) or value < 0):
-                raise OptionError(f"dbo_{name}={value!r} is not the number of a layer; use 0 or more")
+                raise OptionError(f"{OPTION_NAMES[name]}={value!r} is not {what}; use 0 or more")
         if self.end_layer is not None and self.end_layer <= self.start_layer:
             raise OptionError(
                 f"dbo_start_layer={self.start_layer} and dbo_end_layer={self.end_layer} leave no layer to split; "
@@ -93,15 +107,13 @@ class OverlapPolicy:
     def without_effect(self) -> list[str]:
         """One sentence for each option that this policy does not use."""
         if self.dbo != "off":
+            if self.split == "token" and self.imbalance_ratio != _DEFAULTS["imbalance_ratio"]:
+                return [f"imbalance_ratio={self.imbalance_ratio} has no effect with split='token', which cuts anywhere"]
             return []
-        options = {
-            "dbo_prefill_token_threshold": self.prefill_threshold,
-            "dbo_decode_token_threshold": self.decode_threshold,
-        }
         return [
-            f"{name}={value} has no effect with dbo='off': no step is split"
-            for name, value in options.items()
-            if value is not None
+            f"{option}={getattr(self, name)} has no effect with dbo='off': no step is split"
+            for name, option in OPTION_NAMES.items()
+            if name not in ("dbo", "split", "micro_batches") and getattr(self, name) != _DEFAULTS[name]
         ]
 
     def describe(self) -> str:
@@ -110,5 +122,12 @@ class OverlapPolicy:
             return "off: every step is serial"
         prefill, decode = self.threshold(decode_only=False), self.threshold(decode_only=True)
         limits = f"from {prefill} tokens a rank in prefill and {decode} in decode" if prefill or decode else "always"
+        if self.min_total_tokens or self.min_prefill_tokens:
+            limits += f", at least {self.min_total_tokens} in all and {self.min_prefill_tokens} of prompts"
+        if self.start_layer or self.end_layer is not None:
+            limits += f", layers {self.start_layer} to {'the last' if self.end_layer is None else self.end_layer - 1}"
         note = ", by fixed thresholds: no calibration exists yet" if self.dbo == "auto" else ""
         return f"{self.dbo}: {self.micro_batches} micro-batches, cut by {self.split}, {limits}{note}"
+
+
+_DEFAULTS = {field.name: field.default for field in fields(OverlapPolicy)}

@@ -32,6 +32,7 @@ class Planner:
         return Proposal(
             num_tokens=batch.num_tokens,
             decode_only=decode_only,
+            num_prefill_tokens=batch.num_prefill_tokens,
             part_tokens=cut.part_tokens,
             refusal=cut.refusal,
             wave=wave,

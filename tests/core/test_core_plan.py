@@ -16,6 +16,7 @@ proposals = st.builds(
     Proposal,
     num_tokens=counts,
     decode_only=st.booleans(),
+    num_prefill_tokens=counts,
     part_tokens=st.lists(counts, min_size=1, max_size=MAX_LANES).map(tuple),
     refusal=st.sampled_from(Refusal),
     wave=words,

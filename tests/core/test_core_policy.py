@@ -9,7 +9,7 @@ import pytest
 
 from antiphon.core.errors import OptionError
 from antiphon.core.plan import MAX_LANES
-from antiphon.core.policy import DBO_MODES, SPLIT_RULES, OverlapPolicy
+from antiphon.core.policy import DBO_MODES, OPTION_NAMES, SPLIT_RULES, OverlapPolicy
 
 OTHER_VALUES = {
     "dbo": ["on", "off"],
@@ -18,6 +18,10 @@ OTHER_VALUES = {
     "prefill_threshold": [0, 1, 512],
     "decode_threshold": [0, 1, 32],
     "imbalance_ratio": [0.2, 0.0],
+    "min_total_tokens": [1, 256],
+    "min_prefill_tokens": [1, 64],
+    "start_layer": [1, 2],
+    "end_layer": [1, 2],
 }
 
 
@@ -65,6 +69,15 @@ def test_defaults():
         ({"decode_threshold": -1}, "dbo_decode_token_threshold=-1 .*use 0 or more"),
         ({"prefill_threshold": 1.5}, "dbo_prefill_token_threshold=1.5"),
         ({"decode_threshold": "32"}, "dbo_decode_token_threshold='32'"),
+        ({"min_total_tokens": -1}, "min_total_tokens_to_split=-1 is not a count of tokens; use 0 or more"),
+        ({"min_prefill_tokens": -1}, "min_prefill_tokens_to_split=-1 is not a count of tokens; use 0 or more"),
+        ({"min_total_tokens": None}, "min_total_tokens_to_split=None"),
+        ({"min_prefill_tokens": 6.4}, "min_prefill_tokens_to_split=6.4"),
+        ({"start_layer": -1}, "dbo_start_layer=-1 is not the number of a layer; use 0 or more"),
+        ({"start_layer": None}, "dbo_start_layer=None"),
+        ({"end_layer": "4"}, "dbo_end_layer='4' is not the number of a layer"),
+        ({"end_layer": 0}, "dbo_start_layer=0 and dbo_end_layer=0 leave no layer to split"),
+        ({"start_layer": 3, "end_layer": 3}, "dbo_start_layer=3 and dbo_end_layer=3 .*use an end above the start"),
         ({"imbalance_ratio": -0.01}, "imbalance_ratio=-0.01 .*from 0 to 1"),
         ({"imbalance_ratio": 1.01}, "imbalance_ratio=1.01 .*from 0 to 1"),
         ({"imbalance_ratio": float("nan")}, "imbalance_ratio=nan"),
@@ -143,6 +156,9 @@ def test_fingerprints_fit_into_a_word_of_the_row():
         ({"dbo": "off"}, ["off", "serial"]),
         ({"dbo": "on"}, ["on", "2 micro-batches", "token", "always"]),
         ({"dbo": "on", "micro_batches": 3, "prefill_threshold": 7}, ["3 micro-batches", "from 7", "0 in decode"]),
+        ({"dbo": "on", "min_total_tokens": 256, "min_prefill_tokens": 64}, ["at least 256 in all and 64 of prompts"]),
+        ({"dbo": "on", "start_layer": 3}, ["layers 3 to the last"]),
+        ({"dbo": "on", "end_layer": 9}, ["layers 0 to 8"]),
         ({"split": "request-boundary"}, ["auto", "request-boundary", "512", "32"]),
     ],
 )
@@ -160,3 +176,17 @@ def test_thresholds_without_effect_are_named():
         "dbo_prefill_token_threshold=5 has no effect with dbo='off': no step is split",
         "dbo_decode_token_threshold=0 has no effect with dbo='off': no step is split",
     ]
+    assert OverlapPolicy(dbo="off", min_total_tokens=256, start_layer=1, micro_batches=3).without_effect() == [
+        "min_total_tokens_to_split=256 has no effect with dbo='off': no step is split",
+        "dbo_start_layer=1 has no effect with dbo='off': no step is split",
+    ]
+
+
+def test_a_ratio_without_effect_is_named():
+    assert OverlapPolicy(dbo="on", split="request-boundary", imbalance_ratio=0.3).without_effect() == []
+    (sentence,) = OverlapPolicy(dbo="on", imbalance_ratio=0.3).without_effect()
+    assert sentence == "imbalance_ratio=0.3 has no effect with split='token', which cuts anywhere"
+
+
+def test_every_field_is_known_to_users_by_an_option():
+    assert list(OPTION_NAMES) == [field.name for field in fields(OverlapPolicy)]

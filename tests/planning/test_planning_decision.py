@@ -29,7 +29,8 @@ def offers(draw, num_lanes: int):
     if draw(st.booleans()):
         return refused(draw(st.integers(0, 700)), draw(st.sampled_from([Refusal.TOO_FEW_TOKENS, Refusal.NO_BOUNDARY])))
     parts = draw(st.lists(st.integers(1, 500), min_size=num_lanes, max_size=num_lanes))
-    return offer(*parts, decode_only=draw(st.booleans()))
+    num_prefill = draw(st.integers(0, sum(parts)))
+    return replace(offer(*parts, decode_only=num_prefill == 0), num_prefill_tokens=num_prefill)
 
 
 @st.composite
@@ -40,6 +41,8 @@ def policies(draw, micro_batches: int):
         micro_batches=micro_batches,
         prefill_threshold=draw(thresholds),
         decode_threshold=draw(thresholds),
+        min_total_tokens=draw(st.integers(0, 300)),
+        min_prefill_tokens=draw(st.integers(0, 300)),
     )
 
 
@@ -109,6 +112,8 @@ def test_the_busiest_rank_alone_decides(case):
         policy.dbo != "off"
         and len(busiest.part_tokens) > 1
         and busiest.num_tokens >= policy.threshold(decode_only=busiest.decode_only)
+        and busiest.num_tokens >= policy.min_total_tokens
+        and not 0 < busiest.num_prefill_tokens < policy.min_prefill_tokens
     )
     assert (decide(proposals, policy).num_lanes > 1) is allowed
 
@@ -140,6 +145,39 @@ def test_off_is_serial_with_its_reason():
 )
 def test_thresholds(policy, tokens, decode_only, kind):
     assert decide([offer(tokens // 2, tokens // 2, decode_only=decode_only)], policy).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "num_prefill", "reason"),
+    [
+        ({"min_total_tokens": 256}, 254, 254, "below min_total_tokens_to_split"),
+        ({"min_total_tokens": 256}, 254, 0, "below min_total_tokens_to_split"),
+        ({"min_total_tokens": 256}, 256, 256, "dual allowed"),
+        ({"min_prefill_tokens": 64}, 400, 63, "below min_prefill_tokens_to_split"),
+        ({"min_prefill_tokens": 64}, 400, 64, "dual allowed"),
+        ({"min_prefill_tokens": 64}, 400, 0, "dual allowed"),  # only decode: there is no prefill to be too small
+        ({"min_total_tokens": 256, "min_prefill_tokens": 64}, 100, 10, "below min_total_tokens_to_split"),
+        ({"min_total_tokens": 10, "prefill_threshold": 500}, 400, 400, "below the prefill threshold"),
+    ],
+)
+def test_the_smallest_step_to_split(options, tokens, num_prefill, reason):
+    mine = replace(offer(tokens // 2, tokens // 2, decode_only=num_prefill == 0), num_prefill_tokens=num_prefill)
+    other = replace(offer(10, 10), num_prefill_tokens=20)
+    for proposals in ([mine, other], [other, mine]):
+        plan = decide(proposals, replace(ON, **options))
+        assert plan.reason == reason
+        assert (plan.num_lanes > 1) is (reason == "dual allowed")
+
+
+def test_below_the_smallest_step_the_plan_says_how_far():
+    small = replace(offer(100, 100), num_prefill_tokens=50)
+    plan = decide([small], replace(ON, min_total_tokens=256))
+    assert str(plan) == "serial: 200 tokens on rank 0, a step is split from 256"
+    plan = decide([small], replace(ON, min_prefill_tokens=64))
+    assert str(plan) == (
+        "serial: 50 of prompts among 200 tokens on rank 0, with prompts a step is split from 64 of them"
+    )
+    assert str(decide([small], replace(ON, min_total_tokens=128))) == "dual: 200 tokens on rank 0, split from 128"
 
 
 def test_the_threshold_counts_tokens_of_the_busiest_rank_and_not_of_all():

@@ -30,6 +30,13 @@ def test_the_offer_cuts_by_the_policy():
     assert proposal.refusal is Refusal.NONE
 
 
+def test_the_offer_counts_the_tokens_of_prompts():
+    """(new tokens, context): a prompt, a part of one, a decode, and a prompt of one token."""
+    batch = batch_of((10, 0), (5, 3), (1, 9), (1, 0))
+    assert Planner(OverlapPolicy()).propose(batch).num_prefill_tokens == 16
+    assert Planner(OverlapPolicy()).propose(batch_of((1, 9), (1, 4))).num_prefill_tokens == 0
+
+
 def test_the_offer_uses_the_rule_and_the_ratio_of_the_policy():
     batch = batch_of((60, 0), (40, 0))
     strict = OverlapPolicy(split="request-boundary")
