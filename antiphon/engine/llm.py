@@ -17,7 +17,7 @@ from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.checks import is_whole
 from antiphon.core.errors import OptionError, RequestError
 from antiphon.core.policy import OverlapPolicy
-from antiphon.core.sampling import GeneratedOutput, SamplingParams
+from antiphon.core.sampling import CompletionOutput, GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.prompts import Prompt, params_for, plain_ints, prompt_list
@@ -43,7 +43,7 @@ class _Open:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     logits: list[bytes] = field(default_factory=list)
-    prompt_logits: bytes | None = None
+    prompt_logits: list[bytes] = field(default_factory=list)
 
 
 class LLM:
@@ -193,7 +193,7 @@ class LLM:
                 for output in self._client.poll():
                     if (item := opened.get(output.request_id)) is not None:
                         _take(item, output)
-                        num_tokens += 1
+                        num_tokens += output.token is not None
                         num_finished += output.finish_reason is not None
                 if progress is not None:
                     progress(num_finished, len(requests), num_tokens)
@@ -277,11 +277,17 @@ class LLM:
                 else (f"a step takes at most {longest}", "raise max_num_batched_tokens")
             )
             raise RequestError(f"prompt {place} has {len(prompt_ids)} tokens, but {limit}; {remedy}")
-        max_tokens = min(params.max_tokens, config.max_model_len - len(prompt_ids))
+        room = config.max_model_len - len(prompt_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         request = Request(
             request_id=self._num_requests + place,
             prompt_ids=tuple(prompt_ids),
-            params=replace(params, max_tokens=max_tokens, top_k=min(params.top_k, config.model.vocab_size)),
+            params=replace(
+                params,
+                max_tokens=max_tokens,
+                min_tokens=min(params.min_tokens, max_tokens),
+                top_k=min(params.top_k, config.model.vocab_size),
+            ),
             max_tokens=max_tokens,
             seed=params.seed if params.seed is not None else config.options.seed + self._num_requests + place,
         )
@@ -312,14 +318,20 @@ class LLM:
         return ids
 
     def _output(self, item: _Open) -> GeneratedOutput:
+        params = item.request.params
         return GeneratedOutput(
             prompt=item.prompt,
             prompt_token_ids=list(item.request.prompt_ids),
-            text=self._tokenizer.decode(item.token_ids),
-            token_ids=item.token_ids,
-            finish_reason=item.finish_reason,
-            logits=self._logits(b"".join(item.logits)) if item.request.params.return_logits else None,
-            prompt_logits=None if item.prompt_logits is None else self._logits(item.prompt_logits),
+            outputs=[
+                CompletionOutput(
+                    index=0,
+                    text=self._tokenizer.decode(item.token_ids),
+                    token_ids=item.token_ids,
+                    finish_reason=item.finish_reason,
+                    logits=self._logits(b"".join(item.logits)) if params.return_logits else None,
+                )
+            ],
+            prompt_logits=self._logits(b"".join(item.prompt_logits)) if params.return_prompt_logits else None,
         )
 
     def _logits(self, data: bytes) -> torch.Tensor:
@@ -328,12 +340,13 @@ class LLM:
 
 
 def _take(item: _Open, output: TokenOutput) -> None:
-    item.token_ids.append(output.token_id)
     item.finish_reason = output.finish_reason or ""
-    if output.logits is not None:
-        item.logits.append(output.logits)
-    if output.prompt_logits is not None:
-        item.prompt_logits = output.prompt_logits
+    if output.token is not None:
+        item.token_ids.append(output.token.token_id)
+        if output.token.logits is not None:
+            item.logits.append(output.token.logits)
+    if output.prompt is not None and output.prompt.logits is not None:
+        item.prompt_logits.append(output.prompt.logits)
 
 
 def _unknown_option(name: str) -> OptionError:

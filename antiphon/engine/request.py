@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import torch
+from typing import Any
 
 from antiphon.core.sampling import SamplingParams
+from antiphon.engine.sampled import NewToken, PromptPart
 
 __all__ = ["Request", "TokenOutput"]
 
@@ -25,8 +25,10 @@ class Request:
     block_ids: tuple[int, ...] = ()
     num_computed: int = 0  # tokens whose keys and values are in the cache
     output_ids: list[int] = field(default_factory=list)
+    num_cached: int = 0  # tokens of the prompt that came from the prefix cache
     # set by the sampler
-    generator: torch.Generator | None = None
+    num_reported: int = 0  # positions of the prompt whose logits or logprobs were handed out
+    sampling: Any = None  # what it keeps for speed; rebuilt from prompt_ids and output_ids if dropped
 
     @property
     def num_tokens(self) -> int:
@@ -40,10 +42,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOutput:
-    """One new token of one request; `logits` as bytes of the engine's logits dtype, where they were asked for."""
+    """What a step has found of one request: a new token, a part of what was asked of its prompt, or both.
+
+    stop_reason: the token of stop_token_ids that ended it, or the stop string; `None` for the end-of-sequence token.
+    """
 
     request_id: int
-    token_id: int
-    finish_reason: str | None
-    logits: bytes | None = None
-    prompt_logits: bytes | None = None
+    token: NewToken | None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt: PromptPart | None = None
+    num_cached: int = 0

@@ -66,18 +66,20 @@ class Scheduler:
     def commit(self, batch: Batch, sampled: Sampled) -> list[TokenOutput]:
         """Write the new tokens down, end what is finished, and free its blocks."""
         outputs = []
-        for number, (part, token_id) in enumerate(zip(batch.requests, sampled.token_ids, strict=True)):
+        for place, part in enumerate(batch.requests):
             request = self.requests[part.request_id]
             request.num_computed += part.query_len
-            request.output_ids.append(token_id)
-            finish_reason = self._finish_reason(request, token_id)
+            token = sampled.tokens[place]
+            request.output_ids.append(token.token_id)
+            finish_reason, stop_reason = self._finish_reason(request, token.token_id)
             outputs.append(
                 TokenOutput(
                     request_id=request.request_id,
-                    token_id=token_id,
+                    token=token,
                     finish_reason=finish_reason,
-                    logits=sampled.logits.get(number),
-                    prompt_logits=sampled.prompt_logits.get(number),
+                    stop_reason=stop_reason,
+                    prompt=sampled.prompt.get(place),
+                    num_cached=request.num_cached,
                 )
             )
             if finish_reason is not None:
@@ -97,10 +99,15 @@ class Scheduler:
             budget -= len(request.prompt_ids)
             self._running.append(self._waiting.popleft())
 
-    def _finish_reason(self, request: Request, token_id: int) -> str | None:
-        if token_id in self._eos_token_ids and not request.params.ignore_eos:
-            return "stop"
-        return "length" if len(request.output_ids) >= request.max_tokens else None
+    def _finish_reason(self, request: Request, token_id: int) -> tuple[str | None, int | None]:
+        """And the token of stop_token_ids, if that is why."""
+        params = request.params
+        if len(request.output_ids) >= params.min_tokens:
+            if token_id in self._eos_token_ids and not params.ignore_eos:
+                return "stop", None
+            if token_id in (params.stop_token_ids or ()):
+                return "stop", token_id
+        return ("length" if len(request.output_ids) >= request.max_tokens else None), None
 
     def _release(self, request: Request) -> None:
         del self.requests[request.request_id]
