@@ -11,8 +11,8 @@ Shapes: `T` tokens, `S` new tokens, `L` tokens of context and new ones, `N` requ
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from antiphon.kernels.causal_attention import causal_attention
 from antiphon.kernels.request_groups import MOST_POSITIONS, request_groups
 
 __all__ = ["decode_attention", "gather_keys_values", "prefill_attention", "write_keys_values"]
@@ -40,25 +40,8 @@ def prefill_attention(
     q_NSHQ: torch.Tensor, key_NLGQ: torch.Tensor, value_NLGQ: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Causal attention of the last `S` of `L` tokens of `N` requests: [N, S, H, Q]. Keys and values are of all `L`."""
-    num_new, length = q_NSHQ.shape[1], key_NLGQ.shape[1]
-    mask = None if num_new == length else _lower_right_mask(num_new, length)
-    out_NHSQ = F.scaled_dot_product_attention(
-        q_NSHQ.transpose(1, 2),
-        key_NLGQ.transpose(1, 2),
-        value_NLGQ.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=True,
-    )
+    out_NHSQ = causal_attention(q_NSHQ.transpose(1, 2), key_NLGQ.transpose(1, 2), value_NLGQ.transpose(1, 2), scale)
     return out_NHSQ.transpose(1, 2)
-
-
-def _lower_right_mask(num_new: int, length: int) -> torch.Tensor:
-    """An object that fused kernels understand; it becomes a tensor only where none of them can run."""
-    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it: seconds of a start
-
-    return causal_lower_right(num_new, length)
 
 
 def decode_attention(

@@ -11,13 +11,22 @@ Shapes: `S` new tokens, `L` tokens of context and new ones, `N` requests, `B` bl
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
+from antiphon.kernels.causal_attention import causal_attention
 from antiphon.kernels.request_groups import MOST_POSITIONS, request_groups
 
-__all__ = ["decode_attention", "gather_blocks", "prefill_attention", "write_latents"]
+__all__ = ["MOST_EXPANDED", "decode_attention", "gather_blocks", "prefill_attention", "write_latents"]
+
+MOST_EXPANDED = 1 << 20
+"""Heads by positions whose keys and values exist at once: 1.25 GiB in bfloat16 at DeepSeek's sizes, padding included.
+
+8,192 tokens of 128 heads are as many, so prompts without context are not cut.
+"""
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -33,13 +42,33 @@ def gather_blocks(cache_blocks: torch.Tensor, block_ids_B: torch.Tensor, length:
 
 
 def prefill_attention(
-    q_NSHQ: torch.Tensor, latents_NLC: torch.Tensor, up_HXC: torch.Tensor, scale: float
+    q_NSHQ: torch.Tensor,
+    latents_NLC: torch.Tensor,
+    up_HXC: torch.Tensor,
+    scale: float,
+    *,
+    most_expanded: int = MOST_EXPANDED,
 ) -> torch.Tensor:
     """Causal attention of the last `S` of `L` tokens of `N` requests: [N, S, H, V].
 
     q_NSHQ: [N, S, H, Q + P2], rotary part behind. latents_NLC: [N, L, C + P2] of all `L` tokens.
     up_HXC: [H, Q + V, C], from a latent to the key and the value of each head, contiguous.
+    most_expanded bounds the keys and values that exist at once, for long contexts: some heads after the others.
     """
+    groups = _head_groups(up_HXC.shape[0], latents_NLC.shape[0] * latents_NLC.shape[1], most_expanded)
+    parts = [_prefill(q_NSHQ[:, :, heads], latents_NLC, up_HXC[heads], scale) for heads in groups]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _head_groups(num_heads: int, num_positions: int, most_expanded: int) -> list[slice]:
+    """As few slices of the heads as can be, as even as can be; one head at least in each."""
+    at_most = max(1, most_expanded // max(1, num_positions))
+    num_groups = -(-num_heads // at_most)
+    edges = [num_heads * number // num_groups for number in range(num_groups + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def _prefill(q_NSHQ: torch.Tensor, latents_NLC: torch.Tensor, up_HXC: torch.Tensor, scale: float) -> torch.Tensor:
     num_heads, _, latent_size = up_HXC.shape
     num_requests, length, width = latents_NLC.shape
     query_size = q_NSHQ.shape[3] - (width - latent_size)
@@ -51,7 +80,7 @@ def prefill_attention(
     q_NHSQ, key_NHLQ, value_NHLV = q_NSHQ.transpose(1, 2), key_NLHQ.transpose(1, 2), value_NLHV.transpose(1, 2)
     fused = q_NSHQ.is_cuda and q_NSHQ.dtype in _FUSED_DTYPES and value_NLHV.shape[3] <= q_NSHQ.shape[3]
     padded = fused and not _takes_short_values(q_NHSQ, key_NHLQ, value_NHLV)
-    attention = _causal_padded if padded else _causal
+    attention = _causal_padded if padded else causal_attention
     return attention(q_NHSQ, key_NHLQ, value_NHLV, scale).transpose(1, 2)
 
 
@@ -65,38 +94,13 @@ def _takes_short_values(q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV
     return can_use_cudnn_attention(SDPAParams(q_NHSQ, key_NHLQ, value_NHLV, None, 0.0, True, False))
 
 
-def _causal(q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of the last `S` of `L` tokens: [N, H, S, V]. Any device and dtype; scores and masks may be stored."""
-    num_new, length = q_NHSQ.shape[2], key_NHLQ.shape[2]
-    context = length - num_new
-    if context == 0:
-        mask = None
-    else:
-        mask = torch.ones(num_new, length, dtype=torch.bool, device=q_NHSQ.device).tril(context)
-    return F.scaled_dot_product_attention(
-        q_NHSQ, key_NHLQ, value_NHLV, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-
-
 def _causal_padded(
     q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The same without storing scores or masks.
-
-    torch's flash kernels want values as long as keys, and no mask but this one.
-    """
+    """`causal_attention` by torch's flash kernels, which want values as long as keys."""
     value_size = value_NHLV.shape[3]
     padded_NHLQ = F.pad(value_NHLV, (0, key_NHLQ.shape[3] - value_size))
-    num_new, length = q_NHSQ.shape[2], key_NHLQ.shape[2]
-    mask = None
-    if num_new < length:
-        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it: a second of a start
-
-        mask = causal_lower_right(num_new, length)
-    out_NHSQ = F.scaled_dot_product_attention(
-        q_NHSQ, key_NHLQ, padded_NHLQ, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    return out_NHSQ[..., :value_size]
+    return causal_attention(q_NHSQ, key_NHLQ, padded_NHLQ, scale)[..., :value_size]
 
 
 def decode_attention(

@@ -117,6 +117,14 @@ def test_prefill_of_views_of_one_tensor(context: int) -> None:
     assert_near(attend(q[context:], key, value), full_attention(text)[context:], torch.float64)
 
 
+@pytest.mark.parametrize("context", range(2 * BLOCK_SIZE + 1))
+@pytest.mark.parametrize("num_new", [2, 3, BLOCK_SIZE + 1])
+def test_every_context_against_the_block_size(context: int, num_new: int) -> None:
+    text = make_text(context + num_new, (6, 2, 10), seed=2, dtype=torch.float64)
+    key_LGQ, value_LGQ = gather_keys_values(make_cache([text]), text.blocks, text.length, 10)
+    assert_near(attend(text.q_LHQ[context:], key_LGQ, value_LGQ), full_attention(text)[context:], torch.float64)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_written_is_gathered(dtype: torch.dtype) -> None:
     texts = [make_text(length, (6, 2, 10), seed=length, dtype=dtype, first_block=1 + length) for length in (3, 9)]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from antiphon.kernels.causal_attention import causal_attention
 from antiphon.kernels.mla_attention import (
-    _causal,
     _causal_padded,
+    _head_groups,
     decode_attention,
     gather_blocks,
     prefill_attention,
@@ -239,4 +240,47 @@ def test_the_form_for_flash_kernels_is_the_same(num_new: int, length: int) -> No
         for rows, size, seed in ((num_new, 12, 30), (length, 12, 31), (length, 8, 32))
     )
     out = _causal_padded(q_NHSQ, key_NHLQ, value_NHLV, 0.3)
-    torch.testing.assert_close(out, _causal(q_NHSQ, key_NHLQ, value_NHLV, 0.3))
+    torch.testing.assert_close(out, causal_attention(q_NHSQ, key_NHLQ, value_NHLV, 0.3))
+
+
+@pytest.mark.parametrize("context", range(2 * BLOCK_SIZE + 1))
+@pytest.mark.parametrize("num_new", [2, 3, BLOCK_SIZE + 1])
+def test_every_context_against_the_block_size(context: int, num_new: int) -> None:
+    heads = make_heads(torch.float64)
+    text = make_text(heads, context + num_new, seed=8, first_block=1)
+    cache = make_cache(heads, [text], filling=float("nan"))
+    expected = full_attention(heads, text)[context:]
+    assert relative_error(prefill(heads, cache, text, context, text.length), expected) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize(("context", "num_texts"), [(0, 1), (5, 1), (0, 3)])
+@pytest.mark.parametrize("most_expanded", [1, 11, 2 * 11, 3 * 11, 3 * 11 * 3])
+def test_some_heads_after_the_others_change_nothing(most_expanded: int, context: int, num_texts: int) -> None:
+    heads = make_heads(torch.float64)
+    texts = [make_text(heads, 11, seed=seed, first_block=1) for seed in range(num_texts)]
+    out_NSHV = prefill_attention(
+        torch.stack([text.q_SHQ[context:] for text in texts]),
+        torch.stack([text.latents_LC for text in texts]),
+        torch.cat([heads.key_up_HQC, heads.value_up_HVC], dim=1),
+        heads.scale,
+        most_expanded=most_expanded,
+    )
+    for out_SHV, text in zip(out_NSHV, texts, strict=True):
+        assert relative_error(out_SHV, full_attention(heads, text)[context:]) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_positions", "most", "sizes"),
+    [
+        (128, 8192, 1 << 20, [128]),
+        (128, 8193, 1 << 20, [64, 64]),
+        (128, 65_536, 1 << 20, [16] * 8),
+        (16, 163_840, 1 << 20, [5, 5, 6]),
+        (3, 100, 10, [1, 1, 1]),
+        (5, 0, 10, [5]),
+    ],
+)
+def test_groups_of_heads(num_heads: int, num_positions: int, most: int, sizes: list[int]) -> None:
+    groups = _head_groups(num_heads, num_positions, most)
+    assert [group.stop - group.start for group in groups] == sizes
+    assert [head for group in groups for head in range(group.start, group.stop)] == list(range(num_heads))

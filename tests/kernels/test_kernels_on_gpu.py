@@ -8,10 +8,12 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from antiphon.kernels import gqa_attention
 from antiphon.kernels.activation import gated_silu
+from antiphon.kernels.causal_attention import _takes_flash, causal_attention_reference
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write, norm_rotate_write_reference
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts, grouped_experts_reference
-from antiphon.kernels.mla_attention import _causal, prefill_attention
+from antiphon.kernels.mla_attention import prefill_attention
 from antiphon.kernels.norm_rope import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -190,8 +192,51 @@ def test_latent_prefill(num_texts: int, num_new: int, length: int) -> None:
     both_NHLX = torch.einsum("nlc,hxc->nhlx", latents_NLC[..., :latent].float(), up_HXC.float())
     rope_key_NHLP = latents_NLC[..., latent:].float().unsqueeze(1).expand(-1, heads, -1, -1)
     key_NHLQ = torch.cat([both_NHLX[..., :query], rope_key_NHLP], dim=-1)
-    expected = _causal(q_NSHQ.float().transpose(1, 2), key_NHLQ, both_NHLX[..., query:], 0.07).transpose(1, 2)
-    assert relative_error(out_NSHV, expected) < 2e-2
+    expected = causal_attention_reference(q_NSHQ.float().transpose(1, 2), key_NHLQ, both_NLHX[..., query:], 0.07)
+    assert relative_error(out_NSHV, expected.transpose(1, 2)) < 2e-2
+
+
+def test_latent_prefill_after_a_long_context_takes_little_memory() -> None:
+    """In groups of heads; at once they would need 2.5 GiB and more."""
+    heads, query, rope, value, latent, num_new, length = 64, 128, 64, 128, 512, 256, 32_768
+    q_NSHQ = randn(1, num_new, heads, query + rope, seed=21)
+    latents_NLC = randn(1, length, latent + rope, seed=22)
+    up_HXC = randn(heads, query + value, latent, seed=23) / 23
+    prefill_attention(q_NSHQ, latents_NLC, up_HXC, 0.07)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out_NSHV = run_without_waiting(lambda: prefill_attention(q_NSHQ, latents_NLC, up_HXC, 0.07))
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * 2**30
+    some = slice(40, 43)
+    both_NLHX = torch.einsum("nlc,hxc->nhlx", latents_NLC[..., :latent].float(), up_HXC[some].float())
+    rope_key_NLHP = latents_NLC[..., latent:].float().unsqueeze(1).expand(-1, 3, -1, -1)
+    key_NHLQ = torch.cat([both_NLHX[..., :query], rope_key_NLHP], dim=-1)
+    q_NHSQ = q_NSHQ[:, :, some].float().transpose(1, 2)
+    expected = causal_attention_reference(q_NHSQ, key_NHLQ, both_NLHX[..., query:], 0.07)
+    assert relative_error(out_NSHV[:, :, some], expected.transpose(1, 2)) < 2e-2
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(32, 4, 128), (8, 8, 64), (12, 1, 80)])
+@pytest.mark.parametrize(("num_new", "length"), [(300, 1000), (2, 17), (1, 513), (512, 4096)])
+def test_grouped_query_prefill_after_a_context(
+    num_new: int, length: int, num_heads: int, num_kv_heads: int, size: int
+) -> None:
+    """From the cache, by the flash kernel: no mask, no waiting."""
+    cache = randn(400, 16, 2 * num_kv_heads * size, seed=24)
+    blocks_B = torch.randperm(400, device="cuda")[: -(-length // 16)]
+    q_NSHQ = randn(1, num_new, num_heads, size, seed=25)
+
+    def attend() -> torch.Tensor:
+        key_LGQ, value_LGQ = gqa_attention.gather_keys_values(cache, blocks_B, length, size)
+        assert _takes_flash(*(x.unsqueeze(0).transpose(1, 2) for x in (q_NSHQ[0], key_LGQ, value_LGQ)))
+        return gqa_attention.prefill_attention(q_NSHQ, key_LGQ.unsqueeze(0), value_LGQ.unsqueeze(0), 0.1)
+
+    out_NSHQ = run_without_waiting(attend)
+    keys_values = gqa_attention.gather_keys_values(cache.float(), blocks_B, length, size)
+    wide = [x.float().unsqueeze(0).transpose(1, 2) for x in (q_NSHQ[0], *keys_values)]
+    expected = causal_attention_reference(*wide, 0.1).transpose(1, 2)
+    assert relative_error(out_NSHQ, expected) < 1e-2
 
 
 @pytest.mark.parametrize("num_pairs", [64, 32])

@@ -1,0 +1,92 @@
+"""Causal attention of the last tokens of a text: torch's fused kernels where one of them can, else in pieces.
+
+torch's kernels take a causal mask without a tensor where there is no context. With one, only the flash kernel does, by
+an operator of its own: `torch.nn.attention.bias` calls the same one, but brings torch's compiler with it (a second and
+more in the middle of serving) and reserves memory of the host for the whole mask.
+
+Shapes: `N` texts, `H` query heads, `G` key/value heads, `S` new tokens, `L` tokens of context and new ones, `Q`
+dimensions of queries and keys, `V` of values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+__all__ = ["causal_attention", "causal_attention_reference"]
+
+_MOST_MASKED = 1 << 22
+"""Pairs of a new token and a token that it may see, of one piece; where scores are stored, of each head."""
+
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_FLASH_ALIGNMENT = 8  # of the dimensions of a head
+
+
+def causal_attention(
+    q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor, value_NGLV: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of the last `S` of `L` tokens, the last of which sees all: [N, H, S, V]. The host does not wait.
+
+    Query head h uses key/value head h // (H / G).
+    """
+    if q_NHSQ.shape[2] == key_NGLQ.shape[2]:
+        return _attend(q_NHSQ, key_NGLQ, value_NGLV, None, scale)
+    if _takes_flash(q_NHSQ, key_NGLQ, value_NGLV):
+        # The kernel's causal mask has its corner at the lower right.
+        out_NHSV: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+            q_NHSQ, key_NGLQ, value_NGLV, 0.0, is_causal=True, return_debug_mask=False, scale=scale
+        )[0]
+        return out_NHSV
+    return causal_attention_reference(q_NHSQ, key_NGLQ, value_NGLV, scale)
+
+
+def causal_attention_reference(
+    q_NHSQ: torch.Tensor,
+    key_NGLQ: torch.Tensor,
+    value_NGLV: torch.Tensor,
+    scale: float,
+    *,
+    most_masked: int = _MOST_MASKED,
+) -> torch.Tensor:
+    """The same with masks that are stored, one piece of the new tokens after the other. Any device and dtype."""
+    num_new, length = q_NHSQ.shape[2], key_NGLQ.shape[2]
+    context, step = length - num_new, max(1, most_masked // length)
+    pieces = []
+    for start in range(0, num_new, step):
+        stop = min(start + step, num_new)
+        seen = context + stop
+        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q_NHSQ.device).tril_(context + start)
+        q_NHsQ, key_NGlQ, value_NGlV = q_NHSQ[:, :, start:stop], key_NGLQ[:, :, :seen], value_NGLV[:, :, :seen]
+        pieces.append(_attend(q_NHsQ, key_NGlQ, value_NGlV, mask, scale))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _attend(
+    q_NHSQ: torch.Tensor,
+    key_NGLQ: torch.Tensor,
+    value_NGLV: torch.Tensor,
+    mask_SL: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        q_NHSQ,
+        key_NGLQ,
+        value_NGLV,
+        attn_mask=mask_SL,
+        is_causal=mask_SL is None,
+        scale=scale,
+        enable_gqa=_is_grouped(q_NHSQ, key_NGLQ),
+    )
+
+
+def _is_grouped(q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor) -> bool:
+    return q_NHSQ.shape[1] != key_NGLQ.shape[1]
+
+
+def _takes_flash(q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor, value_NGLV: torch.Tensor) -> bool:
+    if not q_NHSQ.is_cuda or q_NHSQ.dtype not in _FLASH_DTYPES or q_NHSQ.shape[3] % _FLASH_ALIGNMENT:
+        return False
+    # Asked as if there were no mask: torch's own causal mask, at the upper left, is refused with a context.
+    grouped = _is_grouped(q_NHSQ, key_NGLQ)
+    return can_use_flash_attention(SDPAParams(q_NHSQ, key_NGLQ, value_NGLV, None, 0.0, False, grouped))
