@@ -1,15 +1,24 @@
-"""Runs the micro-batches of a step through the model, one lane each. The lanes overlap here."""
+"""Runs the micro-batches of a step through the model, one lane each. The lanes overlap here.
+
+If only some layers are split, the others run on one lane, over the whole batch of the rank:
+
+    lane 0   begin ── layers before ─┬─ layers in lanes ─┬─ layers after ── finish
+    lane 1                           └─ layers in lanes ─┘
+                                    cut                 join
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from antiphon.core.batch import MicroBatch, use_micro_batch
 from antiphon.models import CausalLM
 from antiphon.runtime import Recorder, Streams, run_lanes
+from antiphon.splitting import cut_tensors, join_tensors
 
 __all__ = ["Runner"]
 
@@ -24,15 +33,44 @@ class Runner:
         self._recorder = recorder
 
     @torch.inference_mode()
-    def run(self, parts: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Hidden states [T, D] of every part, on the device. One part runs without lanes, by the same code."""
-        parts = [
-            part.to(self._streams.device) for part in parts
-        ]  # outside the lanes: all copies before the first layer
-        functions = [partial(self._forward, part) for part in parts]
+    def run(
+        self, parts: Sequence[MicroBatch], *, whole: MicroBatch | None = None, layers: slice = slice(None)
+    ) -> list[torch.Tensor]:
+        """Hidden states [T, D] of every part, on the device. One part runs without lanes, by the same code.
+
+        layers: those that run in lanes. whole: the micro-batch of all parts together, on which the other layers run;
+        needed if there are any. Then the result may be one tensor for all parts: `splitting.join` takes either.
+        All ranks must call it with the same layers.
+        """
+        # Outside the lanes: all copies before the first layer.
+        parts = [part.to(self._streams.device) for part in parts]
+        in_lanes = range(self.model.num_layers)[layers]
+        if len(parts) == 1 or len(in_lanes) == self.model.num_layers:
+            return self._run_lanes(parts)
+        assert whole is not None, f"layers {in_lanes} of {self.model.num_layers} are split, and the others need a whole"
+        whole = whole.to(self._streams.device)
+        before, after = range(in_lanes.start), range(in_lanes.stop, self.model.num_layers)
+        states: list[Any] = []
+        for micro_batches, some_layers in (([whole], before), (parts, in_lanes), ([whole], after)):
+            if some_layers:
+                states = self._run_lanes(micro_batches, some_layers, states)
+        return states
+
+    def _run_lanes(
+        self, parts: Sequence[MicroBatch], layers: range | None = None, states: Sequence[Any] = ()
+    ) -> list[Any]:
+        """A lane for each part. states: of the layers before, for the same tokens, in other parts or the same."""
+        part_tokens = [part.num_tokens for part in parts]
+        begun = cut_tensors(join_tensors(states) if states else None, part_tokens)
+        functions = [partial(self._forward, part, layers, state) for part, state in zip(parts, begun, strict=True)]
         with self._streams.leave_free(self.reserved_sms if len(parts) > 1 else 0):
             return run_lanes(functions, streams=self._streams, recorder=self._recorder)
 
-    def _forward(self, part: MicroBatch) -> torch.Tensor:
+    def _forward(self, part: MicroBatch, layers: range | None, state: Any) -> Any:
+        """Hidden states behind the last layer, else a `LayerState`."""
         with use_micro_batch(part):
-            return self.model(part.token_ids_T, part.positions_T)
+            if layers is None:
+                return self.model(part.token_ids_T, part.positions_T)
+            state = self.model.begin(part.token_ids_T, part.positions_T) if state is None else state
+            state = self.model.run_layers(state, layers)
+            return self.model.finish(state) if layers.stop == self.model.num_layers else state

@@ -1,6 +1,6 @@
 """Models: straight-line code, in which overlap is two `finish` calls of the MoE layer, and their checkpoints."""
 
-from antiphon.models.causal_lm import CausalLM
+from antiphon.models.causal_lm import CausalLM, LayerState
 from antiphon.models.config import ModelConfig
 from antiphon.models.dummy import fill_dummy_weights
 from antiphon.models.hub import resolve_model
@@ -22,6 +22,7 @@ __all__ = [
     "PRESETS",
     "CausalLM",
     "Checkpoint",
+    "LayerState",
     "LoadProgress",
     "ModelConfig",
     "RoutingSpec",

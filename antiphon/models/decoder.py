@@ -17,6 +17,7 @@ from torch import nn
 
 from antiphon.comm import Transport
 from antiphon.kernels.grouped_experts import ExpertWorkspace
+from antiphon.models.causal_lm import LayerState
 from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.layers import Embedding, GatedFeedForward, Linear, RMSNorm, checkpoint_tensors
@@ -140,14 +141,28 @@ class Decoder(nn.Module):
         self.lm_head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
         self._angles_P: torch.Tensor | None = None
 
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+        return self.finish(self.run_layers(self.begin(token_ids_T, positions_T), range(self.num_layers)))
+
+    def begin(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> LayerState:
         x_TD = self.embed_tokens.forward(token_ids_T)
         if self._angles_P is None:
             self._angles_P = rope_angles(self.config.attention.rope).to(x_TD.device)
         cos_TP, sin_TP = rope_tables(self._angles_P, positions_T, self.config.attention.rope, x_TD.dtype)
-        residual_TD: torch.Tensor | None = None
-        for layer in self.decoder_layers():
+        return x_TD, None, cos_TP, sin_TP
+
+    def run_layers(self, state: LayerState, layers: range) -> LayerState:
+        x_TD, residual_TD, cos_TP, sin_TP = state
+        for layer in self.decoder_layers(layers):
             x_TD, residual_TD = layer.forward(x_TD, residual_TD, cos_TP, sin_TP)
+        return x_TD, residual_TD, cos_TP, sin_TP
+
+    def finish(self, state: LayerState) -> torch.Tensor:
+        x_TD, residual_TD, _, _ = state
         return self.norm.forward(x_TD) if residual_TD is None else self.norm.of_sum(x_TD, residual_TD)[0]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -163,8 +178,9 @@ class Decoder(nn.Module):
         for name, child in self.named_children():
             yield from checkpoint_tensors(child, f"{name}." if name == "lm_head" else f"model.{name}.")
 
-    def decoder_layers(self) -> Iterator[DecoderLayer]:
-        """The layers, by their type."""
-        for layer in self.layers:
+    def decoder_layers(self, layers: range | None = None) -> Iterator[DecoderLayer]:
+        """The layers, or those of a range, by their type."""
+        for number in range(self.num_layers) if layers is None else layers:
+            layer = self.layers[number]
             assert isinstance(layer, DecoderLayer)
             yield layer
