@@ -192,7 +192,7 @@ def test_latent_prefill(num_texts: int, num_new: int, length: int) -> None:
     both_NHLX = torch.einsum("nlc,hxc->nhlx", latents_NLC[..., :latent].float(), up_HXC.float())
     rope_key_NHLP = latents_NLC[..., latent:].float().unsqueeze(1).expand(-1, heads, -1, -1)
     key_NHLQ = torch.cat([both_NHLX[..., :query], rope_key_NHLP], dim=-1)
-    expected = causal_attention_reference(q_NSHQ.float().transpose(1, 2), key_NHLQ, both_NLHX[..., query:], 0.07)
+    expected = causal_attention_reference(q_NSHQ.float().transpose(1, 2), key_NHLQ, both_NHLX[..., query:], 0.07)
     assert relative_error(out_NSHV, expected.transpose(1, 2)) < 2e-2
 
 
@@ -209,11 +209,11 @@ def test_latent_prefill_after_a_long_context_takes_little_memory() -> None:
     out_NSHV = run_without_waiting(lambda: prefill_attention(q_NSHQ, latents_NLC, up_HXC, 0.07))
     assert torch.cuda.max_memory_allocated() - before < 1.5 * 2**30
     some = slice(40, 43)
-    both_NLHX = torch.einsum("nlc,hxc->nhlx", latents_NLC[..., :latent].float(), up_HXC[some].float())
+    both_NHLX = torch.einsum("nlc,hxc->nhlx", latents_NLC[..., :latent].float(), up_HXC[some].float())
     rope_key_NLHP = latents_NLC[..., latent:].float().unsqueeze(1).expand(-1, 3, -1, -1)
-    key_NHLQ = torch.cat([both_NLHX[..., :query], rope_key_NLHP], dim=-1)
+    key_NHLQ = torch.cat([both_NHLX[..., :query], rope_key_NLHP], dim=-1)
     q_NHSQ = q_NSHQ[:, :, some].float().transpose(1, 2)
-    expected = causal_attention_reference(q_NHSQ, key_NHLQ, both_NLHX[..., query:], 0.07)
+    expected = causal_attention_reference(q_NHSQ, key_NHLQ, both_NHLX[..., query:], 0.07)
     assert relative_error(out_NSHV[:, :, some], expected.transpose(1, 2)) < 2e-2
 
 
