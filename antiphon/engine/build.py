@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from antiphon.engine.runner import Runner
 from antiphon.engine.sampler import Sampler
 from antiphon.engine.scheduler import Scheduler
 from antiphon.engine.settle import settle_policy
+from antiphon.engine.starting import LOADING, Starting
 from antiphon.engine.stats import StepStats
 from antiphon.engine.step import StepEngine
 from antiphon.models import (
@@ -37,14 +39,33 @@ from antiphon.timeline import StepRecorder
 __all__ = ["build_engine", "make_transport", "ready_message"]
 
 
-def build_engine(config: ResolvedConfig, group: RankGroup) -> StepEngine:
-    """Load this rank's weights, allocate its cache, and make its step engine. All ranks do it at the same time."""
+def build_engine(
+    config: ResolvedConfig,
+    group: RankGroup,
+    *,
+    report: Callable[[Starting], None] = lambda starting: None,
+    meet: Callable[[], None] = lambda: None,
+) -> StepEngine:
+    """Load this rank's weights, allocate its cache, and make its step engine. All ranks do it at the same time.
+
+    report: told what is being done, and often while weights are read. meet: returns when all ranks have their weights;
+    without it, the next exchange between them waits, as long as the group's time limit allows.
+    """
     options = config.options
     device = device_for_rank(config.device_kind, group.rank)
     activate(device)
     streams = streams_for(device)
+    report(Starting(what="making the transport"))
     transport = make_transport(config, group, streams)
-    model = _load(config, transport)
+    report(Starting(what=LOADING))
+    model = _load(config, transport, report)
+    report(Starting(what="waiting until all ranks have loaded"))
+    meet()
+    report(
+        Starting(
+            what="running the largest step, to size the KV cache" if config.cache is None else "making the KV cache"
+        )
+    )
     cache = config.cache or measured_cache(config, model, streams=streams, group=group)
     model.bind_kv_cache(
         allocate_cache(
@@ -137,7 +158,7 @@ def _unusable(config: ResolvedConfig) -> Usability | None:
     return next((found for found in judged if found.name == config.transport.name and not found.usable), None)
 
 
-def _load(config: ResolvedConfig, transport: Transport) -> CausalLM:
+def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starting], None]) -> CausalLM:
     """This rank's part of the model with its weights, on the transport's device."""
     options = config.options
     try:
@@ -150,7 +171,11 @@ def _load(config: ResolvedConfig, transport: Transport) -> CausalLM:
     if options.load_format == "dummy":
         fill_dummy_weights(model, seed=options.seed)
     else:
-        load_weights(Checkpoint(Path(options.model)), model.checkpoint_tensors())
+        load_weights(
+            Checkpoint(Path(options.model)),
+            model.checkpoint_tensors(),
+            progress=lambda p: report(Starting(what=LOADING, bytes_read=p.bytes, num_bytes=p.num_bytes)),
+        )
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from antiphon.engine.build import build_engine, ready_message
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.messages import Ready
 from antiphon.engine.request import Request, TokenOutput
+from antiphon.engine.starting import Starting
 from antiphon.engine.step import StepEngine
 from antiphon.runtime.device import release_unused
 from antiphon.timeline import StepTimeline
@@ -60,8 +61,14 @@ class Client(Protocol):
 class InProcessClient:
     """One rank, in this process: no worker is started."""
 
-    def __init__(self, config: ResolvedConfig) -> None:
-        engine = build_engine(config, RankGroup(rank=0, size=1))
+    def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
+        """`on_start` is called with what is being done."""
+
+        def report(starting: Starting) -> None:
+            if on_start is not None:
+                on_start(str(starting))
+
+        engine = build_engine(config, RankGroup(rank=0, size=1), report=report)
         self.ready = ready_message(engine)
         self._engine: StepEngine | None = engine
         self._ended = ""

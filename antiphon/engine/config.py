@@ -20,6 +20,8 @@ from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.kv_cache import CacheSize, block_bytes
 from antiphon.engine.settle import (
     ONE_RANK_HIDES_NOTHING,
+    check_layers,
+    settle_dbo,
     settle_device,
     settle_model,
     settle_peer_access,
@@ -56,6 +58,7 @@ class EngineConfig:
     """What the user asked for; the fields are described in `antiphon.LLM`."""
 
     model: str = BUNDLED_MODEL
+    revision: str | None = None
     load_format: str = "auto"
     num_layers: int | None = None
     routing: str = "model"
@@ -101,14 +104,21 @@ class EngineConfig:
         for name in ("prefix_caching", "chunked_prefill"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not True or False; use one of them")
+        if self.dtype in ("half", "float16"):
+            raise OptionError(
+                f"dtype={self.dtype!r}: float16 is not supported, its range is too small for some models; "
+                "use 'bfloat16' or 'float32'"
+            )
         if self.dtype not in ("auto", *DTYPES):
             raise unknown_value("dtype", self.dtype, ("auto", *DTYPES))
         device_kind, device_reason = settle_device(self.device, self.ranks)
         requested = parse_transport(self.transport)
 
-        source = settle_model(self.model, self.load_format)
+        policy, dbo_source = settle_dbo(self.policy)
+        source = settle_model(self.model, self.load_format, revision=self.revision)
         routing = settle_routing(self.routing, self.load_format)
         model = read_config(source, num_layers=self.num_layers)
+        check_layers(policy, model.num_layers)
         dtype_name = _DEFAULT_DTYPES[device_kind] if self.dtype == "auto" else self.dtype
         shape = expert_shape(model, DTYPES[dtype_name])
         shape.experts_per_rank(self.ranks)
@@ -132,8 +142,11 @@ class EngineConfig:
             options=replace(
                 self,
                 model=str(source),
+                revision=None,  # the folder is that revision
                 peer_access=peer_access,
+                policy=policy,
             ),
+            dbo_source=dbo_source,
             model=model,
             routing=routing,
             device_kind=device_kind,
@@ -177,6 +190,7 @@ class ResolvedConfig:
     options: EngineConfig
     model: ModelConfig
     routing: RoutingSpec
+    dbo_source: str  # the environment's setting that decided, if one did
     device_kind: str
     device_reason: str
     dtype_name: str
@@ -248,7 +262,8 @@ class ResolvedConfig:
             return f"{asked}: {policy.dbo}, {ONE_RANK_HIDES_NOTHING}"
         most, prefill = self.max_num_batched_tokens, policy.threshold(decode_only=False)
         limit = f"; a step has at most {most} tokens" if policy.dbo != "off" and prefill >= most else ""
-        return policy.describe() + limit
+        source = f", by {self.dbo_source}" if self.dbo_source else ""
+        return policy.describe() + limit + source
 
     def describe(self) -> list[tuple[str, str]]:
         """(heading, text) of the start-up block."""
@@ -263,6 +278,7 @@ class ResolvedConfig:
             ),
             ("transport", f"{self.transport}: {self.transport_reason}"),
             ("KV cache", self._describe_cache()),
+            ("steps", self._describe_steps()),
             ("dbo", self._describe_dbo()),
         ]
 
@@ -280,7 +296,16 @@ class ResolvedConfig:
             return f"measured when the weights are loaded, {texts}"
         block = block_bytes(self.model, block_size=self.options.block_size, dtype=self.dtype)
         memory_mb = self.cache.num_blocks * block / 2**20
-        return f"{self.kv_capacity_tokens:,} tokens a rank ({memory_mb:,.0f} MiB, {self.cache.source}), {texts}"
+        prefixes = "on" if self.options.prefix_caching else "off"
+        return (
+            f"{self.kv_capacity_tokens:,} tokens a rank ({memory_mb:,.0f} MiB, {self.cache.source}), {texts}, "
+            f"prefix caching {prefixes}"
+        )
+
+    def _describe_steps(self) -> str:
+        options = self.options
+        prompts = "prompts may take several" if options.chunked_prefill else "a prompt must fit into one"
+        return f"up to {self.max_num_batched_tokens:,} tokens and {options.max_num_seqs} requests a rank; {prompts}"
 
 
 def _check_count(name: str, value: object) -> None:

@@ -6,8 +6,6 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from inspect import signature
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,11 +13,11 @@ import torch
 
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.checks import is_whole
-from antiphon.core.errors import OptionError, RequestError
-from antiphon.core.policy import OverlapPolicy
+from antiphon.core.errors import RequestError
 from antiphon.core.sampling import CompletionOutput, GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
-from antiphon.engine.config import EngineConfig, ResolvedConfig
+from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.options import OPTION_DEFAULTS, make_config
 from antiphon.engine.prompts import Prompt, params_for, plain_ints, prompt_list
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.settle import settle_policy
@@ -49,8 +47,9 @@ class _Open:
 class LLM:
     """A model on one or more ranks.
 
-    model: folder of a Hugging Face checkpoint, or "tiny-deepseek", the one that is bundled. With dummy weights also
-        the name of a published shape, such as "qwen3-30b-a3b"; a wrong one gives the list.
+    model: folder of a Hugging Face checkpoint, the id of one on the hub ("org/name"), or "tiny-deepseek", the one that
+        is bundled. With dummy weights also the name of a published shape, such as "qwen3-30b-a3b"; a wrong one gives
+        the list. revision: branch, tag or commit of a hub's model.
     load_format: "auto", or "dummy" for random weights: for measurements, with prompts of token ids and empty texts.
     num_layers: keep only so many layers. routing: of dummy weights, "model", "uniform", "zipf:A" or "recorded:FILE".
     ranks: processes that share the experts; they must divide the number of experts. With one rank no process is
@@ -63,7 +62,11 @@ class LLM:
     split: where a batch is cut, "token" or "request-boundary". micro_batches: parts of a split step, 2 to 8.
     dbo_prefill_token_threshold, dbo_decode_token_threshold: tokens on the busiest rank from which a step is split;
         by default 512 and 32 under "auto" (on GPUs 4096, with peer access 8192, for both) and none under "on".
-    max_num_batched_tokens: tokens of one step on one rank; also the longest prompt. max_num_seqs: requests that run
+    imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens.
+    min_total_tokens_to_split, min_prefill_tokens_to_split: a step with fewer tokens on the busiest rank, or with fewer
+        tokens of prompts among them, is not split; they hold under "on" too. dbo_start_layer, dbo_end_layer: only these
+        layers run split, the last one excluded.
+    max_num_batched_tokens: tokens of one step on one rank. max_num_seqs: requests that run
         at once on one rank. max_model_len: longest text, prompt and output together.
     block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank; by default a fixed size on
         the CPU, and on a GPU what the share gpu_memory_utilization of its memory leaves beside the weights and the
@@ -71,7 +74,9 @@ class LLM:
     prefix_caching: keep the full KV blocks of texts that have ended, for prompts that begin alike.
     chunked_prefill: a prompt that is longer than what is left of a step takes several steps.
     seed: from which requests without a seed take theirs, and dummy weights. timeout_s: longest wait for another
-        process. debug_order: compare the collectives of all ranks before every step.
+        process. debug_order: compare the collectives of all ranks before every step. on_start: called with what the
+        engine is doing while it starts, such as "loading the model: 35% of 14.2 GB".
+    Options of other engines are accepted where they mean something here (docs/options.md), or refused by name.
 
     Raises `OptionError` and `ModelError` (both `ValueError`) before anything is started, `EngineError` if a worker
     does not come up. Not thread-safe. Leaving the context, `close`, and the end of the process end all workers.
@@ -84,6 +89,7 @@ class LLM:
         self,
         model: str = BUNDLED_MODEL,
         *,
+        revision: str | None = None,
         load_format: str = "auto",
         num_layers: int | None = None,
         routing: str = "model",
@@ -97,6 +103,11 @@ class LLM:
         micro_batches: int = 2,
         dbo_prefill_token_threshold: int | None = None,
         dbo_decode_token_threshold: int | None = None,
+        imbalance_ratio: float = 0.1,
+        min_total_tokens_to_split: int = 0,
+        min_prefill_tokens_to_split: int = 0,
+        dbo_start_layer: int = 0,
+        dbo_end_layer: int | None = None,
         max_num_batched_tokens: int | None = None,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
@@ -108,46 +119,20 @@ class LLM:
         seed: int = 0,
         timeout_s: float = 120.0,
         debug_order: bool = False,
-        **unknown: object,
+        on_start: Callable[[str], None] | None = None,
+        **foreign: Any,
     ) -> None:
-        if unknown:
-            raise _unknown_option(next(iter(unknown)))
-        options = EngineConfig(
-            model=str(model),
-            load_format=load_format,
-            num_layers=num_layers,
-            routing=routing,
-            ranks=ranks,
-            device=str(device),
-            transport=transport,
-            peer_access=peer_access,
-            dtype=str(dtype).removeprefix("torch."),
-            policy=OverlapPolicy(
-                dbo=dbo,
-                split=split,
-                micro_batches=micro_batches,
-                prefill_threshold=dbo_prefill_token_threshold,
-                decode_threshold=dbo_decode_token_threshold,
-            ),
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            kv_cache_memory=kv_cache_memory,
-            gpu_memory_utilization=gpu_memory_utilization,
-            prefix_caching=prefix_caching,
-            chunked_prefill=chunked_prefill,
-            seed=seed,
-            timeout_s=timeout_s,
-            debug_order=debug_order,
-        )
-        self._asked_policy = options.policy
+        given = locals()
+        options = make_config({name: given[name] for name in OPTION_DEFAULTS}, foreign)
         self.config: ResolvedConfig = options.resolve()
+        options = self.config.options
+        self._asked_policy = options.policy
         for sentence in self.config.without_effect():
             logger.warning(sentence)
-        options = self.config.options
         self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
-        self._client: Client = InProcessClient(self.config) if ranks == 1 else WorkerClient(self.config)
+        self._client: Client = (
+            InProcessClient(self.config, on_start) if options.ranks == 1 else WorkerClient(self.config, on_start)
+        )
         self._close = weakref.finalize(self, self._client.close)
         ready = self._client.ready
         self.config = self.config.started(
@@ -347,10 +332,3 @@ def _take(item: _Open, output: TokenOutput) -> None:
             item.logits.append(output.token.logits)
     if output.prompt is not None and output.prompt.logits is not None:
         item.prompt_logits.append(output.prompt.logits)
-
-
-def _unknown_option(name: str) -> OptionError:
-    valid = [option for option in signature(LLM.__init__).parameters if option not in ("self", "unknown")]
-    near = get_close_matches(name, valid, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(valid)}"
-    return OptionError(f"LLM has no option {name!r}{hint}")

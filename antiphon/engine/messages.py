@@ -16,13 +16,16 @@ from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.kv_cache import CacheSize
 from antiphon.engine.request import Request, TokenOutput
+from antiphon.engine.starting import Starting
 from antiphon.timeline import StepTimeline
 
 __all__ = [
+    "AllLoaded",
     "Answer",
     "Ask",
     "Failed",
     "FromWorker",
+    "Loaded",
     "NewRequest",
     "Ready",
     "Reconfigure",
@@ -71,6 +74,10 @@ class ToWorker(msgspec.Struct, frozen=True, kw_only=True):
     wave: int
 
 
+class AllLoaded(ToWorker, frozen=True, kw_only=True, tag=True):
+    """Every rank has said `Loaded`. Sent once, before everything else."""
+
+
 class Work(ToWorker, frozen=True, kw_only=True, tag=True):
     """Requests to start and to forget; empty for a rank that only has to join in."""
 
@@ -92,6 +99,13 @@ class Ask(ToWorker, frozen=True, kw_only=True, tag=True):
 
 class Stop(ToWorker, frozen=True, kw_only=True, tag=True):
     """Forget all requests, and end the process as soon as all ranks have seen this."""
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The rank has its weights, and waits for `AllLoaded` before it needs its peers.
+
+    Ranks load at different speeds, and a large model takes longer than a peer may make another one wait.
+    """
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -124,8 +138,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     traceback: str
 
 
-FromWorker = Ready | Tokens | Answer | Failed
+FromWorker = Starting | Loaded | Ready | Tokens | Answer | Failed
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_worker = msgspec.msgpack.Decoder(Work | Reconfigure | Ask | Stop).decode
+decode_to_worker = msgspec.msgpack.Decoder(AllLoaded | Work | Reconfigure | Ask | Stop).decode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 from antiphon.comm import peers_forbidden
 from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
 from antiphon.core.errors import OptionError, unknown_value
-from antiphon.core.policy import OverlapPolicy
-from antiphon.models import PRESETS, RoutingSpec, parse_routing
+from antiphon.core.policy import DBO_MODES, OverlapPolicy
+from antiphon.models import PRESETS, RoutingSpec, parse_routing, resolve_model
 from antiphon.runtime.device import DEVICE_KINDS, num_devices
 
 __all__ = [
+    "DBO_VARIABLE",
     "DEVICE_VARIABLE",
     "LOAD_FORMATS",
     "ONE_RANK_HIDES_NOTHING",
+    "check_layers",
+    "settle_dbo",
     "settle_device",
     "settle_model",
     "settle_peer_access",
@@ -24,10 +28,17 @@ __all__ = [
     "settle_routing",
 ]
 
+logger = logging.getLogger("antiphon.engine")
+
 DEVICE_VARIABLE = "ANTIPHON_DEVICE"
 """The environment variable that says what `device="auto"` is."""
 
+DBO_VARIABLE = "ANTIPHON_DBO"
+"""The environment variable that says what `dbo="auto"` is."""
+
 LOAD_FORMATS = ("auto", "dummy")
+
+_DBO_WORDS = {**{mode: mode for mode in DBO_MODES}, "1": "on", "0": "off"}
 
 _PEER_TRANSPORTS = ("copy-engine", "nccl-zero-cta")
 _CUDA_THRESHOLD = 4096
@@ -59,6 +70,29 @@ def settle_policy(
     )
 
 
+def settle_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
+    """The policy with what the environment makes of `auto`, and the setting that did, such as "ANTIPHON_DBO=1".
+
+    Raises `OptionError` for a setting that is not known.
+    """
+    asked = os.environ.get(DBO_VARIABLE)
+    if policy.dbo != "auto" or not asked:
+        return policy, ""
+    if asked not in _DBO_WORDS:
+        raise unknown_value(DBO_VARIABLE, asked, _DBO_WORDS)
+    return replace(policy, dbo=_DBO_WORDS[asked]), f"{DBO_VARIABLE}={asked}"
+
+
+def check_layers(policy: OverlapPolicy, num_layers: int) -> None:
+    """Raises `OptionError` if the layers to split are not layers of the model."""
+    for name, value, most in (
+        ("dbo_start_layer", policy.start_layer, num_layers - 1),
+        ("dbo_end_layer", policy.end_layer or 0, num_layers),
+    ):
+        if value > most:
+            raise OptionError(f"{name}={value} is beyond the model's {num_layers} layers; use at most {most}")
+
+
 def settle_device(device: str, ranks: int) -> tuple[str, str]:
     """The kind of device, and why. Raises `OptionError` for an unknown one, and for more ranks than CUDA devices."""
     name, where = device, "device"
@@ -86,13 +120,19 @@ def settle_peer_access(peer_access: bool) -> bool:
     return peer_access and not peers_forbidden(os.environ)
 
 
-def settle_model(model: str, load_format: str) -> Path | str:
-    """The folder of a checkpoint, or the name of a preset. Raises `OptionError` for a preset that is to be loaded."""
+def settle_model(model: str, load_format: str, *, revision: str | None = None) -> Path | str:
+    """The folder of a checkpoint, or the name of a preset. Downloads what the hub's cache lacks of a hub's model.
+
+    Raises `OptionError` for a preset that is to be loaded, `ModelError` for a model that cannot be found.
+    """
     if load_format not in LOAD_FORMATS:
         raise unknown_value("load_format", load_format, LOAD_FORMATS)
-    folder = bundled_model() if model == BUNDLED_MODEL else Path(model).expanduser()
-    if folder.is_dir() or model not in PRESETS:
-        return folder
+    if model == BUNDLED_MODEL:
+        if revision is not None:
+            logger.warning("revision=%r has no effect: %s is bundled", revision, model)
+        return bundled_model()
+    if model not in PRESETS or Path(model).is_dir():
+        return resolve_model(model, revision=revision, weights=load_format != "dummy")
     if load_format != "dummy":
         raise OptionError(
             f"model {model!r} is a shape without weights; use load_format='dummy', or pass the folder of its checkpoint"

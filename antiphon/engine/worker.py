@@ -26,10 +26,12 @@ from antiphon.core.errors import AntiphonError
 from antiphon.engine.build import build_engine, ready_message
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.messages import (
+    AllLoaded,
     Answer,
     Ask,
     Failed,
     FromWorker,
+    Loaded,
     Reconfigure,
     Stop,
     Tokens,
@@ -38,6 +40,7 @@ from antiphon.engine.messages import (
     decode_to_worker,
     encode,
 )
+from antiphon.engine.starting import Starting, Throttle
 from antiphon.engine.step import StepEngine
 
 __all__ = ["OPTIONS_FILE", "PROGRESS_FILE", "SOCKET_FILE", "START_S", "main", "read_report", "report_and_exit"]
@@ -89,6 +92,8 @@ class Worker:
                 _send(self._socket, Answer(wave=message.wave))
             case Ask():
                 _send(self._socket, self._answer(message))
+            case AllLoaded():
+                raise AssertionError("it comes before the engine is there")
             case Stop():
                 self._engine.scheduler.abort(list(self._engine.scheduler.requests))
                 self._stopped = True
@@ -141,12 +146,24 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
         board=board,
         on_stuck=partial(report_and_exit, rank=rank, folder=folder),
     )
-    board.mark(rank, "loading the model")
-    engine = build_engine(config, group)
+    send = Throttle(partial(_send, socket))
+
+    def report(starting: Starting) -> None:
+        board.mark(rank, str(starting))
+        send(starting)
+
+    engine = build_engine(config, group, report=report, meet=partial(_wait_for_all, socket))
     board.mark(rank, "ready")
     _send(socket, ready_message(engine))
     Worker(socket, engine).run()
     group.close()
+
+
+def _wait_for_all(socket: zmq.Socket[bytes]) -> None:
+    """Until every rank has its weights, without a time limit: the front knows which ranks live."""
+    _send(socket, Loaded())
+    message = decode_to_worker(socket.recv())
+    assert isinstance(message, AllLoaded)
 
 
 def report_and_exit(message: str, *, rank: int, folder: Path, kind: str = "PeerError") -> NoReturn:

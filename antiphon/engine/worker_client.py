@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionE
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.messages import (
+    AllLoaded,
     Answer,
     Ask,
     Failed,
     FromWorker,
+    Loaded,
     NewRequest,
     Ready,
     Reconfigure,
@@ -36,6 +38,7 @@ from antiphon.engine.messages import (
     encode,
 )
 from antiphon.engine.request import Request, TokenOutput
+from antiphon.engine.starting import Starting, describe_start
 from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, START_S, read_report
 from antiphon.timeline import StepTimeline
 
@@ -52,7 +55,8 @@ class WorkerClient:
 
     ready: Ready
 
-    def __init__(self, config: ResolvedConfig) -> None:
+    def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
+        """Returns when all ranks are ready; `on_start` is called with what they are doing until then."""
         self._ranks = config.options.ranks
         self._environment = _environment(config.options)
         self._patience_s = config.options.timeout_s * 1.5
@@ -70,16 +74,31 @@ class WorkerClient:
             (self._folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(config.options))
             for rank in range(self._ranks):
                 self._processes.append(self._start(rank))
-            waiting = set(range(self._ranks))
-            while waiting:
-                for rank, message in self._receive("start"):
-                    if isinstance(message, Ready):
-                        self.ready = message
-                        waiting.discard(rank)
+            self._wait_for_ready(on_start or (lambda what: None))
         except BaseException:
             self._ended = self._ended or "it did not start"  # nothing to wait for: close kills at once
             self.close()
             raise
+
+    def _wait_for_ready(self, on_start: Callable[[str], None]) -> None:
+        """Every message starts the time limit again, so that it holds for silence and not for the size of a model."""
+        on_start(f"starting {self._ranks} ranks")
+        said: dict[int, Starting] = {}
+        loaded: set[int] = set()
+        ready: set[int] = set()
+        while len(ready) < self._ranks:
+            for rank, message in self._receive("start"):
+                match message:
+                    case Starting():
+                        said[rank] = message
+                        on_start(describe_start(said, rank))
+                    case Loaded():
+                        loaded.add(rank)
+                        if len(loaded) == self._ranks:
+                            self._send_all(AllLoaded(wave=self._wave))
+                    case Ready():
+                        self.ready = message
+                        ready.add(rank)
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
         wave = self._next_wave()
