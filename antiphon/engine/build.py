@@ -11,9 +11,10 @@ from antiphon.comm import RankGroup, Transport, create_transport, parse_transpor
 from antiphon.comm.machine import examine_machine
 from antiphon.comm.usable import Usability, slab_bytes, usable_transports
 from antiphon.core.errors import AntiphonError, OptionError
+from antiphon.engine.block_pool import BlockPool
 from antiphon.engine.cache_size import measured_cache
 from antiphon.engine.config import ResolvedConfig
-from antiphon.engine.kv_cache import BlockPool, allocate_cache
+from antiphon.engine.kv_cache import allocate_cache
 from antiphon.engine.messages import Ready
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampler import Sampler
@@ -79,11 +80,12 @@ def build_engine(
     if options.debug_order:
         group.record_order()
     scheduler = Scheduler(
-        BlockPool(cache.num_blocks, options.block_size),
+        BlockPool(cache.num_blocks, options.block_size, prefix_caching=options.prefix_caching),
         rank=group.rank,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         eos_token_ids=config.model.eos_token_ids,
+        chunked_prefill=options.chunked_prefill,
     )
     recorder = StepRecorder()
     runner = Runner(model, streams=streams, recorder=recorder)
@@ -95,7 +97,12 @@ def build_engine(
             settle_policy(options.policy, options.ranks, device_kind=config.device_kind, transport=transport.name)
         ),
         runner=runner,
-        sampler=Sampler(model.logits, scheduler.requests),
+        sampler=Sampler(
+            model.logits,
+            scheduler.requests,
+            vocab_size=config.model.vocab_size,
+            eos_token_ids=config.model.eos_token_ids,
+        ),
         transport=transport,
         cache=cache,
         recorder=recorder,

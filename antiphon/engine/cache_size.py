@@ -61,27 +61,33 @@ def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams,
 
 @torch.inference_mode()
 def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Streams, rank: int) -> None:
-    """One prefill step of `max_num_batched_tokens` on every rank, serial, and the logits of `max_num_seqs` requests.
+    """Prefill steps of `max_num_batched_tokens` on every rank, serial, and the logits of `max_num_seqs` requests.
 
-    Every text is written to block 0, over and over: the values mean nothing.
+    One is of whole prompts; where a text can be longer than a step, another one is the last chunk of the longest text,
+    whose attention looks at all that is before it. Every text is written to block 0, over and over: the values mean
+    nothing.
     """
     options, num_tokens = config.options, config.max_num_batched_tokens
     cache = allocate_cache(
         config.model, num_blocks=1, block_size=options.block_size, dtype=config.dtype, device=streams.device
     )
     model.bind_kv_cache(cache)
-    batch = largest_batch(
-        rank,
-        num_tokens=num_tokens,
-        longest=min(num_tokens, config.max_model_len),
-        vocab_size=config.model.vocab_size,
-        block_size=options.block_size,
-    )
     plan = Plan(part_tokens=((num_tokens,),) * options.ranks, reason="the largest step, to measure its memory")
+    runner, longest = Runner(model, streams=streams), config.max_model_len
+    contexts = [0] if longest <= num_tokens else [0, longest - num_tokens]
     try:
-        hidden_TD = join(Runner(model, streams=streams).run(split(batch, plan, block_size=options.block_size)))
-        logits_NV = model.logits(hidden_TD[: options.max_num_seqs])
-        logits_NV.clone()  # what the sampler takes to the host
+        for context_len in contexts:
+            batch = largest_batch(
+                rank,
+                num_tokens=num_tokens,
+                longest=min(num_tokens, longest),
+                context_len=context_len,
+                vocab_size=config.model.vocab_size,
+                block_size=options.block_size,
+            )
+            hidden_TD = join(runner.run(split(batch, plan, block_size=options.block_size)))
+            logits_NV = model.logits(hidden_TD[: options.max_num_seqs])
+            logits_NV.clone()  # what the sampler makes of them
     except torch.OutOfMemoryError as error:
         raise OptionError(
             f"a step of max_num_batched_tokens={num_tokens} tokens does not fit into the memory that the weights leave "
@@ -89,8 +95,13 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
         ) from error
 
 
-def largest_batch(rank: int, *, num_tokens: int, longest: int, vocab_size: int, block_size: int) -> Batch:
-    """Prompts of `num_tokens` in all, each as long as can be: attention takes most memory then."""
+def largest_batch(
+    rank: int, *, num_tokens: int, longest: int, vocab_size: int, block_size: int, context_len: int = 0
+) -> Batch:
+    """Prompts of `num_tokens` in all, each as long as can be: attention takes most memory then.
+
+    context_len: tokens of each text that are in the cache already.
+    """
     lengths = [longest] * (num_tokens // longest) + [num_tokens % longest] * (num_tokens % longest > 0)
     return Batch(
         rank=rank,
@@ -98,8 +109,8 @@ def largest_batch(rank: int, *, num_tokens: int, longest: int, vocab_size: int, 
             RequestSlice(
                 request_id=number,
                 token_ids=tuple((number + 1) * (place + 1) * _SCATTER % vocab_size for place in range(length)),
-                context_len=0,
-                block_ids=(0,) * ceil(length / block_size),
+                context_len=context_len,
+                block_ids=(0,) * ceil((context_len + length) / block_size),
             )
             for number, length in enumerate(lengths)
         ),

@@ -25,7 +25,9 @@ class Request:
     block_ids: tuple[int, ...] = ()
     num_computed: int = 0  # tokens whose keys and values are in the cache
     output_ids: list[int] = field(default_factory=list)
-    num_cached: int = 0  # tokens of the prompt that came from the prefix cache
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they are known to the prefix cache
+    num_cached: int = 0  # tokens that came from the prefix cache when it was first admitted
+    num_preemptions: int = 0
     # set by the sampler
     num_reported: int = 0  # positions of the prompt whose logits or logprobs were handed out
     sampling: Any = None  # what it keeps for speed; rebuilt from prompt_ids and output_ids if dropped
@@ -33,6 +35,23 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that are known and not computed yet; when the last one is, a new one follows."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def must_compute_prompt(self) -> bool:
+        """Whether something of the prompt is to be reported that the prefix cache does not keep."""
+        return self.params.wants_prompt and self.num_reported < len(self.prompt_ids)
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Of the text, prompt and output."""
+        num_prompt = len(self.prompt_ids)
+        if stop <= num_prompt:
+            return self.prompt_ids[start:stop]
+        return (*self.prompt_ids[start:], *self.output_ids[max(0, start - num_prompt) : stop - num_prompt])
 
     @property
     def most_tokens(self) -> int:

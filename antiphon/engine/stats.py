@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from antiphon.core.plan import Plan, plan_kind
 from antiphon.timeline import OverlapTotals, StepTimeline, measure_overlap
 
-__all__ = ["StepStats"]
+__all__ = ["SchedulerStats", "StepStats"]
 
 logger = logging.getLogger("antiphon.engine")
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Of all admissions, those after a preemption too: what was to be computed, and what was there already."""
+
+    preemptions: int = 0
+    admitted_tokens: int = 0
+    hit_tokens: int = 0
+
+    def admit(self, *, num_tokens: int, num_cached: int) -> None:
+        self.admitted_tokens += num_tokens
+        self.hit_tokens += num_cached
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "preemptions": self.preemptions,
+            "prefix_cache": {"admitted_tokens": self.admitted_tokens, "hit_tokens": self.hit_tokens},
+        }
 
 
 class StepStats:

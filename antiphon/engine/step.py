@@ -73,6 +73,12 @@ class StepEngine:
 
     def statistics(self) -> dict[str, Any]:
         """Counts since the start, and the state of the KV cache."""
-        pool = self.scheduler.pool
+        scheduler, pool = self.scheduler, self.scheduler.pool
         blocks = {"total": pool.num_usable, "free": pool.num_free, "block_size": pool.block_size}
-        return {**self.stats.to_dict(), "kv_blocks": blocks, "unfinished": self.scheduler.num_unfinished}
+        return {
+            **self.stats.to_dict(),
+            **scheduler.stats.to_dict(),
+            "kv_blocks": blocks,
+            "unfinished": scheduler.num_unfinished,
+            "running": scheduler.num_running,
+        }

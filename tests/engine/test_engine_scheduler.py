@@ -1,8 +1,8 @@
-"""The scheduler of one rank: who is admitted when, what a step runs, and that every block comes back."""
+"""The scheduler of one rank: who runs when and with how many tokens, and that blocks hold what requests think."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from antiphon.core.batch import Batch
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.kv_cache import BlockPool
+from antiphon.engine.block_pool import BlockPool
 from antiphon.engine.request import Request, TokenOutput
-from antiphon.engine.sampler import Sampled
+from antiphon.engine.sampled import NewToken, PromptPart, Sampled
 from antiphon.engine.scheduler import Scheduler
 
 EOS = 2
@@ -21,22 +21,31 @@ WORD = 7
 
 
 def make_scheduler(
-    *, num_blocks: int = 100, block_size: int = 4, max_num_seqs: int = 8, max_num_batched_tokens: int = 64
+    *,
+    num_blocks: int = 100,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    prefix_caching: bool = True,
+    chunked_prefill: bool = True,
 ) -> Scheduler:
     return Scheduler(
-        BlockPool(num_blocks, block_size),
+        BlockPool(num_blocks, block_size, prefix_caching=prefix_caching),
         rank=3,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=(EOS, EOS + 1),
+        chunked_prefill=chunked_prefill,
     )
 
 
-def make_request(number: int, prompt_len: int, max_tokens: int = 4, *, ignore_eos: bool = False) -> Request:
+def make_request(number: int, prompt: int | Sequence[int], max_tokens: int = 4, **params: object) -> Request:
+    """prompt: token ids, or how many; then no two requests have one in common."""
+    ids = range(1000 * number, 1000 * number + prompt) if isinstance(prompt, int) else prompt
     return Request(
         request_id=number,
-        prompt_ids=tuple(range(1000 * number, 1000 * number + prompt_len)),
-        params=SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos),
+        prompt_ids=tuple(ids),
+        params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         max_tokens=max_tokens,
         seed=number,
     )
@@ -46,13 +55,34 @@ def ids_of(batch: Batch) -> list[int]:
     return [part.request_id for part in batch.requests]
 
 
-def commit(scheduler: Scheduler, batch: Batch, tokens: Sequence[int] | int = WORD) -> list[TokenOutput]:
-    token_ids = [tokens] * len(batch.requests) if isinstance(tokens, int) else list(tokens)
-    return scheduler.commit(batch, Sampled(token_ids=token_ids))
+def ends_text(scheduler: Scheduler, batch: Batch) -> list[int]:
+    """Places of the slices after which a token is sampled."""
+    return [
+        place
+        for place, part in enumerate(batch.requests)
+        if part.context_len + part.query_len == scheduler.requests[part.request_id].num_tokens
+    ]
 
 
-def step(scheduler: Scheduler, tokens: Sequence[int] | int = WORD) -> list[TokenOutput]:
+def commit(scheduler: Scheduler, batch: Batch, tokens: Iterable[int] | int = WORD) -> list[TokenOutput]:
+    """tokens: one for every slice, used where one is sampled."""
+    each = [tokens] * len(batch.requests) if isinstance(tokens, int) else list(tokens)
+    chosen = {place: NewToken(token_id=each[place]) for place in ends_text(scheduler, batch)}
+    return scheduler.commit(batch, Sampled(tokens=chosen))
+
+
+def step(scheduler: Scheduler, tokens: Iterable[int] | int = WORD) -> list[TokenOutput]:
     return commit(scheduler, scheduler.next_batch(), tokens)
+
+
+def run(scheduler: Scheduler, *, limit: int = 200) -> list[Batch]:
+    """Step until everything has ended; the batches."""
+    batches = []
+    while scheduler.num_unfinished:
+        batches.append(scheduler.next_batch())
+        commit(scheduler, batches[-1])
+        assert len(batches) < limit, "it never ends"
+    return batches
 
 
 # ---- admission
@@ -73,73 +103,197 @@ def test_prompts_come_first_and_whole() -> None:
     assert not batch.decode_only
 
 
-def test_tokens_of_a_step_are_limited() -> None:
+def test_a_batch_can_be_asked_for_again() -> None:
+    """A step does not run while a message has reached only some of the ranks."""
     scheduler = make_scheduler(max_num_batched_tokens=20)
     scheduler.add([make_request(number, 8) for number in range(4)])
-    first = scheduler.next_batch()
-    assert ids_of(first) == [0, 1]
-    commit(scheduler, first)
-    second = scheduler.next_batch()
-    assert ids_of(second) == [0, 1, 2, 3]
-    assert second.query_lens == [1, 1, 8, 8]
-
-
-def test_running_requests_take_part_of_the_budget() -> None:
-    scheduler = make_scheduler(max_num_batched_tokens=20)
-    scheduler.add([make_request(0, 8), make_request(1, 8), make_request(2, 19)])
+    assert scheduler.next_batch() == scheduler.next_batch()
     step(scheduler)
-    assert ids_of(scheduler.next_batch()) == [0, 1], "1 + 1 + 19 tokens are too many"
+    assert scheduler.next_batch() == scheduler.next_batch()
 
 
 def test_sequences_of_a_step_are_limited() -> None:
     scheduler = make_scheduler(max_num_seqs=2)
     scheduler.add([make_request(number, 1, max_tokens=2) for number in range(5)])
-    seen = []
-    while scheduler.num_unfinished:
-        batch = scheduler.next_batch()
-        seen.append(ids_of(batch))
-        commit(scheduler, batch)
-    assert seen == [[0, 1], [0, 1], [2, 3], [2, 3], [4], [4]]
+    assert [ids_of(batch) for batch in run(scheduler)] == [[0, 1], [0, 1], [2, 3], [2, 3], [4], [4]]
 
 
-def test_blocks_are_enough_for_the_longest_text() -> None:
-    """7 prompt tokens and 6 new ones of which the last is never computed: 12 tokens, 3 blocks of 4."""
-    scheduler = make_scheduler(num_blocks=1 + 6)
-    scheduler.add([make_request(number, 7, max_tokens=6) for number in range(3)])
-    batch = scheduler.next_batch()
-    assert ids_of(batch) == [0, 1]
-    assert [len(part.block_ids) for part in batch.requests] == [3, 3]
-    assert scheduler.pool.num_free == 0
-    for _ in range(5):
-        commit(scheduler, batch)
-        batch = scheduler.next_batch()
-    assert ids_of(batch) == [0, 1]
-    assert batch.requests[0].context_len + batch.requests[0].query_len == 12
-    commit(scheduler, batch)
-    assert ids_of(scheduler.next_batch()) == [2]
+def test_no_more_requests_run_than_can_decode_in_one_step() -> None:
+    scheduler = make_scheduler(max_num_seqs=8, max_num_batched_tokens=3)
+    scheduler.add([make_request(number, 1, max_tokens=3) for number in range(5)])
+    assert [ids_of(batch) for batch in run(scheduler)] == [[0, 1, 2]] * 3 + [[3, 4]] * 3
 
 
 def test_nobody_overtakes() -> None:
-    """A small request waits behind a large one, for blocks as well as for tokens."""
+    """A small request waits behind a large one for which there are no blocks."""
     scheduler = make_scheduler(num_blocks=1 + 4)
-    scheduler.add(
-        [make_request(0, 8, max_tokens=1), make_request(1, 12, max_tokens=1), make_request(2, 1, max_tokens=1)]
-    )
+    scheduler.add([make_request(0, 8), make_request(1, 12, max_tokens=1), make_request(2, 1, max_tokens=1)])
     assert ids_of(scheduler.next_batch()) == [0]
+
+
+def test_one_ends_and_the_next_takes_its_place() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    scheduler.add([make_request(number, 3) for number in range(3)])
+    step(scheduler, [EOS, WORD])
+    batch = scheduler.next_batch()
+    assert (ids_of(batch), batch.query_lens) == ([1, 2], [1, 3])
+
+
+# ---- chunks
+
+
+def test_a_prompt_that_does_not_fit_comes_in_chunks() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=10)
-    scheduler.add([make_request(0, 8), make_request(1, 9), make_request(2, 1)])
-    assert ids_of(scheduler.next_batch()) == [0]
+    scheduler.add([make_request(0, 24, max_tokens=2)])
+    batches = run(scheduler)
+    assert [batch.query_lens for batch in batches] == [[10], [10], [4], [1]]
+    assert [batch.requests[0].context_len for batch in batches] == [0, 10, 20, 24]
+    assert [len(batch.requests[0].block_ids) for batch in batches] == [3, 5, 6, 7], "blocks as they are needed"
 
 
-def test_a_prompt_as_large_as_the_step_is_served_in_the_end() -> None:
-    """Nothing is admitted past it, so the running requests end and leave it the whole step."""
-    scheduler = make_scheduler(max_num_batched_tokens=16)
-    scheduler.add([make_request(0, 3, max_tokens=5), make_request(1, 16, max_tokens=1)])
-    scheduler.add([make_request(number, 1, max_tokens=1) for number in range(2, 6)])
-    finished: list[int] = []
-    for _ in range(20):
-        finished += [output.request_id for output in step(scheduler) if output.finish_reason]
-    assert finished == [0, 1, 2, 3, 4, 5]
+def test_requests_decode_beside_the_chunks_of_a_prompt() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    scheduler.add([make_request(0, 4, max_tokens=9), make_request(1, 5, max_tokens=9)])
+    step(scheduler)
+    scheduler.add([make_request(2, 20, max_tokens=2), make_request(3, 3, max_tokens=2)])
+    second, third, fourth = run(scheduler)[:3]
+    assert (ids_of(second), second.query_lens) == ([0, 1, 2], [1, 1, 8])
+    assert (ids_of(third), third.query_lens) == ([0, 1, 2], [1, 1, 8])
+    assert (ids_of(fourth), fourth.query_lens) == ([0, 1, 2, 3], [1, 1, 4, 3]), "the next prompt fills the step up"
+
+
+def test_a_chunk_that_ends_no_text_gives_no_token() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    scheduler.add([make_request(0, 14, max_tokens=1)])
+    assert step(scheduler) == []
+    (output,) = step(scheduler)
+    assert output.token == NewToken(token_id=WORD)
+    assert output.finish_reason == "length"
+
+
+def test_without_chunks_a_prompt_waits_until_it_fits() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=20, chunked_prefill=False)
+    scheduler.add([make_request(0, 8), make_request(1, 8), make_request(2, 19)])
+    assert [batch.query_lens for batch in run(scheduler)] == [[8, 8], [1, 1], [1, 1], [1, 1], [19], [1], [1], [1]]
+
+
+# ---- prefix cache
+
+
+def test_a_prompt_finds_what_another_one_has_computed() -> None:
+    scheduler = make_scheduler()
+    text = list(range(50, 70))
+    scheduler.add([make_request(0, text)])
+    first = scheduler.next_batch()
+    commit(scheduler, first)
+    scheduler.add([make_request(1, [*text[:11], 1, 2])])
+    batch = scheduler.next_batch()
+    part = batch.requests[1]
+    assert (part.context_len, part.token_ids) == (8, (58, 59, 60, 1, 2)), "full blocks only"
+    assert part.block_ids[:2] == first.requests[0].block_ids[:2]
+    assert not set(part.block_ids[2:]) & set(first.requests[0].block_ids)
+    (_, output) = commit(scheduler, batch)
+    assert output.num_cached == 8
+    assert scheduler.stats.to_dict()["prefix_cache"] == {"admitted_tokens": 33, "hit_tokens": 8}
+
+
+def test_hits_appear_when_a_step_commits() -> None:
+    """Two prompts in one step compute the same tokens twice: neither may read what the other is writing."""
+    scheduler = make_scheduler()
+    text = list(range(50, 70))
+    scheduler.add([make_request(0, text), make_request(1, text)])
+    batch = scheduler.next_batch()
+    assert [part.context_len for part in batch.requests] == [0, 0]
+    assert not set(batch.requests[0].block_ids) & set(batch.requests[1].block_ids)
+    commit(scheduler, batch)
+    scheduler.add([make_request(2, text)])
+    assert scheduler.next_batch().requests[2].context_len == 16
+
+
+def test_the_last_token_is_always_computed() -> None:
+    scheduler = make_scheduler()
+    text = list(range(50, 66))
+    scheduler.add([make_request(0, text, max_tokens=1)])
+    step(scheduler)
+    scheduler.add([make_request(1, text)])
+    (part,) = scheduler.next_batch().requests
+    assert (part.context_len, part.query_len) == (12, 4)
+
+
+def test_generated_tokens_are_found_too() -> None:
+    scheduler = make_scheduler()
+    scheduler.add([make_request(0, list(range(50, 57)), max_tokens=6)])
+    run(scheduler)
+    scheduler.add([make_request(1, [*range(50, 57), *[WORD] * 6, 1])])
+    (part,) = scheduler.next_batch().requests
+    assert part.context_len == 12
+
+
+def test_nothing_is_found_without_prefix_caching() -> None:
+    scheduler = make_scheduler(prefix_caching=False)
+    for number in range(2):
+        scheduler.add([make_request(number, list(range(50, 70)), max_tokens=1)])
+        (part,) = scheduler.next_batch().requests
+        assert part.context_len == 0
+        commit(scheduler, scheduler.next_batch())
+
+
+def test_whoever_wants_the_prompts_logits_computes_it() -> None:
+    scheduler = make_scheduler()
+    text = list(range(50, 70))
+    scheduler.add([make_request(0, text, max_tokens=1)])
+    step(scheduler)
+    scheduler.add([make_request(1, text, return_prompt_logits=True), make_request(2, text, prompt_logprobs=1)])
+    assert [part.context_len for part in scheduler.next_batch().requests] == [0, 0]
+
+
+# ---- preemption
+
+
+def test_the_last_to_arrive_gives_its_blocks_to_the_first() -> None:
+    scheduler = make_scheduler(num_blocks=1 + 5, prefix_caching=False)
+    scheduler.add([make_request(0, 7, max_tokens=6), make_request(1, 8, max_tokens=6)])
+    batches = run(scheduler)
+    assert [ids_of(batch) for batch in batches[:3]] == [[0, 1], [0, 1], [0]], "request 0 needs a third block"
+    again = next(batch for batch in batches[3:] if 1 in ids_of(batch))
+    assert again.requests[-1].token_ids == (*range(1000, 1008), WORD, WORD), "prompt and output as one prefill"
+    assert again.requests[-1].context_len == 0
+    assert scheduler.stats.preemptions == 1
+    assert scheduler.pool.num_free == scheduler.pool.num_usable
+
+
+def test_whoever_arrived_last_gives_up_itself() -> None:
+    scheduler = make_scheduler(num_blocks=1 + 5, prefix_caching=False)
+    scheduler.add([make_request(0, 8, max_tokens=6), make_request(1, 7, max_tokens=6)])
+    batches = run(scheduler)
+    assert [ids_of(batch) for batch in batches[:3]] == [[0, 1], [0, 1], [0]], "request 1 needs a third block"
+    assert scheduler.stats.preemptions == 1
+
+
+def test_a_preempted_request_finds_what_nobody_has_taken() -> None:
+    scheduler = make_scheduler(num_blocks=1 + 6)
+    scheduler.add([make_request(0, 7, max_tokens=9), make_request(1, 12, max_tokens=6)])
+    batches = run(scheduler)
+    again = next(batch for batch in batches[3:] if 1 in ids_of(batch))
+    assert again.requests[-1].context_len == 8, "of its three full blocks request 0 took the last"
+    assert scheduler.stats.preemptions == 1
+
+
+def test_a_preempted_request_does_not_run_in_that_step_and_nobody_is_admitted() -> None:
+    scheduler = make_scheduler(num_blocks=1 + 5, prefix_caching=False)
+    scheduler.add([make_request(0, 7, max_tokens=9), make_request(1, 8, max_tokens=9), make_request(2, 1)])
+    while scheduler.stats.preemptions == 0:
+        batch = scheduler.next_batch()
+        assert 2 not in ids_of(batch)
+        commit(scheduler, batch)
+    assert ids_of(batch) == [0]
+
+
+def test_alone_a_request_may_have_the_whole_cache() -> None:
+    scheduler = make_scheduler(num_blocks=1 + 3)
+    scheduler.add([make_request(0, 5, max_tokens=8), make_request(1, 5, max_tokens=8)])
+    run(scheduler)
+    assert scheduler.pool.num_free == 3
 
 
 # ---- decode and ends
@@ -157,55 +311,51 @@ def test_decode_goes_on_with_the_last_token() -> None:
     assert (part.token_ids, part.context_len) == ((71,), 6)
 
 
-def test_a_request_keeps_its_blocks() -> None:
-    scheduler = make_scheduler()
-    scheduler.add([make_request(1, 5), make_request(2, 5)])
-    blocks = set()
-    for _ in range(3):
-        batch = scheduler.next_batch()
-        blocks.add(tuple(part.block_ids for part in batch.requests))
-        commit(scheduler, batch)
-    assert len(blocks) == 1
-
-
 @pytest.mark.parametrize(
-    ("tokens", "ignore_eos", "reasons"),
+    ("tokens", "params", "reasons"),
     [
-        ([WORD, WORD, WORD], False, [None, None, "length"]),
-        ([WORD, EOS], False, [None, "stop"]),
-        ([EOS + 1], False, ["stop"]),
-        ([WORD, WORD, EOS], False, [None, None, "stop"]),
-        ([EOS, EOS, WORD], True, [None, None, "length"]),
-        ([WORD, WORD, EOS], True, [None, None, "length"]),
+        ([WORD, WORD, WORD], {}, [None, None, "length"]),
+        ([WORD, EOS], {}, [None, "stop"]),
+        ([EOS + 1], {}, ["stop"]),
+        ([WORD, WORD, EOS], {}, [None, None, "stop"]),
+        ([EOS, EOS, WORD], {"ignore_eos": True}, [None, None, "length"]),
+        ([WORD, WORD, EOS], {"ignore_eos": True}, [None, None, "length"]),
+        ([WORD, 9], {"stop_token_ids": [8, 9]}, [None, "stop"]),
+        ([EOS, 9], {"stop_token_ids": [8, 9], "ignore_eos": True}, [None, "stop"]),
+        ([EOS, 9, WORD], {"stop_token_ids": [9], "min_tokens": 2}, [None, None, "length"]),
+        ([WORD, WORD, 9], {"stop_token_ids": [9], "min_tokens": 2}, [None, None, "stop"]),
     ],
 )
-def test_finish_reasons(tokens: list[int], ignore_eos: bool, reasons: list[str | None]) -> None:
+def test_finish_reasons(tokens: list[int], params: dict[str, object], reasons: list[str | None]) -> None:
     scheduler = make_scheduler()
-    scheduler.add([make_request(1, 3, max_tokens=3, ignore_eos=ignore_eos)])
+    scheduler.add([make_request(1, 3, max_tokens=3, **params)])
     outputs = [output for token in tokens for output in step(scheduler, token)]
-    assert [output.token_id for output in outputs] == tokens
+    assert [output.token and output.token.token_id for output in outputs] == tokens
     assert [output.finish_reason for output in outputs] == reasons
+    assert [output.stop_reason for output in outputs[:-1]] == [None] * (len(tokens) - 1)
+    assert outputs[-1].stop_reason == (9 if tokens[-1] == 9 else None)
     assert scheduler.num_unfinished == 0
     assert scheduler.requests == {}
     assert scheduler.pool.num_free == scheduler.pool.num_usable
     assert scheduler.next_batch().requests == ()
 
 
-def test_logits_go_to_the_request_at_their_place() -> None:
+def test_what_was_sampled_goes_to_the_request_at_its_place() -> None:
     scheduler = make_scheduler()
     scheduler.add([make_request(5, 2), make_request(6, 2)])
-    sampled = Sampled(token_ids=[10, 11], logits={1: b"logits"}, prompt_logits={0: b"prompt"})
+    token, prompt = NewToken(token_id=11, logits=b"logits"), PromptPart(logits=b"prompt")
+    sampled = Sampled(tokens={0: NewToken(token_id=10), 1: token}, prompt={0: prompt})
     first, second = scheduler.commit(scheduler.next_batch(), sampled)
-    assert (first.request_id, first.token_id, first.logits, first.prompt_logits) == (5, 10, None, b"prompt")
-    assert (second.request_id, second.token_id, second.logits, second.prompt_logits) == (6, 11, b"logits", None)
+    assert (first.request_id, first.token, first.prompt) == (5, NewToken(token_id=10), prompt)
+    assert (second.request_id, second.token, second.prompt) == (6, token, None)
 
 
-def test_one_ends_and_the_next_takes_its_place_in_the_same_step() -> None:
-    scheduler = make_scheduler(max_num_seqs=2)
-    scheduler.add([make_request(number, 3) for number in range(3)])
-    step(scheduler, [EOS, WORD])
-    batch = scheduler.next_batch()
-    assert (ids_of(batch), batch.query_lens) == ([1, 2], [1, 3])
+def test_a_chunk_can_bring_a_part_of_the_prompts_logprobs() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    scheduler.add([make_request(5, 14, prompt_logprobs=1)])
+    part = PromptPart(logits=b"first")
+    (output,) = scheduler.commit(scheduler.next_batch(), Sampled(prompt={0: part}))
+    assert (output.token, output.prompt, output.finish_reason) == (None, part, None)
 
 
 # ---- abort
@@ -236,31 +386,45 @@ def test_an_aborted_request_makes_room() -> None:
 
 # ---- any order of events
 
-_SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 12), st.booleans())
+_SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 12), st.integers(0, 2), st.booleans())
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Adds, aborts and steps at random; the invariants hold after each, and in the end everything is served."""
+    """Adds, aborts and steps at random, over a cache that remembers what is written to it.
 
-    @initialize(max_num_seqs=st.integers(1, 5), max_num_batched_tokens=st.integers(24, 40), spare=st.integers(0, 12))
-    def begin(self, max_num_seqs: int, max_num_batched_tokens: int, spare: int) -> None:
+    After each event the books are right; every slice finds its own text in its blocks; in the end all are served.
+    """
+
+    @initialize(
+        max_num_seqs=st.integers(1, 5),
+        max_num_batched_tokens=st.integers(5, 40),
+        spare=st.integers(0, 12),
+        prefix_caching=st.booleans(),
+        chunked_prefill=st.booleans(),
+    )
+    def begin(
+        self, max_num_seqs: int, max_num_batched_tokens: int, spare: int, prefix_caching: bool, chunked_prefill: bool
+    ) -> None:
         most_blocks = 9  # 24 + 12 - 1 tokens in blocks of 4
         self.limits = (max_num_seqs, max_num_batched_tokens)
         self.scheduler = make_scheduler(
             num_blocks=1 + most_blocks + spare,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            prefix_caching=prefix_caching,
+            chunked_prefill=chunked_prefill,
         )
         self.by_id: dict[int, Request] = {}
         self.arrived: list[int] = []  # not ended, in order of arrival
-        self.outputs: dict[int, list[int]] = {}
+        self.cache: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset): the text up to the token there
 
     @rule(shapes=st.lists(_SHAPES, min_size=1, max_size=4))
-    def add(self, shapes: list[tuple[int, int, bool]]) -> None:
+    def add(self, shapes: list[tuple[int, int, int, bool]]) -> None:
         start = len(self.by_id)
         requests = [
-            make_request(number, prompt_len, max_tokens, ignore_eos=ignore_eos)
-            for number, (prompt_len, max_tokens, ignore_eos) in enumerate(shapes, start=start)
+            # One of three texts, so that many have beginnings in common.
+            make_request(number, [100 * kind] * prompt_len, max_tokens, ignore_eos=ignore_eos)
+            for number, (prompt_len, max_tokens, kind, ignore_eos) in enumerate(shapes, start=start)
         ]
         self.scheduler.add(requests)
         self.by_id |= {request.request_id: request for request in requests}
@@ -273,60 +437,76 @@ class AnyOrder(RuleBasedStateMachine):
         self.scheduler.abort(ids)
         self.arrived = [number for number in self.arrived if number not in ids]
 
-    @rule(tokens=st.lists(st.sampled_from([WORD, WORD, WORD, EOS]), min_size=5, max_size=5))
-    def step(self, tokens: list[int]) -> None:
-        before = [number for number in self.arrived if self.by_id[number].block_ids]
+    @rule(tokens=st.lists(st.sampled_from([WORD, WORD, WORD, EOS]), min_size=5, max_size=5), again=st.booleans())
+    def step(self, tokens: list[int], again: bool) -> None:
         batch = self.scheduler.next_batch()
-        self._check_batch(batch, before)
+        if again:
+            batch = self.scheduler.next_batch()
+        self._check_batch(batch)
+        self._compute(batch)
+        sampling = [batch.requests[place].request_id for place in ends_text(self.scheduler, batch)]
         outputs = commit(self.scheduler, batch, tokens[: len(batch.requests)])
-        assert [output.request_id for output in outputs] == ids_of(batch)
-        for output, part in zip(outputs, batch.requests, strict=True):
-            self._take(output, part.request_id)
+        assert [output.request_id for output in outputs] == sampling
+        for output in outputs:
+            request = self.by_id[output.request_id]
+            stopped = request.output_ids[-1] == EOS and not request.params.ignore_eos
+            expected = "stop" if stopped else "length" if len(request.output_ids) == request.max_tokens else None
+            assert output.finish_reason == expected
+            if expected is not None:
+                self.arrived.remove(output.request_id)
 
-    def _check_batch(self, batch: Batch, running_before: list[int]) -> None:
+    def _check_batch(self, batch: Batch) -> None:
         max_num_seqs, max_num_batched_tokens = self.limits
         assert len(batch.requests) <= max_num_seqs
         assert batch.num_tokens <= max_num_batched_tokens
-        ids = ids_of(batch)
-        assert ids == self.arrived[: len(ids)], "a request overtook another"
-        assert ids[: len(running_before)] == running_before, "a request that had started was left out"
-        assert ids or not self.arrived, "nothing runs though requests wait"
+        assert batch.requests or not self.arrived, "nothing runs though requests wait"
+        running = [number for number in self.arrived if self.by_id[number].block_ids]
+        assert running == self.arrived[: len(running)], "a request overtook another"
+        assert set(ids_of(batch)) <= set(running)
+        assert not self.arrived or self.arrived[0] in ids_of(batch), "the first to arrive must go on"
         for part in batch.requests:
-            request, outputs = self.by_id[part.request_id], self.outputs.get(part.request_id, [])
-            text = (*request.prompt_ids, *outputs)
-            assert text[part.context_len :] == part.token_ids
-            assert part.context_len == (len(text) - 1 if outputs else 0)
-            assert len(part.block_ids) * self.scheduler.pool.block_size >= len(text)
+            request = self.by_id[part.request_id]
+            stop = part.context_len + part.query_len
+            assert part.query_len > 0
+            assert (*request.prompt_ids, *request.output_ids)[part.context_len : stop] == part.token_ids
+            assert len(part.block_ids) * self.scheduler.pool.block_size >= stop
 
-    def _take(self, output: TokenOutput, number: int) -> None:
-        request, outputs = self.by_id[number], self.outputs.setdefault(number, [])
-        outputs.append(output.token_id)
-        stopped = output.token_id == EOS and not request.params.ignore_eos
-        expected = "stop" if stopped else "length" if len(outputs) == request.max_tokens else None
-        assert output.finish_reason == expected
-        if expected is not None:
-            self.arrived.remove(number)
+    def _compute(self, batch: Batch) -> None:
+        """Every slice reads what was there before the step, and writes into blocks that are its own."""
+        size, written = self.scheduler.pool.block_size, {}
+        for part in batch.requests:
+            request = self.by_id[part.request_id]
+            text = (*request.prompt_ids, *request.output_ids)
+            for position in range(part.context_len):
+                place = (part.block_ids[position // size], position % size)
+                assert self.cache.get(place) == text[: position + 1], f"request {part.request_id} reads another's text"
+            for position in range(part.context_len, part.context_len + part.query_len):
+                place = (part.block_ids[position // size], position % size)
+                assert place not in written, "two requests write to one place"
+                written[place] = text[: position + 1]
+        self.cache |= written
 
     @invariant()
-    def every_block_has_one_owner(self) -> None:
+    def every_block_is_held_or_free(self) -> None:
         pool = self.scheduler.pool
         held = [block for number in self.arrived for block in self.by_id[number].block_ids]
-        assert len(held) == len(set(held))
         assert 0 not in held
-        assert len(held) + pool.num_free == pool.num_usable
+        assert len(set(held)) + pool.num_free == pool.num_usable
         assert self.scheduler.num_unfinished == len(self.arrived)
+        for number in self.arrived:
+            assert len(set(self.by_id[number].block_ids)) == len(self.by_id[number].block_ids)
 
     def teardown(self) -> None:
-        for _ in range(12 * len(getattr(self, "arrived", ()))):
+        for _ in range(40 * len(getattr(self, "arrived", ()))):
             if self.arrived:
-                self.step([WORD] * 5)
+                self.step([WORD] * 5, again=False)
         assert not getattr(self, "arrived", ())
         if hasattr(self, "scheduler"):
             assert self.scheduler.pool.num_free == self.scheduler.pool.num_usable
 
 
 AnyOrder.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=100,
     stateful_step_count=30,
     deadline=None,
     database=None,
