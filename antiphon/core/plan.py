@@ -6,7 +6,7 @@ computed from all rows: the same on every rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 __all__ = ["MAX_LANES", "ROW_SIZE", "Plan", "Proposal", "Refusal", "plan_kind"]
@@ -118,6 +118,10 @@ class Plan:
     def is_empty(self) -> bool:
         """Whether no rank has a token to run in this step."""
         return not any(any(parts) for parts in self.part_tokens)
+
+    def unsplit(self) -> Plan:
+        """The same tokens on one lane: what the layers of a split step run that are not split themselves."""
+        return replace(self, part_tokens=tuple((sum(parts),) for parts in self.part_tokens))
 
     def tokens_by_rank(self, lane: int) -> tuple[int, ...]:
         return tuple(parts[lane] for parts in self.part_tokens)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from antiphon.comm import RankGroup, Transport, exchange
+from antiphon.core.batch import Batch, MicroBatch
 from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.kv_cache import CacheSize
@@ -56,10 +57,23 @@ class StepEngine:
             return StepResult(plan, [])
         with self.recorder.step(self.stats.num_steps, kind=plan.kind, num_tokens=batch.num_tokens) as timeline:
             parts = split(batch, plan, block_size=self.scheduler.pool.block_size)  # 3 one micro-batch or several
-            hidden = self.runner.run(parts)  # 4 the lanes overlap here
+            whole = self._whole(batch, plan)
+            hidden = self.runner.run(parts, whole=whole, layers=self._layers)  # 4 the lanes overlap here
         sampled = self.sampler(join(hidden), batch)  # 5
         self.stats.add(plan, timeline)
         return StepResult(plan, self.scheduler.commit(batch, sampled))  # 6
+
+    @property
+    def _layers(self) -> slice:
+        """Those of a split step that are split."""
+        return slice(self.planner.policy.start_layer, self.planner.policy.end_layer)
+
+    def _whole(self, batch: Batch, plan: Plan) -> MicroBatch | None:
+        """The unsplit micro-batch of a split step, where some of its layers run unsplit."""
+        if plan.num_lanes == 1 or self._layers == slice(0, None):
+            return None
+        (whole,) = split(batch, plan.unsplit(), block_size=self.scheduler.pool.block_size)
+        return whole
 
     def agree(self, proposal: Proposal) -> Plan:
         """One plan for all ranks: exchange the proposals, then decide by the same pure function."""
