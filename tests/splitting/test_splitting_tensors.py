@@ -1,5 +1,6 @@
 """Cutting and joining what is laid out by tokens."""
 
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import pytest
@@ -96,6 +97,58 @@ def test_positions_of_multi_axis_rope_are_cut_in_the_last_dimension():
     assert first.tolist() == [[0, 1], [5, 6], [10, 11]]
     assert second.tolist() == [[2, 3, 4], [7, 8, 9], [12, 13, 14]]
     assert torch.equal(join_tensors([first, second], dim=-1), positions_3T)
+
+
+NUM_TOKENS = 7
+WRAPPED = {
+    "tensor": lambda positions: positions,
+    "list": lambda positions: [positions, None, positions + 100],
+    "tuple": lambda positions: (None, positions),
+    "dict": lambda positions: {"positions": positions, "deltas": None, "deep": [{"x": positions * 2}]},
+    "none": lambda positions: None,
+}
+
+
+def part_lists(num_tokens: int):
+    """The tokens of the parts, for every cut in two, in three, and with an empty part at every place."""
+    for num_cuts in (1, 2):
+        for cuts in combinations(range(1, num_tokens), num_cuts):
+            lengths = [stop - start for start, stop in pairwise([0, *cuts, num_tokens])]
+            yield lengths
+            yield from ([*lengths[:place], 0, *lengths[place:]] for place in range(len(lengths) + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_positions_of_multi_axis_rope_at_every_cut(wrap, dtype):
+    """Each part has its own tokens on all axes, and joining gives back what there was."""
+    positions_3T = torch.randint(0, 1000, (3, NUM_TOKENS), generator=torch.Generator().manual_seed(1)).to(dtype)
+    whole = wrap(positions_3T)
+    num_cases = 0
+    for part_tokens in part_lists(NUM_TOKENS):
+        parts = cut_tensors(whole, part_tokens, dim=-1)
+        start = 0
+        for part, num_tokens in zip(parts, part_tokens, strict=True):
+            assert same(part, wrap(positions_3T[:, start : start + num_tokens]))
+            start += num_tokens
+        assert same(join_tensors(parts, dim=-1), whole)
+        num_cases += 1
+    assert num_cases == 6 * (1 + 3) + 15 * (1 + 4)
+
+
+def test_positions_of_one_axis_and_of_several_are_cut_alike():
+    """The last dimension is that of the tokens for both."""
+    for part_tokens in part_lists(NUM_TOKENS):
+        one = cut_tensors(numbered(NUM_TOKENS), part_tokens, dim=-1)
+        three = cut_tensors(numbered(NUM_TOKENS).expand(3, -1), part_tokens, dim=-1)
+        assert all(torch.equal(axis, part) for part, axes in zip(one, three, strict=True) for axis in axes)
+
+
+def test_positions_of_as_many_tokens_as_axes_are_cut_in_the_last_dimension():
+    """[3, 3] could be cut the wrong way without an error."""
+    first, second = cut_tensors(numbered(3, 3), [1, 2], dim=-1)
+    assert first.tolist() == [[0], [3], [6]]
+    assert second.tolist() == [[1, 2], [4, 5], [7, 8]]
 
 
 def test_the_dimension_holds_for_nested_tensors():
