@@ -206,8 +206,9 @@ class LLM:
 
         `steps`, `steps_by_plan` (plan -> steps), `serial_reasons` (reason -> steps), which are the same on all ranks;
         `overlap` (plan -> seconds of rank 0: `time_s`, `communication_s`, `hidden_s`, `exposed_s`, and `num_bytes`);
-        `last_plan`, in words and with its numbers; `kv_blocks` and `unfinished` summed over ranks; `kv_cache` (tokens
-        of a rank, and where the size comes from); `ranks`, `device`, `transport`, `dbo`.
+        `last_plan`, in words and with its numbers; `kv_cache` (tokens of a rank, and where the size comes from);
+        summed over ranks: `kv_blocks`, `unfinished` and `running` requests, `preemptions`, `prefix_cache` (tokens of
+        texts that were admitted, and how many of them were found, once more after a preemption); `ranks`, `device`, `transport`, `dbo`.
         """
         by_rank = self._client.statistics()
         first = by_rank[0]
@@ -219,6 +220,11 @@ class LLM:
             "overlap": first["overlap"],
             "kv_blocks": {**blocks, "block_size": first["kv_blocks"]["block_size"]},
             "unfinished": sum(rank["unfinished"] for rank in by_rank),
+            "running": sum(rank["running"] for rank in by_rank),
+            "preemptions": sum(rank["preemptions"] for rank in by_rank),
+            "prefix_cache": {
+                name: sum(rank["prefix_cache"][name] for rank in by_rank) for name in first["prefix_cache"]
+            },
             "kv_cache": self.config.cache_facts(),
             "ranks": self.config.options.ranks,
             "device": self.config.device_name,
