@@ -13,6 +13,7 @@ from tests.models.twin import Twin, random_ids, scattered_blocks
 __all__ = ["NUM_DECODES", "logits_of_all", "text_of_rank"]
 
 NUM_DECODES = 3
+FIRST_CHUNK = 6
 
 
 def text_of_rank(rank: int) -> list[int]:
@@ -30,18 +31,31 @@ def logits_of_all(group: RankGroup, folders: list[Path], transport: str) -> list
 
 
 def _logits(twin: Twin, group: RankGroup, *, dual: bool) -> torch.Tensor:
-    """[S, V]: a prompt in one step, or in two lanes cut at another place on each rank, then decode steps."""
+    """[S, V]: a prompt in two chunks, then decode steps; all steps whole, or all in two lanes."""
     twin.empty_cache()
     ids = text_of_rank(group.rank)
     (blocks,) = scattered_blocks(1, len(ids))
-    lengths = [len(text_of_rank(rank)) - NUM_DECODES for rank in range(group.size)]
-    prompt = len(ids) - NUM_DECODES
-    parts = tuple((5 + rank, length - 5 - rank) if dual else (length,) for rank, length in enumerate(lengths))
-    logits = [twin.logits_of_parts([_slice(ids, 0, prompt, blocks)], parts)]
-    for position in range(prompt, len(ids)):
-        request = _slice(ids, position, position + 1, blocks)
-        logits.append(twin.logits_of_parts([request], ((1,),) * group.size))
+    lengths_by_step = zip(*(_lengths(rank) for rank in range(group.size)), strict=True)
+    logits, start = [], 0
+    for lengths in lengths_by_step:
+        parts = tuple(_lanes(length, rank) if dual else (length,) for rank, length in enumerate(lengths))
+        stop = start + lengths[group.rank]
+        logits.append(twin.logits_of_parts([_slice(ids, start, stop, blocks)], parts))
+        start = stop
+    assert start == len(ids)
     return torch.cat(logits)
+
+
+def _lengths(rank: int) -> list[int]:
+    """The tokens of each step: two chunks, then single tokens."""
+    prompt = len(text_of_rank(rank)) - NUM_DECODES
+    return [FIRST_CHUNK, prompt - FIRST_CHUNK, *[1] * NUM_DECODES]
+
+
+def _lanes(length: int, rank: int) -> tuple[int, int]:
+    """Each rank cuts at another place; a single token leaves a lane empty, and not the same one on all ranks."""
+    first = rank % 2 if length == 1 else 1 + rank
+    return (first, length - first)
 
 
 def _slice(ids: list[int], start: int, stop: int, blocks: tuple[int, ...]) -> RequestSlice:
