@@ -73,15 +73,25 @@ def test_generate_prints_texts_and_a_summary(
         (["--device", "cuda", "--ranks", "64"], "error: device='cuda' needs one CUDA device a rank: ranks=64, but "),
         (["--no-peer-access", "--transport", "copy-engine", "--ranks", "2"], "error: transport 'copy-engine' "),
         (["--model", "glm-4.5-air"], "error: model 'glm-4.5-air' is a shape without weights; use load_format='dummy'"),
-        (["--rank", "2"], "No such option: --rank"),
-        (["--ranks", "two"], "Invalid value for '--ranks'"),
+        (["--rank", "2"], "error: there is no option --rank; did you mean --ranks?"),
+        (["--enable-dboo"], "error: there is no option --enable-dboo; did you mean --enable-dbo?"),
+        (["--no-prefix-cache"], "error: there is no option --no-prefix-cache; did you mean --no-prefix-caching?"),
+        (["--ranks", "two"], "error: --ranks 'two' is not an integer; use an integer"),
+        (["--top-p=high"], "error: --top-p 'high' is not a number; use a number"),
+        (["tiny-deepseek", "--ranks"], "error: --ranks needs a value; use --ranks and an integer"),
+        (["tiny-deepseek", "--model", "glm-4.5-air"], "error: the model is given twice, as 'tiny-deepseek' and as an "),
+        (["--dbo-end-layer", "7"], "error: dbo_end_layer=7 is beyond the model's 6 layers; use at most 6"),
+        (["--min-total-tokens-to-split", "-1"], "error: min_total_tokens_to_split=-1 is not a count of tokens"),
+        (["--dtype", "half"], "error: dtype='half': float16 is not supported, its range is too small for some models"),
+        (["--logit-bias", "5"], "error: logit_bias=5 is a int"),
+        (["--logit-bias", "{"], "error: --logit-bias '{' is not JSON"),
     ],
 )
 def test_mistakes_give_one_clear_line(
     arguments: list[str], pattern: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt = [] if not arguments or arguments[0] == "--prompts-file" else ["--prompt", "x"]
-    assert run_here(monkeypatch, "generate", *arguments, *prompt) == 2
+    assert run_here(monkeypatch, "generate", *prompt, *arguments) == 2
     printed = capsys.readouterr()
     assert pattern in printed.err
     assert "Traceback" not in printed.err

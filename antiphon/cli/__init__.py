@@ -1,0 +1,5 @@
+"""The command line: `antiphon generate`, `eval`, `demo`, `doctor` and `bench`."""
+
+from antiphon.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,85 @@
+"""The commands of `antiphon`, and what becomes of an error. Everything heavy is loaded when a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import antiphon
+from antiphon.bench.cli import bench_app
+from antiphon.cli.engine_options import engine_command
+from antiphon.cli.evaluate import word_problems
+from antiphon.cli.generate import generate
+from antiphon.core.errors import AntiphonError
+
+__all__ = ["app", "main"]
+
+_USAGE_ERROR = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Mixture-of-Experts inference with dual-batch overlap.",
+)
+eval_app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Solve known problems and count the answers.",
+)
+engine_command(app)(generate)
+engine_command(eval_app, "word-problems")(word_problems)
+app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """The console script: an error is one line on stderr; exit code 2 for the user's, 1 for the engine's."""
+    try:
+        app()
+    except AntiphonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(_USAGE_ERROR if isinstance(error, ValueError) else 1)
+    except OSError as error:  # a full disk under the output, say
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"antiphon {antiphon.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Mixture-of-Experts inference with dual-batch overlap."""
+
+
+@app.command()
+def demo() -> None:
+    """Solve word problems and tell a story on 2 ranks, and show what overlap wins over a simulated link."""
+    from antiphon.bench.demo import run_demo
+
+    run_demo(Console())
+
+
+@app.command()
+def doctor(
+    ranks: Annotated[int | None, typer.Option(help="Processes, one device each. Default: all GPUs, 2 without.")] = None,
+    no_peer_access: Annotated[bool, typer.Option("--no-peer-access", help="As if GPUs had no peer access.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, facts and all.")] = False,
+) -> None:
+    """Say what this machine allows, which transports are usable, and what would help. Starts no ranks."""
+    from antiphon.bench.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(Console(), ranks=ranks, peer_access=not no_peer_access, as_json=as_json))

@@ -1,0 +1,204 @@
+"""What a command line and a YAML file say, before typer sees it.
+
+It parts options of other engines from ours, names the nearest option for one that is not known, and reads the file of
+`--config`. What typer says of our own options stays typer's. Knows options only by their kind: flag, whole, number,
+text, json; texts and wholes for those that may be given several times.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from antiphon.core.checks import is_number, is_whole
+from antiphon.core.errors import OptionError
+from antiphon.engine.foreign_options import foreign_option, unknown_option
+
+__all__ = ["CONFIG_FLAG", "Arguments", "ConfigFile", "OwnOption", "read_config_file", "separate"]
+
+CONFIG_FLAG = "--config"
+
+_NEGATION = "no_"
+_WHAT = {
+    "flag": "true or false",
+    "whole": "an integer",
+    "number": "a number",
+    "text": "a text",
+    "json": "JSON",
+    "texts": "a text",
+    "wholes": "an integer",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnOption:
+    """One of our options, as typer has it. `negative` are the flags that switch it off."""
+
+    name: str
+    kind: str
+    flags: tuple[str, ...]
+    negative: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Arguments:
+    """`ours` for typer, in their order; `foreign` by name; the path after `--config`."""
+
+    ours: list[str] = field(default_factory=list)
+    foreign: dict[str, Any] = field(default_factory=dict)
+    config: str | None = None
+
+
+def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
+    """Part the words of a command line. Underscores in an option's name are dashes.
+
+    Raises `OptionError` for an option that nobody knows, and for a foreign one without the value that it needs.
+    """
+    by_flag = {flag: option for option in options for flag in (*option.flags, *option.negative)}
+    found = Arguments()
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--":
+            found.ours += [word, *left]
+            break
+        if not word.startswith("-") or word == "-" or word == "--help":
+            found.ours.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in by_flag:
+            kind = by_flag[flag].kind
+            values = [] if equals or kind == "flag" else [_next(flag, kind, left)]
+            _check(flag, kind, values[0] if values else text)
+            found.ours += [flag + equals + text, *values]
+            if flag == CONFIG_FLAG:
+                found.config = text if equals else "".join(values)
+            continue
+        name, value = flag.lstrip("-").replace("-", "_"), True
+        option = foreign_option(name)
+        if option is None and name.startswith(_NEGATION):
+            name, value = name.removeprefix(_NEGATION), False
+            option = foreign_option(name)
+        if option is None or (not value and option.kind != "flag"):
+            raise unknown_option(flag.lstrip("-").replace("-", "_"), _names(options), dashes=True)
+        if option.kind == "flag":
+            found.foreign[name] = value if not equals else _from_text(flag, "flag", text.lower()) is value
+            continue
+        found.foreign[name] = _from_text(flag, option.kind, text if equals else _next(flag, option.kind, left))
+    return found
+
+
+def _names(options: Sequence[OwnOption]) -> list[str]:
+    return [flag.lstrip("-").replace("-", "_") for option in options for flag in (*option.flags, *option.negative)]
+
+
+def _next(flag: str, kind: str, left: list[str]) -> str:
+    if not left:
+        raise OptionError(f"{flag} needs a value; use {flag} and {_WHAT[kind]}")
+    return left.pop(0)
+
+
+def _check(flag: str, kind: str, text: str) -> None:
+    """Typer reads the value, but says in five lines what it is not."""
+    try:
+        {"whole": int, "wholes": int, "number": float}.get(kind, str)(text)
+    except ValueError:
+        raise OptionError(f"{flag} {text!r} is not {_WHAT[kind]}; use {_WHAT[kind]}") from None
+
+
+def _from_text(flag: str, kind: str, text: str) -> Any:
+    if kind == "text":
+        return text
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise OptionError(f"{flag} {text!r} is not {_WHAT[kind]}; use {_WHAT[kind]}") from None
+    return _value(flag, kind, value)
+
+
+@dataclass(slots=True)
+class ConfigFile:
+    """`own` by typer's name, `foreign` by theirs."""
+
+    own: dict[str, Any] = field(default_factory=dict)
+    foreign: dict[str, Any] = field(default_factory=dict)
+
+
+def read_config_file(path: str, options: Sequence[OwnOption]) -> ConfigFile:
+    """A YAML file of options by name, with dashes or underscores.
+
+    Raises `OptionError`, with the line, for what is no such file, for an unknown option, and for a value of the wrong
+    type.
+    """
+    known: dict[str, tuple[OwnOption, bool]] = {}
+    for option in options:
+        known |= {flag.lstrip("-").replace("-", "_"): (option, True) for flag in option.flags}
+        known |= {flag.lstrip("-").replace("-", "_"): (option, False) for flag in option.negative}
+        known.setdefault(option.name, (option, True))
+    found = ConfigFile()
+    for name, node, value, where in _entries(path):
+        if value is None:
+            continue
+        if name in known and name != CONFIG_FLAG.lstrip("-"):
+            option, positive = known[name]
+            # What is a text is taken as it stands: YAML makes a bool of `dbo: on`, and a number of `revision: 1`.
+            plain = option.kind in ("text", "texts") and isinstance(node, yaml.ScalarNode)
+            value = _value(f"{where}, {name}", option.kind, node.value if plain else value)
+            found.own[option.name] = value if positive else not value
+        elif (foreign := foreign_option(name)) is not None:
+            plain = foreign.kind == "text" and isinstance(node, yaml.ScalarNode)
+            found.foreign[name] = _value(f"{where}, {name}", foreign.kind, node.value if plain else value)
+        else:
+            raise OptionError(f"{where}: {unknown_option(name, known)}")
+    return found
+
+
+def _entries(path: str) -> list[tuple[str, yaml.Node, Any, str]]:
+    """(name, node, value, where) of every line of the file's one mapping."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{CONFIG_FLAG} {path} cannot be read ({error}); pass a YAML file of options") from error
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise OptionError(f"{CONFIG_FLAG} {path} is not a list of options; write one a line, such as `ranks: 2`")
+        entries, seen = [], set()
+        for key, node in root.value:
+            name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else str(key)
+            where = f"{CONFIG_FLAG} {path}, line {key.start_mark.line + 1}"
+            if name in seen:
+                raise OptionError(f"{where}: {name} is given twice; leave one of them out")
+            seen.add(name)
+            entries.append((name, node, loader.construct_object(node, deep=True), where))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise OptionError(f"{CONFIG_FLAG} {path}{line} is not YAML ({error.problem}); repair it") from error
+    finally:
+        loader.dispose()
+    return entries
+
+
+def _value(where: str, kind: str, value: Any) -> Any:
+    """The value, if it is of that kind; for those that may be given several times always a list."""
+    if kind in ("texts", "wholes"):
+        return [_value(where, kind.removesuffix("s"), item) for item in (value if isinstance(value, list) else [value])]
+    right = {
+        "flag": isinstance(value, bool),
+        "whole": is_whole(value),
+        "number": is_number(value),
+        "text": isinstance(value, str),
+        "json": isinstance(value, Mapping) or is_whole(value),
+    }[kind]
+    if not right:
+        raise OptionError(f"{where}={value!r} is not {_WHAT[kind]}; use {_WHAT[kind]}")
+    return value

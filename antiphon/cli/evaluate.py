@@ -1,0 +1,32 @@
+"""`antiphon eval ...`: problems whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from antiphon.cli.start import say, started
+
+__all__ = ["word_problems"]
+
+
+def word_problems(
+    engine: dict[str, Any],
+    num: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the 256.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens for an answer.")] = 100,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Solve them with overlap off, then on, and compare the answers.")
+    ] = False,
+) -> None:
+    """Solve the bundled word problems, greedily, and count the right answers. The last line is one JSON object."""
+    from antiphon.bench.evaluate import solve_word_problems
+
+    console = Console(stderr=True)
+    with started(console, engine) as llm:
+        result = solve_word_problems(
+            llm, num=num, max_tokens=max_tokens, compare=compare, say=lambda t: say(console, t)
+        )
+    print(json.dumps(result))

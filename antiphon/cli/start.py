@@ -1,0 +1,43 @@
+"""Starting an engine where somebody watches: what it is doing meanwhile, then the start-up block. On stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from antiphon.engine.llm import LLM
+
+__all__ = ["say", "started"]
+
+
+@contextmanager
+def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
+    """An engine with these options of `LLM`, which ends with the block."""
+    from antiphon.engine.llm import LLM  # it loads the tokenizers
+
+    with ExitStack() as stack:
+        status = console.status("starting")
+
+        def show(what: str) -> None:
+            if not console.is_terminal:
+                return
+            # Not before it is called the first time: the hub's library shows bars of its own until then.
+            status.start()
+            stack.callback(status.stop)
+            status.update(escape(what))
+
+        llm = LLM(**engine, on_start=show)
+    with llm:
+        for heading, text in llm.config.describe():
+            say(console, f"{heading + ':':<11}{text}")
+        yield llm
+
+
+def say(console: Console, text: str) -> None:
+    """As it is: no markup, no colours, no line breaks put in."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
