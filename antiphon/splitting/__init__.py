@@ -5,7 +5,7 @@ token_slices([8, 8], cuts=[12])                # the second request straddles: i
 """
 
 from antiphon.splitting.cut_points import Cut, find_cut, request_boundary
-from antiphon.splitting.micro_batches import build_micro_batch, join, split, unsplit
+from antiphon.splitting.micro_batches import build_micro_batch, join, split
 from antiphon.splitting.slices import MicroSlice, token_slices
 from antiphon.splitting.tensors import cut_tensors, join_tensors
 
@@ -20,5 +20,4 @@ __all__ = [
     "request_boundary",
     "split",
     "token_slices",
-    "unsplit",
 ]

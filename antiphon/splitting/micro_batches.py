@@ -16,7 +16,7 @@ from antiphon.core.plan import Plan
 from antiphon.splitting.slices import MicroSlice, token_slices
 from antiphon.splitting.tensors import join_tensors
 
-__all__ = ["build_micro_batch", "join", "split", "unsplit"]
+__all__ = ["build_micro_batch", "join", "split"]
 
 
 def split(batch: Batch, plan: Plan, *, block_size: int) -> list[MicroBatch]:
@@ -37,13 +37,6 @@ def split(batch: Batch, plan: Plan, *, block_size: int) -> list[MicroBatch]:
         )
         for lane in range(plan.num_lanes)
     ]
-
-
-def unsplit(batch: Batch, plan: Plan, *, block_size: int) -> MicroBatch:
-    """All parts of a plan as one micro-batch on lane 0, for the layers of a split step that are not split."""
-    tokens_by_rank = tuple(sum(part_tokens) for part_tokens in plan.part_tokens)
-    assert tokens_by_rank[batch.rank] == batch.num_tokens, f"{tokens_by_rank} is not for {batch.num_tokens} tokens"
-    return build_micro_batch(batch.requests, lane=0, tokens_by_rank=tokens_by_rank, block_size=block_size)
 
 
 def join(hidden_parts: Sequence[torch.Tensor]) -> torch.Tensor:

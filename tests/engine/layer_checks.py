@@ -10,7 +10,7 @@ from antiphon.comm import RankGroup
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.plan import Plan
 from antiphon.engine.runner import Runner
-from antiphon.splitting import join, split, unsplit
+from antiphon.splitting import join, split
 from tests.models.twin import BLOCK_SIZE, Twin, random_ids, scattered_blocks
 
 __all__ = [
@@ -49,7 +49,7 @@ def run_step(
     """Hidden states [T, D] of this rank. Every rank must call it."""
     plan, batch = Plan(part_tokens=part_tokens, reason="test"), Batch(rank=twin.rank, requests=requests)
     runner = Runner(twin.ours, streams=twin.streams)
-    whole = unsplit(batch, plan, block_size=BLOCK_SIZE)
+    (whole,) = split(batch, plan.unsplit(), block_size=BLOCK_SIZE)
     return join(runner.run(split(batch, plan, block_size=BLOCK_SIZE), whole=whole, layers=layers))
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from antiphon import LLM, SamplingParams
 from antiphon.comm import RankGroup
 from antiphon.core.batch import Batch, current_micro_batch
 from antiphon.core.plan import Plan
 from antiphon.engine.runner import Runner
 from antiphon.models.decoder import DecoderLayer
 from antiphon.runtime import CpuStreams, EventKind, LaneEvent, current_lane, num_lanes
-from antiphon.splitting import split, unsplit
+from antiphon.splitting import split
 from tests.engine.layer_checks import NUM_LAYERS, PARTS, RANGES, mixed_requests, results_of_rank, run_step
 from tests.models.twin import BLOCK_SIZE, Twin, random_checkpoint
+from tests.support.prompts import mixed_prompts
 from tests.support.ranks import run_ranks
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -27,7 +29,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 ONE_RANK = [((9, 10),), ((1, 18),), ((0, 19),), ((3, 9, 7),)]
-SOME_LAYERS = [layers for layers in RANGES if layers != slice(None)]
 
 
 @pytest.fixture(scope="module")
@@ -109,25 +110,17 @@ def test_which_layers_run_in_lanes(twin: Twin, layers: slice, monkeypatch: pytes
     assert sorted(middle) == [(layer, 2, lane, (9, 10)[lane]) for layer in in_lanes for lane in range(2)]
 
 
-@pytest.mark.parametrize("layers", SOME_LAYERS, ids=str)
-def test_the_other_layers_know_the_tokens_of_all_ranks(layers: slice) -> None:
+def test_the_other_layers_know_the_tokens_of_all_ranks() -> None:
     batch = Batch(rank=1, requests=mixed_requests(seed=0))
     plan = Plan(part_tokens=((5, 6, 0), (9, 0, 10), (0, 0, 0)), reason="test")
-    whole = unsplit(batch, plan, block_size=BLOCK_SIZE)
+    (whole,) = split(batch, plan.unsplit(), block_size=BLOCK_SIZE)
     assert (whole.lane, whole.tokens_by_rank) == (0, (11, 19, 0))
     parts = split(batch, plan, block_size=BLOCK_SIZE)
     for name in ("token_ids_T", "positions_T"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert torch.equal(torch.cat([part.attention.slots_T for part in parts]), whole.attention.slots_T)
-    idle = unsplit(Batch(rank=2, requests=()), plan, block_size=BLOCK_SIZE)
+    (idle,) = split(Batch(rank=2, requests=()), plan.unsplit(), block_size=BLOCK_SIZE)
     assert (idle.num_tokens, idle.tokens_by_rank) == (0, (11, 19, 0))
-
-
-def test_a_plan_for_another_batch_is_caught() -> None:
-    with pytest.raises(AssertionError, match="not for 19 tokens"):
-        unsplit(
-            Batch(rank=0, requests=mixed_requests(seed=0)), Plan(part_tokens=((9, 9),), reason="test"), block_size=4
-        )
 
 
 def test_some_layers_need_the_whole(twin: Twin) -> None:
@@ -160,7 +153,8 @@ def test_only_the_lanes_switch_and_leave_multiprocessors_free(twin: Twin) -> Non
     runner = Runner(twin.ours, streams=streams, recorder=events)
     runner.reserved_sms = 7
     batch, plan = Batch(rank=0, requests=mixed_requests(seed=0)), Plan(part_tokens=((9, 10),), reason="test")
-    parts, whole = split(batch, plan, block_size=BLOCK_SIZE), unsplit(batch, plan, block_size=BLOCK_SIZE)
+    parts = split(batch, plan, block_size=BLOCK_SIZE)
+    (whole,) = split(batch, plan.unsplit(), block_size=BLOCK_SIZE)
     twin.empty_cache()
     runner.run(parts, whole=whole, layers=slice(2, 3))
     assert streams.left_free == [0, 7, 0]
@@ -174,3 +168,29 @@ def test_only_the_lanes_switch_and_leave_multiprocessors_free(twin: Twin) -> Non
 
 def _moe_layers(twin: Twin) -> int:
     return sum(hasattr(layer.mlp, "experts") for layer in twin.ours.decoder_layers())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("options", "in_lanes"),
+    [({"dbo_start_layer": 1}, {1, 2, 3, 4, 5}), ({"dbo_start_layer": 2, "dbo_end_layer": 4}, {2, 3})],
+    ids=str,
+)
+def test_the_options_of_the_engine(two_ranks: LLM, options: dict[str, int], in_lanes: set[int]) -> None:
+    """The bundled model: one dense layer, then five of experts, which switch if they run in lanes."""
+    prompts, params = mixed_prompts(12), SamplingParams(max_tokens=6, ignore_eos=True)
+    two_ranks.reconfigure(dbo="off", split="token")
+    expected = [output.token_ids for output in two_ranks.generate(prompts, params)]
+    with LLM(ranks=2, transport="alltoall", dbo="on", debug_order=True, **options) as llm:
+        assert [output.token_ids for output in llm.generate(prompts, params)] == expected
+        assert llm.stats()["steps_by_plan"]["serial"] == 0
+        timelines = llm.timelines()
+    assert len(timelines) == 2
+    for step in (step for timeline in timelines for step in timeline):
+        assert step.kind == "dual"
+        exchanges = [event.label for event in step.events if event.kind is EventKind.SENT]
+        switches = [event.label for event in step.events if event.kind is EventKind.SWITCH_OUT]
+        for layer in range(1, 6):
+            label = f"dispatch layer {layer}"
+            assert exchanges.count(label) == (2 if layer in in_lanes else 1)
+            assert switches.count(label) == (2 if layer in in_lanes else 0)
