@@ -102,7 +102,7 @@ def translate(given: Mapping[str, Any], own_names: Iterable[str]) -> Translation
 def unknown_option(name: str, own_names: Iterable[str], *, dashes: bool = False) -> OptionError:
     """The error for an option that is neither ours nor another engine's, naming the nearest one of both."""
     ours = list(own_names)
-    shown = _dashed if dashes else str
+    shown = _dashed if dashes else repr
     near = get_close_matches(name, ours, n=1, cutoff=0.6)
     near = near or get_close_matches(name, [*ours, *_BY_NAME], n=1, cutoff=0.4)
     hint = f"; did you mean {shown(near[0])}?" if near else f"; options are {', '.join(map(shown, ours))}"
@@ -134,6 +134,15 @@ def _is_so(*accepted: object, fact: str, remedy: str) -> Callable[[str, Any], Me
 def _refused(fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
     """Off is how things are."""
     return _is_so(False, fact=fact, remedy=remedy)
+
+
+def _refused_secret(fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
+    """The value is not repeated."""
+
+    def meaning(name: str, value: object) -> Meaning:
+        raise OptionError(f"{name}: {fact}; {remedy}")
+
+    return meaning
 
 
 def _no_effect(reason: str) -> Callable[[str, Any], Meaning]:
@@ -310,7 +319,11 @@ FOREIGN_OPTIONS = (
         "text",
         _refused("downloads go into the hub library's cache", "use the environment variable HF_HUB_CACHE"),
     ),
-    _option("hf_token", "text", _refused("the hub's library reads the token", "use the environment variable HF_TOKEN")),
+    _option(
+        "hf_token",
+        "text",
+        _refused_secret("the hub's library reads the token", "use the environment variable HF_TOKEN"),
+    ),
     _option("enable_lora", "flag", _refused("there are no adapters", "merge them into the checkpoint")),
     _option("task runner", "text", _is_so("generate", "auto", fact="text is all it generates", remedy="leave it out")),
     # logs
@@ -321,7 +334,7 @@ FOREIGN_OPTIONS = (
     _option("host", "text", _refused(*_NO_SERVER)),
     _option("port", "whole", _refused(*_NO_SERVER)),
     _option("served_model_name", "text", _refused(*_NO_SERVER)),
-    _option("api_key", "text", _refused(*_NO_SERVER)),
+    _option("api_key", "text", _refused_secret(*_NO_SERVER)),
     _option("chat_template", "text", _refused(*_NO_SERVER)),
     _option("tool_call_parser", "text", _refused(*_NO_SERVER)),
     _option("enable_auto_tool_choice", "flag", _refused(*_NO_SERVER)),

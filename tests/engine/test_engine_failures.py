@@ -272,7 +272,7 @@ def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, pattern: str
         ({"transport": "simulated:alltoall:3"}, "such as 200MB/s"),
         ({"transport": "no.such.module:Thing"}, "cannot be loaded"),
         ({"transport": "local", "ranks": 2}, "works on one rank, not on 2"),
-        ({"dtype": "float16"}, "did you mean"),
+        ({"dtype": "float16"}, "float16 is not supported.*use 'bfloat16' or 'float32'"),
         ({"split": "requests"}, "did you mean 'request-boundary'"),
         ({"micro_batches": 9}, "use 2 to 8"),
         ({"ranks": 3}, "num_experts=32 is not divisible by ranks=3; use 1, 2, 4, 8, 16, 32 ranks"),
@@ -297,6 +297,12 @@ def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, pattern: str
         ({"seed": "x"}, "seed='x'"),
         ({"kv_cache_memory": 10**18}, "cannot be allocated on this rank; use less"),
         ({"dbo_prefill_token_threshold": -1}, "dbo_prefill_token_threshold=-1"),
+        ({"prefix_caching": "no"}, "prefix_caching='no' is not True or False"),
+        ({"chunked_prefill": 1}, "chunked_prefill=1 is not True or False"),
+        ({"dbo_start_layer": 6}, "dbo_start_layer=6 is beyond the model's 6 layers; use at most 5"),
+        ({"dbo_end_layer": 7}, "dbo_end_layer=7 is beyond the model's 6 layers; use at most 6"),
+        ({"num_layers": 2, "dbo_end_layer": 3}, "beyond the model's 2 layers; use at most 2"),
+        ({"min_prefill_tokens_to_split": -1}, "min_prefill_tokens_to_split=-1 is not a count of tokens"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_starts(options: dict[str, Any], pattern: str) -> None:

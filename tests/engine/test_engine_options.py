@@ -1,0 +1,364 @@
+"""Options of `LLM`: ours by every way in, and the table of those that users of other engines type, on both ways in."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antiphon import LLM, cli
+from antiphon.core.errors import OptionError
+from antiphon.core.policy import OPTION_NAMES, OverlapPolicy
+from antiphon.engine.config import EngineConfig
+from antiphon.engine.foreign_options import FOREIGN_OPTIONS
+from antiphon.engine.options import OPTION_DEFAULTS, make_config
+from antiphon.engine.settle import DBO_VARIABLE
+
+SAME: dict[str, Any] = {}
+SERVER = "there is no server yet; leave it out, and use LLM or `antiphon generate`"
+ONE_HOST = "ranks are processes of one host; leave it out, and use ranks=N"
+TOKENIZER = "the tokenizer is that of the checkpoint; leave it out, or put other files into the model's folder"
+CONFIG = "what config.json says holds; leave it out, or change config.json in a copy of the checkpoint"
+GRAPHS = "steps are eager, there are no CUDA graphs yet"
+
+CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
+    # (name, value, what it means in our options, or the message of the refusal, or "note: ...")
+    ("enable_dbo", True, {"dbo": "on", "dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512}),
+    ("enable_dbo", False, {"dbo": "off"}),
+    ("enable_microbatching", True, {"dbo": "on", "dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512}),
+    ("enable_two_batch_overlap", False, {"dbo": "off"}),
+    ("microbatching_token_threshold", 40, {"dbo_decode_token_threshold": 40}),
+    ("num_ubatches", 3, {"micro_batches": 3}),
+    ("ubatch_size", 4, {"micro_batches": 4}),
+    ("ubatch_size", 0, SAME),
+    ("ubatch_size", 9, "micro_batches=9 is out of range; use 2 to 8"),
+    ("additional_config", {}, SAME),
+    ("additional_config", {"torchair_graph_config": {"enabled": False}}, SAME),
+    (
+        "additional_config",
+        {"torchair_graph_config": {"enabled": True}},
+        f"'torchair_graph_config' is enabled, but {GRAPHS}",
+    ),
+    ("additional_config", {"ascend_scheduler_config": {"enabled": True}}, "note: there is one scheduler"),
+    (
+        "additional_config",
+        {"min_total_tokens_to_split": 256, "min_prefill_tokens_to_split": 64, "imbalance_ratio": 0.2},
+        {"min_total_tokens_to_split": 256, "min_prefill_tokens_to_split": 64, "imbalance_ratio": 0.2},
+    ),
+    ("additional_config", {"num_micro_batches": 3}, {"micro_batches": 3}),
+    ("additional_config", {"min_total_tokens_to_splt": 1}, "did you mean 'min_total_tokens_to_split'?"),
+    ("additional_config", {"expert_map_path": "x"}, "'expert_map_path' is not known here; known here are "),
+    ("additional_config", 3, "additional_config=3 is not an object"),
+    ("data_parallel_size", 2, {"ranks": 2}),
+    ("data_parallel_size", 0, "ranks=0 is not a count"),
+    ("dp", 4, {"ranks": 4}),
+    ("tensor_parallel_size", 1, SAME),
+    ("tensor_parallel_size", 16, "there is no tensor parallelism yet; use ranks=N"),
+    ("tp", 2, "there is no tensor parallelism yet; use ranks=N"),
+    ("pipeline_parallel_size", 1, SAME),
+    ("pp", 2, "there is no pipeline parallelism; use ranks=N"),
+    ("enable_expert_parallel", True, SAME),
+    ("enable_expert_parallel", False, "experts are always shared out over the ranks; use ranks=1"),
+    ("expert_placement_strategy", "linear", SAME),
+    ("expert_placement_strategy", "round_robin", "experts lie in order; use 'linear'"),
+    ("enable_eplb", True, "experts are not moved while running; leave it out"),
+    ("enable_eplb", False, SAME),
+    ("all2all_backend", "deepep_low_latency", "Antiphon's own transports; use transport='auto'"),
+    ("all2all_backend", "naive", "use transport='allgather'"),
+    ("moe_a2a_backend", "deepep", "use transport='auto'"),
+    ("distributed_executor_backend", "mp", SAME),
+    ("distributed_executor_backend", "ray", "ranks are processes of this host; leave it out"),
+    ("data_parallel_size_local", 1, ONE_HOST),
+    ("data_parallel_address", "10.0.0.1", ONE_HOST),
+    ("data_parallel_rpc_port", 13345, ONE_HOST),
+    ("headless", True, ONE_HOST),
+    ("disable_custom_all_reduce", True, "note: nothing is all-reduced"),
+    ("enforce_eager", True, SAME),
+    ("enforce_eager", False, GRAPHS),
+    ("compilation_config", {"cudagraph_mode": "none"}, SAME),
+    ("compilation_config", {"cudagraph_mode": "NONE", "mode": 0, "cudagraph_capture_sizes": []}, SAME),
+    ("compilation_config", {}, SAME),
+    ("compilation_config", 0, SAME),
+    ("compilation_config", {"cudagraph_mode": "full_decode_only"}, f"cudagraph_mode='full_decode_only': {GRAPHS}"),
+    ("compilation_config", 3, "mode=3: nothing is compiled by torch.compile"),
+    ("compilation_config", {"splitting_ops": ["x"]}, "'splitting_ops' is not known here"),
+    ("cc", {"cudagraph_mode": "full"}, GRAPHS),
+    ("async_scheduling", True, "a step is scheduled when the one before has ended; leave it out"),
+    ("speculative_config", {"method": "mtp"}, "there is no speculative decoding; leave it out"),
+    ("enable_prefix_caching", False, {"prefix_caching": False}),
+    ("enable_prefix_caching", True, SAME),
+    ("enable_chunked_prefill", False, {"chunked_prefill": False}),
+    ("kv_cache_memory_bytes", 2**26, {"kv_cache_memory": 2**26}),
+    ("mem_fraction_static", 0.8, {"gpu_memory_utilization": 0.8}),
+    ("kv_cache_dtype", "auto", SAME),
+    ("kv_cache_dtype", "fp8", "the KV cache has the dtype of the computation; use 'auto'"),
+    ("num_gpu_blocks_override", 100, "the KV cache is sized by its memory; use kv_cache_memory=BYTES"),
+    ("swap_space", 4, "note: requests that are preempted are computed again"),
+    ("cpu_offload_gb", 0, SAME),
+    ("cpu_offload_gb", 8, "weights stay on their device; use more ranks"),
+    ("model_path", "glm-4.5-air", {"model": "glm-4.5-air"}),
+    ("trust_remote_code", True, "note: nothing that a checkpoint brings is executed"),
+    ("quantization", "fp8", "weights are quantised only by their checkpoint"),
+    ("tokenizer", "org/other", TOKENIZER),
+    ("tokenizer_mode", "auto", SAME),
+    ("tokenizer_mode", "slow", "there is one kind of tokenizer; use 'auto'"),
+    ("tokenizer_revision", "main", TOKENIZER),
+    ("code_revision", "main", "note: nothing that a checkpoint brings is executed"),
+    ("hf_overrides", {"a": 1}, CONFIG),
+    ("rope_scaling", {"factor": 2}, CONFIG),
+    ("generation_config", "vllm", "note: only the end-of-sequence tokens are read from it"),
+    ("download_dir", "/data", "downloads go into the hub library's cache; use the environment variable HF_HUB_CACHE"),
+    ("hf_token", "secret", "use the environment variable HF_TOKEN"),
+    ("enable_lora", True, "there are no adapters; merge them into the checkpoint"),
+    ("task", "generate", SAME),
+    ("runner", "pooling", "text is all it generates; leave it out"),
+    ("disable_log_requests", True, SAME),
+    ("enable_log_requests", True, "requests are never logged; leave it out"),
+    ("enable_log_requests", False, SAME),
+    ("disable_log_stats", True, SAME),
+    ("host", "0.0.0.0", SERVER),
+    ("port", 8000, SERVER),
+    ("served_model_name", "x", SERVER),
+    ("api_key", "x", SERVER),
+    ("chat_template", "x", SERVER),
+    ("tool_call_parser", "x", SERVER),
+    ("enable_auto_tool_choice", True, SERVER),
+    ("reasoning_parser", "x", SERVER),
+]
+
+
+class AskedError(Exception):
+    """Raised in place of a start, with the configuration that was asked for."""
+
+
+@pytest.fixture
+def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LLM` stops where it would look at the model: what is refused later needs one, and is not another engine's."""
+
+    def resolve(config: EngineConfig) -> None:
+        if config.ranks < 1:
+            raise OptionError(f"ranks={config.ranks} is not a count; use an integer of at least 1")
+        raise AskedError(config)
+
+    monkeypatch.setattr(EngineConfig, "resolve", resolve)
+
+
+def as_words(name: str, value: object) -> list[str]:
+    """How the option is typed."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    dashes = "-" if len(name) == 2 else "--"
+    return [f"{dashes}{flag}", value if isinstance(value, str) else json.dumps(value)]
+
+
+def by_command_line(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["antiphon", "generate", "--prompt", "x", *words])
+    cli.app(standalone_mode=False)
+
+
+def by_file(monkeypatch: pytest.MonkeyPatch, folder: Path, options: dict[str, Any]) -> None:
+    (folder / "options.yaml").write_text(json.dumps(options))  # which is YAML too
+    by_command_line(monkeypatch, "--config", str(folder / "options.yaml"))
+
+
+@pytest.mark.usefixtures("no_start")
+@pytest.mark.parametrize("way", ["LLM", "command line", "file"])
+@pytest.mark.parametrize(("name", "value", "outcome"), CASES)
+def test_options_of_other_engines(
+    name: str,
+    value: Any,
+    outcome: dict[str, Any] | str,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises((AskedError, OptionError)) as ended, caplog.at_level(logging.WARNING):
+        if way == "LLM":
+            LLM(**{name: value})
+        elif way == "file":
+            by_file(monkeypatch, tmp_path, {name: value})
+        else:
+            by_command_line(monkeypatch, *as_words(name, value))
+    text = str(ended.value)
+    if isinstance(outcome, str) and not outcome.startswith("note: "):
+        assert isinstance(ended.value, OptionError), text
+        assert outcome in text
+        assert "\n" not in text
+        return
+    assert isinstance(ended.value, AskedError), text
+    own = outcome if isinstance(outcome, dict) else {}
+    assert ended.value.args[0] == make_config(dict(OPTION_DEFAULTS) | own, {})
+    if isinstance(outcome, str):
+        (note,) = caplog.messages
+        assert outcome.removeprefix("note: ") in note and name in note
+    else:
+        assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["hf_token", "api_key"])
+def test_secrets_are_not_repeated(name: str) -> None:
+    with pytest.raises(OptionError) as ended:
+        LLM(**{name: "hf_12345"})
+    assert "12345" not in str(ended.value)
+
+
+def test_every_option_of_the_table_is_tested() -> None:
+    tested = {name for name, _, _ in CASES}
+    for option in FOREIGN_OPTIONS:
+        assert tested & set(option.names), option.name
+
+
+def test_no_name_is_both_ours_and_another_engines() -> None:
+    names = [name for option in FOREIGN_OPTIONS for name in option.names]
+    assert len(names) == len(set(names))
+    assert not set(names) & set(OPTION_DEFAULTS)
+
+
+@pytest.mark.usefixtures("no_start")
+@pytest.mark.parametrize(
+    ("options", "words", "pattern"),
+    [
+        (
+            {"data_parallel_size": 2, "ranks": 4},
+            ["--ranks", "4", "-dp", "2"],
+            "means ranks=2, but ranks=4 is asked for",
+        ),
+        ({"enable_dbo": True, "dbo": "off"}, ["--enable-dbo", "--dbo=off"], "means dbo='on', but dbo='off' is asked"),
+        (
+            {"enable_dbo": True, "enable_microbatching": False},
+            ["--enable-dbo", "--no-enable-microbatching"],
+            "means dbo=",
+        ),
+        (
+            {"microbatching_token_threshold": 5, "dbo_decode_token_threshold": 6},
+            ["--microbatching-token-threshold", "5", "--dbo_decode_token_threshold", "6"],
+            "means dbo_decode_token_threshold=5, but dbo_decode_token_threshold=6 is asked for too; use one of them",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other(
+    options: dict[str, Any], words: list[str], pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match=pattern):
+        LLM(**options)
+    with pytest.raises(OptionError, match=pattern):
+        by_command_line(monkeypatch, *words)
+
+
+@pytest.mark.usefixtures("no_start")
+def test_a_default_on_the_command_line_contradicts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="means ranks=2, but ranks=1 is asked for too"):
+        by_command_line(monkeypatch, "--ranks", "1", "--data-parallel-size", "2")
+
+
+@pytest.mark.usefixtures("no_start")
+def test_thresholds_that_are_given_win_over_those_of_enable_dbo(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = OverlapPolicy(dbo="on", prefill_threshold=100, decode_threshold=32)
+    with pytest.raises(AskedError) as ended:
+        LLM(enable_dbo=True, dbo_prefill_token_threshold=100)
+    assert ended.value.args[0].policy == expected
+    with pytest.raises(AskedError) as ended:
+        by_command_line(monkeypatch, "--enable-dbo", "--dbo-prefill-token-threshold", "100")
+    assert ended.value.args[0].policy == expected
+
+
+def test_the_options_of_llm_and_their_defaults_are_those_of_the_engine() -> None:
+    parameters = inspect.signature(LLM.__init__).parameters
+    own = {name: p.default for name, p in parameters.items() if name not in ("self", "on_start", "foreign")}
+    assert own == dict(OPTION_DEFAULTS)
+    assert set(OPTION_NAMES.values()) <= set(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("rank", "'ranks'"),
+        ("max_num_seq", "'max_num_seqs'"),
+        ("enable_dboo", "'enable_dbo'"),
+        ("tensor_parallel", "'tensor_parallel_size'"),
+        ("min_total_tokens", "'min_total_tokens_to_split'"),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(OptionError, match=f"there is no option '{name}'; did you mean {near}"):
+        LLM(**{name: 2})
+
+
+def test_an_option_far_from_all_gives_the_list() -> None:
+    with pytest.raises(OptionError, match="there is no option 'zzz'; options are 'model', "):
+        LLM(zzz=1)
+
+
+# ---- the environment
+
+
+@pytest.mark.parametrize(
+    ("setting", "dbo"), [("1", "on"), ("0", "off"), ("on", "on"), ("off", "off"), ("auto", "auto")]
+)
+def test_the_environment_says_what_auto_is(setting: str, dbo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DBO_VARIABLE, setting)
+    config = EngineConfig(ranks=2).resolve()
+    assert config.options.policy.dbo == config.policy.dbo == dbo
+    assert dict(config.describe())["dbo"].endswith(f"by {DBO_VARIABLE}={setting}")
+    assert EngineConfig(policy=OverlapPolicy(dbo="off")).resolve().policy.dbo == "off"
+    assert EngineConfig(policy=OverlapPolicy(dbo="on")).resolve().dbo_source == ""
+
+
+def test_an_unknown_setting_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DBO_VARIABLE, "yes")
+    with pytest.raises(OptionError, match="ANTIPHON_DBO='yes' is not known; use one of 0, 1, auto, off, on"):
+        EngineConfig().resolve()
+
+
+@pytest.mark.usefixtures("no_start")
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        (
+            "VLLM_ASCEND_ENABLE_DBO",
+            "1",
+            ["VLLM_ASCEND_ENABLE_DBO=1 is not obeyed here; use ANTIPHON_DBO=1, or dbo='on'"],
+        ),
+        ("VLLM_ASCEND_ENABLE_DBO", "0", []),
+        ("VLLM_ALL2ALL_BACKEND", "pplx", ["VLLM_ALL2ALL_BACKEND=pplx is not obeyed here; use transport='auto' or "]),
+    ],
+)
+def test_variables_of_other_engines_are_not_obeyed_and_said_so(
+    variable: str, value: str, told: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(AskedError) as ended:
+        LLM()
+    assert ended.value.args[0].policy.dbo == "auto"
+    assert [message[: len(start)] for message, start in zip(caplog.messages, told, strict=True)] == told
+
+
+# ---- what the start-up block says
+
+
+@pytest.mark.parametrize(
+    ("options", "heading", "words"),
+    [
+        (
+            {},
+            "KV cache",
+            "139,792 tokens a rank (256 MiB, the default for CPUs), texts up to 4,096 tokens, prefix caching on",
+        ),
+        ({"prefix_caching": False}, "KV cache", "prefix caching off"),
+        (
+            {"max_num_batched_tokens": 300},
+            "steps",
+            "up to 300 tokens and 256 requests a rank; prompts may take several",
+        ),
+        ({"chunked_prefill": False}, "steps", "a prompt must fit into one"),
+    ],
+)
+def test_the_start_up_block(options: dict[str, Any], heading: str, words: str) -> None:
+    assert words in dict(EngineConfig(**options).resolve().describe())[heading]
