@@ -37,6 +37,10 @@ class Client(Protocol):
         """Forget requests wherever they are; returns when all ranks have. Does nothing if the engine has ended."""
         ...
 
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """The same without waiting: tokens of these requests may still come."""
+        ...
+
     def poll(self) -> list[TokenOutput]:
         """What has been generated since the last call; waits until there is something. Time-limited."""
         ...
@@ -79,6 +83,9 @@ class InProcessClient:
     def abort(self, request_ids: Sequence[int]) -> None:
         if self._engine is not None:
             self._engine.scheduler.abort(request_ids)
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        self.abort(request_ids)
 
     def poll(self) -> list[TokenOutput]:
         engine = self._running()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.checks import is_whole
-from antiphon.core.errors import RequestError
-from antiphon.core.sampling import CompletionOutput, GeneratedOutput, SamplingParams
+from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.options import OPTION_DEFAULTS, make_config
-from antiphon.engine.prompts import Prompt, params_for, plain_ints, prompt_list
-from antiphon.engine.request import Request, TokenOutput
+from antiphon.engine.outputs import Collector
+from antiphon.engine.prompts import Prompt, RequestMaker, params_for, prompt_list
+from antiphon.engine.request import Request
 from antiphon.engine.settle import settle_policy
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.engine.worker_client import WorkerClient
@@ -32,16 +32,12 @@ logger = logging.getLogger("antiphon")
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """A request under way."""
+    """A request under way: one of the results for a prompt."""
 
-    place: int  # among the prompts of the call
-    request: Request
-    prompt: str
+    place: int  # of the prompt in the call
     rank: int
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    logits: list[bytes] = field(default_factory=list)
-    prompt_logits: list[bytes] = field(default_factory=list)
+    request: Request
+    collector: Collector
 
 
 class LLM:
@@ -139,7 +135,7 @@ class LLM:
             device_name=ready.device_name, transport_name=ready.transport_name, cache=ready.cache
         )
         self._policy = self.config.policy
-        self._num_requests = 0
+        self._requests = RequestMaker(self.config, self._tokenizer)
 
     def __enter__(self) -> Self:
         return self
@@ -162,30 +158,43 @@ class LLM:
 
         prompts: texts, or lists of token ids; one prompt alone is a list of one.
         sampling_params: one for all prompts, or one for each.
-        progress: called with (prompts finished, prompts in all, tokens generated) after every step.
+        progress: called with (prompts finished, prompts in all, tokens generated) after every step. A prompt has
+            finished when all its n results have.
         Raises `RequestError` (a `ValueError`) before anything runs if a prompt cannot be served; the engine stays
         usable. Raises `EngineError` if a rank fails; the engine has ended then.
         """
-        requests = self._make_requests(prompts, sampling_params)
-        opened = {one.request.request_id: one for one in requests}
+        texts = prompt_list(prompts)
+        opened = self._open(self._requests.make(texts, params_for(texts, sampling_params)))
         by_rank: list[list[Request]] = [[] for _ in range(self.config.options.ranks)]
-        for one in requests:
+        for one in opened.values():
             by_rank[one.rank].append(one.request)
-        num_finished = num_tokens = 0
+        num_open = Counter(one.place for one in opened.values())
+        num_tokens = 0
         try:
             self._client.submit(by_rank)
-            while num_finished < len(requests):
+            while num_open:
+                to_cancel = []
                 for output in self._client.poll():
-                    if (item := opened.get(output.request_id)) is not None:
-                        _take(item, output)
-                        num_tokens += output.token is not None
-                        num_finished += output.finish_reason is not None
+                    item = opened.get(output.request_id)
+                    if item is None or item.collector.finished:
+                        continue
+                    delta = item.collector.take(output)
+                    num_tokens += len(delta.token_ids)
+                    if delta.finish_reason is not None:
+                        num_open -= Counter([item.place])
+                    if item.collector.must_cancel:
+                        to_cancel.append(output.request_id)
+                if to_cancel:
+                    self._client.cancel(to_cancel)
                 if progress is not None:
-                    progress(num_finished, len(requests), num_tokens)
+                    progress(len(texts) - len(num_open), len(texts), num_tokens)
         except BaseException:
-            self._client.abort([one.request.request_id for one in requests if not one.finish_reason])
+            self._client.abort([number for number, one in opened.items() if not one.collector.finished])
             raise
-        return [self._output(one) for one in requests]
+        results: list[list[_Open]] = [[] for _ in texts]
+        for one in opened.values():
+            results[one.place].append(one)
+        return [self._output(text, ones) for text, ones in zip(texts, results, strict=True)]
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a chat, ready for the assistant's answer: `[{"role": "user", "content": "..."}]`."""
@@ -208,7 +217,8 @@ class LLM:
         `overlap` (plan -> seconds of rank 0: `time_s`, `communication_s`, `hidden_s`, `exposed_s`, and `num_bytes`);
         `last_plan`, in words and with its numbers; `kv_cache` (tokens of a rank, and where the size comes from);
         summed over ranks: `kv_blocks`, `unfinished` and `running` requests, `preemptions`, `prefix_cache` (tokens of
-        texts that were admitted, and how many of them were found, once more after a preemption); `ranks`, `device`, `transport`, `dbo`.
+        texts that were admitted, and how many of them were found, once more after a preemption); and `ranks`,
+        `device`, `transport`, `dbo`.
         """
         by_rank = self._client.statistics()
         first = by_rank[0]
@@ -239,102 +249,27 @@ class LLM:
 
     # ---- requests
 
-    def _make_requests(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[_Open]:
-        texts = prompt_list(prompts)
-        params_list = params_for(texts, sampling_params)
-        token_lists = [self._token_ids(place, prompt) for place, prompt in enumerate(texts)]
+    def _open(self, made: list[list[Request]]) -> dict[int, _Open]:
+        """By request id. Each goes to the rank that has the fewest tokens to come."""
         load = [0] * self.config.options.ranks
-        requests = []
-        for place, (prompt, ids, params) in enumerate(zip(texts, token_lists, params_list, strict=True)):
-            request = self._make_request(place, ids, params)
-            rank = load.index(min(load))
-            load[rank] += request.most_tokens
-            text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-            requests.append(_Open(place, request, text, rank))
-        self._num_requests += len(requests)
-        return requests
+        logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
+        opened = {}
+        for place, requests in enumerate(made):
+            for request in requests:
+                rank = load.index(min(load))
+                load[rank] += request.most_tokens
+                collector = Collector(self._tokenizer, request, logits_dtype=logits_dtype, streaming=False)
+                opened[request.request_id] = _Open(place, rank, request, collector)
+        return opened
 
-    def _make_request(self, place: int, prompt_ids: list[int], params: SamplingParams) -> Request:
-        config = self.config
-        longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
-        if len(prompt_ids) > longest:
-            limit, remedy = (
-                (f"max_model_len={config.max_model_len} leaves room for {longest}", "shorten it")
-                if longest < config.max_num_batched_tokens
-                else (f"a step takes at most {longest}", "raise max_num_batched_tokens")
-            )
-            raise RequestError(f"prompt {place} has {len(prompt_ids)} tokens, but {limit}; {remedy}")
-        room = config.max_model_len - len(prompt_ids)
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        request = Request(
-            request_id=self._num_requests + place,
-            prompt_ids=tuple(prompt_ids),
-            params=replace(
-                params,
-                max_tokens=max_tokens,
-                min_tokens=min(params.min_tokens, max_tokens),
-                top_k=min(params.top_k, config.model.vocab_size),
-            ),
-            max_tokens=max_tokens,
-            seed=params.seed if params.seed is not None else config.options.seed + self._num_requests + place,
-        )
-        if request.most_tokens > config.kv_capacity_tokens:
-            raise RequestError(
-                f"prompt {place} and its output need {request.most_tokens} tokens of KV cache, but a rank holds "
-                f"{config.kv_capacity_tokens}; lower max_tokens or raise kv_cache_memory"
-            )
-        return request
-
-    def _token_ids(self, place: int, prompt: Prompt) -> list[int]:
-        vocab_size = self.config.model.vocab_size
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise RequestError(f"prompt {place} is not valid Unicode text ({error}); repair or drop it") from None
-            ids = self._tokenizer.encode(prompt)
-        else:
-            ids = plain_ints(prompt)
-        if not ids:
-            raise RequestError(f"prompt {place} is empty; give at least one token")
-        if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
-            return ids
-        for token_id in ids:
-            if not is_whole(token_id) or not 0 <= token_id < vocab_size:
-                raise RequestError(f"prompt {place} has token id {token_id!r}; use integers from 0 to {vocab_size - 1}")
-        return ids
-
-    def _output(self, item: _Open) -> GeneratedOutput:
-        params = item.request.params
+    def _output(self, prompt: Prompt, results: list[_Open]) -> GeneratedOutput:
+        first = results[0]
+        prompt_ids = list(first.request.prompt_ids)
         return GeneratedOutput(
-            prompt=item.prompt,
-            prompt_token_ids=list(item.request.prompt_ids),
-            outputs=[
-                CompletionOutput(
-                    index=0,
-                    text=self._tokenizer.decode(item.token_ids),
-                    token_ids=item.token_ids,
-                    finish_reason=item.finish_reason,
-                    logits=self._logits(b"".join(item.logits)) if params.return_logits else None,
-                )
-            ],
-            prompt_logits=self._logits(b"".join(item.prompt_logits)) if params.return_prompt_logits else None,
+            prompt=prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt_ids),
+            prompt_token_ids=prompt_ids,
+            outputs=[one.collector.completion(index) for index, one in enumerate(results)],
+            prompt_logits=first.collector.prompt_logits(),
+            prompt_logprobs=first.collector.prompt_logprobs(),
+            num_cached_tokens=first.collector.num_cached,
         )
-
-    def _logits(self, data: bytes) -> torch.Tensor:
-        dtype = torch.promote_types(self.config.dtype, torch.float32)
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(-1, self.config.model.vocab_size)
-
-
-def _take(item: _Open, output: TokenOutput) -> None:
-    item.finish_reason = output.finish_reason or ""
-    if output.token is not None:
-        item.token_ids.append(output.token.token_id)
-        if output.token.logits is not None:
-            item.logits.append(output.token.logits)
-    if output.prompt is not None and output.prompt.logits is not None:
-        item.prompt_logits.append(output.prompt.logits)

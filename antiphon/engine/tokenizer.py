@@ -12,7 +12,12 @@ __all__ = ["NoTokenizer", "Tokenizer"]
 
 
 class Tokenizer:
-    """Text to token ids and back, as the checkpoint's files say. Reads only the local folder."""
+    """Text to token ids and back, as the checkpoint's files say. Reads only the local folder.
+
+    has_text: whether tokens have texts at all. special_ids: tokens that have none in `decode`.
+    """
+
+    has_text = True
 
     def __init__(self, folder: str) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,6 +29,9 @@ class Tokenizer:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"the tokenizer in {folder} cannot be loaded ({reason}); download it again") from error
+        added = self._tokenizer.added_tokens_decoder
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the checkpoint puts in front."""
@@ -32,6 +40,13 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_text(self, token_id: int) -> str:
+        """Of one token alone, special or not; of a part of a character "\ufffd"."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        return text
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """By the checkpoint's chat template, up to where the assistant answers."""
@@ -45,10 +60,16 @@ class Tokenizer:
 class NoTokenizer:
     """For dummy weights, whose output means nothing: prompts are token ids, and every text is empty."""
 
+    has_text = False
+    special_ids: frozenset[int] = frozenset()
+
     def encode(self, text: str) -> list[int]:
         raise RequestError("a run with dummy weights has no tokenizer; pass token ids instead of a text")
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def token_text(self, token_id: int) -> str:
         return ""
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -109,9 +109,13 @@ class WorkerClient:
     def abort(self, request_ids: Sequence[int]) -> None:
         if self._ended:
             return
-        self._send_all(Work(wave=self._next_wave(), abort=list(request_ids)))
+        self.cancel(request_ids)
         # Messages are taken in order: with the answer every rank has forgotten the requests.
         self._ask(Ask(wave=self._next_wave()))
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        if not self._ended:
+            self._send_all(Work(wave=self._next_wave(), abort=list(request_ids)))
 
     def poll(self) -> list[TokenOutput]:
         self._check()
