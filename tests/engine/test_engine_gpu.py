@@ -6,13 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from antiphon import LLM, GeneratedOutput, SamplingParams
 from antiphon.bench.word_problems import word_problems
+from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import EngineError, OptionError
+from antiphon.engine.kv_cache import block_bytes
+from antiphon.models import read_config
 from tests.support.processes import assert_no_new_workers, worker_pids
 from tests.support.prompts import mixed_prompts
 from tests.support.reference import reference_logits, relative_error
@@ -37,7 +41,11 @@ PARAMS = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, return_logits=Tr
 
 
 def steps_of(llm: LLM, plan: str) -> int:
-    return llm.stats()["steps_by_plan"].get(plan, 0)
+    return steps_of_stats(llm.stats(), plan)
+
+
+def steps_of_stats(stats: dict[str, Any], plan: str) -> int:
+    return int(stats["steps_by_plan"].get(plan, 0))
 
 
 def mismatches(output: GeneratedOutput) -> tuple[int, list[str]]:
@@ -95,6 +103,32 @@ def test_bfloat16_solves_all_word_problems(ranks: int, transport: str) -> None:
             unsolved = [o.text for p, o in zip(problems, outputs, strict=True) if not p.solved_by(o.text)]
             assert unsolved == [], f"dbo {dbo}"
         assert steps_of(llm, "dual") > 0
+
+
+@pytest.mark.parametrize(("ranks", "transport"), [RANKS[0], RANKS[3], RANKS[4]])
+@pytest.mark.timeout(300)
+def test_chunks_preemptions_and_hits_change_no_token(ranks: int, transport: str) -> None:
+    """More requests than the KV cache holds, in steps that their prompts do not fit into."""
+    prompts = mixed_prompts(NUM_PROMPTS) + mixed_prompts(NUM_PROMPTS)
+    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    with LLM(
+        ranks=ranks,
+        device="cuda",
+        transport=transport,
+        dtype="float32",
+        dbo="on",
+        block_size=4,
+        max_num_batched_tokens=96,
+        max_model_len=512,
+        kv_cache_memory=160 * block_bytes(read_config(bundled_model()), block_size=4, dtype=torch.float32),
+    ) as llm:
+        outputs = llm.generate(prompts, params)
+        stats = llm.stats()
+    assert stats["preemptions"] > 0 and stats["prefix_cache"]["hit_tokens"] > 0
+    assert stats["kv_blocks"]["free"] == stats["kv_blocks"]["total"]
+    assert steps_of_stats(stats, "dual") > 0.5 * stats["steps"]
+    for output in outputs:
+        assert mismatches(output)[1] == []
 
 
 @pytest.fixture
