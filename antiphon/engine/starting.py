@@ -27,7 +27,7 @@ class Starting(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Throttle:
-    """Passes on the first word of everything that a rank does, and then one every `interval_s`."""
+    """Passes on the first and the last word of everything that a rank does, and one every `interval_s` between."""
 
     def __init__(self, send: Callable[[Starting], None], *, interval_s: float = 0.2) -> None:
         self._send = send
@@ -37,7 +37,8 @@ class Throttle:
     def __call__(self, starting: Starting) -> None:
         what, sent_s = self._last
         now_s = time.monotonic()
-        if starting.what != what or now_s - sent_s >= self._interval_s:
+        complete = 0 < starting.num_bytes == starting.bytes_read
+        if starting.what != what or complete or now_s - sent_s >= self._interval_s:
             self._last = (starting.what, now_s)
             self._send(starting)
 

@@ -164,3 +164,26 @@ def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         "--json",
     ):
         assert option in text
+
+
+@pytest.mark.processes
+def test_eval_counts_solved_problems_and_compares_with_and_without_overlap() -> None:
+    ended = run_apart("eval", "word-problems", "--ranks", "2", "--num", "6", "--compare")
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    off, on = result.pop("runs")
+    assert (off["dbo"], on["dbo"]) == ("off", "on")
+    assert off["solved"] == on["solved"] == result["equal"] == result["problems"] == 6
+    assert off["steps_by_plan"]["dual"] == 0 < on["steps_by_plan"]["dual"]
+    assert (result["ranks"], result["dtype"]) == (2, "float32")
+    for line in ("dbo off: 6 of 6 solved", "dbo on: 6 of 6 solved", "6 of 6 answers have the same tokens"):
+        assert line in ended.stderr
+
+
+def test_eval_counts_what_is_not_solved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(monkeypatch, "eval", "word-problems", "--num", "3", "--max-tokens", "2") == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert (result["problems"], [run["solved"] for run in result["runs"]]) == (3, [0])
+    assert "equal" not in result
+    assert "0 of 3 solved" in printed.err

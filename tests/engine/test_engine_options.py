@@ -5,19 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from antiphon import LLM, cli
+from antiphon import LLM
 from antiphon.core.errors import OptionError
 from antiphon.core.policy import OPTION_NAMES, OverlapPolicy
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.foreign_options import FOREIGN_OPTIONS
 from antiphon.engine.options import OPTION_DEFAULTS, make_config
 from antiphon.engine.settle import DBO_VARIABLE
+from tests.support.asked import AskedError, run_command, stop_before_start
 
 SAME: dict[str, Any] = {}
 SERVER = "there is no server yet; leave it out, and use LLM or `antiphon generate`"
@@ -132,20 +132,9 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
 ]
 
 
-class AskedError(Exception):
-    """Raised in place of a start, with the configuration that was asked for."""
-
-
 @pytest.fixture
 def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`LLM` stops where it would look at the model: what is refused later needs one, and is not another engine's."""
-
-    def resolve(config: EngineConfig) -> None:
-        if config.ranks < 1:
-            raise OptionError(f"ranks={config.ranks} is not a count; use an integer of at least 1")
-        raise AskedError(config)
-
-    monkeypatch.setattr(EngineConfig, "resolve", resolve)
+    stop_before_start(monkeypatch)
 
 
 def as_words(name: str, value: object) -> list[str]:
@@ -158,8 +147,7 @@ def as_words(name: str, value: object) -> list[str]:
 
 
 def by_command_line(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["antiphon", "generate", "--prompt", "x", *words])
-    cli.app(standalone_mode=False)
+    run_command(monkeypatch, "generate", "--prompt", "x", *words)
 
 
 def by_file(monkeypatch: pytest.MonkeyPatch, folder: Path, options: dict[str, Any]) -> None:
@@ -194,7 +182,7 @@ def test_options_of_other_engines(
         return
     assert isinstance(ended.value, AskedError), text
     own = outcome if isinstance(outcome, dict) else {}
-    assert ended.value.args[0] == make_config(dict(OPTION_DEFAULTS) | own, {})
+    assert ended.value.config == make_config(dict(OPTION_DEFAULTS) | own, {})
     if isinstance(outcome, str):
         (note,) = caplog.messages
         assert outcome.removeprefix("note: ") in note and name in note
@@ -263,10 +251,10 @@ def test_thresholds_that_are_given_win_over_those_of_enable_dbo(monkeypatch: pyt
     expected = OverlapPolicy(dbo="on", prefill_threshold=100, decode_threshold=32)
     with pytest.raises(AskedError) as ended:
         LLM(enable_dbo=True, dbo_prefill_token_threshold=100)
-    assert ended.value.args[0].policy == expected
+    assert ended.value.config.policy == expected
     with pytest.raises(AskedError) as ended:
         by_command_line(monkeypatch, "--enable-dbo", "--dbo-prefill-token-threshold", "100")
-    assert ended.value.args[0].policy == expected
+    assert ended.value.config.policy == expected
 
 
 def test_the_options_of_llm_and_their_defaults_are_those_of_the_engine() -> None:
@@ -336,7 +324,7 @@ def test_variables_of_other_engines_are_not_obeyed_and_said_so(
     monkeypatch.setenv(variable, value)
     with pytest.raises(AskedError) as ended:
         LLM()
-    assert ended.value.args[0].policy.dbo == "auto"
+    assert ended.value.config.policy.dbo == "auto"
     assert [message[: len(start)] for message, start in zip(caplog.messages, told, strict=True)] == told
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from greenlet import getcurrent
@@ -96,3 +96,29 @@ class DiesInCombine(AllToAllTransport):
         if self.group.rank == 1 and self.num_combines == 3:
             os._exit(7)
         return super().send_partials(lane, partial_RD, label)
+
+
+class LoadsSlowly(AllToAllTransport):
+    """Rank 1 takes 4 s to load its weights; when they have them, the ranks exchange something within the time limit."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        from antiphon.engine import build
+
+        group, load_weights, allocate_cache = self.group, build.load_weights, build.allocate_cache
+
+        def slow(checkpoint: Any, targets: Any, *, progress: Any) -> None:
+            targets = list(targets)
+
+            def told(found: Any) -> None:
+                if group.rank == 1:
+                    time.sleep(4 / len(targets))
+                progress(found)
+
+            load_weights(checkpoint, targets, progress=told)
+
+        def after_an_exchange(*places: Any, **sizes: Any) -> Any:
+            group.all_gather(torch.empty(group.size), torch.zeros(1), "what a device needs").wait()
+            return allocate_cache(*places, **sizes)
+
+        build.load_weights, build.allocate_cache = slow, after_an_exchange
