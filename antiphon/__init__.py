@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError, RequestError
-    from antiphon.core.sampling import GeneratedOutput, SamplingParams
+    from antiphon.core.sampling import CompletionOutput, GeneratedOutput, Logprob, SamplingParams
     from antiphon.engine.llm import LLM
 
 __all__ = [
     "LLM",
     "AntiphonError",
+    "CompletionOutput",
     "EngineError",
     "GeneratedOutput",
+    "Logprob",
     "ModelError",
     "OptionError",
     "RequestError",
@@ -29,8 +31,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "antiphon.engine.llm",
-    "SamplingParams": "antiphon.core.sampling",
-    "GeneratedOutput": "antiphon.core.sampling",
+    **dict.fromkeys(("CompletionOutput", "GeneratedOutput", "Logprob", "SamplingParams"), "antiphon.core.sampling"),
     **dict.fromkeys(
         ("AntiphonError", "EngineError", "ModelError", "OptionError", "RequestError"), "antiphon.core.errors"
     ),

@@ -1,8 +1,11 @@
 """Sampling parameters: what is accepted, and what is an error that says what is valid."""
 
-from dataclasses import FrozenInstanceError
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError, asdict, replace
 from decimal import Decimal
+from types import MappingProxyType
 
+import msgspec
 import pytest
 
 from antiphon.core.errors import OptionError
@@ -14,11 +17,23 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_tokens", [1, 16, 10**9]),
+        ("n", [1, 2, 128]),
+        ("max_tokens", [1, 16, 10**9, None]),
+        ("min_tokens", [0, 1, 16]),
         ("temperature", [0, 0.0, 1, 0.7, 100, 100.0]),
-        ("top_k", [0, 1, 50, 10**6]),
+        ("top_k", [-1, 0, 1, 50, 10**6]),
         ("top_p", [5e-324, 0.5, 1, 1.0]),
+        ("min_p", [0, 0.0, 0.1, 1]),
+        ("presence_penalty", [-2, -0.5, 0, 2.0]),
+        ("frequency_penalty", [-2, -0.5, 0, 2.0]),
+        ("repetition_penalty", [0.01, 0.5, 1, 1.2, 100]),
         ("seed", [None, 0, 1, 2**63 - 1]),
+        ("logprobs", [None, 0, 1, 20]),
+        ("prompt_logprobs", [None, 0, 1, 20]),
+        ("stop", [None, ("a",), ("a", " b\n")]),
+        ("stop_token_ids", [None, (0,), (5, 7)]),
+        ("logit_bias", [None, {3: -100.0}, {0: 100.0, 7: 0.5}]),
+        ("include_stop_str_in_output", [True, False]),
         ("ignore_eos", [True, False]),
         ("return_logits", [True, False]),
         ("return_prompt_logits", [True, False]),
@@ -26,17 +41,41 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_values_in_range_are_kept(name, values):
     for value in values:
-        assert getattr(SamplingParams(**{name: value}), name) == value
+        params = SamplingParams(**{name: value})
+        assert getattr(params, name) == value
+        assert replace(params) == params
+        assert SamplingParams(**msgspec.msgpack.decode(msgspec.msgpack.encode(asdict(params)), strict=False)) == params
+
+
+def test_every_parameter_is_in_the_tables_of_this_file():
+    tables = [mark.args[1] for mark in test_values_in_range_are_kept.pytestmark]
+    assert {name for name, _ in tables[0]} == {*SamplingParams.__dataclass_fields__}
+
+
+COUNT = [0, -1, 1.0, 1.5, NAN, INF, True, "16", [16], Decimal(16)]
+NUMBER = [NAN, INF, -INF, True, False, "1", None, 1j]
 
 
 @pytest.mark.parametrize(
     ("name", "values", "remedy"),
     [
-        ("max_tokens", [0, -1, 1.0, 1.5, NAN, INF, True, "16", None, [16], Decimal(16)], "an integer of at least 1"),
-        ("temperature", [-0.1, -1, 100.5, 101, NAN, INF, -INF, True, False, "1", None, 1j], "a number from 0"),
-        ("top_k", [-1, 0.0, 1.5, NAN, INF, True, False, "5", None], "an integer of at least 0"),
-        ("top_p", [0, 0.0, -0.5, 1.0001, 2, NAN, INF, True, False, "0.9", None], "a number above 0 and at most 1"),
+        ("n", [*COUNT, None, 129], "an integer from 1 to 128"),
+        ("max_tokens", COUNT, "an integer of at least 1, or None"),
+        ("min_tokens", [-1, 1.0, NAN, True, "1", None], "an integer of at least 0"),
+        ("temperature", [-0.1, -1, 100.5, 101, *NUMBER], "a number from 0"),
+        ("top_k", [-2, 0.0, 1.5, NAN, INF, True, False, "5", None], "an integer of at least 1, or 0 or -1"),
+        ("top_p", [0, 0.0, -0.5, 1.0001, 2, *NUMBER], "a number above 0 and at most 1"),
+        ("min_p", [-0.01, 1.01, *NUMBER], r"a number from 0 \(all tokens\) to 1"),
+        ("presence_penalty", [-2.1, 2.1, *NUMBER], "a number from -2 to 2"),
+        ("frequency_penalty", [-2.1, 2.1, *NUMBER], "a number from -2 to 2"),
+        ("repetition_penalty", [0, 0.009, -1, 100.1, *NUMBER], "a number from 0.01 to 100"),
         ("seed", [-1, 2**63, 1.0, NAN, True, False, "1", [1]], "an integer from 0"),
+        ("logprobs", [-1, 21, 1.0, True, "5"], "an integer from 0 to 20, or None; return_logits gives"),
+        ("prompt_logprobs", [-1, 21, 1.0, True, "5"], "from 0 to 20, or None; return_prompt_logits gives"),
+        ("ignore_eos", [0, 1, None, "yes"], "not True or False"),
+        ("include_stop_str_in_output", [0, 1, None, "yes"], "not True or False"),
+        ("return_logits", [0, 1, None, "yes"], "not True or False"),
+        ("return_prompt_logits", [0, 1, None, "yes"], "not True or False"),
     ],
 )
 def test_values_out_of_range_or_of_a_wrong_type_are_errors(name, values, remedy):
@@ -44,6 +83,61 @@ def test_values_out_of_range_or_of_a_wrong_type_are_errors(name, values, remedy)
         with pytest.raises(OptionError, match=remedy) as caught:
             SamplingParams(**{name: value})
         assert str(caught.value).startswith(f"{name}={value!r} is ")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"min_tokens": 17}, "min_tokens=17 is above max_tokens=16; lower it or raise max_tokens"),
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens=3 is above max_tokens=2"),
+        ({"stop": 5}, "stop=5 is a int; use a text, a list of texts, or None"),
+        ({"stop": b"a"}, "stop=b'a' is a bytes; use a text"),
+        ({"stop": ""}, "stop has '', which is no text to look for"),
+        ({"stop": ["a", ""]}, "stop has '', which is no text to look for"),
+        ({"stop": ["a", 3]}, "stop has 3, which is no text to look for"),
+        ({"stop": ["a"] * 17}, "stop has 17 texts, but at most 16 are looked for after every token; use fewer"),
+        ({"stop": "x" * 257}, "stop has a text of 257 characters, but at most 256 are looked for after every token"),
+        ({"stop_token_ids": 7}, "stop_token_ids=7 is a int; use a list of token ids"),
+        ({"stop_token_ids": "7"}, "stop_token_ids='7' is a str; use a list of token ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids has -1, which is no token id; use integers of at least 0"),
+        ({"stop_token_ids": [1.0]}, "stop_token_ids has 1.0, which is no token id"),
+        ({"logit_bias": [1]}, r"logit_bias=\[1\] is a list; use a dict of token ids and numbers from -100 to 100"),
+        ({"logit_bias": {-1: 1}}, "logit_bias has the token id -1, which is none; use integers of at least 0"),
+        ({"logit_bias": {"x": 1}}, "logit_bias has the token id 'x', which is none"),
+        ({"logit_bias": {1: 100.5}}, "logit_bias has 100.5 for token 1; use numbers from -100 to 100"),
+        ({"logit_bias": {1: NAN}}, "logit_bias has nan for token 1; use numbers from -100 to 100"),
+        ({"logit_bias": {1: "2"}}, "logit_bias has '2' for token 1; use numbers from -100 to 100"),
+    ],
+)
+def test_refusals(params, message):
+    with pytest.raises(OptionError, match=message):
+        SamplingParams(**params)
+
+
+def test_other_ways_to_say_the_same():
+    assert SamplingParams(stop="end") == SamplingParams(stop=["end"])
+    assert SamplingParams(stop=[]) == SamplingParams(stop=None)
+    assert SamplingParams(stop_token_ids=range(2)) == SamplingParams(stop_token_ids=[0, 1])
+    assert SamplingParams(logit_bias={"50": 1}) == SamplingParams(logit_bias={50: 1.0})
+    assert SamplingParams(logit_bias={}).logit_bias is None
+    assert SamplingParams(logit_bias=MappingProxyType({5: 1})).logit_bias == {5: 1.0}
+
+
+def test_the_callers_dict_is_copied():
+    bias = {5: 1.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[6] = 1000.0
+    assert isinstance(params.logit_bias, Mapping) and dict(params.logit_bias) == {5: 1.0}
+
+
+def test_parameters_can_be_keys():
+    assert len({SamplingParams(logit_bias={1: 2.0}), SamplingParams(logit_bias={1: 2.0}), SamplingParams(n=2)}) == 2
+
+
+def test_who_wants_the_prompt():
+    assert not SamplingParams(logprobs=1, return_logits=True).wants_prompt
+    assert SamplingParams(prompt_logprobs=0).wants_prompt
+    assert SamplingParams(return_prompt_logits=True).wants_prompt
 
 
 def test_option_errors_are_value_errors():
@@ -54,6 +148,7 @@ def test_option_errors_are_value_errors():
 def test_the_default_is_greedy():
     params = SamplingParams()
     assert (params.temperature, params.top_k, params.top_p, params.seed, params.max_tokens) == (0.0, 0, 1.0, None, 16)
+    assert (params.n, params.min_tokens, params.min_p, params.repetition_penalty, params.stops) == (1, 0, 0.0, 1.0, ())
 
 
 def test_parameters_cannot_be_changed_past_the_check():
