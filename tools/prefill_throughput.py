@@ -47,6 +47,7 @@ def main() -> None:
         num_layers=options.num_layers,
         routing=options.routing,
         dbo="off",
+        prefix_caching=False,  # every repeat computes all of its prompts
         max_num_batched_tokens=options.batched_tokens,
         max_model_len=max(options.batched_tokens, options.length + 1),
     )
