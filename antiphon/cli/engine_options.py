@@ -87,8 +87,8 @@ def _declared(
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Share of a GPU's memory to use; the KV cache gets what is left of it.")
     ] = 0.9,
-    prefix_caching: Annotated[bool, typer.Option(help="Keep KV blocks for prompts that begin alike.")] = True,
-    chunked_prefill: Annotated[bool, typer.Option(help="Long prompts may take several steps.")] = True,
+    prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks between texts that begin alike.")] = True,
+    chunked_prefill: Annotated[bool, typer.Option(help="Fill what is left of a step with a part of a prompt.")] = True,
     seed: Annotated[int, typer.Option(help="Of the sampling with a temperature above 0, and of dummy weights.")] = 0,
     timeout_s: Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")] = 120.0,
     debug_order: Annotated[

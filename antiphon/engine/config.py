@@ -304,7 +304,7 @@ class ResolvedConfig:
 
     def _describe_steps(self) -> str:
         options = self.options
-        prompts = "prompts may take several" if options.chunked_prefill else "a prompt must fit into one"
+        prompts = "prompts may take several" if options.chunked_prefill else "prompts are cut only where they are longer than that"
         return f"up to {self.max_num_batched_tokens:,} tokens and {options.max_num_seqs} requests a rank; {prompts}"
 
 

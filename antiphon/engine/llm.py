@@ -52,7 +52,7 @@ class LLM:
         started. device: "cpu", "cuda" (one device a rank), or "auto": what the environment variable ANTIPHON_DEVICE
         says, else "cuda" if there are as many devices as ranks.
     dbo: dual-batch overlap, "auto", "on" or "off". transport: "auto", "copy-engine" and "host-staged" (GPUs),
-        "shared-memory" (CPUs), "allgather", "alltoall", "local", or others in docs/offline.md. dtype: "auto" (bfloat16
+        "shared-memory" (CPUs), "allgather", "alltoall", "local", or others in docs/options.md. dtype: "auto" (bfloat16
         on GPUs, float32 on CPUs), "float32", "bfloat16", "float64". peer_access: whether GPUs may read each other's
         memory; the environment variable NCCL_P2P_DISABLE=1 forbids it too.
     split: where a batch is cut, "token" or "request-boundary". micro_batches: parts of a split step, 2 to 8.
@@ -62,13 +62,14 @@ class LLM:
     min_total_tokens_to_split, min_prefill_tokens_to_split: a step with fewer tokens on the busiest rank, or with fewer
         tokens of prompts among them, is not split; they hold under "on" too. dbo_start_layer, dbo_end_layer: only these
         layers run split, the last one excluded.
-    max_num_batched_tokens: tokens of one step on one rank. max_num_seqs: requests that run
-        at once on one rank. max_model_len: longest text, prompt and output together.
+    max_num_batched_tokens: tokens of one step on one rank. max_num_seqs: requests that run at once on one rank.
+    max_model_len: longest text, prompt and output together.
     block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank; by default a fixed size on
         the CPU, and on a GPU what the share gpu_memory_utilization of its memory leaves beside the weights and the
         largest step, which is run once to measure it.
-    prefix_caching: keep the full KV blocks of texts that have ended, for prompts that begin alike.
-    chunked_prefill: a prompt that is longer than what is left of a step takes several steps.
+    prefix_caching: share full KV blocks between texts that begin alike, also with those that have ended.
+    chunked_prefill: fill what is left of a step with a part of a prompt; without it only prompts that are longer than
+        a whole step are cut.
     seed: from which requests without a seed take theirs, and dummy weights. timeout_s: longest wait for another
         process. debug_order: compare the collectives of all ranks before every step. on_start: called with what the
         engine is doing while it starts, such as "loading the model: 35% of 14.2 GB".

@@ -8,11 +8,19 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+
+from antiphon import SamplingParams
+from antiphon.cli.arguments import OwnOption, read_config_file
+from antiphon.engine.foreign_options import FOREIGN_OPTIONS
+from antiphon.engine.options import OPTION_DEFAULTS
+from antiphon.models import PRESETS
+from antiphon.models.registry import KNOWN_ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -84,10 +92,59 @@ def test_every_shown_command_has_its_options() -> None:
         assert set(options_in(command)) <= set(options_in(printed)), command
 
 
-def test_every_option_in_the_table_of_offline_use_exists() -> None:
-    printed = run([sys.executable, "-m", "antiphon.cli", "generate", "--help"])
-    table = [line for line in (ROOT / "docs/offline.md").read_text().splitlines() if line.startswith("| `")]
-    assert set(options_in("\n".join(table))) <= set(options_in(printed))
+def rows(document: str, heading: str) -> list[list[str]]:
+    """Cells of the tables under a heading, without heads and rules."""
+    text = (ROOT / document).read_text().partition(f"{heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_tables_of_options_are_complete_and_right() -> None:
+    table = rows("docs/options.md", "# Options")
+    printed = set(options_in(run([sys.executable, "-m", "antiphon.cli", "generate", "--help"])))
+    assert set(options_in(" ".join(row[1] for row in table))) <= printed
+    assert {name for row in table for name in re.findall(r"\w+", row[0])} == set(OPTION_DEFAULTS)
+    shown = {re.findall(r"\w+", row[0])[0]: row[2].strip("`") for row in table}
+    for name, default in OPTION_DEFAULTS.items():
+        if name in shown and default is not None and name != "dbo_start_layer":
+            assert shown[name] == str(default).removesuffix(".0"), name
+
+
+def test_the_table_of_other_engines_options_is_complete() -> None:
+    table = rows("docs/options.md", "## Options of other engines")
+    shown = {name for row in table for name in re.findall(r"(?<![\w-])--?[a-z][\w-]*", row[0])}
+    own = {as_flag(name) for name in OPTION_DEFAULTS}
+    foreign = {as_flag(name) for option in FOREIGN_OPTIONS for name in option.names}
+    assert shown <= own | foreign
+    for option in FOREIGN_OPTIONS:
+        assert as_flag(option.name) in shown, option.name
+
+
+def as_flag(name: str) -> str:
+    return ("-" if len(name) == 2 else "--") + name.replace("_", "-")
+
+
+def test_the_file_of_options_in_the_documents_is_read(tmp_path: Path) -> None:
+    (text,) = blocks("docs/options.md", "yaml")
+    (tmp_path / "options.yaml").write_text(text)
+    options = [
+        OwnOption(name=name, kind=kind, flags=(as_flag(name),))
+        for name, kind in {"model": "text", "ranks": "whole", "dbo": "text", "prefix_caching": "flag"}.items()
+    ]
+    found = read_config_file(str(tmp_path / "options.yaml"), options)
+    assert found.own == {"model": "tiny-deepseek", "ranks": 2, "dbo": "on", "prefix_caching": False}
+
+
+def test_the_table_of_architectures_is_complete() -> None:
+    table = rows("docs/models.md", "# Models")
+    architectures = {row[0].strip("`"): set(re.findall(r"[\w.-]+", row[2])) for row in table}
+    assert set(architectures) == set(KNOWN_ARCHITECTURES)
+    assert set.union(*architectures.values()) == set(PRESETS)
+
+
+def test_the_table_of_sampling_parameters_is_complete() -> None:
+    table = rows("docs/offline.md", "## Prompts and requests")
+    assert {name for row in table for name in re.findall(r"\w+", row[0])} == {f.name for f in fields(SamplingParams)}
 
 
 @pytest.mark.processes

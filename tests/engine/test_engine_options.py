@@ -345,7 +345,7 @@ def test_variables_of_other_engines_are_not_obeyed_and_said_so(
             "steps",
             "up to 300 tokens and 256 requests a rank; prompts may take several",
         ),
-        ({"chunked_prefill": False}, "steps", "a prompt must fit into one"),
+        ({"chunked_prefill": False}, "steps", "prompts are cut only where they are longer than that"),
     ],
 )
 def test_the_start_up_block(options: dict[str, Any], heading: str, words: str) -> None:
