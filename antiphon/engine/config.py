@@ -304,7 +304,9 @@ class ResolvedConfig:
 
     def _describe_steps(self) -> str:
         options = self.options
-        prompts = "prompts may take several" if options.chunked_prefill else "prompts are cut only where they are longer than that"
+        prompts = "prompts may take several"
+        if not options.chunked_prefill:
+            prompts = "prompts are cut only where they are longer than that"
         return f"up to {self.max_num_batched_tokens:,} tokens and {options.max_num_seqs} requests a rank; {prompts}"
 
 
