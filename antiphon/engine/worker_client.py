@@ -61,6 +61,7 @@ class WorkerClient:
         self._environment = _environment(config.options)
         self._patience_s = config.options.timeout_s * 1.5
         self._wave = 0
+        self._heard_at = time.monotonic()
         self._ended = ""
         self._failures: dict[int, Failed] = {}
         self._folder = _private_folder()
@@ -121,6 +122,31 @@ class WorkerClient:
         self._check()
         messages = self._receive("generate")
         return [output for _, message in messages if isinstance(message, Tokens) for output in message.outputs]
+
+    def receive(self, wake: zmq.Socket[bytes], *, patient: bool) -> list[tuple[int, FromWorker]]:
+        """The messages that are there, by rank; none if `wake` has something to read first, or after a while.
+
+        For a front that talks to the ranks while requests come and go. patient: silence is no error, for no rank has
+        work. Raises when a rank fails, and unless patient when all are silent for too long.
+        """
+        self._check()
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(wake, zmq.POLLIN)
+        poller.poll(_POLL_MS)
+        messages = self._read(0)
+        self._check_alive("serve")
+        if messages or patient:
+            self._heard_at = time.monotonic()
+        elif time.monotonic() > self._heard_at + self._patience_s:
+            raise self._end(f"no rank answered for {self._patience_s:.0f} s (serve): {self._board.describe()}")
+        return messages
+
+    def ask(self, *, timeline: bool = False) -> int:
+        """Send a question that every rank answers by an `Answer` with the wave returned, when it is between steps."""
+        wave = self._next_wave()
+        self._send_all(Ask(wave=wave, timeline=timeline))
+        return wave
 
     def reconfigure(self, policy: OverlapPolicy) -> None:
         self._ask(Reconfigure(wave=self._next_wave(), policy=policy))
@@ -202,12 +228,15 @@ class WorkerClient:
         deadline = time.monotonic() + patience_s
         while True:
             messages = self._read(_POLL_MS)
-            if self._failures or any(process.poll() is not None for process in self._processes):
-                raise self._failure(what)
+            self._check_alive(what)
             if messages:
                 return messages
             if time.monotonic() > deadline:
                 raise self._end(f"no rank answered for {patience_s:.0f} s ({what}): {self._board.describe()}")
+
+    def _check_alive(self, what: str) -> None:
+        if self._failures or any(process.poll() is not None for process in self._processes):
+            raise self._failure(what)
 
     def _read(self, timeout_ms: int) -> list[tuple[int, FromWorker]]:
         messages = []

@@ -1,0 +1,302 @@
+"""The engine of a server: requests come and go while others run.
+
+    event loop                     engine thread                      ranks
+    open, cancel, statistics ───►  commands ──► messages ─────────►   steps
+    streams ◄─── call_soon ──────  outputs  ◄── messages ◄─────────   tokens
+
+The ranks are always processes, one alone too, so that the event loop never waits for a step. One thread owns the
+client of the ranks; it sleeps until a rank or the event loop has something for it. Everything else, requests and their
+streams too, belongs to the event loop. When a rank fails, every open stream and every later call gets one error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import zmq
+
+from antiphon.core.errors import EngineError
+from antiphon.core.sampling import SamplingParams
+from antiphon.engine.config import EngineConfig, ResolvedConfig
+from antiphon.engine.messages import Answer, FromWorker, Tokens
+from antiphon.engine.outputs import Collector, Delta
+from antiphon.engine.prompts import Prompt, RequestMaker
+from antiphon.engine.request import Request, TokenOutput
+from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
+from antiphon.engine.worker_client import WorkerClient
+
+__all__ = ["AsyncEngine", "OpenRequest", "StreamItem"]
+
+_WAKE = "inproc://antiphon-wake"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamItem:
+    """More of result `index` of a request, and when it came, by `time.monotonic`."""
+
+    index: int
+    delta: Delta
+    at_s: float
+
+
+class OpenRequest:
+    """One prompt and its n results, under way. Iterate to its end, or `cancel`; a `with` block cancels what is left.
+
+    collectors: of the results, by index; `prompt_ids`; `num_tokens` generated so far, of all results.
+    """
+
+    def __init__(self, engine: AsyncEngine, collectors: dict[int, Collector], prompt_ids: tuple[int, ...]) -> None:
+        self.prompt_ids = prompt_ids
+        self.num_tokens = 0
+        self._engine = engine
+        self._by_id = collectors
+        self._index = {request_id: index for index, request_id in enumerate(collectors)}
+        self._arrived: asyncio.Queue[tuple[float, TokenOutput] | EngineError] = asyncio.Queue()
+
+    @property
+    def collectors(self) -> list[Collector]:
+        return list(self._by_id.values())
+
+    @property
+    def finished(self) -> bool:
+        return all(collector.finished for collector in self._by_id.values())
+
+    def __enter__(self) -> OpenRequest:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Forget what has not finished: its blocks are free before the next step."""
+        self._engine._forget([number for number, collector in self._by_id.items() if not collector.finished])
+
+    async def __aiter__(self) -> AsyncIterator[StreamItem]:
+        """Raises `EngineError` if the engine ends before all results have finished."""
+        while not self.finished:
+            arrived = await self._arrived.get()
+            if isinstance(arrived, EngineError):
+                raise arrived
+            at_s, output = arrived
+            collector = self._by_id[output.request_id]
+            if collector.finished:
+                continue
+            delta = collector.take(output)
+            self.num_tokens += len(delta.token_ids)
+            if collector.must_cancel:
+                self._engine._forget([output.request_id])
+            yield StreamItem(self._index[output.request_id], delta, at_s)
+
+    def _put(self, arrived: tuple[float, TokenOutput] | EngineError) -> None:
+        self._arrived.put_nowait(arrived)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that is with a rank."""
+
+    opened: OpenRequest
+    rank: int
+    num_tokens: int  # that it may come to
+
+
+@dataclass(slots=True)
+class _Question:
+    answer: asyncio.Future[list[dict[str, Any]]]
+    by_rank: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def tell(self, stats: list[dict[str, Any]]) -> None:
+        if not self.answer.done():  # whoever asked may have gone
+            self.answer.set_result(stats)
+
+
+class AsyncEngine:
+    """The ranks, for one event loop.
+
+        engine = AsyncEngine(EngineConfig(ranks=2))  # returns when the ranks are ready
+        engine.attach()                              # in the event loop
+        with engine.open("Once upon a time", SamplingParams(max_tokens=32)) as request:
+            async for item in request:
+                print(item.delta.text)
+
+    Raises as `antiphon.LLM` does. on_failure: called in the event loop, once, when the engine has ended by itself.
+    """
+
+    def __init__(self, options: EngineConfig, *, on_start: Callable[[str], None] | None = None) -> None:
+        config = options.resolve()
+        options = config.options
+        self.tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
+        self._client = WorkerClient(config, on_start)
+        ready = self._client.ready
+        self.config: ResolvedConfig = config.started(
+            device_name=ready.device_name, transport_name=ready.transport_name, cache=ready.cache
+        )
+        self.error: EngineError | None = None
+        self.on_failure: Callable[[EngineError], None] | None = None
+        self._requests = RequestMaker(self.config, self.tokenizer)
+        self._logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
+        self._running: dict[int, _Running] = {}
+        self._load = [0] * options.ranks
+        self._commands: deque[Callable[[], None]] = deque()
+        self._questions: dict[int, _Question] = {}  # of the engine thread, by wave
+        self._closing = False
+        self._wake_context = zmq.Context()
+        self._wake_receiver = self._wake_context.socket(zmq.PAIR)
+        self._wake_receiver.bind(_WAKE)
+        self._wake_sender = self._wake_context.socket(zmq.PAIR)
+        self._wake_sender.connect(_WAKE)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- for the event loop
+
+    def attach(self) -> None:
+        """Belong to the running event loop from now on, and start to serve."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_open(self) -> int:
+        """Results under way, on the ranks or on their way to them."""
+        return len(self._running)
+
+    def open(self, prompt: Prompt, params: SamplingParams) -> OpenRequest:
+        """Start a request on the rank with the fewest tokens to come. Raises `RequestError` if it cannot be served."""
+        if self.error is not None:
+            raise self.error
+        (requests,) = self._requests.make([prompt], [params])
+        collectors = {
+            request.request_id: Collector(self.tokenizer, request, logits_dtype=self._logits_dtype)
+            for request in requests
+        }
+        opened = OpenRequest(self, collectors, requests[0].prompt_ids)
+        by_rank: list[list[Request]] = [[] for _ in self._load]
+        for request in requests:
+            rank = self._load.index(min(self._load))
+            self._load[rank] += request.most_tokens
+            self._running[request.request_id] = _Running(opened, rank, request.most_tokens)
+            by_rank[rank].append(request)
+        self._command(lambda: self._client.submit(by_rank))
+        return opened
+
+    async def statistics(self) -> list[dict[str, Any]]:
+        """`StepEngine.statistics` of every rank, when they are between two steps."""
+        if self.error is not None:
+            raise self.error
+        question = _Question(asyncio.get_running_loop().create_future())
+
+        def ask() -> None:
+            self._questions[self._client.ask()] = question
+
+        self._command(ask)
+        return await question.answer
+
+    async def close(self) -> None:
+        """End the ranks. Open requests get an `EngineError`."""
+        self._fail(EngineError("the engine was closed"), list(self._questions.values()), announce=False)
+        self._closing = True
+        if self._loop is None:
+            self._thread.start()  # to close what it owns
+        if self._thread.is_alive():
+            self._command(_nothing)
+        await asyncio.to_thread(self._thread.join)
+        self._wake_sender.close(0)
+        self._wake_context.term()
+
+    def _forget(self, request_ids: Sequence[int]) -> None:
+        known = [number for number in request_ids if self._drop(number)]
+        if known and self.error is None:
+            self._command(lambda: self._client.cancel(known))
+
+    def _drop(self, request_id: int) -> bool:
+        """Whether it was there."""
+        running = self._running.pop(request_id, None)
+        if running is None:
+            return False
+        self._load[running.rank] -= running.num_tokens
+        return True
+
+    def _command(self, command: Callable[[], None]) -> None:
+        """To be run by the engine thread."""
+        self._commands.append(command)
+        with suppress(zmq.Again):  # it has not read earlier calls yet, and will find this command with them
+            self._wake_sender.send(b"", zmq.DONTWAIT)
+
+    def _deliver(self, outputs: Sequence[TokenOutput], at_s: float) -> None:
+        for output in outputs:
+            running = self._running.get(output.request_id)
+            if running is None:
+                continue  # it was cancelled
+            if output.finish_reason is not None:
+                self._drop(output.request_id)
+            running.opened._put((at_s, output))
+
+    def _fail(self, error: EngineError, questions: Sequence[_Question], *, announce: bool = True) -> None:
+        for question in questions:
+            if not question.answer.done():
+                question.answer.set_exception(error)
+        if self.error is not None:
+            return
+        self.error = error
+        for opened in {id(running.opened): running.opened for running in self._running.values()}.values():
+            opened._put(error)
+        self._running.clear()
+        if announce and self.on_failure is not None:
+            self.on_failure(error)
+
+    # ---- the engine thread
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                while self._commands:
+                    self._commands.popleft()()
+                idle = not self._running and not self._questions
+                self._take(self._client.receive(self._wake_receiver, patient=idle))
+                with suppress(zmq.Again):
+                    while True:
+                        self._wake_receiver.recv(zmq.DONTWAIT)
+        except BaseException as error:
+            failed = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
+            questions = list(self._questions.values())
+            self._call(lambda: self._fail(failed, questions))
+        finally:
+            self._wake_receiver.close(0)
+            self._client.close()
+
+    def _take(self, messages: Sequence[tuple[int, FromWorker]]) -> None:
+        now = time.monotonic()
+        outputs: list[TokenOutput] = []
+        for rank, message in messages:
+            match message:
+                case Tokens():
+                    outputs += message.outputs
+                case Answer() if message.wave in self._questions:
+                    self._answer(rank, message)
+        if outputs:
+            self._call(lambda: self._deliver(outputs, now))
+
+    def _answer(self, rank: int, answer: Answer) -> None:
+        question = self._questions[answer.wave]
+        question.by_rank[rank] = answer.stats
+        if len(question.by_rank) == len(self._load):
+            del self._questions[answer.wave]
+            stats = [question.by_rank[number] for number in range(len(self._load))]
+            self._call(lambda: question.tell(stats))
+
+    def _call(self, function: Callable[[], object]) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(function)
+
+
+def _nothing() -> None:
+    """A command that only wakes the thread."""
