@@ -104,7 +104,6 @@ class PenaltyCounts:
             if not kept.slot:
                 kept.slot = self._take()
                 weakref.finalize(kept, self._free.append, kept.slot).atexit = False
-                kept.num_counted = 0
                 if request.params.repetition_penalty != 1:
                     prompt_ids = set(request.prompt_ids)
                     places += [kept.slot * self.vocab_size + token_id for token_id in prompt_ids]

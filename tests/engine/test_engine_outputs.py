@@ -120,6 +120,11 @@ def test_pieces_with_marked_spaces_add_up(token_ids: list[int]) -> None:
         assert "".join(texts) == whole
 
 
+def test_many_special_tokens_do_not_take_the_space_between_words() -> None:
+    token_ids = [2, *[0] * 40, 3, 4]
+    assert "".join(collect(Pieces(), token_ids)[1]) == Pieces().decode(token_ids) == "Hello world"
+
+
 @pytest.mark.parametrize("token_ids", [[1] * 2000, [0] * 2000, [1, 0, 10] * 700], ids=["text", "special", "mixed"])
 def test_the_cost_of_a_token_does_not_grow_with_the_text(token_ids: list[int]) -> None:
     tokenizer = Letters()
@@ -230,6 +235,14 @@ def test_stop_strings_in_texts_of_the_bundled_tokenizer(data: st.DataObject) -> 
     assert completion.text == "".join(texts) == bundled().decode(token_ids)[:cut]
     assert stop in bundled().decode(completion.token_ids)
     assert stop not in bundled().decode(completion.token_ids[:-1])
+
+
+def test_of_several_stop_strings_the_one_that_is_complete_first_is_found() -> None:
+    """As if the text had come letter by letter; of two that are complete together the longer one."""
+    tokenizer = Letters(["<s>", "xabcb", "x"])
+    for stops, stop, text in ((["abcb", "bc"], "bc", "xa"), (["bc", "abc"], "abc", "x"), (["cb", "x"], "x", "")):
+        completion = collect(tokenizer, [1, 2], stop=stops)[0].completion()
+        assert (completion.stop_reason, completion.text) == (stop, text)
 
 
 def test_what_could_become_a_stop_string_is_held_back() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.engine.request import Request
@@ -74,6 +74,7 @@ def test_a_batch_equals_plain_python(
     assert [token.token_id for token in tokens] == expected
 
 
+@example(values=[[0.0, -0.0] * 16 + [0.0], [-0.0, 0.0] * 16 + [-1.0]], count=5)
 @given(
     values=st.lists(st.lists(st.sampled_from([-math.inf, -2.5, -0.0, 0.0, 1e-40, 1.0, 3.0]), min_size=33, max_size=33)),
     count=st.integers(0, 8),
@@ -220,6 +221,15 @@ def test_the_ends_of_the_uniform_numbers(monkeypatch, number: float, limits: dic
     assert {5 <= token.token_id < 65 for token in tokens} == {True}
     if not limits:
         assert tokens[0].token_id == {0.0: 5, 1 - 2**-53: 64}.get(number, tokens[0].token_id)
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 4}, {"top_p": 0.99}])
+def test_a_number_on_a_bound_belongs_to_the_next_token(monkeypatch, limits: dict[str, Any]) -> None:
+    """So that each of four equal tokens has exactly a quarter of the numbers."""
+    for number, token_id in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)):
+        monkeypatch.setattr("antiphon.engine.sampling_choice.uniform", lambda seed, count, number=number: number)
+        request = make_request(temperature=1.0, **limits)
+        assert choose(torch.zeros(1, 4), [request])[0].token_id == token_id
 
 
 def test_draws_that_need_more_than_the_likeliest_are_drawn_again() -> None:

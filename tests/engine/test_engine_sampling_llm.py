@@ -14,7 +14,6 @@ from tests.support.prompts import mixed_prompts
 from tests.support.reference import reference_logits
 
 PROMPT = "Once upon a time there was a"
-DRAWN = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.95, frequency_penalty=0.3, seed=7, ignore_eos=True)
 
 
 def one(llm: LLM, prompt: str = PROMPT, **params: Any) -> CompletionOutput:
