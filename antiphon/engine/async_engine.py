@@ -17,13 +17,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import zmq
 
-from antiphon.core.errors import EngineError
+from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.messages import Answer, FromWorker, Tokens
@@ -198,6 +198,16 @@ class AsyncEngine:
 
         self._command(ask)
         return await question.answer
+
+    async def reconfigure(self, *, dbo: str) -> None:
+        """Change `dbo` of all ranks while nothing is under way. Raises `OptionError` for another value, or if not."""
+        if self.error is not None:
+            raise self.error
+        if self._running:
+            raise OptionError(f"{self.num_open} results are under way; change dbo when they have finished")
+        policy = self.config.settle(replace(self.config.options.policy, dbo=dbo))
+        self._command(lambda: self._client.reconfigure(policy))
+        await self.statistics()  # commands are run in order: the answer comes after the change, or the error
 
     async def close(self) -> None:
         """End the ranks. Open requests get an `EngineError`."""

@@ -212,10 +212,12 @@ class ResolvedConfig:
 
     @property
     def policy(self) -> OverlapPolicy:
-        """The policy that was asked for, settled for these devices and the transport, as far as it is known."""
-        return settle_policy(
-            self.options.policy, self.options.ranks, device_kind=self.device_kind, transport=self.transport.name
-        )
+        """The policy that was asked for, settled."""
+        return self.settle(self.options.policy)
+
+    def settle(self, policy: OverlapPolicy) -> OverlapPolicy:
+        """Another policy for these devices and the transport, as far as it is known."""
+        return settle_policy(policy, self.options.ranks, device_kind=self.device_kind, transport=self.transport.name)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,7 +20,6 @@ from antiphon.engine.options import OPTION_DEFAULTS, make_config
 from antiphon.engine.outputs import Collector
 from antiphon.engine.prompts import Prompt, RequestMaker, params_for, prompt_list
 from antiphon.engine.request import Request
-from antiphon.engine.settle import settle_policy
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.engine.worker_client import WorkerClient
 from antiphon.timeline import StepTimeline
@@ -203,11 +202,9 @@ class LLM:
 
     def reconfigure(self, *, dbo: str | None = None, split: str | None = None) -> None:
         """Change `dbo` or `split` of all ranks between two calls of `generate`, without loading the model again."""
-        config, asked = self.config, self._asked_policy
+        asked = self._asked_policy
         asked = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)
-        policy = settle_policy(
-            asked, config.options.ranks, device_kind=config.device_kind, transport=config.transport.name
-        )
+        policy = self.config.settle(asked)
         self._client.reconfigure(policy)
         self._asked_policy, self._policy = asked, policy
 

@@ -171,6 +171,7 @@ class Scheduler:
         self._waiting.appendleft(request)
         self._give_back(request)
         request.num_computed = 0
+        request.sampling = None  # what the sampler keeps can be made again
         request.num_preemptions += 1
         self.stats.preemptions += 1
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from antiphon import LLM, SamplingParams
-from antiphon.core.errors import EngineError, RequestError
+from antiphon.core.errors import EngineError, OptionError, RequestError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.async_engine import AsyncEngine
 from antiphon.engine.config import EngineConfig
@@ -76,6 +76,7 @@ def test_one_life_of_an_engine(two_ranks: LLM) -> None:
         assert texts == expected
         assert len(answered) == 2
         await _cancelled_requests_leave_nothing(engine)
+        await _dbo_can_be_changed(engine)
 
     serve(work)
 
@@ -96,6 +97,17 @@ async def _cancelled_requests_leave_nothing(engine: AsyncEngine) -> None:
     after = await engine.statistics()
     assert [rank["unfinished"] for rank in after] == [0, 0]
     assert all(rank["kv_blocks"]["free"] == rank["kv_blocks"]["total"] for rank in after)
+
+
+async def _dbo_can_be_changed(engine: AsyncEngine) -> None:
+    for dbo, plan in (("off", "serial"), ("on", "dual")):
+        await engine.reconfigure(dbo=dbo)
+        before = (await engine.statistics())[0]["steps_by_plan"][plan]
+        assert await texts_of(engine, mixed_prompts(2)[0], SamplingParams(max_tokens=4, n=4, ignore_eos=True))
+        assert (await engine.statistics())[0]["steps_by_plan"][plan] > before
+    long = SamplingParams(max_tokens=500, ignore_eos=True)
+    with engine.open("Once", long), pytest.raises(OptionError, match="under way"):
+        await engine.reconfigure(dbo="off")
 
 
 def test_a_rank_that_dies_ends_every_stream_with_one_error() -> None:

@@ -13,9 +13,12 @@ import torch
 
 from antiphon import LLM, GeneratedOutput, SamplingParams
 from antiphon.bench.word_problems import word_problems
+from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.engine.kv_cache import block_bytes
+from antiphon.engine.request import Request
+from antiphon.engine.sampler import Sampler
 from antiphon.models import read_config
 from tests.support.processes import assert_no_new_workers, worker_pids
 from tests.support.prompts import mixed_prompts
@@ -150,6 +153,51 @@ def test_drawn_and_greedy_requests_in_one_batch(llm: LLM) -> None:
     assert [output.token_ids for output in again] == [output.token_ids for output in first]
     assert [output.token_ids for output in alone] == [output.token_ids for output in first[1::2]]
     assert [o.token_ids for o in llm.generate(prompts[::2], greedy)] != [o.token_ids for o in first[::2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NUM_DEVICES < 1, reason="needs a CUDA device")
+@pytest.mark.parametrize("vocab_size", [61, 5000, 151_936])
+def test_the_device_chooses_what_the_cpu_chooses(vocab_size: int) -> None:
+    """The same float32 logits, requests of many kinds, several tokens each."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.3, "top_k": 20},
+        {"temperature": 1.0, "top_k": 50, "top_p": 0.8, "min_p": 0.02},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -0.4},
+        {"temperature": 0.9, "repetition_penalty": 0.8, "logit_bias": {7: 5.0, 8: -100.0}, "min_tokens": 3},
+        {"temperature": 1.0, "logprobs": 5},
+    ]
+    generator = torch.Generator().manual_seed(4)
+    logits_SNV = torch.randn(5, 4 * len(kinds), vocab_size, generator=generator) * 4
+    by_device = {}
+    for device in ("cpu", "cuda"):
+        requests = {
+            number: Request(
+                request_id=number,
+                prompt_ids=(1, 2, 3 + number),
+                params=SamplingParams(max_tokens=9, **kinds[number % len(kinds)]),
+                max_tokens=9,
+                seed=number,
+            )
+            for number in range(4 * len(kinds))
+        }
+        sampler = Sampler(lambda logits: logits, requests, vocab_size=vocab_size, eos_token_ids=(2,))
+        for logits_NV in logits_SNV:
+            slices = [
+                RequestSlice(request_id=n, token_ids=(5,), context_len=r.num_tokens - 1, block_ids=(1,))
+                for n, r in requests.items()
+            ]
+            sampled = sampler(logits_NV.to(device), Batch(rank=0, requests=tuple(slices)))
+            for number, request in requests.items():
+                request.output_ids.append(sampled.tokens[number].token_id)
+                logprob = sampled.tokens[number].logprob
+                assert (logprob is None) is (request.params.logprobs is None)
+        by_device[device] = [request.output_ids for request in requests.values()]
+    assert by_device["cuda"] == by_device["cpu"]
 
 
 # ---- memory
