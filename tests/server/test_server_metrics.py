@@ -1,0 +1,134 @@
+"""Metrics of the server: right, monotonic, complete in the documents; logs that hold no prompt and no key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from antiphon.server.metrics import FINISH_REASONS, ServerMetrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def stats_of_rank(factor: int = 1) -> dict[str, Any]:
+    """As `StepEngine.statistics` has them."""
+    sums = {"time_s": 4.0, "communication_s": 3.0, "exposed_s": 1.0, "hidden_s": 2.0, "num_bytes": 100}
+    return {
+        "steps": 10 * factor,
+        "steps_by_plan": {"serial": 3 * factor, "dual": 7 * factor},
+        "serial_reasons": {"below the decode threshold": 3 * factor},
+        "last_plan": "dual",
+        "overlap": {"dual": {name: value * factor for name, value in sums.items()}},
+        "preemptions": 2 * factor,
+        "prefix_cache": {"admitted_tokens": 50 * factor, "hit_tokens": 20 * factor},
+        "kv_blocks": {"total": 40, "free": 30, "block_size": 16},
+        "unfinished": 5,
+        "running": 3,
+        "expert_tokens": 60 * factor,
+    }
+
+
+def values(text: bytes) -> dict[tuple[str, tuple[str, ...]], float]:
+    """(name without prefix, values of the labels in order of their names, but for the model's) -> value."""
+    found = {}
+    for family in text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            if sample.name.startswith("antiphon:"):
+                assert labels.pop("model_name") == "m"
+                found[(sample.name.removeprefix("antiphon:"), tuple(labels[key] for key in sorted(labels)))] = (
+                    sample.value
+                )
+    return found
+
+
+def test_what_requests_did_is_counted() -> None:
+    metrics = ServerMetrics("m")
+    for _ in range(3):
+        metrics.request_started()
+    metrics.first_token(0.3)
+    metrics.next_tokens(4, 0.2)
+    metrics.request_finished(reason="length", num_prompt=7, num_generated=5, num_cached=2, seconds=0.5)
+    metrics.request_finished(reason="abort", num_prompt=3, num_generated=0, num_cached=0, seconds=0.1)
+    metrics.rejected(429)
+    metrics.rejected(429)
+    found = values(metrics.render(None))
+    assert found["num_requests_open", ()] == 1
+    assert found["prompt_tokens_total", ()] == 10
+    assert found["prompt_tokens_cached_total", ()] == 2
+    assert found["generation_tokens_total", ()] == 5 == found["request_generation_tokens_sum", ()]
+    assert {reason: found["request_success_total", (reason,)] for reason in FINISH_REASONS} == {
+        "stop": 0,
+        "length": 1,
+        "abort": 1,
+        "error": 0,
+    }
+    assert found["requests_rejected_total", ("429",)] == 2
+    assert found["time_to_first_token_seconds_sum", ()] == 0.3
+    assert found["inter_token_latency_seconds_count", ()] == 4
+    assert found["inter_token_latency_seconds_bucket", ("0.05",)] == 4
+    assert found["inter_token_latency_seconds_bucket", ("0.025",)] == 0
+    assert found["e2e_request_latency_seconds_sum", ()] == pytest.approx(0.6)
+
+
+def test_what_the_ranks_count_is_mirrored() -> None:
+    second = stats_of_rank() | {"running": 5, "expert_tokens": 20, "preemptions": 9}
+    found = values(ServerMetrics("m").render([stats_of_rank(), second]))
+    assert [found["num_requests_running", (rank,)] for rank in "01"] == [3, 5]
+    assert [found["num_requests_waiting", (rank,)] for rank in "01"] == [2, 0]
+    assert found["kv_cache_usage_perc", ("0",)] == 0.25
+    assert [found["num_preemptions_total", (rank,)] for rank in "01"] == [2, 9]
+    assert found["prefix_cache_queries_total", ("1",)] == 50
+    assert found["prefix_cache_hits_total", ("1",)] == 20
+    assert found["steps_total", ("dual",)] == 7  # of one rank: all run the same steps
+    assert found["serial_steps_total", ("below the decode threshold",)] == 3
+    assert found["communication_seconds_total", ("dual", "1", "hidden")] == 2
+    assert found["communication_seconds_total", ("dual", "1", "exposed")] == 1
+    assert found["communication_bytes_total", ("dual", "0")] == 100
+    assert found["step_seconds_sum", ("dual", "0")] == 4
+    assert found["step_seconds_count", ("dual", "0")] == 7
+    assert found["expert_tokens_max_over_mean", ()] == 1.5
+
+
+def test_counts_never_fall_and_gauges_are_of_now() -> None:
+    metrics = ServerMetrics("m")
+    before = values(metrics.render([stats_of_rank(factor=3)]))
+    assert before["steps_total", ("dual",)] == 21
+    silent = values(metrics.render(None))  # the engine has died
+    assert ("num_requests_running", ("0",)) not in silent
+    again = values(metrics.render([stats_of_rank(factor=1)]))  # an engine that began anew
+    assert again["steps_total", ("dual",)] == 28
+    assert values(metrics.render([stats_of_rank(factor=2)]))["steps_total", ("dual",)] == 35
+    for name, labels in before:
+        if name.endswith(("_total", "_count", "_sum", "_bucket")):
+            assert before[name, labels] <= silent[name, labels] <= again[name, labels], name
+
+
+def test_two_servers_in_one_process_do_not_share_counts() -> None:
+    first, second = ServerMetrics("m"), ServerMetrics("m")
+    first.request_started()
+    assert values(second.render(None))["num_requests_open", ()] == 0
+
+
+def test_the_table_of_metrics_is_complete() -> None:
+    metrics = ServerMetrics("m")
+    metrics.rejected(400)
+    families = list(text_string_to_metric_families(metrics.render([stats_of_rank()]).decode()))
+    printed = {
+        (family.name + ("_total" if family.type == "counter" else ""), family.type)
+        for family in families
+        if family.name.startswith("antiphon:") and not family.name.endswith("_created")
+    }
+    text = (ROOT / "docs/operate.md").read_text()
+    rows = re.findall(r"^\| `(antiphon:\w+)` \| (\w+) \| (.*?) \|", text, flags=re.MULTILINE)
+    assert {(name, kind) for name, kind, _ in rows} == printed
+    labels = {name: set(re.findall(r"\w+", told)) for name, _, told in rows}
+    for family in families:
+        for sample in family.samples:
+            name = family.name + ("_total" if family.type == "counter" else "")
+            if name in labels:
+                assert set(sample.labels) - {"le", "model_name"} == labels[name], name
