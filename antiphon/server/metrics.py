@@ -173,7 +173,6 @@ _COUNTERS = (
         ("rank", "plan", "what"),
     ),
     ("communication_bytes", "Bytes of that communication", ("rank", "plan")),
-    ("expert_tokens", "Pairs of a token and an expert that a rank computed", ("rank",)),
 )
 _GAUGES = (
     ("num_requests_running", "Requests in the batch of a rank", ("rank",)),
@@ -190,7 +189,6 @@ class _EngineCollector(Collector):
         self._counters = {name: _Mirror() for name, _, _ in _COUNTERS}
         self._step_s, self._step_count = _Mirror(), _Mirror()
         self._gauges: dict[str, dict[tuple[str, ...], float]] = {}
-        self._imbalance: float | None = None
 
     def describe(self) -> list[Metric]:
         return []
@@ -201,8 +199,6 @@ class _EngineCollector(Collector):
             self._take_rank(str(rank), stats)
         for stats in (stats_by_rank or [])[:1]:
             self._take_steps(stats)
-        tokens = [value for _, value in self._counters["expert_tokens"].items()]
-        self._imbalance = max(tokens) * len(tokens) / sum(tokens) if any(tokens) else None
 
     def _take_rank(self, rank: str, stats: Mapping[str, Any]) -> None:
         blocks, cache, label = stats["kv_blocks"], stats["prefix_cache"], (rank,)
@@ -218,8 +214,6 @@ class _EngineCollector(Collector):
             self._counters["communication_bytes"].set((rank, plan), sums["num_bytes"])
             self._step_s.set((rank, plan), sums["time_s"])
             self._step_count.set((rank, plan), stats["steps_by_plan"].get(plan, 0))
-        if "expert_tokens" in stats:
-            self._counters["expert_tokens"].set(label, stats["expert_tokens"])
 
     def _take_steps(self, stats: Mapping[str, Any]) -> None:
         for plan, count in stats["steps_by_plan"].items():
@@ -243,9 +237,3 @@ class _EngineCollector(Collector):
         for values, seconds in self._step_s.items():
             steps.add_metric((self._model_name, *values), counts[values], seconds)  # type: ignore[arg-type]
         yield steps
-        imbalance = GaugeMetricFamily(
-            _PREFIX + "expert_tokens_max_over_mean", "Busiest expert rank over the mean; 1 is even", labels=(_MODEL,)
-        )
-        if self._imbalance is not None:
-            imbalance.add_metric((self._model_name,), self._imbalance)
-        yield imbalance

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from antiphon.core.errors import EngineError, OptionError
+from antiphon.server.logs import LOG_FIELDS, LineFormatter, log_config, log_event, logger
 from antiphon.server.metrics import FINISH_REASONS, ServerMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +36,6 @@ def stats_of_rank(factor: int = 1) -> dict[str, Any]:
         "kv_blocks": {"total": 40, "free": 30, "block_size": 16},
         "unfinished": 5,
         "running": 3,
-        "expert_tokens": 60 * factor,
     }
 
 
@@ -76,7 +83,7 @@ def test_what_requests_did_is_counted() -> None:
 
 
 def test_what_the_ranks_count_is_mirrored() -> None:
-    second = stats_of_rank() | {"running": 5, "expert_tokens": 20, "preemptions": 9}
+    second = stats_of_rank() | {"running": 5, "preemptions": 9}
     found = values(ServerMetrics("m").render([stats_of_rank(), second]))
     assert [found["num_requests_running", (rank,)] for rank in "01"] == [3, 5]
     assert [found["num_requests_waiting", (rank,)] for rank in "01"] == [2, 0]
@@ -91,7 +98,6 @@ def test_what_the_ranks_count_is_mirrored() -> None:
     assert found["communication_bytes_total", ("dual", "0")] == 100
     assert found["step_seconds_sum", ("dual", "0")] == 4
     assert found["step_seconds_count", ("dual", "0")] == 7
-    assert found["expert_tokens_max_over_mean", ()] == 1.5
 
 
 def test_counts_never_fall_and_gauges_are_of_now() -> None:
@@ -132,3 +138,78 @@ def test_the_table_of_metrics_is_complete() -> None:
             name = family.name + ("_total" if family.type == "counter" else "")
             if name in labels:
                 assert set(sample.labels) - {"le", "model_name"} == labels[name], name
+
+
+SECRET = "the prompt of a client"
+
+
+def lines_of(log_format: str, level: str, work: Callable[[], None]) -> list[str]:
+    """What the configured handlers of the process would print."""
+    stream = io.StringIO()
+    config = log_config(log_format, level)
+    (formatter,) = config["formatters"].values()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LineFormatter(formatter["log_format"], formatter["texts_of_errors"]))
+    before = logger.level, logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(config["loggers"]["antiphon"]["level"])
+    try:
+        work()
+    finally:
+        logger.level, logger.handlers, logger.propagate = before
+    return stream.getvalue().splitlines()
+
+
+def one_event() -> None:
+    log_event("request finished", request_id="a\nlevel=error", status=200, seconds=1 / 3, num_prompt=7, reason=None)
+
+
+def test_an_event_is_one_line_of_json_or_of_keys_and_values() -> None:
+    (line,) = lines_of("json", "info", one_event)
+    told = json.loads(line)
+    assert told["message"] == "request finished"
+    assert (told["request_id"], told["status"], told["seconds"]) == ("a\nlevel=error", 200, 0.333333)
+    assert "reason" not in told
+    (line,) = lines_of("text", "info", one_event)
+    assert line.endswith(
+        r' INFO    request finished request_id="a\nlevel=error" status=200 seconds=0.333333 num_prompt=7'
+    )
+    assert lines_of("text", "warning", one_event) == []
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_an_error_is_logged_without_what_it_quotes(log_format: str) -> None:
+    def fail() -> None:
+        for error in (ValueError(SECRET), EngineError("rank 1 ended")):
+            try:
+                raise error
+            except Exception as caught:
+                log_event("request failed", level=logging.ERROR, error=caught, request_id="a")
+
+    first, second = lines_of(log_format, "info", fail)
+    assert SECRET not in first and "ValueError" in first and "test_server_metrics.py" in first
+    assert "rank 1 ended" in second
+    assert SECRET in lines_of(log_format, "debug", fail)[0]
+
+
+def test_only_listed_fields_are_logged() -> None:
+    with pytest.raises(AssertionError, match="prompt"):
+        log_event("request finished", prompt=SECRET)
+    assert not {"prompt", "text", "key", "authorization", "body", "query"} & set(LOG_FIELDS)
+
+
+def test_the_configuration_of_logs_is_taken_by_uvicorn() -> None:
+    code = (
+        "import logging, uvicorn; from antiphon.server.logs import log_config, log_event\n"
+        "uvicorn.Config(lambda: None, log_config=log_config('json', 'debug'))\n"
+        "log_event('started', port=8000)\n"
+        "logging.getLogger('uvicorn.error').info('up %d', 1)\n"
+        "logging.getLogger('uvicorn.access').info('GET /?key=hidden')\n"
+        "logging.getLogger('uvicorn.error').debug('hidden')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["message"] for line in told] == ["started", "up 1"]
+    assert told[0]["port"] == 8000
+    with pytest.raises(OptionError, match="did you mean 'json'"):
+        log_config("jsn")

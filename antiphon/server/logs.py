@@ -1,0 +1,132 @@
+"""Log lines of the server: one event a line, as JSON or as key=value, with the fields that are listed here.
+
+Texts never get in: no field holds a prompt, an output, a header or a body, and of an exception only its type and place
+are written, because its message may quote what a client sent. (`--log-level debug` writes the message too.) Requests
+are logged by the server when they end, not by uvicorn when they arrive: its access log shows query strings.
+
+    logging.config.dictConfig(log_config("json", "info"))
+    log_event("request finished", request_id="cmpl-1", status=200, num_prompt=7, num_generated=2, seconds=0.135)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+from antiphon.core.errors import EngineError, OptionError, unknown_value
+
+__all__ = ["LOG_FIELDS", "LOG_FORMATS", "LOG_LEVELS", "LineFormatter", "log_config", "log_event"]
+
+LOG_FORMATS = ("text", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FIELDS = (
+    *("request_id", "method", "path", "status", "reason", "stream", "param"),
+    *("num_prompt", "num_generated", "num_cached", "num_results"),
+    *("seconds", "first_token_s", "queue_s", "num_open", "limit", "host", "port", "model", "version", "ranks"),
+)
+
+_FIELDS = "antiphon_fields"
+_BARE = re.compile(r"[\w.:/@+-]+")  # a value that needs no quotes in key=value
+_LONGEST = 256  # characters of a value; request ids and paths come from clients
+
+logger = logging.getLogger("antiphon.server")
+
+
+def log_event(
+    message: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: str | float | bool | None
+) -> None:
+    """Write one event. message: fixed words, never made from a request; fields: some of `LOG_FIELDS`; None is left out.
+
+    error: written as its type and where it was raised; an `EngineError`, which tells of no request, with its message.
+    """
+    unknown = fields.keys() - set(LOG_FIELDS)
+    assert not unknown, f"{sorted(unknown)} are no fields of the log; put what may be logged into LOG_FIELDS"
+    logger.log(level, message, exc_info=error, extra={_FIELDS: fields})
+
+
+class LineFormatter(logging.Formatter):
+    """A record as one line. log_format: one of `LOG_FORMATS`; texts_of_errors: write messages of exceptions."""
+
+    def __init__(self, log_format: str = "text", texts_of_errors: bool = False) -> None:
+        super().__init__()
+        self._json = log_format == "json"
+        self._texts_of_errors = texts_of_errors
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        words: dict[str, Any] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name, value in getattr(record, _FIELDS, {}).items():
+            if value is not None:
+                words[name] = _short(value)
+        if record.exc_info and record.exc_info[1] is not None:
+            words |= self._error(record.exc_info[1])
+        if self._json:
+            return json.dumps(words)
+        head = f"{words.pop('time')} {words.pop('level').upper():<7} {_one_line(words.pop('message'))}"
+        return " ".join([head, *(f"{name}={_quoted(value)}" for name, value in words.items() if name != "logger")])
+
+    def _error(self, error: BaseException) -> dict[str, str]:
+        frames = traceback.extract_tb(error.__traceback__)
+        told = {"error": type(error).__name__}
+        if self._texts_of_errors or isinstance(error, EngineError):
+            told["error"] += f": {error}"
+        if frames:
+            told["raised_at"] = " < ".join(f"{one.filename}:{one.lineno} {one.name}" for one in reversed(frames[-12:]))
+        return told
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return value[:_LONGEST] + "..."
+    return value
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return text if _BARE.fullmatch(text) else json.dumps(text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def log_config(log_format: str = "text", log_level: str = "info") -> dict[str, Any]:
+    """For `logging.config.dictConfig`, and for uvicorn as its `log_config`: everything on stderr, one format.
+
+    Raises `OptionError` for an unknown format or level.
+    """
+    if log_format not in LOG_FORMATS:
+        raise unknown_value("log_format", log_format, LOG_FORMATS)
+    if log_level not in LOG_LEVELS:
+        raise OptionError(f"log_level={log_level!r} is not known; use one of {', '.join(LOG_LEVELS)}")
+    level = log_level.upper()
+    formatter = {
+        "()": LineFormatter,
+        "log_format": log_format,
+        "texts_of_errors": log_level == "debug",
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": formatter},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
+        "root": {"handlers": ["stderr"], "level": "WARNING"},
+        "loggers": {
+            "antiphon": {"level": level},
+            # At debug uvicorn logs whole requests.
+            "uvicorn": {"level": "INFO" if level == "DEBUG" else level, "handlers": [], "propagate": True},
+            "uvicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
+            "httpx": {"level": "WARNING"},
+        },
+    }
