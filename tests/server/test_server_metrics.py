@@ -130,7 +130,7 @@ def test_the_table_of_metrics_is_complete() -> None:
         if family.name.startswith("antiphon:") and not family.name.endswith("_created")
     }
     text = (ROOT / "docs/operate.md").read_text()
-    rows = re.findall(r"^\| `(antiphon:\w+)` \| (\w+) \| (.*?) \|", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(antiphon:\w+)` \| (\w+) \|(.*?)\|", text, flags=re.MULTILINE)
     assert {(name, kind) for name, kind, _ in rows} == printed
     labels = {name: set(re.findall(r"\w+", told)) for name, _, told in rows}
     for family in families:
