@@ -1,0 +1,26 @@
+"""The documents of the task `word_problems` of lm_eval, which `antiphon/data/lm_eval/word_problems.yaml` declares."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from antiphon.core.bundled import bundled_model
+
+__all__ = ["load_word_problems"]
+
+_NUM_EXAMPLES = 32
+
+
+def load_word_problems(**_: Any) -> DatasetDict:
+    """`examples`, from which few-shot prompts are made, and `test`: 224 others. Reads the bundled file, no hub.
+
+    lm_eval calls it, with the metadata of the task, for which there is no use here.
+    """
+    lines = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8").splitlines()
+    problems = [json.loads(line) for line in lines]
+    return DatasetDict(
+        {"examples": Dataset.from_list(problems[:_NUM_EXAMPLES]), "test": Dataset.from_list(problems[_NUM_EXAMPLES:])}
+    )
