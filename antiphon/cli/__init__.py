@@ -1,4 +1,4 @@
-"""The command line: `antiphon generate`, `eval`, `demo`, `doctor` and `bench`."""
+"""The command line: `antiphon generate`, `serve`, `eval`, `demo`, `doctor` and `bench`."""
 
 from antiphon.cli.app import app, main
 

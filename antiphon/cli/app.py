@@ -13,6 +13,7 @@ from antiphon.bench.cli import bench_app
 from antiphon.cli.engine_options import engine_command
 from antiphon.cli.evaluate import word_problems
 from antiphon.cli.generate import generate
+from antiphon.cli.serve import serve
 from antiphon.core.errors import AntiphonError
 
 __all__ = ["app", "main"]
@@ -33,6 +34,7 @@ eval_app = typer.Typer(
     help="Solve known problems and count the answers.",
 )
 engine_command(app)(generate)
+engine_command(app)(serve)
 engine_command(eval_app, "word-problems")(word_problems)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")

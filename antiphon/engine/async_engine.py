@@ -168,13 +168,18 @@ class AsyncEngine:
         """Results under way, on the ranks or on their way to them."""
         return len(self._running)
 
-    def open(self, prompt: Prompt, params: SamplingParams) -> OpenRequest:
-        """Start a request on the rank with the fewest tokens to come. Raises `RequestError` if it cannot be served."""
+    def open(self, prompt: Prompt, params: SamplingParams, *, streaming: bool = True) -> OpenRequest:
+        """Start a request on the rank with the fewest tokens to come. Raises `RequestError` if it cannot be served.
+
+        streaming: whether the texts of deltas are wanted; without it they can be empty, and cost less.
+        """
         if self.error is not None:
             raise self.error
         (requests,) = self._requests.make([prompt], [params])
         collectors = {
-            request.request_id: Collector(self.tokenizer, request, logits_dtype=self._logits_dtype)
+            request.request_id: Collector(
+                self.tokenizer, request, logits_dtype=self._logits_dtype, streaming=streaming
+            )
             for request in requests
         }
         opened = OpenRequest(self, collectors, requests[0].prompt_ids)

@@ -33,9 +33,9 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_texts: dict[int, str] = {}
 
-    def encode(self, text: str) -> list[int]:
-        """With the special tokens that the checkpoint puts in front."""
-        return list(self._tokenizer(text, verbose=False)["input_ids"])
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """With the special tokens that the checkpoint puts in front, unless they are not wanted."""
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""
@@ -63,7 +63,7 @@ class NoTokenizer:
     has_text = False
     special_ids: frozenset[int] = frozenset()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         raise RequestError("a run with dummy weights has no tokenizer; pass token ids instead of a text")
 
     def decode(self, token_ids: Sequence[int]) -> str:

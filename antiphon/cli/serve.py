@@ -1,0 +1,63 @@
+"""`antiphon serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import logging.config
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from antiphon.cli.start import say
+
+__all__ = ["serve"]
+
+
+def serve(
+    engine: dict[str, Any],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ANTIPHON_API_KEY",
+            show_envvar=True,
+            show_default=False,
+            help="What clients must send as bearer token. Other users of a machine can see options: use the variable.",
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name of the model in requests; may be given several times.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Results under way at once; more get 429.")] = 1024,
+    request_timeout_s: Annotated[float, typer.Option(help="Longest time for one request.")] = 600.0,
+    drain_s: Annotated[float, typer.Option(help="How long open requests may go on after SIGTERM.")] = 30.0,
+    max_body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = 8 * 2**20,
+    log_format: Annotated[str, typer.Option(help="text or json: one line an event, on stderr.")] = "text",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve a model to clients of OpenAI's API."""
+    from antiphon.engine.options import OPTION_DEFAULTS, make_config
+    from antiphon.server.logs import log_config
+    from antiphon.server.options import ServerOptions
+    from antiphon.server.run import run_server
+
+    logging.config.dictConfig(log_config(log_format, log_level))
+    options = ServerOptions(
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_model_names=tuple(served_model_name or [str(engine["model"])]),
+        max_queue=max_queue,
+        request_timeout_s=request_timeout_s,
+        drain_s=drain_s,
+        max_body_bytes=max_body_bytes,
+    )
+    config = make_config(
+        {name: engine[name] for name in OPTION_DEFAULTS},
+        {name: value for name, value in engine.items() if name not in OPTION_DEFAULTS},
+    )
+    console = Console(stderr=True)
+    # Lines of JSON stay lines of JSON.
+    show = (lambda text: None) if log_format == "json" else lambda text: say(console, text)
+    raise typer.Exit(run_server(config, options, say=show))

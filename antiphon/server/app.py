@@ -1,0 +1,186 @@
+"""The routes. What they do is elsewhere: `service` decides, `generation` answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+import antiphon
+from antiphon.core.errors import RequestError
+from antiphon.server.body import read_body
+from antiphon.server.chat import ChatJob
+from antiphon.server.completions import CompletionJob
+from antiphon.server.errors import ApiError, refusal
+from antiphon.server.generation import Generation
+from antiphon.server.guard import Guard
+from antiphon.server.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from antiphon.server.service import Phase, Service
+
+__all__ = ["make_app"]
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application of one server."""
+    app = FastAPI(
+        title="Antiphon",
+        version=antiphon.__version__,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={ApiError: _tell, HTTPException: _tell_http},
+    )
+    app.add_middleware(Guard, service=service)
+    most_bytes = service.options.max_body_bytes
+
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, CompletionRequest, max_bytes=most_bytes)
+        return _generation(CompletionJob(body, service), service, request)
+
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        body = await read_body(request, ChatRequest, max_bytes=most_bytes)
+        return _generation(ChatJob(body, service), service, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        names = service.options.served_model_names
+        return {"object": "list", "data": [_model(service, name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return _model(service, name)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the process is worth keeping: not while it starts, nor once a rank has failed."""
+        return _phase(service, Phase.SERVING, Phase.DRAINING)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether to send requests here."""
+        return _phase(service, Phase.SERVING)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        stats_by_rank = await service.statistics()
+        return Response(service.metrics.render(stats_by_rank), media_type=service.metrics.content_type)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": antiphon.__version__}
+
+    @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = await read_body(request, TokenizeRequest, max_bytes=most_bytes)
+        return await _tokenize(service, body)
+
+    @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
+    async def detokenize(request: Request) -> dict[str, str]:
+        body = await read_body(request, DetokenizeRequest, max_bytes=most_bytes)
+        return await _detokenize(service, body)
+
+    app.openapi = _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _generation(job: CompletionJob | ChatJob, service: Service, request: Request) -> Response:
+    return Generation(job, service, arrived_s=request.state.arrived_s, log=request.state.log)
+
+
+def _phase(service: Service, *good: Phase) -> Response:
+    content = {"status": "ok" if service.phase is Phase.SERVING else str(service.phase)}
+    if service.detail:
+        content["detail"] = service.detail
+    return JSONResponse(content, status_code=200 if service.phase in good else 503)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    config = service.engine.config
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started_at,
+        "owned_by": "antiphon",
+        "root": service.model_name,
+        "parent": None,
+        "max_model_len": config.max_model_len,
+    }
+
+
+async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt or messages is needed, and not both; send one", param="prompt")
+    engine = service.engine
+    try:
+        if body.prompt is not None:
+            ids = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        else:
+            ids = await service.encode_chat([message.for_template() for message in body.messages or []])
+    except RequestError as error:
+        raise refusal(error, frozenset(), prompt_field="prompt") from None
+    texts = [engine.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": engine.config.max_model_len, "tokens": ids, "token_strs": texts}
+
+
+async def _detokenize(service: Service, body: DetokenizeRequest) -> dict[str, str]:
+    service.check_model(body.model)
+    engine = service.engine
+    most = engine.config.model.vocab_size - 1
+    for token_id in body.tokens:
+        if not 0 <= token_id <= most:
+            raise ApiError(400, f"tokens has {token_id}; use token ids from 0 to {most}", param="tokens")
+    if not engine.tokenizer.has_text:
+        raise ApiError(400, "a run with dummy weights has no tokenizer, so tokens have no text", param="tokens")
+    return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens)}
+
+
+# ---- errors
+
+
+async def _tell(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def _tell_http(request: Request, error: Exception) -> Response:
+    """What the router says: there is no such path, or not by this method."""
+    assert isinstance(error, HTTPException)
+    message = {
+        404: f"there is no {request.url.path} here; GET /openapi.json tells what there is",
+        405: f"{request.method} is not for {request.url.path}; use {(error.headers or {}).get('Allow', 'another')}",
+    }.get(error.status_code, str(error.detail))
+    return await _tell(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+# ---- the OpenAPI document
+
+
+def _takes(model: type[Body]) -> dict[str, Any]:
+    """Bodies are read by `read_body`, so the document does not know of them by itself."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _document(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    models: Sequence[type[Body]] = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, found = models_json_schema(
+                [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+            )
+            document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"])
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    return openapi

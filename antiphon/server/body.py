@@ -1,0 +1,130 @@
+"""The body of a request: read within limits, as strict JSON, checked against a model of pydantic."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from antiphon.server.errors import ApiError
+from antiphon.server.protocol import Body, Message, StreamOptions
+
+__all__ = ["parse_body", "read_body"]
+
+Model = TypeVar("Model", bound=Body)
+
+_BODY_S = 30.0
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+async def read_body(request: Request, model: type[Model], *, max_bytes: int) -> Model:
+    """The checked body. Raises `ApiError`: 400, 408, 413 or 415."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"the content type is {kind!r}; send JSON, with Content-Type: application/json")
+    try:
+        async with asyncio.timeout(_BODY_S):
+            body = await _read(request, max_bytes)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {_BODY_S:.0f} s; send it again") from None
+    return parse_body(body, model)
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    parts, num_bytes = [], int(announced) if announced.isascii() and announced.isdecimal() else 0
+    if num_bytes <= max_bytes:
+        num_bytes = 0
+        async for part in request.stream():
+            num_bytes += len(part)
+            if num_bytes > max_bytes:
+                break
+            parts.append(part)
+    if num_bytes > max_bytes:
+        raise ApiError(
+            413, f"the body is longer than {max_bytes} bytes; send less", code="body_too_long", headers=_CLOSE
+        )
+    return b"".join(parts)
+
+
+_CLOSE = {"connection": "close"}  # what was not read cannot be told from the next request
+
+
+def parse_body(body: bytes, model: type[Model]) -> Model:
+    """Raises `ApiError` 400 for what is no JSON (NaN and Infinity are none), or not what the model describes."""
+    try:
+        content = json.loads(body.decode(), parse_constant=_refuse_constant)
+        if _SURROGATE.search(body):
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise ApiError(400, f"the body is not valid UTF-8 text ({error.reason}); repair it") from None  # type: ignore[attr-defined]
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON ({error}); repair it") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too deep
+        raise ApiError(400, f"the body is not JSON that can be read ({error}); repair it") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, f"the body is a JSON {_json_name(content)}; send an object")
+    wanted = _without_idle_fields(content, model)
+    if isinstance(wanted.get("messages"), list):
+        wanted["messages"] = [
+            _without_idle_fields(message, Message, f"messages.{place}.") if isinstance(message, dict) else message
+            for place, message in enumerate(wanted["messages"])
+        ]
+    if isinstance(wanted.get("stream_options"), dict):
+        wanted["stream_options"] = _without_idle_fields(wanted["stream_options"], StreamOptions, "stream_options.")
+    try:
+        return model.model_validate(wanted)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise _wrong_field(first, model) from None
+    except (OverflowError, RecursionError) as error:
+        raise ApiError(400, f"a value of the body is too large ({error}); use another one") from None
+
+
+def _without_idle_fields(content: dict[str, Any], model: type[Body], where: str = "") -> dict[str, Any]:
+    """Less the fields that ask for nothing. Raises `ApiError` for what is not supported."""
+    wanted = {}
+    for name, value in content.items():
+        if name in model.unsupported:
+            if value is not None and not any(
+                value == idle and type(value) is type(idle) for idle in model.unsupported[name]
+            ):
+                raise ApiError(
+                    400,
+                    f"{where}{name} is not supported by this server; leave it out",
+                    param=f"{where}{name}",
+                    code="unsupported_parameter",
+                )
+        elif name not in model.ignored and (value is not None or name not in model.model_fields):
+            wanted[name] = value
+    return wanted
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _json_name(content: object) -> str:
+    names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(content), "number")
+
+
+def _wrong_field(error: Any, model: type[Body]) -> ApiError:
+    path = [str(part) for part in error["loc"]]
+    # What follows the name of a plain field is the inside of pydantic's union, or of a list.
+    param = ".".join(path if path[:1] in (["messages"], ["stream_options"]) else path[:1])
+    if error["type"] == "missing":
+        return ApiError(400, f"{param} is missing; it is required", param=param, code="missing_required_parameter")
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(path[-1], model.model_fields, n=1) if len(path) == 1 else []
+        hint = f"did you mean {near[0]}?" if near else "leave it out"
+        return ApiError(400, f"there is no parameter {param} here; {hint}", param=param, code="unknown_parameter")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    code = "unsupported_parameter" if "not supported" in message else None
+    told = message if error["type"] == "value_error" and path[-1:] and path[-1] in message else f"{param}: {message}"
+    return ApiError(400, told, param=param or None, code=code)

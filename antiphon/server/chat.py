@@ -1,0 +1,111 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from antiphon.core.sampling import SamplingParams
+from antiphon.engine.async_engine import OpenRequest, StreamItem
+from antiphon.server.errors import ApiError
+from antiphon.server.jobs import Job
+from antiphon.server.logprobs import chat_logprobs, prompt_logprobs
+from antiphon.server.protocol import ChatRequest
+from antiphon.server.service import Service
+
+__all__ = ["ChatJob"]
+
+
+class ChatJob(Job):
+    """Without a limit the assistant may speak to the end of the room."""
+
+    prompt_field = "messages"
+    id_prefix = "chatcmpl"
+    object_whole = "chat.completion"
+    object_chunk = "chat.completion.chunk"
+    request: ChatRequest
+    num_prompts = 1
+
+    def __init__(self, request: ChatRequest, service: Service) -> None:
+        if not request.messages:
+            raise ApiError(400, "messages is empty; send at least one", param="messages")
+        super().__init__(request, service)
+        self._begun: set[int] = set()
+
+    def make_params(self) -> SamplingParams:
+        request = self.request
+        if request.top_logprobs is not None and not request.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true; set it, or leave it out", param="top_logprobs")
+        if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
+            raise ApiError(
+                400, "max_tokens and max_completion_tokens differ; leave one out", param="max_completion_tokens"
+            )
+        if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
+            raise ApiError(
+                400, f"top_logprobs={request.top_logprobs} is out of range; use 0 to 20", param="top_logprobs"
+            )
+        return request.sampling_params(
+            max_tokens=request.max_tokens if request.max_tokens is not None else request.max_completion_tokens,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        )
+
+    async def prompts(self) -> list[list[int]]:
+        return [await self.service.encode_chat([message.for_template() for message in self.request.messages])]
+
+    def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
+        for number, collector in enumerate(opened.collectors):
+            done = collector.completion(number)
+            choice: dict[str, Any] = {
+                "index": number,
+                "message": {"role": "assistant", "content": done.text, "refusal": None},
+                "logprobs": self._logprobs(done.logprobs, done.token_ids),
+                "finish_reason": done.finish_reason,
+                "stop_reason": done.stop_reason,
+            }
+            if self.request.return_token_ids:
+                choice["token_ids"] = done.token_ids
+            yield choice
+
+    def extras(self, opened: Sequence[OpenRequest]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.request.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs(opened[0].collectors[0].prompt_logprobs() or [])
+        if self.request.return_token_ids:
+            found["prompt_token_ids"] = list(opened[0].prompt_ids)
+        return found
+
+    def pieces(self, place: int, opened: OpenRequest, item: StreamItem) -> Iterable[dict[str, Any]]:
+        delta = item.delta
+        if not delta.token_ids:
+            return
+        if item.index not in self._begun:
+            self._begun.add(item.index)
+            first = self._piece(item.index, {"role": "assistant", "content": "", "refusal": None})
+            if self.request.return_token_ids:
+                first["prompt_token_ids"] = list(opened.prompt_ids)
+            yield first
+        if delta.text or delta.logprobs is not None or self.request.return_token_ids:
+            piece = self._piece(item.index, {"content": delta.text})
+            piece["logprobs"] = self._logprobs(delta.logprobs, delta.token_ids)
+            if self.request.return_token_ids:
+                piece["token_ids"] = delta.token_ids
+            yield piece
+        if delta.finish_reason is not None:
+            yield self._piece(item.index, {}) | {
+                "finish_reason": delta.finish_reason,
+                "stop_reason": delta.stop_reason,
+            }
+
+    @staticmethod
+    def _piece(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, places: Any, token_ids: Sequence[int]) -> dict[str, Any] | None:
+        if places is None:
+            return None
+        return chat_logprobs(
+            places,
+            token_ids,
+            num_top=self.request.top_logprobs or 0,
+            as_ids=self.request.return_tokens_as_token_ids,
+        )

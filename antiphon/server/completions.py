@@ -1,0 +1,146 @@
+"""`/v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from antiphon.core.errors import RequestError
+from antiphon.core.sampling import Logprob, SamplingParams
+from antiphon.engine.async_engine import OpenRequest, StreamItem
+from antiphon.engine.outputs import Delta
+from antiphon.server.errors import ApiError
+from antiphon.server.jobs import Job
+from antiphon.server.logprobs import completion_logprobs, prompt_logprobs
+from antiphon.server.protocol import CompletionRequest
+from antiphon.server.service import Service
+
+__all__ = ["CompletionJob"]
+
+
+class CompletionJob(Job):
+    """echo: the prompt comes first, in the text and in the logprobs; with it max_tokens may be 0."""
+
+    prompt_field = "prompt"
+    id_prefix = "cmpl"
+    object_whole = object_chunk = "text_completion"
+    request: CompletionRequest
+
+    def __init__(self, request: CompletionRequest, service: Service) -> None:
+        self._silent = request.echo and request.max_tokens == 0  # nothing of what is generated is told
+        super().__init__(request, service)
+        self._offsets: dict[int, int] = {}  # where the next token's text is, by index of the choice
+        self._held: dict[int, list[StreamItem]] = {}  # by place, until the first result of the prompt has begun
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.request.prompt)
+
+    def make_params(self) -> SamplingParams:
+        request = self.request
+        if request.best_of is not None and request.best_of != request.n:
+            raise ApiError(400, f"best_of={request.best_of} is not supported; leave it out", param="best_of")
+        changes: dict[str, Any] = {"logprobs": request.logprobs}
+        if request.echo and request.logprobs is not None:
+            changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
+        if self._silent:
+            changes |= {"max_tokens": 1, "min_tokens": 0}
+        return request.sampling_params(**changes)
+
+    async def prompts(self) -> list[list[int]]:
+        found = []
+        for place, prompt in enumerate(self.request.prompt):
+            if isinstance(prompt, str):
+                try:
+                    prompt = await self.service.encode(prompt, add_special_tokens=self.request.add_special_tokens)
+                except RequestError as error:
+                    raise self.refusal(error, place) from None
+            found.append(prompt)
+        return found
+
+    def num_generated(self, opened: OpenRequest) -> int:
+        return 0 if self._silent else opened.num_tokens
+
+    def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
+        for number, collector in enumerate(opened.collectors):
+            done = collector.completion(number)
+            choice = self._choice(
+                place,
+                opened,
+                number,
+                Delta(
+                    text=done.text,
+                    token_ids=done.token_ids,
+                    logprobs=done.logprobs,
+                    finish_reason=done.finish_reason,
+                    stop_reason=done.stop_reason,
+                ),
+            )
+            if self.request.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = prompt_logprobs(opened.collectors[0].prompt_logprobs() or [])
+            yield choice
+
+    def pieces(self, place: int, opened: OpenRequest, item: StreamItem) -> Iterable[dict[str, Any]]:
+        if not item.delta.token_ids:
+            return
+        # What echo says of the prompt is known when its first result has begun.
+        if self.request.echo and item.index and not opened.collectors[0].token_ids:
+            self._held.setdefault(place, []).append(item)
+            return
+        for one in [item, *self._held.pop(place, [])]:
+            delta = one.delta
+            first = place * self.params.n + one.index not in self._offsets
+            choice = self._choice(place, opened, one.index, delta)
+            if first or delta.text or delta.finish_reason or self.request.logprobs is not None or "token_ids" in choice:
+                yield choice
+
+    def _choice(self, place: int, opened: OpenRequest, number: int, delta: Delta) -> dict[str, Any]:
+        request = self.request
+        index = place * self.params.n + number
+        first = index not in self._offsets
+        prompt_text = (
+            self._prompt_text(place, opened) if first and (request.echo or request.logprobs is not None) else ""
+        )
+        text, token_ids = delta.text, delta.token_ids
+        places: Sequence[dict[int, Logprob] | None] | None = delta.logprobs
+        if self._silent:
+            text, token_ids, places = "", [], None if places is None else []
+        if first:
+            self._offsets[index] = 0 if request.echo else len(prompt_text)
+        told_ids: Sequence[int] = token_ids
+        if first and request.echo:
+            text = prompt_text + text
+            if places is not None:
+                of_prompt = opened.collectors[0].prompt_logprobs() or []
+                told_ids, places = [*opened.prompt_ids, *token_ids], [*of_prompt, *places]
+        logprobs = None
+        if places is not None:
+            first_text = self.service.tokenizer.token_text(opened.prompt_ids[0])
+            logprobs = completion_logprobs(
+                places,
+                told_ids,
+                num_top=request.logprobs or 0,
+                first_text=first_text,
+                text_offset=self._offsets[index],
+                as_ids=request.return_tokens_as_token_ids,
+            )
+            self._offsets[index] += sum(
+                len(first_text if found is None else found[token_id].decoded_token)
+                for token_id, found in zip(told_ids, places, strict=True)
+            )
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": "length" if self._silent else delta.finish_reason,
+            "stop_reason": None if self._silent else delta.stop_reason,
+        }
+        if request.return_token_ids:
+            choice["token_ids"] = list(token_ids)
+            if first:
+                choice["prompt_token_ids"] = list(opened.prompt_ids)
+        return choice
+
+    def _prompt_text(self, place: int, opened: OpenRequest) -> str:
+        prompt = self.request.prompt[place]
+        return prompt if isinstance(prompt, str) else self.service.tokenizer.decode(opened.prompt_ids)

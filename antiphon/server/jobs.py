@@ -1,0 +1,133 @@
+"""What a request asks the engine for, and how the answer is written: the common part of completions and chats.
+
+A job is not under way: `generation` opens its prompts, and hands it what comes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from antiphon.core.errors import OptionError, RequestError
+from antiphon.core.sampling import SamplingParams
+from antiphon.engine.async_engine import OpenRequest, StreamItem
+from antiphon.server.errors import ApiError, refusal
+from antiphon.server.protocol import SamplingFields
+from antiphon.server.service import Service
+
+__all__ = ["Job", "to_json"]
+
+
+class Job(ABC):
+    """Made from a checked body. Raises `ApiError` for parameters that do not fit together, or are out of range."""
+
+    prompt_field = ""
+    id_prefix = ""
+    object_whole = ""
+    object_chunk = ""
+
+    def __init__(self, request: SamplingFields, service: Service) -> None:
+        service.check_model(request.model)
+        self.request = request
+        self.service = service
+        self.stream = request.stream
+        self.include_usage = request.stream_options is not None and request.stream_options.include_usage
+        self.fields = frozenset(type(request).model_fields)
+        if request.stream_options is not None and not request.stream:
+            raise ApiError(400, "stream_options needs stream=true; set it, or leave it out", param="stream_options")
+        try:
+            self.params = self.make_params()
+        except OptionError as error:
+            raise refusal(error, self.fields, prompt_field=self.prompt_field) from None
+        if self.stream and request.prompt_logprobs is not None:
+            raise ApiError(400, "prompt_logprobs is not supported with stream=true", param="prompt_logprobs")
+        if self.params.logprobs is not None or self.params.prompt_logprobs is not None:
+            self._check_has_text(service)
+        self._head = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.object_chunk if self.stream else self.object_whole,
+            "created": int(time.time()),
+            "model": request.model or service.model_name,
+        }
+
+    @property
+    @abstractmethod
+    def num_prompts(self) -> int: ...
+
+    @property
+    def num_results(self) -> int:
+        return self.num_prompts * self.params.n
+
+    @abstractmethod
+    def make_params(self) -> SamplingParams:
+        """Raises `OptionError`, or `ApiError`."""
+
+    @abstractmethod
+    async def prompts(self) -> list[list[int]]:
+        """Token ids. Raises `RequestError` or `ApiError`."""
+
+    @abstractmethod
+    def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
+        """Of a prompt whose results have finished."""
+
+    @abstractmethod
+    def pieces(self, place: int, opened: OpenRequest, item: StreamItem) -> Iterable[dict[str, Any]]:
+        """Choices of the chunks for what has come of a prompt."""
+
+    def num_generated(self, opened: OpenRequest) -> int:
+        """Tokens that the client gets."""
+        return opened.num_tokens
+
+    def extras(self, opened: Sequence[OpenRequest]) -> dict[str, Any]:
+        """More fields of a whole answer."""
+        return {}
+
+    def whole(self, opened: Sequence[OpenRequest]) -> bytes:
+        """The answer, once all have finished."""
+        choices = [choice for place, one in enumerate(opened) for choice in self.choices(place, one)]
+        return to_json(self._head | {"choices": choices, "usage": self._usage(opened)} | self.extras(opened))
+
+    def chunk(self, choice: dict[str, Any]) -> bytes:
+        """An event of a stream."""
+        chunk = self._head | {"choices": [choice]}
+        if self.include_usage:
+            chunk["usage"] = None
+        return b"data: " + to_json(chunk) + b"\n\n"
+
+    def last_chunks(self, opened: Sequence[OpenRequest]) -> bytes:
+        """The end of a stream."""
+        end = b"data: [DONE]\n\n"
+        if not self.include_usage:
+            return end
+        return b"data: " + to_json(self._head | {"choices": [], "usage": self._usage(opened)}) + b"\n\n" + end
+
+    def refusal(self, error: OptionError | RequestError, place: int = 0) -> ApiError:
+        return refusal(error, self.fields, prompt_field=self.prompt_field, place=place)
+
+    def _usage(self, opened: Sequence[OpenRequest]) -> dict[str, Any]:
+        num_prompt = sum(len(one.prompt_ids) for one in opened)
+        num_generated = sum(self.num_generated(one) for one in opened)
+        num_cached = sum(one.collectors[0].num_cached for one in opened)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_generated,
+            "total_tokens": num_prompt + num_generated,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+
+    @staticmethod
+    def _check_has_text(service: Service) -> None:
+        """Logprobs are told by the texts of tokens."""
+        if not service.engine.tokenizer.has_text:
+            raise ApiError(
+                400, "logprobs is not supported with dummy weights, whose tokens have no text", param="logprobs"
+            )
+
+
+def to_json(content: object) -> bytes:
+    """As UTF-8."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

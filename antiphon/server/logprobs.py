@@ -1,0 +1,89 @@
+"""Logprobs in OpenAI's two shapes, of completions and of chats, and in vLLM's of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from antiphon.core.sampling import Logprob
+
+__all__ = ["chat_logprobs", "completion_logprobs", "prompt_logprobs"]
+
+Place = dict[int, Logprob] | None
+"""The token that is there first, then the likeliest; `None` for a prompt's first token."""
+
+
+def _text(token_id: int, found: Logprob, as_ids: bool) -> str:
+    return f"token_id:{token_id}" if as_ids else found.decoded_token
+
+
+def completion_logprobs(
+    places: Sequence[Place],
+    token_ids: Sequence[int],
+    *,
+    num_top: int,
+    first_text: str,
+    text_offset: int,
+    as_ids: bool = False,
+) -> dict[str, Any]:
+    """Of `token_ids`, one place each. first_text: of a place that is `None`. text_offset: where the first token is."""
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    offsets = []
+    for token_id, place in zip(token_ids, places, strict=True):
+        offsets.append(text_offset)
+        if place is None:
+            tokens.append(f"token_id:{token_id}" if as_ids else first_text)
+            token_logprobs.append(None)
+            top_logprobs.append(None)
+            text_offset += len(first_text)
+            continue
+        tokens.append(_text(token_id, place[token_id], as_ids))
+        token_logprobs.append(place[token_id].logprob)
+        text_offset += len(place[token_id].decoded_token)
+        top: dict[str, float] = {}
+        for other, found in list(place.items())[: num_top + 1]:
+            text = _text(other, found, as_ids)
+            top[text] = max(found.logprob, top.get(text, found.logprob))  # parts of characters have one text
+        top_logprobs.append(top)
+    return {
+        "tokens": tokens,
+        "token_logprobs": token_logprobs,
+        "top_logprobs": top_logprobs,
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(
+    places: Sequence[dict[int, Logprob]], token_ids: Sequence[int], *, num_top: int, as_ids: bool = False
+) -> dict[str, Any]:
+    """Of `token_ids`, one place each, with the `num_top` likeliest."""
+
+    def entry(token_id: int, found: Logprob) -> dict[str, Any]:
+        return {
+            "token": _text(token_id, found, as_ids),
+            "logprob": found.logprob,
+            "bytes": list(found.decoded_token.encode()),
+        }
+
+    content = []
+    for token_id, place in zip(token_ids, places, strict=True):
+        likeliest = sorted(place.items(), key=lambda item: -item[1].logprob)[:num_top]
+        content.append(
+            entry(token_id, place[token_id]) | {"top_logprobs": [entry(other, found) for other, found in likeliest]}
+        )
+    return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(places: Sequence[Place]) -> list[dict[str, dict[str, Any]] | None]:
+    """As vLLM has them: token id -> logprob, rank and text."""
+    return [
+        None
+        if place is None
+        else {
+            str(token_id): {"logprob": found.logprob, "rank": found.rank, "decoded_token": found.decoded_token}
+            for token_id, found in place.items()
+        }
+        for place in places
+    ]

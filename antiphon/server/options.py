@@ -1,0 +1,48 @@
+"""What the user says about the server itself; the engine has options of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from antiphon.core.checks import is_number, is_whole
+from antiphon.core.errors import OptionError
+
+__all__ = ["ServerOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """host, port: where to listen; port 0 takes a free one.
+    api_key: what clients must send as a bearer token; `None` for no key. It is in no log and no `repr`.
+    served_model_names: under which the model is asked for; the first is in answers.
+    max_queue: results that may be under way at once; more get 429.
+    request_timeout_s: longest time for one request, from its arrival to its last byte.
+    drain_s: how long open requests may go on after SIGTERM.
+    max_body_bytes: longest body of a request; longer ones get 413.
+
+    Raises `OptionError` for values that cannot work.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    served_model_names: tuple[str, ...] = ("model",)
+    max_queue: int = 1024
+    request_timeout_s: float = 600.0
+    drain_s: float = 30.0
+    max_body_bytes: int = 8 * 2**20
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.port) or not 0 <= self.port < 2**16:
+            raise OptionError(f"port={self.port!r} is no port; use an integer from 0 (a free one) to {2**16 - 1}")
+        for name in ("max_queue", "max_body_bytes"):
+            if not is_whole(getattr(self, name)) or getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)!r} is not a count; use an integer of at least 1")
+        for name, least in (("request_timeout_s", "above 0"), ("drain_s", "of at least 0")):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 86_400 or (value == 0 and name != "drain_s"):
+                raise OptionError(f"{name}={value!r} is not a time; use a number of seconds {least}, at most 86400")
+        if self.api_key is not None and (not self.api_key or not self.api_key.isprintable()):
+            raise OptionError("api_key is empty or has unprintable characters; use another one, or none")
+        if not self.served_model_names or not all(self.served_model_names):
+            raise OptionError("served_model_names has an empty name; give at least one that is not")

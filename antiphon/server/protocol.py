@@ -1,0 +1,271 @@
+"""The bodies of requests, as OpenAI's API and vLLM's extra parameters have them.
+
+A field that is not here is refused by its name. `null` is the same as leaving a field out. Ranges are not checked here:
+`SamplingParams` does it, and its messages name the field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
+
+from antiphon.core.checks import is_whole
+from antiphon.core.sampling import SamplingParams
+
+__all__ = [
+    "Body",
+    "ChatRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "Message",
+    "SamplingFields",
+    "StreamOptions",
+    "TokenizeRequest",
+]
+
+
+class Body(BaseModel):
+    """ignored: fields that change nothing of the answer. unsupported: fields, and the values that ask for nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[dict[str, tuple[object, ...]]] = {}
+
+
+class StreamOptions(Body):
+    ignored = frozenset({"include_obfuscation"})
+    unsupported: ClassVar = {"continuous_usage_stats": (False,)}
+
+    include_usage: bool = False
+
+
+_IGNORED = frozenset(
+    {"metadata", "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier", "service_tier"}
+    | {"store", "user"}
+)
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    # OpenAI's
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    # vLLM's
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": (),
+    "priority": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": (),
+}
+
+
+class SamplingFields(Body):
+    """What completions and chats have in common; the defaults are OpenAI's, not those of `SamplingParams`."""
+
+    ignored = _IGNORED
+
+    model: str = ""
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    def sampling_params(self, **changes: Any) -> SamplingParams:
+        """Raises `OptionError` for a value out of range."""
+        return SamplingParams(**{name: getattr(self, name) for name in _SAMPLING} | changes)
+
+
+_SAMPLING = (
+    *("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty"),
+    *("frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids"),
+    *("include_stop_str_in_output", "ignore_eos", "prompt_logprobs"),
+)
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+
+
+def _checked_prompts(value: object) -> list[str | list[int]]:
+    """One prompt as a list of one."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("prompt is no text and no list; use a text, token ids, or a list of texts or of token ids")
+    kinds = {type(item) for item in value}
+    if kinds == {int}:
+        return [value]
+    if kinds == {str}:
+        return value
+    if kinds == {list} and all({type(item) for item in one} <= {int} for one in value):
+        return value
+    raise ValueError("prompt mixes types; use a text, token ids, or a list of texts or of token ids, of one kind")
+
+
+class CompletionRequest(SamplingFields):
+    unsupported = _UNSUPPORTED | {"suffix": ("",)}
+
+    prompt: Annotated[
+        list[str | list[int]],
+        PlainValidator(_checked_prompts),
+        WithJsonSchema(
+            {"anyOf": [{"type": "string"}, _TEXTS, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS, "minItems": 1}]}
+        ),
+    ]
+    max_tokens: int | None = 16
+    echo: bool = False
+    logprobs: int | None = None
+    best_of: int | None = None
+    add_special_tokens: bool = True
+
+
+def _checked_content(value: object) -> str:
+    """Texts and text parts, joined."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("content is no text; use a text, or a list of parts of type text")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise ValueError('content has a part without a type; use {"type": "text", "text": "..."}')
+        if part["type"] not in ("text", "input_text"):
+            raise ValueError(f"content has a part of type {part['type']!r}, which is not supported; use type text")
+        if not isinstance(part.get("text"), str) or not part.keys() <= {"type", "text"}:
+            raise ValueError('content has a part of type text that is not {"type": "text", "text": "..."}')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class Message(Body):
+    ignored = frozenset({"name"})
+    unsupported: ClassVar = {
+        "tool_calls": ([],),
+        "function_call": (),
+        "audio": (),
+        "refusal": (),
+        "reasoning": (),
+        "reasoning_content": (),
+        "tool_call_id": (),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        str,
+        PlainValidator(_checked_content),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {
+                            "type": "object",
+                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                            "required": ["type", "text"],
+                            "additionalProperties": False,
+                        },
+                    },
+                ]
+            }
+        ),
+    ]
+
+    def for_template(self) -> dict[str, str]:
+        """Templates know no developer; OpenAI's API takes it for what system was."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+_CHAT_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class ChatRequest(SamplingFields):
+    unsupported = _UNSUPPORTED | _CHAT_UNSUPPORTED
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+
+def _checked_ids(value: object) -> list[int]:
+    if not isinstance(value, list) or not all(is_whole(item) for item in value):
+        raise ValueError("tokens is no list of token ids; use integers")
+    return value
+
+
+class TokenizeRequest(Body):
+    """A text, or the messages of a chat."""
+
+    unsupported: ClassVar = {
+        name: _CHAT_UNSUPPORTED[name]
+        for name in (
+            "add_generation_prompt",
+            "chat_template",
+            "chat_template_kwargs",
+            "continue_final_message",
+            "tools",
+        )
+    }
+
+    model: str = ""
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Body):
+    model: str = ""
+    tokens: Annotated[
+        list[int], PlainValidator(_checked_ids), WithJsonSchema({"type": "array", "items": {"type": "integer"}})
+    ]

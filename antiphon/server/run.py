@@ -1,0 +1,172 @@
+"""The life of a server process: listen, start the ranks, serve, drain, end.
+
+The server listens before the ranks start, so that probes see "starting"; a rank that fails ends the process. SIGTERM
+and SIGINT drain; a second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+
+import antiphon
+from antiphon.core.errors import OptionError
+from antiphon.engine.async_engine import AsyncEngine
+from antiphon.engine.config import EngineConfig
+from antiphon.server.app import make_app
+from antiphon.server.logs import log_event
+from antiphon.server.options import ServerOptions
+from antiphon.server.service import Service
+
+__all__ = ["run_server"]
+
+_FAILED = 1
+_SHOWN_DEAD_S = 2.0  # how long /health tells of a rank's failure before the process ends
+_LAST_ANSWERS_S = 3.0
+_KEEP_ALIVE_S = 75  # longer than clients keep a connection, so that they close it first
+_BACKLOG = 2048
+
+
+def run_server(engine: EngineConfig, options: ServerOptions, *, say: Callable[[str], None]) -> int:
+    """Serve until a signal or a failure, and return the exit code. `say` shows the start-up block, line by line.
+
+    Raises as `AsyncEngine` does if the engine cannot start, and `OptionError` if nothing can listen there.
+    """
+    with _listen(options) as listening:
+        return asyncio.run(_serve(engine, options, listening, say))
+
+
+class _StopError(Exception):
+    """Raised in a start that nobody wants any more."""
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn would raise them again at the end, and the exit code would not be 0."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(
+    config: EngineConfig, options: ServerOptions, listening: socket.socket, say: Callable[[str], None]
+) -> int:
+    service = Service(options)
+    server = _Server(
+        uvicorn.Config(
+            make_app(service),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=round(_LAST_ANSWERS_S),
+        )
+    )
+    signals = _Signals()
+    http = asyncio.create_task(server.serve(sockets=[listening]))
+    host, port = listening.getsockname()[:2]
+    log_event("listening", host=host, port=port)
+    engine: AsyncEngine | None = None
+    try:
+        engine = await _start(config, service, signals)
+        if engine is None:
+            return signals.exit_code
+        for heading, text in engine.config.describe():
+            say(f"{heading + ':':<11}{text}")
+        service.serve(engine)
+        log_event("serving", model=service.model_name, ranks=config.ranks, version=antiphon.__version__)
+        await _first(signals.first.wait(), service.failed.wait())
+        if service.failed.is_set():
+            return await _end_of_a_failure(service, signals)
+        await _drain(service, signals)
+        return _FAILED if service.failed.is_set() else signals.exit_code
+    finally:
+        service.cut_all()
+        server.should_exit = True
+        await http
+        if engine is not None:
+            await engine.close()
+        service.close()
+
+
+async def _start(config: EngineConfig, service: Service, signals: _Signals) -> AsyncEngine | None:
+    """The engine, or `None` if a signal came first."""
+
+    def on_start(what: str) -> None:
+        if signals.first.is_set():
+            raise _StopError
+        service.detail = what
+
+    starting = asyncio.create_task(asyncio.to_thread(AsyncEngine, config, on_start=on_start))
+    await _first(asyncio.shield(starting), signals.first.wait())
+    if not signals.first.is_set():
+        return await starting
+    service.drain()
+    with suppress(Exception):  # its start ends at its next word, or it is ended when it has started
+        await (await starting).close()
+    return None
+
+
+async def _drain(service: Service, signals: _Signals) -> None:
+    service.drain()
+    drain_s = service.options.drain_s
+    log_event("draining", num_open=service.num_open, limit=drain_s)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(drain_s):
+            await _first(service.wait_until_idle(), signals.second.wait(), service.failed.wait())
+    if service.num_open:
+        log_event("open requests are ended", level=logging.WARNING, num_open=service.num_open)
+
+
+async def _end_of_a_failure(service: Service, signals: _Signals) -> int:
+    log_event("the engine has failed", level=logging.ERROR, error=service.failure)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_SHOWN_DEAD_S):
+            await signals.first.wait()
+    return _FAILED
+
+
+class _Signals:
+    """SIGTERM and SIGINT, for the running event loop. exit_code: 0, or as a shell has it if they came twice."""
+
+    def __init__(self) -> None:
+        self.first, self.second = asyncio.Event(), asyncio.Event()
+        self.exit_code = 0
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._take, number)
+
+    def _take(self, number: signal.Signals) -> None:
+        if self.first.is_set():
+            self.exit_code = 128 + number
+            self.second.set()
+        self.first.set()
+
+
+async def _first(*waits: object) -> None:
+    """Return when one of them has ended; the others are not waited for any more."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _listen(options: ServerOptions) -> socket.socket:
+    host, port = options.host, options.port
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, UnicodeError) as error:
+        raise OptionError(f"nothing can listen on {host} port {port} ({error}); use another --host or --port") from None

@@ -1,0 +1,178 @@
+"""What all requests share: the engine, how much may be under way, and the phases of the server's life.
+
+starting ──► serving ──► draining          a rank that fails: any ──► dead
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+from antiphon.core.errors import EngineError, RequestError
+from antiphon.engine.async_engine import AsyncEngine
+from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
+from antiphon.server.errors import ApiError
+from antiphon.server.metrics import ServerMetrics
+from antiphon.server.options import ServerOptions
+
+__all__ = ["Phase", "Service"]
+
+_LONG_TEXT = 4096
+"""Characters from which a text is tokenised beside the event loop."""
+_STATISTICS_S = 2.0
+
+
+class Phase(StrEnum):
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class Service:
+    """Belongs to the event loop in which it was made. `metrics`; `cut` ends all open requests with its error.
+
+    detail: a word more about the phase, for /health. failed, failure: set when the engine has ended by itself.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.model_name = options.served_model_names[0]
+        self.metrics = ServerMetrics(self.model_name)
+        self.started_at = int(time.time())
+        self.phase = Phase.STARTING
+        self.detail = ""
+        self.num_open = 0
+        self.cut: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+        self.failed = asyncio.Event()
+        self.failure: EngineError | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._engine: AsyncEngine | None = None
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    # ---- phases
+
+    def serve(self, engine: AsyncEngine) -> None:
+        """The engine is ready, and belongs to the caller still."""
+        engine.on_failure = self.fail
+        engine.attach()
+        self._engine = engine
+        self.phase, self.detail = Phase.SERVING, ""
+
+    def fail(self, error: EngineError) -> None:
+        """The engine has ended by itself. Open requests have got its error already."""
+        self.phase, self.detail = Phase.DEAD, str(error)
+        self.failure = error
+        self.failed.set()
+
+    def drain(self) -> None:
+        """No new requests from now on."""
+        if self.phase in (Phase.STARTING, Phase.SERVING):
+            self.phase = Phase.DRAINING
+
+    async def wait_until_idle(self) -> None:
+        await self._idle.wait()
+
+    def cut_all(self) -> None:
+        """End what is open with an error."""
+        if not self.cut.done():
+            self.cut.set_result(ApiError(503, "the server ends; send the request again", code="shutting_down"))
+
+    def close(self) -> None:
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    # ---- for requests
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """Raises `ApiError` 503 unless it serves."""
+        if self.phase is Phase.SERVING and self._engine is not None:
+            return self._engine
+        reason = {
+            Phase.STARTING: "the server is starting; try again soon",
+            Phase.DRAINING: "the server is about to end; use another one",
+        }.get(self.phase, f"the engine has ended: {self.detail}")
+        retry_after_s = 1 if self.phase is Phase.STARTING else None
+        raise ApiError(503, reason, code=str(self.phase), retry_after_s=retry_after_s)
+
+    @property
+    def tokenizer(self) -> Tokenizer | NoTokenizer:
+        """Of the engine that serves, or has served: open requests need it while the server drains."""
+        return (self._engine or self.engine).tokenizer
+
+    def check_model(self, name: str) -> None:
+        """Raises `ApiError` 404 unless it is one of ours; an empty name is."""
+        if name and name not in self.options.served_model_names:
+            names = ", ".join(self.options.served_model_names)
+            raise ApiError(
+                404, f"model {name!r} is not served here; use {names}", param="model", code="model_not_found"
+            )
+
+    @contextmanager
+    def admit(self, num_results: int, param: str) -> Iterator[None]:
+        """Count results that are under way. Raises `ApiError` 429 if there are too many, 503 unless it serves."""
+        most = self.options.max_queue
+        if num_results > most:
+            raise ApiError(
+                400,
+                f"{param} asks for {num_results} results, but at most {most} may be under way; send fewer",
+                param=param,
+            )
+        if self.num_open + num_results > most:
+            raise ApiError(
+                429,
+                f"{self.num_open} results are under way, and at most {most} may be; send the request again later",
+                code="queue_full",
+                retry_after_s=1,
+            )
+        _ = self.engine
+        self.num_open += num_results
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.num_open -= num_results
+            if not self.num_open:
+                self._idle.set()
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text. Raises `RequestError`."""
+        tokenizer = self.tokenizer
+        if not tokenizer.has_text:
+            raise RequestError("prompt 0 is a text, but a run with dummy weights has no tokenizer; use token ids")
+
+        def work() -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        if len(text) < _LONG_TEXT:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a chat, up to where the assistant answers. Raises `ApiError` for what its template refuses."""
+        tokenizer = self.tokenizer
+        try:
+            if sum(len(message["content"]) for message in messages) < _LONG_TEXT:
+                return tokenizer.chat(messages)
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenizer.chat, messages)
+        except Exception as error:  # templates are programs: they raise what they like
+            told = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ApiError(
+                400, f"the model's chat template does not take these messages ({told})", param="messages"
+            ) from error
+
+    async def statistics(self) -> list[dict[str, Any]] | None:
+        """Of the ranks; `None` if they do not answer now."""
+        if self._engine is None or self.phase is Phase.DEAD:
+            return None
+        try:
+            async with asyncio.timeout(_STATISTICS_S):
+                return await self._engine.statistics()
+        except (TimeoutError, EngineError):
+            return None
