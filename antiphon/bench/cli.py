@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import unknown_value
+from antiphon.core.errors import OptionError, unknown_value
 
 __all__ = ["bench_app"]
 
@@ -146,6 +146,104 @@ def overlap(
     print_steps(result, _console())
     write_json(result, json_file)
     check_outputs(result)
+
+
+@bench_app.command()
+def serve(
+    base_url: Annotated[str | None, typer.Option(help="Address of the server; instead of --host and --port.")] = None,
+    host: Annotated[str, typer.Option(help="Its host.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port.")] = 8000,
+    backend: Annotated[str, typer.Option(help="openai, vllm (the same), or openai-chat.")] = "openai",
+    endpoint: Annotated[
+        str | None, typer.Option(help="Path of the request. Default: /v1/completions; of openai-chat that of chats.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As the server calls it. Default: the first it names.")] = None,
+    dataset_name: Annotated[str, typer.Option(help="random, sharegpt or custom.")] = "random",
+    dataset_path: Annotated[
+        Path | None, typer.Option(help='File of the dataset; custom: JSON lines with a "prompt" each.')
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests.")] = 1000,
+    random_input_len: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 1024,
+    random_output_len: Annotated[int, typer.Option(min=1, help="Most tokens to generate for it.")] = 128,
+    random_range_ratio: Annotated[
+        float, typer.Option(help="How far lengths may lie from these, as a share; 0: all are equal.")
+    ] = 0.0,
+    random_vocab_size: Annotated[int, typer.Option(help="Random prompts have token ids below.")] = 4000,
+    random_as_text: Annotated[
+        bool, typer.Option("--random-as-text", help="Random words: for servers that take no ids. Always so in chats.")
+    ] = False,
+    output_len: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens to generate for a prompt from a file, whatever it says.")
+    ] = None,
+    request_rate: Annotated[float, typer.Option(help="Requests a second; inf: all at once.")] = float("inf"),
+    burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less is burstier, more is more even.")] = 1.0,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests under way at once.")] = None,
+    num_warmups: Annotated[int, typer.Option(min=0, help="Requests before, one by one, which do not count.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always generate all tokens.")] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    percentile_metrics: Annotated[str, typer.Option(help="Latencies to print: some of the default.")] = (
+        "ttft,tpot,itl,e2el"
+    ),
+    metric_percentiles: Annotated[str, typer.Option(help="Percentiles of them, with commas between.")] = "90,99",
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths and arrivals.")] = 0,
+    save_result: Annotated[bool, typer.Option("--save-result", help="Write the result to a file of JSON.")] = False,
+    save_detailed: Annotated[
+        bool, typer.Option("--save-detailed", help="With --save-result: every request's figures and text too.")
+    ] = False,
+    result_dir: Annotated[Path | None, typer.Option(help="Folder of that file; made if it is not there.")] = None,
+    result_filename: Annotated[
+        str | None, typer.Option(help="Its name. Default: made of load, model and date.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
+) -> None:
+    """Load on an OpenAI-compatible server: throughput and latencies. A key is read from OPENAI_API_KEY."""
+    import os
+
+    from antiphon.bench.conditions import parse_names, parse_numbers, write_json
+    from antiphon.bench.serve import METRICS, ServeOptions, print_serve, run_serve
+    from antiphon.bench.serve_result import result_path, without_details, write_result
+    from antiphon.bench.serve_workload import Workload
+
+    endpoints = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+    if backend not in endpoints:
+        raise unknown_value("backend", backend, endpoints)
+    if save_detailed and not save_result:
+        raise OptionError("--save-detailed writes nothing alone; add --save-result")
+    options = ServeOptions(
+        base_url=base_url or f"http://{host}:{port}",
+        endpoint=endpoint or endpoints[backend],
+        model=model,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+        workload=Workload(
+            dataset=dataset_name,
+            path=dataset_path,
+            num_prompts=num_prompts,
+            input_len=random_input_len,
+            output_len=random_output_len,
+            range_ratio=random_range_ratio,
+            vocab_size=random_vocab_size,
+            as_text=random_as_text,
+            file_output_len=output_len,
+            seed=seed,
+        ),
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=max_concurrency,
+        num_warmups=num_warmups,
+        ignore_eos=ignore_eos,
+        temperature=temperature,
+        percentile_metrics=tuple(parse_names(percentile_metrics, "percentile-metrics", tuple(METRICS))),
+        percentiles=tuple(parse_numbers(metric_percentiles, "metric-percentiles")),
+        timeout_s=timeout_s,
+        detailed=save_detailed,
+    )
+    result = run_serve(options)
+    print_serve(result, options, _console())
+    if save_result:
+        write_result(result, result_path(result, result_dir, result_filename))
+    write_json(without_details(result), None)
+    if not result["completed"]:
+        raise typer.Exit(1)
 
 
 def _console() -> Console:

@@ -17,6 +17,7 @@ __all__ = [
     "conditions",
     "parse_counts",
     "parse_names",
+    "parse_numbers",
     "parse_sizes",
     "rank_environment",
     "settle_transports",
@@ -81,6 +82,14 @@ def parse_counts(text: str, option: str) -> list[int]:
     if not all(name.isdecimal() and int(name) > 0 for name in names):
         raise OptionError(f"--{option} {text!r} is not a list of counts; write integers such as 512,2048")
     return [int(name) for name in names]
+
+
+def parse_numbers(text: str, option: str) -> list[float]:
+    """Numbers between commas. Raises `OptionError`."""
+    try:
+        return [float(name) for name in parse_names(text, option)]
+    except ValueError as error:
+        raise OptionError(f"--{option} {text!r} is not a list of numbers; write some such as 50,99.9") from error
 
 
 def parse_sizes(text: str, option: str = "sizes") -> list[int]:

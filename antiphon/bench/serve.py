@@ -1,0 +1,271 @@
+"""`antiphon bench serve`: load on any OpenAI-compatible server, as users put it on, and what they wait for.
+
+Requests are sent when they are due, whether earlier ones are answered or not (open loop); `max_concurrency` holds them
+back only where it is given. Figures have the names that vLLM's serving benchmark gives them:
+
+    TTFT  time to the first token    TPOT  time per token after the first    ITL  gap between chunks    E2EL  all of it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from math import inf, isfinite
+from typing import Any
+
+import httpx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from antiphon.bench.serve_client import Answered, Target, ask_server
+from antiphon.bench.serve_workload import Ask, Workload, arrival_times, make_asks
+from antiphon.core.errors import OptionError, unknown_value
+
+__all__ = ["METRICS", "ServeOptions", "print_serve", "run_serve", "serve_figures", "timed_load"]
+
+METRICS = {
+    "ttft": "time to first token",
+    "tpot": "time per output token, without the first",
+    "itl": "inter-token latency",
+    "e2el": "end-to-end latency",
+}
+_CONNECT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Where, what and how. Raises `OptionError` for what cannot be.
+
+    model: `None` for the first one that the server names. request_rate: requests a second, `inf` for all at once.
+    max_concurrency: most requests under way at once. percentiles: of `metric_percentiles`, 0 to 100.
+    timeout_s: longest silence of the server within a request.
+    """
+
+    base_url: str = "http://127.0.0.1:8000"
+    endpoint: str = "/v1/completions"
+    model: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    workload: Workload = field(default_factory=Workload)
+    request_rate: float = inf
+    burstiness: float = 1.0
+    max_concurrency: int | None = None
+    num_warmups: int = 0
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    percentile_metrics: tuple[str, ...] = tuple(METRICS)
+    percentiles: tuple[float, ...] = (90.0, 99.0)
+    timeout_s: float = 600.0
+    detailed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.percentile_metrics:
+            if name not in METRICS:
+                raise unknown_value("percentile-metrics", name, METRICS)
+        for percentile in self.percentiles:
+            if not 0 <= percentile <= 100:
+                raise OptionError(f"--metric-percentiles {percentile:g} is no percentile; use numbers from 0 to 100")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise OptionError(f"--base-url {self.base_url} is no address; use one such as http://127.0.0.1:8000")
+
+    @property
+    def is_chat(self) -> bool:
+        return self.endpoint.rstrip("/").endswith("chat/completions")
+
+
+def run_serve(options: ServeOptions) -> dict[str, Any]:
+    """Put the load on the server; the result can be written as JSON.
+
+    Raises `OptionError` if the server cannot be reached, or names no model.
+    """
+    return asyncio.run(_run(options))
+
+
+async def _run(options: ServeOptions) -> dict[str, Any]:
+    workload = options.workload
+    if options.is_chat and workload.dataset == "random":
+        workload = replace(workload, as_text=True)  # a chat takes no token ids
+    times = arrival_times(workload.num_prompts, options.request_rate, burstiness=options.burstiness, seed=workload.seed)
+    asks = make_asks(workload, options.num_warmups)
+    if options.is_chat and not all(isinstance(ask.prompt, str) for ask in asks):
+        raise OptionError(f"{options.endpoint} takes no token ids; use /v1/completions, or texts in --dataset-path")
+    headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
+    async with httpx.AsyncClient(
+        headers=headers,
+        timeout=httpx.Timeout(options.timeout_s, connect=_CONNECT_S, pool=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        trust_env=False,
+    ) as client:
+        model = options.model or await _first_model(client, options.base_url)
+        target = Target(
+            url=options.base_url.rstrip("/") + options.endpoint,
+            model=model,
+            is_chat=options.is_chat,
+            ignore_eos=options.ignore_eos,
+            temperature=options.temperature,
+        )
+
+        async def ask(one: Ask) -> Answered:
+            return await ask_server(client, one, target, keep_text=options.detailed)
+
+        for warming in asks[workload.num_prompts :]:
+            answered = await ask(warming)
+            if answered.error:
+                raise OptionError(f"a request to warm up was not answered: {answered.error}")
+        answers, duration_s = await timed_load(
+            asks[: workload.num_prompts], times, ask, max_concurrency=options.max_concurrency
+        )
+    return _head(options, model) | serve_figures(answers, duration_s, options.percentiles) | _tail(options, answers)
+
+
+async def _first_model(client: httpx.AsyncClient, base_url: str) -> str:
+    url = base_url.rstrip("/") + "/v1/models"
+    try:
+        response = await client.get(url)
+        response.raise_for_status()
+        return str(response.json()["data"][0]["id"])
+    except httpx.HTTPStatusError as error:
+        remedy = "set OPENAI_API_KEY" if error.response.status_code in (401, 403) else "give its name by --model"
+        raise OptionError(f"{url} answers {error.response.status_code} instead of its models; {remedy}") from error
+    except httpx.HTTPError as error:
+        raise OptionError(
+            f"{url} cannot be reached ({type(error).__name__}: {error}); start a server there, with antiphon serve for "
+            "example, or pass --base-url"
+        ) from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise OptionError(f"{url} names no model; give its name by --model") from error
+
+
+async def timed_load(
+    asks: Sequence[Ask],
+    times_s: Sequence[float],
+    ask: Callable[[Ask], Any],
+    *,
+    max_concurrency: int | None = None,
+) -> tuple[list[Answered], float]:
+    """Start `ask` for each request at its time; returns what came of them, in order, and the seconds it took in all.
+
+    ask: coroutine function from a request to `Answered`. What `max_concurrency` holds back does not count as late.
+    """
+    gate = asyncio.Semaphore(max_concurrency) if max_concurrency is not None else None
+    start_s = time.perf_counter()
+
+    async def later(one: Ask, at_s: float) -> Answered:
+        await asyncio.sleep(max(0.0, start_s + at_s - time.perf_counter()))
+        late_s = time.perf_counter() - start_s - at_s
+        async with AsyncExitStack() as stack:
+            if gate is not None:
+                await stack.enter_async_context(gate)
+            answered: Answered = await ask(one)
+        answered.late_s = late_s
+        return answered
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(later(one, at_s)) for one, at_s in zip(asks, times_s, strict=True)]
+    return [task.result() for task in tasks], time.perf_counter() - start_s
+
+
+def serve_figures(answers: Sequence[Answered], duration_s: float, percentiles: Sequence[float]) -> dict[str, Any]:
+    """Throughput and latencies of those that were answered to their end. A figure of nothing is 0."""
+    good = [one for one in answers if not one.error]
+    num_input, num_output = sum(one.num_input for one in good), sum(one.num_output for one in good)
+    samples_s = {
+        "ttft": [one.first_s for one in good],
+        "tpot": [(one.latency_s - one.first_s) / (one.num_output - 1) for one in good if one.num_output > 1],
+        "itl": [gap for one in good for gap in one.gaps_s],
+        "e2el": [one.latency_s for one in good],
+    }
+    figures: dict[str, Any] = {
+        "duration": duration_s,
+        "completed": len(good),
+        "failed": len(answers) - len(good),
+        "total_input_tokens": num_input,
+        "total_output_tokens": num_output,
+        "request_throughput": len(good) / duration_s,
+        "request_goodput": None,
+        "output_throughput": num_output / duration_s,
+        "total_token_throughput": (num_input + num_output) / duration_s,
+        "max_concurrent_requests": _most_at_once(answers),
+        "max_lateness_ms": max((one.late_s for one in answers), default=0.0) * 1e3,
+    }
+    for name, seconds in samples_s.items():
+        ms = np.array(seconds or [0.0]) * 1e3
+        figures[f"mean_{name}_ms"] = float(ms.mean())
+        figures[f"median_{name}_ms"] = float(np.median(ms))
+        figures[f"std_{name}_ms"] = float(ms.std())
+        for percentile in percentiles:
+            figures[f"p{percentile:g}_{name}_ms"] = float(np.percentile(ms, percentile))
+    return figures
+
+
+def _most_at_once(answers: Sequence[Answered]) -> int:
+    events = sorted([(one.start_s, 1) for one in answers] + [(one.end_s, -1) for one in answers])
+    return int(max(np.cumsum([change for _, change in events]), default=0))
+
+
+def _head(options: ServeOptions, model: str) -> dict[str, Any]:
+    workload = options.workload
+    return {
+        "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": "openai-chat" if options.is_chat else "openai",
+        "label": None,
+        "model_id": model,
+        "tokenizer_id": None,  # none is needed
+        "num_prompts": workload.num_prompts,
+        "request_rate": options.request_rate if isfinite(options.request_rate) else "inf",
+        "burstiness": options.burstiness,
+        "max_concurrency": options.max_concurrency,
+        "dataset_name": workload.dataset,
+        "random_input_len": workload.input_len if workload.dataset == "random" else None,
+        "random_output_len": workload.output_len if workload.dataset == "random" else None,
+        "ignore_eos": options.ignore_eos,
+        "seed": workload.seed,
+    }
+
+
+def _tail(options: ServeOptions, answers: Sequence[Answered]) -> dict[str, Any]:
+    """Why requests failed, most frequent first; with `detailed` every request."""
+    errors = [one.error for one in answers if one.error]
+    tail: dict[str, Any] = {"failures": {text: errors.count(text) for text in dict.fromkeys(errors)}}
+    if options.detailed:
+        tail |= {
+            "input_lens": [one.num_input for one in answers],
+            "output_lens": [one.num_output for one in answers],
+            "ttfts": [one.first_s for one in answers],
+            "itls": [one.gaps_s for one in answers],
+            "generated_texts": [one.text for one in answers],
+            "errors": [one.error for one in answers],
+        }
+    return tail
+
+
+def print_serve(result: dict[str, Any], options: ServeOptions, console: Console) -> None:
+    """A table of the load and of the latencies, and what went wrong."""
+    table = Table(title=f"{result['model_id']} at {options.base_url}{options.endpoint}", title_justify="left")
+    table.add_column("load")
+    table.add_column("", justify="right")
+    for text, value in (
+        ("requests answered", f"{result['completed']} of {result['num_prompts']}"),
+        ("time (s)", f"{result['duration']:.2f}"),
+        ("asked for (requests/s)", str(result["request_rate"])),
+        ("request throughput (requests/s)", f"{result['request_throughput']:.2f}"),
+        ("input tokens, output tokens", f"{result['total_input_tokens']}, {result['total_output_tokens']}"),
+        ("output throughput (tokens/s)", f"{result['output_throughput']:.1f}"),
+        ("total throughput (tokens/s)", f"{result['total_token_throughput']:.1f}"),
+        ("most requests at once", str(result["max_concurrent_requests"])),
+    ):
+        table.add_row(text, value)
+    console.print(table)
+    columns = ["mean", "median", "std", *[f"p{percentile:g}" for percentile in options.percentiles]]
+    times = Table("ms")
+    for column in columns:
+        times.add_column(column, justify="right")
+    for name in options.percentile_metrics:
+        times.add_row(METRICS[name], *[f"{result[f'{column}_{name}_ms']:.2f}" for column in columns])
+    console.print(times)
+    for text, count in list(result["failures"].items())[:5]:
+        console.print(f"{count} failed: {text}", highlight=False, markup=False)

@@ -1,0 +1,156 @@
+"""What a serving benchmark asks for, and when: prompts with their output lengths, and times of arrival.
+
+Pure functions of options and a seed. They know no tokenizer: random prompts are token ids, and the lengths of texts are
+what the server reports.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from antiphon.core.errors import OptionError, unknown_value
+
+__all__ = ["DATASETS", "Ask", "Workload", "arrival_times", "make_asks", "random_asks"]
+
+DATASETS = ("random", "sharegpt", "custom")
+
+_FIRST_ID = 256  # below are often single bytes and special tokens
+_CHARACTERS_A_TOKEN = 4  # of English texts, about
+_WORDS = ("the", "of", "to", "and", "in", "is", "it", "you", "that", "he", "was", "for", "on", "are", "with", "as")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request: a text or token ids, and the most tokens to generate."""
+
+    prompt: str | list[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What to ask for. Raises `OptionError` for what cannot be.
+
+    dataset: one of `DATASETS`. random: prompts of `input_len` and outputs of `output_len` tokens, each drawn from the
+        range that `range_ratio` opens to both sides. sharegpt, custom: the file `path`.
+    file_output_len: output tokens of prompts from a file, where it names none.
+    as_text: random prompts as words, for a server that takes no token ids; then lengths are rough.
+    """
+
+    dataset: str = "random"
+    path: Path | None = None
+    num_prompts: int = 1000
+    input_len: int = 1024
+    output_len: int = 128
+    range_ratio: float = 0.0
+    vocab_size: int = 4000
+    as_text: bool = False
+    file_output_len: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise unknown_value("dataset-name", self.dataset, DATASETS)
+        if self.dataset != "random" and self.path is None:
+            raise OptionError(f"--dataset-name {self.dataset} needs a file; add --dataset-path FILE")
+        if not 0 <= self.range_ratio < 1:
+            raise OptionError(f"--random-range-ratio {self.range_ratio} is out of range; use 0 (all equal) to below 1")
+        if self.vocab_size <= _FIRST_ID:
+            raise OptionError(f"--random-vocab-size {self.vocab_size} is too small; use more than {_FIRST_ID}")
+
+
+def make_asks(workload: Workload, num_extra: int = 0) -> list[Ask]:
+    """`num_prompts` requests, and `num_extra` to warm up with, from the end of the same series."""
+    num = workload.num_prompts + num_extra
+    if workload.dataset == "random":
+        return random_asks(workload, num)
+    assert workload.path is not None
+    found = (_sharegpt if workload.dataset == "sharegpt" else _custom)(workload.path, workload)
+    if not found:
+        raise OptionError(f"--dataset-path {workload.path} holds no prompt that can be used")
+    return [found[place % len(found)] for place in range(num)]
+
+
+def random_asks(workload: Workload, num: int, *, seed: Sequence[int] = ()) -> list[Ask]:
+    """Random prompts. Lengths come from the workload's seed alone, ids from `seed` too: the same sizes, other texts."""
+    lengths = np.random.default_rng([workload.seed, 0])
+    contents = np.random.default_rng([workload.seed, 1, *seed])
+    num_inputs = _lengths(lengths, workload.input_len, workload.range_ratio, num)
+    num_outputs = _lengths(lengths, workload.output_len, workload.range_ratio, num)
+    asks = []
+    for num_input, num_output in zip(num_inputs, num_outputs, strict=True):
+        if workload.as_text:
+            prompt: str | list[int] = " ".join(contents.choice(_WORDS, num_input).tolist())
+        else:
+            prompt = contents.integers(_FIRST_ID, workload.vocab_size, num_input).tolist()
+        asks.append(Ask(prompt=prompt, max_tokens=num_output))
+    return asks
+
+
+def _lengths(random: np.random.Generator, length: int, ratio: float, num: int) -> list[int]:
+    low, high = max(1, int(length * (1 - ratio))), max(1, int(np.ceil(length * (1 + ratio))))
+    drawn: list[int] = random.integers(low, high + 1, num).tolist()
+    return drawn
+
+
+def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
+    """First questions of conversations; outputs as long as the first answers, by a rule of thumb, or as told."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        talks = [[str(turn["value"]) for turn in row["conversations"][:2]] for row in rows if "conversations" in row]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"--dataset-path {path} is no file of ShareGPT conversations ({error})") from error
+    asks = []
+    for talk in talks:
+        if len(talk) < 2:
+            continue
+        question, answer = (len(text) // _CHARACTERS_A_TOKEN for text in talk)
+        length = workload.file_output_len or answer
+        # As is usual with this file: neither very short nor very long ones.
+        if 4 <= question <= 1024 and length >= 4 and question + length <= 2048:
+            asks.append(Ask(prompt=talk[0], max_tokens=length))
+    order = np.random.default_rng(workload.seed).permutation(len(asks))
+    return [asks[place] for place in order]
+
+
+def _custom(path: Path, workload: Workload) -> list[Ask]:
+    """JSON lines with a "prompt", text or token ids, and perhaps "output_tokens"."""
+    try:
+        rows: list[Any] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        asks = [
+            Ask(
+                prompt=row["prompt"],
+                max_tokens=int(workload.file_output_len or row.get("output_tokens") or workload.output_len),
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(
+            f'--dataset-path {path} is no file of JSON lines with a "prompt" each ({type(error).__name__}: {error})'
+        ) from error
+    return asks
+
+
+def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int = 0) -> list[float]:
+    """Seconds from the start at which requests arrive, the first at 0; all at 0 for an infinite rate.
+
+    Gaps are drawn from a gamma distribution of shape `burstiness`: 1 is a Poisson process, less is burstier. They are
+    scaled so that all together come at exactly the rate. Raises `OptionError` for a rate or shape that is not above 0.
+    """
+    if not rate > 0:
+        raise OptionError(f"--request-rate {rate} is not a rate; use requests a second, above 0, or inf")
+    if not 0 < burstiness < inf:
+        raise OptionError(f"--burstiness {burstiness} is not a shape; use a number above 0, 1 for a Poisson process")
+    if rate == inf or num < 2:
+        return [0.0] * num
+    gaps = np.random.default_rng([seed, 2]).gamma(burstiness, 1.0, num - 1)
+    times = np.concatenate([[0.0], np.cumsum(gaps)])
+    scaled: list[float] = (times * ((num - 1) / rate / times[-1])).tolist()
+    return scaled
