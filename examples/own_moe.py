@@ -12,12 +12,14 @@ from antiphon.runtime.device import activate, device_for_rank, num_devices
 T, D, E, K = 256, 64, 8, 2  # tokens, hidden size, experts, experts per token
 
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-device = device_for_rank("cuda" if num_devices("cuda") >= size else "cpu", rank)
+local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+device = device_for_rank("cuda" if num_devices("cuda") >= local_size else "cpu", local_rank)
 activate(device)  # makes it torch's current device, without TF32
 group = RankGroup.connect(rank=rank, size=size, init_method="env://")
 streams = streams_for(device)
 shape = ExpertShape(num_experts=E, top_k=K, hidden_size=D, dtype=torch.float32)
-transport = create_transport("auto", shape, group=group, streams=streams, num_lanes=2, max_tokens=T)
+name = "auto" if local_size == size else "alltoall"  # auto takes what one host allows
+transport = create_transport(name, shape, group=group, streams=streams, num_lanes=2, max_tokens=T)
 
 weights = torch.Generator().manual_seed(0)  # the same on every rank
 router, experts = torch.randn(D, E, generator=weights), torch.randn(E, D, D, generator=weights) / D**0.5
