@@ -24,7 +24,7 @@ from rich.table import Table
 
 from antiphon.bench.serve_client import Answered, Target, ask_server
 from antiphon.bench.serve_workload import Ask, Workload, arrival_times, make_asks
-from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.errors import AntiphonError, OptionError, unknown_value
 
 __all__ = ["METRICS", "ServeOptions", "print_serve", "run_serve", "serve_figures", "timed_load"]
 
@@ -150,6 +150,7 @@ async def timed_load(
     """Start `ask` for each request at its time; returns what came of them, in order, and the seconds it took in all.
 
     ask: coroutine function from a request to `Answered`. What `max_concurrency` holds back does not count as late.
+    Raises the first of the `AntiphonError`s that `ask` raises; the other requests are given up then.
     """
     gate = asyncio.Semaphore(max_concurrency) if max_concurrency is not None else None
     start_s = time.perf_counter()
@@ -164,9 +165,17 @@ async def timed_load(
         answered.late_s = late_s
         return answered
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(later(one, at_s)) for one, at_s in zip(asks, times_s, strict=True)]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(later(one, at_s)) for one, at_s in zip(asks, times_s, strict=True)]
+    except* AntiphonError as errors:
+        raise _first(errors) from None  # the same for all: the engine has ended, say
     return [task.result() for task in tasks], time.perf_counter() - start_s
+
+
+def _first(errors: BaseExceptionGroup[AntiphonError]) -> AntiphonError:
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def serve_figures(answers: Sequence[Answered], duration_s: float, percentiles: Sequence[float]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import antiphon
 from antiphon.bench.cli import bench_app
+from antiphon.cli.bench_dbo import dbo
 from antiphon.cli.engine_options import engine_command
 from antiphon.cli.evaluate import word_problems
 from antiphon.cli.generate import generate
@@ -36,6 +37,7 @@ eval_app = typer.Typer(
 engine_command(app)(generate)
 engine_command(app)(serve)
 engine_command(eval_app, "word-problems")(word_problems)
+engine_command(bench_app)(dbo)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 

@@ -1,0 +1,244 @@
+"""`antiphon bench dbo`: the same load with overlap off and on, by turns, in one engine.
+
+    round 1   off  on      every run has prompts of the same lengths, but other ids, so that no run finds the texts
+    round 2   on   off     of another one in the prefix cache; the first round warms up and does not count
+    ...
+
+The engine is that of the server, without HTTP: what is measured is what overlap does, not what the front does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import inf, isfinite
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from antiphon.bench.conditions import conditions
+from antiphon.bench.measures import Summary
+from antiphon.bench.serve import serve_figures, timed_load
+from antiphon.bench.serve_client import Answered
+from antiphon.bench.serve_workload import Ask, Workload, arrival_times, random_asks
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.policy import DBO_MODES
+from antiphon.core.sampling import SamplingParams
+from antiphon.engine.async_engine import AsyncEngine
+from antiphon.engine.config import EngineConfig
+from antiphon.runtime.versions import versions
+
+__all__ = ["DboOptions", "print_dbo", "run_dbo"]
+
+_FIGURES = {
+    "request_throughput": "requests/s",
+    "output_throughput": "output tokens/s",
+    "total_token_throughput": "tokens/s",
+    "mean_ttft_ms": "mean TTFT (ms)",
+    "p90_ttft_ms": "p90 TTFT (ms)",
+    "mean_tpot_ms": "mean TPOT (ms)",
+    "mean_e2el_ms": "mean latency (ms)",
+}
+
+_TOLD = ("num_prompts", "input_len", "output_len", "range_ratio", "vocab_size", "seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DboOptions:
+    """The load, and what to compare. Raises `OptionError` for what cannot be.
+
+    modes: values of `dbo`, the first one is what the others are compared with. repeats: runs of each that count.
+    capacity_share: instead of a request rate, this share of what the first mode answers when all are sent at once.
+    """
+
+    workload: Workload = field(default_factory=Workload)
+    modes: tuple[str, ...] = ("off", "on")
+    repeats: int = 5
+    request_rate: float = inf
+    burstiness: float = 1.0
+    max_concurrency: int | None = None
+    capacity_share: float | None = None
+
+    def __post_init__(self) -> None:
+        for mode in self.modes:
+            if mode not in DBO_MODES:
+                raise unknown_value("modes", mode, DBO_MODES)
+        if len(set(self.modes)) < max(2, len(self.modes)):
+            raise OptionError(f"--modes {','.join(self.modes)} compares nothing; use two different ones or more")
+        if self.capacity_share is not None and (self.capacity_share <= 0 or isfinite(self.request_rate)):
+            raise OptionError(
+                f"--capacity-share {self.capacity_share:g} and --request-rate {self.request_rate:g} do not fit; give a "
+                "share above 0 and no rate"
+            )
+
+
+def run_dbo(config: EngineConfig, options: DboOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """Start the engine, make all runs, end it; the result can be written as JSON.
+
+    Raises as `AsyncEngine` does, and `RequestError` if the load's requests do not fit the model.
+    """
+    engine = AsyncEngine(config)
+    for heading, text in engine.config.describe():
+        if heading != "dbo":
+            say(f"{heading + ':':<11}{text}")
+    return asyncio.run(_run(engine, options, say))
+
+
+async def _run(engine: AsyncEngine, options: DboOptions, say: Callable[[str], None]) -> dict[str, Any]:
+    engine.attach()
+    # Of all ids: the more there are, the more evenly tokens spread over the experts.
+    options = replace(options, workload=replace(options.workload, vocab_size=engine.config.model.vocab_size))
+    try:
+        if options.capacity_share is not None:
+            rate = options.capacity_share * await _capacity(engine, options)
+            say(f"request rate: {rate:.2f}/s, {options.capacity_share:g} of the capacity of dbo {options.modes[0]}")
+            options = replace(options, request_rate=rate, capacity_share=None)
+        runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
+        for number in range(1 + options.repeats):
+            order = options.modes if number % 2 == 0 else options.modes[::-1]
+            for place, mode in enumerate(order):
+                run = await _one_run(engine, options, mode, number=number * len(order) + place)
+                told = ", ".join(f"{count} {plan}" for plan, count in run["steps_by_plan"].items() if count)
+                warming = "" if number else " (to warm up)"
+                say(f"dbo {mode}: {run['request_throughput']:.2f} requests/s, steps: {told}{warming}")
+                if number:
+                    runs[mode].append(run)
+    finally:
+        await engine.close()
+    return _result(engine, options, runs)
+
+
+async def _capacity(engine: AsyncEngine, options: DboOptions) -> float:
+    """Requests/s of the first mode when all are sent at once: the second of two runs, of which one warms up."""
+    at_once = replace(options, capacity_share=None)
+    for number in (-2, -1):
+        run = await _one_run(engine, at_once, options.modes[0], number=1_000_000 + number)
+    return float(run["request_throughput"])
+
+
+async def _one_run(engine: AsyncEngine, options: DboOptions, mode: str, *, number: int) -> dict[str, Any]:
+    await engine.reconfigure(dbo=mode)
+    workload = options.workload
+    asks = random_asks(workload, workload.num_prompts, seed=(number,))
+    times_s = arrival_times(len(asks), options.request_rate, burstiness=options.burstiness, seed=workload.seed)
+
+    async def ask(one: Ask) -> Answered:
+        return await _ask_engine(engine, one)
+
+    before = await engine.statistics()
+    answers, duration_s = await timed_load(asks, times_s, ask, max_concurrency=options.max_concurrency)
+    after = await engine.statistics()
+    figures = serve_figures(answers, duration_s, (90.0, 99.0))
+    return {
+        **{name: figures[name] for name in ("duration", *_FIGURES)},
+        "steps_by_plan": _grown(before, after, "steps_by_plan"),
+        "serial_reasons": _grown(before, after, "serial_reasons"),
+        "cached_tokens": sum(
+            new["prefix_cache"]["hit_tokens"] - old["prefix_cache"]["hit_tokens"]
+            for old, new in zip(before, after, strict=True)
+        ),
+    }
+
+
+async def _ask_engine(engine: AsyncEngine, ask: Ask) -> Answered:
+    found = Answered(start_s=time.perf_counter(), num_input=len(ask.prompt))
+    params = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
+    with engine.open(ask.prompt, params) as request:
+        last_s = 0.0
+        async for item in request:
+            # When the tokens came, though this task may have been woken later; both clocks run alike.
+            now = time.perf_counter() - (time.monotonic() - item.at_s)
+            if not item.delta.token_ids:
+                continue
+            if found.num_output == 0:
+                found.first_s = now - found.start_s
+            else:
+                found.gaps_s.append(now - last_s)
+            last_s = found.end_s = now
+            found.num_output += len(item.delta.token_ids)
+    return found
+
+
+def _grown(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], name: str) -> dict[str, int]:
+    """Counts of rank 0, which are those of all, since `before`."""
+    grown = {key: count - before[0][name].get(key, 0) for key, count in after[0][name].items()}
+    return {key: count for key, count in grown.items() if count}
+
+
+def _result(engine: AsyncEngine, options: DboOptions, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    first = options.modes[0]
+    figures = {
+        mode: {name: Summary.of([run[name] for run in made]).to_dict() for name in _FIGURES}
+        for mode, made in runs.items()
+    }
+    # Of each round its own ratio: what slows the machine down for a while slows both.
+    ratios = {
+        mode: {
+            name: Summary.of(
+                [other[name] / base[name] for base, other in zip(runs[first], runs[mode], strict=True) if base[name]]
+                or [0.0]
+            ).to_dict()
+            for name in _FIGURES
+        }
+        for mode in options.modes[1:]
+    }
+    config = engine.config
+    told = {name: value for name, value in asdict(options.workload).items() if name in _TOLD} | {
+        "request_rate": options.request_rate if isfinite(options.request_rate) else "inf",
+        "burstiness": options.burstiness,
+        "max_concurrency": options.max_concurrency,
+        "repeats": options.repeats,
+    }
+    where = {"device": config.device_name or config.device_kind, "versions": versions()}
+    return conditions([where], told) | {
+        "model": config.options.model,
+        "load_format": config.options.load_format,
+        "num_layers": config.options.num_layers,
+        "ranks": config.options.ranks,
+        "transport": str(config.transport),
+        "dtype": config.dtype_name,
+        "compared_with": first,
+        "figures": figures,
+        "ratios": ratios,
+        "steps_by_plan": {mode: _sum([run["steps_by_plan"] for run in made]) for mode, made in runs.items()},
+        "serial_reasons": {mode: _sum([run["serial_reasons"] for run in made]) for mode, made in runs.items()},
+        "runs": runs,
+    }
+
+
+def _sum(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    names = dict.fromkeys(name for one in counts for name in one)
+    return {name: sum(one.get(name, 0) for one in counts) for name in names}
+
+
+def print_dbo(result: dict[str, Any], console: Console) -> None:
+    """Medians with smallest and largest of the runs, and the ratio to the first mode."""
+    first, *others = result["figures"]
+    repeats = result["options"]["repeats"]
+    table = Table(
+        "median (min..max)",
+        title=f"{result['model']}, {result['ranks']} ranks, {result['transport']}: {repeats} runs each",
+        title_justify="left",
+    )
+    for mode in (first, *others):
+        table.add_column(f"dbo {mode}", justify="right")
+    for mode in others:
+        table.add_column(f"{mode} / {first}", justify="right")
+    for name, text in _FIGURES.items():
+        cells = [_cell(result["figures"][mode][name], 2) for mode in (first, *others)]
+        cells += [_cell(result["ratios"][mode][name], 3) for mode in others]
+        table.add_row(text, *cells)
+    console.print(table)
+    for mode, steps in result["steps_by_plan"].items():
+        told = ", ".join(f"{count} {plan}" for plan, count in steps.items())
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in result["serial_reasons"][mode].items())
+        console.print(f"dbo {mode}: steps {told}" + (f" (serial: {reasons})" if reasons else ""), highlight=False)
+        if mode != "off" and not steps.keys() - {"serial"}:
+            console.print(f"no step of dbo {mode} was split, so this run says nothing about overlap", highlight=False)
+
+
+def _cell(summary: dict[str, float], digits: int) -> str:
+    return "{median:.{n}f} ({min:.{n}f}..{max:.{n}f})".format(**summary, n=digits)

@@ -1,0 +1,86 @@
+"""`antiphon bench dbo`: runs by turns, the same sizes and other texts, and steps that were split where it says so."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from antiphon.bench.dbo import DboOptions, print_dbo, run_dbo
+from antiphon.bench.serve_workload import Workload
+from antiphon.core.errors import OptionError, RequestError
+from antiphon.engine.config import EngineConfig
+from tests.support.processes import assert_no_new_workers, worker_pids
+
+SMALL = Workload(num_prompts=4, input_len=40, output_len=3, range_ratio=0.5)
+
+
+def runs_of(options: DboOptions) -> tuple[dict[str, Any], list[str]]:
+    said: list[str] = []
+    before = worker_pids()
+    result = run_dbo(EngineConfig(ranks=2), options, say=said.append)
+    assert_no_new_workers(before)
+    return result, said
+
+
+@pytest.mark.processes
+def test_off_and_on_by_turns_in_one_engine() -> None:
+    result, said = runs_of(DboOptions(workload=SMALL, repeats=2, capacity_share=1.5))
+    json.dumps(result, allow_nan=False)
+    turns = [line.split(":")[0] for line in said if line.startswith("dbo ")]
+    assert turns == ["dbo off", "dbo on", "dbo on", "dbo off", "dbo off", "dbo on"]
+    assert set(result["steps_by_plan"]["off"]) == {"serial"} and result["steps_by_plan"]["on"]["dual"] > 0
+    assert result["serial_reasons"]["off"].keys() == {"dbo is off"}
+    assert [len(result["runs"][mode]) for mode in ("off", "on")] == [2, 2]
+    assert all(run["cached_tokens"] == 0 for made in result["runs"].values() for run in made)
+    # The same sizes in every run: tokens a request are the same.
+    sizes = {
+        round(run["total_token_throughput"] / run["request_throughput"], 6)
+        for made in result["runs"].values()
+        for run in made
+    }
+    assert len(sizes) == 1
+    off, on = result["runs"]["off"], result["runs"]["on"]
+    ratios = sorted(b["mean_ttft_ms"] / a["mean_ttft_ms"] for a, b in zip(off, on, strict=True))
+    told = result["ratios"]["on"]["mean_ttft_ms"]
+    assert [told["min"], told["max"]] == pytest.approx(ratios)
+    assert isinstance(result["options"]["request_rate"], float) and result["options"]["vocab_size"] == 4096
+    stream = io.StringIO()
+    print_dbo(result, Console(file=stream, width=140))
+    assert "mean TTFT" in stream.getvalue() and "on / off" in stream.getvalue()
+    assert "says nothing about overlap" not in stream.getvalue()
+    result["steps_by_plan"]["on"] = {"serial": 8}
+    print_dbo(result, Console(file=stream, width=140))
+    assert "no step of dbo on was split, so this run says nothing about overlap" in stream.getvalue()
+
+
+@pytest.mark.processes
+def test_a_load_that_does_not_fit_ends_with_one_error() -> None:
+    with pytest.raises(RequestError, match="4096"):
+        runs_of(DboOptions(workload=Workload(num_prompts=2, input_len=5000, output_len=1), repeats=1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"modes": ("off", "onn")}, "did you mean 'on'"),
+        ({"modes": ("off",)}, "compares nothing"),
+        ({"capacity_share": 0.0}, "capacity-share"),
+        ({"capacity_share": 1.2, "request_rate": 3.0}, "capacity-share"),
+    ],
+)
+def test_what_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        DboOptions(**wrong)
+
+
+@pytest.mark.processes
+def test_the_command_refuses_the_option_that_it_varies() -> None:
+    command = [sys.executable, "-m", "antiphon.cli", "bench", "dbo", "--dbo", "on"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "--modes" in done.stderr
