@@ -115,18 +115,13 @@ class CompletionJob(Job):
                 told_ids, places = [*opened.prompt_ids, *token_ids], [*of_prompt, *places]
         logprobs = None
         if places is not None:
-            first_text = self.service.tokenizer.token_text(opened.prompt_ids[0])
-            logprobs = completion_logprobs(
+            logprobs, self._offsets[index] = completion_logprobs(
                 places,
                 told_ids,
                 num_top=request.logprobs or 0,
-                first_text=first_text,
+                tokenizer=self.service.tokenizer,
                 text_offset=self._offsets[index],
                 as_ids=request.return_tokens_as_token_ids,
-            )
-            self._offsets[index] += sum(
-                len(first_text if found is None else found[token_id].decoded_token)
-                for token_id, found in zip(told_ids, places, strict=True)
             )
         choice: dict[str, Any] = {
             "index": index,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from antiphon.core.sampling import Logprob
+from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 
 __all__ = ["chat_logprobs", "completion_logprobs", "prompt_logprobs"]
 
@@ -22,37 +23,36 @@ def completion_logprobs(
     token_ids: Sequence[int],
     *,
     num_top: int,
-    first_text: str,
+    tokenizer: Tokenizer | NoTokenizer,
     text_offset: int,
     as_ids: bool = False,
-) -> dict[str, Any]:
-    """Of `token_ids`, one place each. first_text: of a place that is `None`. text_offset: where the first token is."""
+) -> tuple[dict[str, Any], int]:
+    """Of `token_ids`, one place each, and where the text of the next token would be. text_offset: of the first.
+
+    Special tokens are named, but take no room, for texts do not have them.
+    """
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
     offsets = []
     for token_id, place in zip(token_ids, places, strict=True):
         offsets.append(text_offset)
+        text = tokenizer.token_text(token_id)
+        if token_id not in tokenizer.special_ids:
+            text_offset += len(text)
+        tokens.append(f"token_id:{token_id}" if as_ids else text)
         if place is None:
-            tokens.append(f"token_id:{token_id}" if as_ids else first_text)
             token_logprobs.append(None)
             top_logprobs.append(None)
-            text_offset += len(first_text)
             continue
-        tokens.append(_text(token_id, place[token_id], as_ids))
         token_logprobs.append(place[token_id].logprob)
-        text_offset += len(place[token_id].decoded_token)
         top: dict[str, float] = {}
         for other, found in list(place.items())[: num_top + 1]:
-            text = _text(other, found, as_ids)
-            top[text] = max(found.logprob, top.get(text, found.logprob))  # parts of characters have one text
+            name = _text(other, found, as_ids)
+            top[name] = max(found.logprob, top.get(name, found.logprob))  # parts of characters have one text
         top_logprobs.append(top)
-    return {
-        "tokens": tokens,
-        "token_logprobs": token_logprobs,
-        "top_logprobs": top_logprobs,
-        "text_offset": offsets,
-    }
+    result = {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top_logprobs, "text_offset": offsets}
+    return result, text_offset
 
 
 def chat_logprobs(
