@@ -29,7 +29,7 @@ __all__ = ["Scheduler"]
 class Scheduler:
     """Owns the requests of one rank.
 
-    chunked_prefill: whether a prompt may be cut though a later step has room for all of it.
+    chunked_prefill: whether a prompt may start in a step that has no room for all of it, though a later one would.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Scheduler:
 
     def _continue(self, request: Request, step: _Step) -> None:
         """Give a running request its tokens of this step, with the blocks for them, at the cost of later ones."""
-        while count := self._chunk(request.num_missing, step):
+        while count := min(request.num_missing, step.room):
             needed = self.pool.blocks_for(request.num_computed + count) - len(request.block_ids)
             blocks = self.pool.take(max(0, needed))
             if blocks is not None:
@@ -143,7 +143,7 @@ class Scheduler:
             keys = self._known_keys(request)
             shared = self.pool.find(keys)
             num_shared = len(shared) * self.pool.block_size
-            count = self._chunk(request.num_tokens - num_shared, step)
+            count = self._first_chunk(request.num_tokens - num_shared, step)
             needed = self.pool.blocks_for(num_shared + count) - len(shared)
             if not count or needed + len(self._running) > self.pool.num_free_beside(shared):
                 return
@@ -158,12 +158,10 @@ class Scheduler:
             self._running.append(self._waiting.popleft())
             step.add(request, count)
 
-    def _chunk(self, num_missing: int, step: _Step) -> int:
-        """How many of a request's missing tokens this step takes; 0 if none."""
-        if num_missing <= step.room:
-            return num_missing
-        fits_later = num_missing <= self._max_num_batched_tokens
-        return 0 if fits_later and not self._chunked_prefill else step.room
+    def _first_chunk(self, num_missing: int, step: _Step) -> int:
+        """How many of a waiting request's tokens this step could take; 0 if it is to wait for a step with more room."""
+        fits_later = step.room < num_missing <= self._max_num_batched_tokens
+        return 0 if fits_later and not self._chunked_prefill else min(num_missing, step.room)
 
     def _preempt(self, request: Request) -> None:
         """Take the blocks of a running request; what is still known of them helps it when it comes back."""

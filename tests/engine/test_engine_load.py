@@ -1,6 +1,6 @@
 """Many requests over a KV cache that holds a tenth of them: every text equals that of the request alone on one rank.
 
-150 requests are run with every change, 500 by `make test-slow`.
+100 requests are run with every change, 500 by `make test-slow`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.prompts import mixed_prompts
 pytestmark = pytest.mark.processes
 
 BLOCK_SIZE = 4
-NUM_REQUESTS = [150, pytest.param(500, marks=pytest.mark.slow)]
+NUM_REQUESTS = [100, pytest.param(500, marks=pytest.mark.slow)]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "forced": [{"dbo": "off"}, {"dbo": "on", "split": "token"}, {"dbo": "on", "split": "request-boundary"}],
     "auto": [{"dbo": "auto", "split": "token"}],
