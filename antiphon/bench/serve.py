@@ -254,8 +254,9 @@ def _tail(options: ServeOptions, answers: Sequence[Answered]) -> dict[str, Any]:
 
 def print_serve(result: dict[str, Any], options: ServeOptions, console: Console) -> None:
     """A table of the load and of the latencies, and what went wrong."""
-    table = Table(title=f"{result['model_id']} at {options.base_url}{options.endpoint}", title_justify="left")
-    table.add_column("load")
+    where = f"{result['model_id']} at {options.base_url}{options.endpoint}"
+    console.print(where, highlight=False, markup=False, soft_wrap=True)
+    table = Table("load")
     table.add_column("", justify="right")
     for text, value in (
         ("requests answered", f"{result['completed']} of {result['num_prompts']}"),
@@ -274,7 +275,10 @@ def print_serve(result: dict[str, Any], options: ServeOptions, console: Console)
     for column in columns:
         times.add_column(column, justify="right")
     for name in options.percentile_metrics:
-        times.add_row(METRICS[name], *[f"{result[f'{column}_{name}_ms']:.2f}" for column in columns])
+        there_is = result[f"mean_{name}_ms"] > 0  # one token has no gaps
+        times.add_row(
+            METRICS[name], *[f"{result[f'{column}_{name}_ms']:.2f}" if there_is else "-" for column in columns]
+        )
     console.print(times)
     for text, count in list(result["failures"].items())[:5]:
         console.print(f"{count} failed: {text}", highlight=False, markup=False)

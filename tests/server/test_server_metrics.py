@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from antiphon.bench.serve import ServeOptions, run_serve
+from antiphon.bench.serve_workload import Workload, make_asks
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.server.logs import LOG_FIELDS, LineFormatter, log_config, log_event, logger
 from antiphon.server.metrics import FINISH_REASONS, ServerMetrics
+from tests.support.server import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,6 +141,39 @@ def test_the_table_of_metrics_is_complete() -> None:
             name = family.name + ("_total" if family.type == "counter" else "")
             if name in labels:
                 assert set(sample.labels) - {"le", "model_name"} == labels[name], name
+
+
+@pytest.mark.processes
+def test_the_server_counts_what_a_serving_benchmark_asks_of_it(server: ServerProcess) -> None:
+    def counts() -> dict[tuple[str, tuple[str, ...]], float]:
+        text = re.sub(rb'model_name="[^"]*"', b'model_name="m"', server.get("/metrics").content)
+        return values(text)
+
+    before = counts()
+    workload = Workload(num_prompts=12, input_len=30, output_len=9, range_ratio=0.5)
+    options = ServeOptions(base_url=server.url, workload=workload, max_concurrency=6, ignore_eos=True)
+    result = run_serve(options)
+    told = server.log
+    after = counts()
+
+    def grown(name: str, *labels: str) -> float:
+        return after[name, labels] - before.get((name, labels), 0.0)
+
+    assert result["completed"] == 12 and result["max_concurrent_requests"] == 6
+    assert grown("request_success_total", "length") == 12
+    assert grown("prompt_tokens_total") == result["total_input_tokens"] == grown("request_prompt_tokens_sum")
+    asked = sum(ask.max_tokens for ask in make_asks(workload))
+    assert grown("generation_tokens_total") == result["total_output_tokens"] == asked
+    assert grown("request_generation_tokens_sum") == asked
+    assert grown("time_to_first_token_seconds_count") == grown("e2e_request_latency_seconds_count") == 12
+    assert grown("inter_token_latency_seconds_count") == asked - 12
+    # What the server saw is what the client saw, less the way there and back.
+    assert 0 < grown("time_to_first_token_seconds_sum") / 12 * 1e3 < result["mean_ttft_ms"]
+    assert grown("steps_total", "dual") > 0 and grown("communication_bytes_total", "dual", "0") > 0
+    assert sum(grown("prefix_cache_queries_total", rank) for rank in "01") == result["total_input_tokens"]
+    assert after["num_requests_open", ()] == 0 == after["kv_cache_usage_perc", ("0",)]
+    lines = [line for line in told.splitlines() if "path=/v1/completions" in line and "num_generated" in line]
+    assert len(lines) >= 12 and "request_id=" in lines[-1] and "first_token_s=" in lines[-1]
 
 
 SECRET = "the prompt of a client"
