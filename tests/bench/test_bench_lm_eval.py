@@ -68,6 +68,11 @@ def evaluate(lm: AntiphonLM, tasks: TaskManager, **settings: Any) -> dict[str, A
     )
 
 
+def scores_of(found: dict[str, Any]) -> list[float]:
+    scores = found["results"]["word_problems"]
+    return [scores["exact_match,strict-match"], scores["exact_match,flexible-extract"]]
+
+
 @pytest.mark.processes
 def test_scores_are_equal_with_overlap_off_and_on(two_ranks: LLM, tasks: TaskManager) -> None:
     lm = AntiphonLM(llm=two_ranks)
@@ -75,21 +80,23 @@ def test_scores_are_equal_with_overlap_off_and_on(two_ranks: LLM, tasks: TaskMan
     for dbo in ("off", "on"):
         two_ranks.reconfigure(dbo=dbo)
         before = two_ranks.stats()["steps_by_plan"].get("dual", 0)
-        found = evaluate(lm, tasks, limit=8)
+        plain = evaluate(lm, tasks, limit=6)
+        chat = evaluate(lm, tasks, limit=8, apply_chat_template=True, fewshot_as_multiturn=True)
         num_dual[dbo] = two_ranks.stats()["steps_by_plan"]["dual"] - before
-        scores[dbo] = {name: value for name, value in found["results"]["word_problems"].items() if "exact" in name}
-        texts[dbo] = [sample["resps"] for sample in found["samples"]["word_problems"]]
+        scores[dbo] = [scores_of(found) for found in (plain, chat)]
+        texts[dbo] = [[sample["resps"] for sample in found["samples"]["word_problems"]] for found in (plain, chat)]
     two_ranks.reconfigure(dbo="auto")
     assert num_dual["off"] == 0 < num_dual["on"]
     assert scores["off"] == scores["on"]
     assert texts["off"] == texts["on"]
-    assert scores["on"]["exact_match,strict-match"] == scores["on"]["exact_match,flexible-extract"] == 1.0
+    plain_scores, chat_scores = scores["on"]
+    assert plain_scores == [1.0, 1.0]
+    assert 0.0 < chat_scores[0] < 1.0  # five turns before are more than the model was trained on
 
 
 def test_prompts_have_five_examples_and_short_answers_score_nothing(lm: AntiphonLM, tasks: TaskManager) -> None:
     found = evaluate(lm, tasks, limit=3, gen_kwargs="max_gen_toks=3")
-    assert found["results"]["word_problems"]["exact_match,strict-match"] == 0.0
-    assert found["results"]["word_problems"]["exact_match,flexible-extract"] == 0.0
+    assert scores_of(found) == [0.0, 0.0]
     prompt = found["samples"]["word_problems"][0]["arguments"][0][0]
     assert prompt.count("Question: ") == 6 and prompt.count("#### ") == 5
     assert prompt.endswith("\nAnswer:")
