@@ -36,16 +36,23 @@ class ChatJob(Job):
         request = self.request
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true; set it, or leave it out", param="top_logprobs")
-        if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
+        num_asked = request.max_completion_tokens
+        if num_asked is not None and request.max_tokens not in (None, num_asked):
             raise ApiError(
                 400, "max_tokens and max_completion_tokens differ; leave one out", param="max_completion_tokens"
+            )
+        if num_asked is not None and num_asked < 1:
+            raise ApiError(
+                400,
+                f"max_completion_tokens={num_asked} is out of range; use an integer of at least 1",
+                param="max_completion_tokens",
             )
         if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
             raise ApiError(
                 400, f"top_logprobs={request.top_logprobs} is out of range; use 0 to 20", param="top_logprobs"
             )
         return request.sampling_params(
-            max_tokens=request.max_tokens if request.max_tokens is not None else request.max_completion_tokens,
+            max_tokens=request.max_tokens if num_asked is None else num_asked,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
 

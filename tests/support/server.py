@@ -106,7 +106,7 @@ class ServerProcess:
 
     def _port(self) -> int:
         deadline = time.monotonic() + _START_S
-        while (found := re.search(r"listening .*port=(\d+)", self.log)) is None:
+        while (found := re.search(r"listening.*port\W{1,3}(\d+)", self.log)) is None:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log
             time.sleep(0.05)
         return int(found[1])
