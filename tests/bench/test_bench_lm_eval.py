@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -207,3 +208,15 @@ def test_the_command_solves_the_whole_task(dbo: str, tmp_path: Path) -> None:
     assert found["n-samples"]["word_problems"]["effective"] == 224
     scores = found["results"]["word_problems"]
     assert scores["exact_match,strict-match"] == scores["exact_match,flexible-extract"] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_python_example_of_the_documents_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/accuracy.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    words = [sys.executable, str(tmp_path / "example.py")]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"'exact_match,strict-match': \D*64\(1\.0\)|'exact_match,strict-match': 1\.0", ended.stdout)
