@@ -222,7 +222,8 @@ def _object(name: str, value: object) -> dict[str, Any]:
 # ---- the table
 
 _USE_RANKS = "use ranks=N, which shares out requests and experts"
-_NO_SERVER = ("there is no server yet", "leave it out, and use LLM or `antiphon generate`")
+_OF_THE_SERVER = ("it is an option of the server", "leave it out, or use `antiphon serve`")
+_NO_PARSERS = ("there are no tools, and texts are not parsed", "leave it out")
 _ONE_HOST = ("ranks are processes of one host", "leave it out, and use ranks=N for this host's")
 _NOT_QUANTISED = (
     "weights are quantised only by their checkpoint, and block-wise float8 is the one kind that is read",
@@ -327,18 +328,18 @@ FOREIGN_OPTIONS = (
     _option("enable_lora", "flag", _refused("there are no adapters", "merge them into the checkpoint")),
     _option("task runner", "text", _is_so("generate", "auto", fact="text is all it generates", remedy="leave it out")),
     # logs
-    _option("disable_log_requests", "flag", _is_so(True, fact="requests are never logged", remedy="leave it out")),
-    _option("enable_log_requests", "flag", _refused("requests are never logged", "leave it out")),
+    _option("disable_log_requests", "flag", _is_so(True, fact="what is asked is never logged", remedy="leave it out")),
+    _option("enable_log_requests", "flag", _refused("what is asked is never logged", "leave it out")),
     _option("disable_log_stats", "flag", _is_so(True, False, fact="", remedy="")),
     # serving
-    _option("host", "text", _refused(*_NO_SERVER)),
-    _option("port", "whole", _refused(*_NO_SERVER)),
-    _option("served_model_name", "text", _refused(*_NO_SERVER)),
-    _option("api_key", "text", _refused_secret(*_NO_SERVER)),
-    _option("chat_template", "text", _refused(*_NO_SERVER)),
-    _option("tool_call_parser", "text", _refused(*_NO_SERVER)),
-    _option("enable_auto_tool_choice", "flag", _refused(*_NO_SERVER)),
-    _option("reasoning_parser", "text", _refused(*_NO_SERVER)),
+    _option("host", "text", _refused(*_OF_THE_SERVER)),
+    _option("port", "whole", _refused(*_OF_THE_SERVER)),
+    _option("served_model_name", "text", _refused(*_OF_THE_SERVER)),
+    _option("api_key", "text", _refused_secret(*_OF_THE_SERVER)),
+    _option("chat_template", "text", _refused("the chat template is that of the checkpoint", "leave it out")),
+    _option("tool_call_parser", "text", _refused(*_NO_PARSERS)),
+    _option("enable_auto_tool_choice", "flag", _refused(*_NO_PARSERS)),
+    _option("reasoning_parser", "text", _refused(*_NO_PARSERS)),
 )
 """In the order in which docs/options.md lists them."""
 

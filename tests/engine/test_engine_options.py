@@ -20,7 +20,8 @@ from antiphon.engine.settle import DBO_VARIABLE
 from tests.support.asked import AskedError, run_command, stop_before_start
 
 SAME: dict[str, Any] = {}
-SERVER = "there is no server yet; leave it out, and use LLM or `antiphon generate`"
+SERVER = "it is an option of the server; leave it out, or use `antiphon serve`"
+NO_PARSERS = "there are no tools, and texts are not parsed; leave it out"
 ONE_HOST = "ranks are processes of one host; leave it out, and use ranks=N"
 TOKENIZER = "the tokenizer is that of the checkpoint; leave it out, or put other files into the model's folder"
 CONFIG = "what config.json says holds; leave it out, or change config.json in a copy of the checkpoint"
@@ -118,17 +119,17 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ("task", "generate", SAME),
     ("runner", "pooling", "text is all it generates; leave it out"),
     ("disable_log_requests", True, SAME),
-    ("enable_log_requests", True, "requests are never logged; leave it out"),
+    ("enable_log_requests", True, "what is asked is never logged; leave it out"),
     ("enable_log_requests", False, SAME),
     ("disable_log_stats", True, SAME),
     ("host", "0.0.0.0", SERVER),
     ("port", 8000, SERVER),
     ("served_model_name", "x", SERVER),
     ("api_key", "x", SERVER),
-    ("chat_template", "x", SERVER),
-    ("tool_call_parser", "x", SERVER),
-    ("enable_auto_tool_choice", True, SERVER),
-    ("reasoning_parser", "x", SERVER),
+    ("chat_template", "x", "the chat template is that of the checkpoint; leave it out"),
+    ("tool_call_parser", "x", NO_PARSERS),
+    ("enable_auto_tool_choice", True, NO_PARSERS),
+    ("reasoning_parser", "x", NO_PARSERS),
 ]
 
 
