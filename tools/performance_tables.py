@@ -83,6 +83,15 @@ def section(name: str, result: dict[str, Any]) -> str:
             f"{options['model']}, whole engine, {options['prompts']} prompts of {options['length']:,} tokens a GPU, "
             f"{options['batched_tokens']:,} tokens a step, routing {options['routing']}, {result['transport']}",
         )
+    if result["bench"] == "dbo":
+        concurrency = options["max_concurrency"]
+        conditions.insert(
+            0,
+            f"{result['model']}, {result['load_format']} weights, {options['num_prompts']} requests of "
+            f"{options['input_len']:,} tokens in and {options['output_len']} out, rate {options['request_rate']}"
+            f"{'' if concurrency is None else f', concurrency {concurrency}'}, routing {options['routing']}, "
+            f"{result['transport']}",
+        )
     heading = f"### {name.removesuffix('.json')}"
     source = f"[{name}](../benchmarks/results/{name})"
     return "\n\n".join([heading, f"{'; '.join(conditions)}. All repeats: {source}.", SECTIONS[result["bench"]](result)])
@@ -134,7 +143,20 @@ def prefill_table(result: dict[str, Any]) -> str:
     return markdown(["dbo", "tokens/s and GPU, median", "worst", "best"], rows, num_texts=1)
 
 
-SECTIONS = {"overlap": overlap_table, "comm": comm_table, "prefill throughput": prefill_table}
+def dbo_table(result: dict[str, Any]) -> str:
+    """One row a setting of overlap; the ratios are to the first one."""
+    rows = []
+    for dbo, figures in result["figures"].items():
+        ratios = result["ratios"].get(dbo)
+        row = [dbo]
+        for key, digits in (("request_throughput", 2), ("mean_ttft_ms", 0), ("p90_ttft_ms", 0)):
+            told = f"{figures[key]['median']:.{digits}f}"
+            row.append(told if ratios is None else f"{told} ({ratios[key]['median'] - 1:+.0%})")
+        rows.append(row)
+    return markdown(["dbo", "requests/s", "mean time to first token, ms", "90th percentile, ms"], rows, num_texts=1)
+
+
+SECTIONS = {"dbo": dbo_table, "overlap": overlap_table, "comm": comm_table, "prefill throughput": prefill_table}
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> str:

@@ -191,9 +191,14 @@ def _result(engine: AsyncEngine, options: DboOptions, runs: dict[str, list[dict[
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
         "repeats": options.repeats,
+        "peer_access": config.options.peer_access,
+        "routing": config.options.routing,
     }
     where = {"device": config.device_name or config.device_kind, "versions": versions()}
-    return conditions([where], told) | {
+    return {
+        "bench": "dbo",
+        "what": "one load on one engine with overlap off and on by turns, as the server runs it, without HTTP",
+        **conditions([where] * config.options.ranks, told),
         "model": config.options.model,
         "load_format": config.options.load_format,
         "num_layers": config.options.num_layers,
@@ -228,6 +233,8 @@ def print_dbo(result: dict[str, Any], console: Console) -> None:
     for mode in others:
         table.add_column(f"{mode} / {first}", justify="right")
     for name, text in _FIGURES.items():
+        if not any(result["figures"][mode][name]["max"] for mode in (first, *others)):
+            continue  # nothing of the kind: with one token a request there is no time between tokens
         cells = [_cell(result["figures"][mode][name], 2) for mode in (first, *others)]
         cells += [_cell(result["ratios"][mode][name], 3) for mode in others]
         table.add_row(text, *cells)
