@@ -220,3 +220,13 @@ def test_the_python_example_of_the_documents_runs(tmp_path: Path) -> None:
     ended = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == 0, ended.stderr
     assert re.search(r"'exact_match,strict-match': \D*64\(1\.0\)|'exact_match,strict-match': 1\.0", ended.stdout)
+
+
+def test_without_lm_eval_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert "pip install 'antiphon[eval]'" in capsys.readouterr().err
