@@ -14,6 +14,7 @@ from antiphon.core.errors import AntiphonError, OptionError
 from antiphon.engine.block_pool import BlockPool
 from antiphon.engine.cache_size import measured_cache
 from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.expert_load import ExpertLoad
 from antiphon.engine.kv_cache import allocate_cache
 from antiphon.engine.messages import Ready
 from antiphon.engine.runner import Runner
@@ -107,6 +108,7 @@ def build_engine(
         cache=cache,
         recorder=recorder,
         stats=StepStats(options.policy.micro_batches),
+        expert_load=ExpertLoad(model, num_experts=config.model.num_experts, num_ranks=options.ranks, device=device),
     )
 
 

@@ -13,6 +13,7 @@ from antiphon.comm import RankGroup, Transport, exchange
 from antiphon.core.batch import Batch, MicroBatch
 from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
+from antiphon.engine.expert_load import ExpertLoad
 from antiphon.engine.kv_cache import CacheSize
 from antiphon.engine.request import TokenOutput
 from antiphon.engine.runner import Runner
@@ -47,6 +48,7 @@ class StepEngine:
     cache: CacheSize
     recorder: StepRecorder
     stats: StepStats
+    expert_load: ExpertLoad
     wave: int = 0  # the newest message of the front process
 
     def step(self) -> StepResult:
@@ -55,7 +57,11 @@ class StepEngine:
         plan = self.agree(self.planner.propose(batch, wave=self.wave, order=self.group.order_fingerprint()))  # 2
         if plan.is_empty:
             return StepResult(plan, [])
-        with self.recorder.step(self.stats.num_steps, kind=plan.kind, num_tokens=batch.num_tokens) as timeline:
+        number = self.stats.num_steps
+        with (
+            self.recorder.step(number, kind=plan.kind, num_tokens=batch.num_tokens) as timeline,
+            self.expert_load.step(number),
+        ):
             parts = split(batch, plan, block_size=self.scheduler.pool.block_size)  # 3 one micro-batch or several
             whole = self._whole(batch, plan)
             hidden = self.runner.run(parts, whole=whole, layers=self._layers)  # 4 the lanes overlap here
@@ -95,4 +101,5 @@ class StepEngine:
             "kv_blocks": blocks,
             "unfinished": scheduler.num_unfinished,
             "running": scheduler.num_running,
+            "expert_tokens": self.expert_load.tokens_by_layer(),
         }

@@ -161,7 +161,7 @@ class _Mirror:
 
 
 # (name, text, labels beside the model's) of what the ranks count
-_COUNTERS = (
+_COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("num_preemptions", "Requests that gave their KV blocks back, to be computed again", ("rank",)),
     ("prefix_cache_queries", "Tokens of admitted texts, looked for in the prefix cache", ("rank",)),
     ("prefix_cache_hits", "Those of them that were found", ("rank",)),
@@ -173,11 +173,13 @@ _COUNTERS = (
         ("rank", "plan", "what"),
     ),
     ("communication_bytes", "Bytes of that communication", ("rank", "plan")),
+    ("expert_tokens", "Pairs of a token and an expert that went to a rank, counted in every 64th step", ("rank",)),
 )
-_GAUGES = (
+_GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("num_requests_running", "Requests in the batch of a rank", ("rank",)),
     ("num_requests_waiting", "Requests that wait on a rank to be admitted", ("rank",)),
     ("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all", ("rank",)),
+    ("expert_tokens_max_over_mean", "Busiest expert rank over the mean, mean of the layers; 1 is even", ()),
 )
 
 
@@ -197,8 +199,9 @@ class _EngineCollector(Collector):
         self._gauges = {name: {} for name, _, _ in _GAUGES}
         for rank, stats in enumerate(stats_by_rank or []):
             self._take_rank(str(rank), stats)
-        for stats in (stats_by_rank or [])[:1]:
-            self._take_steps(stats)
+        if stats_by_rank:
+            self._take_steps(stats_by_rank[0])
+            self._take_expert_tokens([stats["expert_tokens"] for stats in stats_by_rank])
 
     def _take_rank(self, rank: str, stats: Mapping[str, Any]) -> None:
         blocks, cache, label = stats["kv_blocks"], stats["prefix_cache"], (rank,)
@@ -220,6 +223,17 @@ class _EngineCollector(Collector):
             self._counters["steps"].set((plan,), count)
         for reason, count in stats["serial_reasons"].items():
             self._counters["serial_steps"].set((reason,), count)
+
+    def _take_expert_tokens(self, tokens_by_source: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Of [source rank][layer][expert's rank]; a step waits for the busiest rank in every layer."""
+        by_layer = [
+            [sum(sources) for sources in zip(*layer, strict=True)] for layer in zip(*tokens_by_source, strict=True)
+        ]
+        for rank, counts in enumerate(zip(*by_layer, strict=True)):
+            self._counters["expert_tokens"].set((str(rank),), sum(counts))
+        ratios = [max(counts) * len(counts) / sum(counts) for counts in by_layer if any(counts)]
+        if ratios:
+            self._gauges["expert_tokens_max_over_mean"][()] = sum(ratios) / len(ratios)
 
     def collect(self) -> Iterator[Metric]:
         for name, text, labels in _COUNTERS:

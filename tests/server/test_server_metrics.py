@@ -39,6 +39,7 @@ def stats_of_rank(factor: int = 1) -> dict[str, Any]:
         "kv_blocks": {"total": 40, "free": 30, "block_size": 16},
         "unfinished": 5,
         "running": 3,
+        "expert_tokens": [[60 * factor, 20 * factor], [0, 40 * factor], [0, 0]],  # 3 layers, 2 ranks
     }
 
 
@@ -86,7 +87,7 @@ def test_what_requests_did_is_counted() -> None:
 
 
 def test_what_the_ranks_count_is_mirrored() -> None:
-    second = stats_of_rank() | {"running": 5, "preemptions": 9}
+    second = stats_of_rank() | {"running": 5, "expert_tokens": [[0, 0], [60, 20], [0, 0]], "preemptions": 9}
     found = values(ServerMetrics("m").render([stats_of_rank(), second]))
     assert [found["num_requests_running", (rank,)] for rank in "01"] == [3, 5]
     assert [found["num_requests_waiting", (rank,)] for rank in "01"] == [2, 0]
@@ -100,6 +101,8 @@ def test_what_the_ranks_count_is_mirrored() -> None:
     assert found["communication_seconds_total", ("dual", "1", "exposed")] == 1
     assert found["communication_bytes_total", ("dual", "0")] == 100
     assert found["step_seconds_sum", ("dual", "0")] == 4
+    assert [found["expert_tokens_total", (rank,)] for rank in "01"] == [120, 80]
+    assert found["expert_tokens_max_over_mean", ()] == (60 / 40 + 60 / 60) / 2  # of the layers that were counted
     assert found["step_seconds_count", ("dual", "0")] == 7
 
 
@@ -171,6 +174,8 @@ def test_the_server_counts_what_a_serving_benchmark_asks_of_it(server: ServerPro
     assert 0 < grown("time_to_first_token_seconds_sum") / 12 * 1e3 < result["mean_ttft_ms"]
     assert grown("steps_total", "dual") > 0 and grown("communication_bytes_total", "dual", "0") > 0
     assert sum(grown("prefix_cache_queries_total", rank) for rank in "01") == result["total_input_tokens"]
+    assert all(after["expert_tokens_total", (rank,)] > 0 for rank in "01")
+    assert 1 <= after["expert_tokens_max_over_mean", ()] < 2
     assert after["num_requests_open", ()] == 0 == after["kv_cache_usage_perc", ("0",)]
     lines = [line for line in told.splitlines() if "path=/v1/completions" in line and "num_generated" in line]
     assert len(lines) >= 12 and "request_id=" in lines[-1] and "first_token_s=" in lines[-1]
