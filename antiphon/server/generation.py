@@ -91,7 +91,8 @@ class Generation(Response):
                 await self._stream(followed, opened, send)
                 return
             await _together([one.finish() for one in followed])
-            body = job.whole(opened)
+            # Logprobs of a long prompt are many thousand objects: not in the way of the other requests.
+            body = await asyncio.to_thread(job.whole, opened) if job.is_large(opened) else job.whole(opened)
         await self._send_whole(200, body, [], send)
 
     def _open(self, place: int, prompt_ids: list[int]) -> OpenRequest:

@@ -9,6 +9,7 @@ import time
 import uuid
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from antiphon.server.errors import ApiError
@@ -59,6 +60,8 @@ class Guard:
             await self._app(scope, receive, send_with_id)
         except ApiError as error:
             await _answer(error, send_with_id)
+        except ClientDisconnect:
+            pass  # before its body was complete
         except Exception as error:
             log_event("request failed", level=logging.ERROR, error=error, request_id=request_id, path=scope["path"])
             if not status:

@@ -21,6 +21,8 @@ from antiphon.server.service import Service
 
 __all__ = ["Job", "to_json"]
 
+_MANY_LOGPROBS = 2000
+
 
 class Job(ABC):
     """Made from a checked body. Raises `ApiError` for parameters that do not fit together, or are out of range."""
@@ -90,6 +92,13 @@ class Job(ABC):
         """The answer, once all have finished."""
         choices = [choice for place, one in enumerate(opened) for choice in self.choices(place, one)]
         return to_json(self._head | {"choices": choices, "usage": self._usage(opened)} | self.extras(opened))
+
+    def is_large(self, opened: Sequence[OpenRequest]) -> bool:
+        """Whether it takes long to write the whole answer."""
+        if self.params.logprobs is None and self.params.prompt_logprobs is None:
+            return False
+        num_places = self.params.n * sum(len(one.prompt_ids) + one.num_tokens for one in opened)
+        return num_places * (1 + max(self.params.logprobs or 0, self.params.prompt_logprobs or 0)) > _MANY_LOGPROBS
 
     def chunk(self, choice: dict[str, Any]) -> bytes:
         """An event of a stream."""

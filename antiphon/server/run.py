@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from antiphon.server.options import ServerOptions
 from antiphon.server.service import Service
 
 __all__ = ["run_server"]
+
+logger = logging.getLogger("antiphon")
 
 _FAILED = 1
 _SHOWN_DEAD_S = 2.0  # how long /health tells of a rank's failure before the process ends
@@ -83,6 +86,8 @@ async def _serve(
             return signals.exit_code
         for heading, text in engine.config.describe():
             say(f"{heading + ':':<11}{text}")
+        for sentence in engine.config.without_effect():
+            logger.warning(sentence)
         service.serve(engine)
         log_event("serving", model=service.model_name, ranks=config.ranks, version=antiphon.__version__)
         await _first(signals.first.wait(), service.failed.wait())
@@ -112,7 +117,10 @@ async def _start(config: EngineConfig, service: Service, signals: _Signals) -> A
     if not signals.first.is_set():
         return await starting
     service.drain()
-    with suppress(Exception):  # its start ends at its next word, or it is ended when it has started
+    await _first(asyncio.shield(starting), signals.second.wait())
+    if not starting.done():
+        os._exit(signals.exit_code)  # the thread cannot be ended, while it downloads a model say; ranks see us go
+    with suppress(Exception):  # its start has ended at its next word, or it is ended when it has started
         await (await starting).close()
     return None
 
