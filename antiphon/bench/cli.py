@@ -210,7 +210,7 @@ def serve(
     if save_detailed and not save_result:
         raise OptionError("--save-detailed writes nothing alone; add --save-result")
     options = ServeOptions(
-        base_url=base_url or f"http://{host}:{port}",
+        base_url=base_url or f"http://{f'[{host}]' if ':' in host else host}:{port}",
         endpoint=endpoint or endpoints[backend],
         model=model,
         api_key=os.environ.get("OPENAI_API_KEY"),

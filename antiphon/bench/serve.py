@@ -71,6 +71,8 @@ class ServeOptions:
                 raise OptionError(f"--metric-percentiles {percentile:g} is no percentile; use numbers from 0 to 100")
         if not self.base_url.startswith(("http://", "https://")):
             raise OptionError(f"--base-url {self.base_url} is no address; use one such as http://127.0.0.1:8000")
+        if not self.endpoint.startswith("/"):
+            raise OptionError(f"--endpoint {self.endpoint} is no path; use one such as /v1/completions")
 
     @property
     def is_chat(self) -> bool:

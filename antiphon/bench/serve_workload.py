@@ -124,18 +124,20 @@ def _custom(path: Path, workload: Workload) -> list[Ask]:
     """JSON lines with a "prompt", text or token ids, and perhaps "output_tokens"."""
     try:
         rows: list[Any] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        asks = [
-            Ask(
-                prompt=row["prompt"],
-                max_tokens=int(workload.file_output_len or row.get("output_tokens") or workload.output_len),
-            )
-            for row in rows
-        ]
+        asks = [_custom_ask(row, workload) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(
             f'--dataset-path {path} is no file of JSON lines with a "prompt" each ({type(error).__name__}: {error})'
         ) from error
     return asks
+
+
+def _custom_ask(row: dict[str, Any], workload: Workload) -> Ask:
+    prompt, output_len = row["prompt"], workload.file_output_len or row.get("output_tokens") or workload.output_len
+    is_ids = isinstance(prompt, list) and all(isinstance(number, int) for number in prompt)
+    if not prompt or not (isinstance(prompt, str) or is_ids) or int(output_len) < 1:
+        raise ValueError("a prompt is a text or a list of token ids, not empty, and output_tokens at least 1")
+    return Ask(prompt=prompt, max_tokens=int(output_len))
 
 
 def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int = 0) -> list[float]:

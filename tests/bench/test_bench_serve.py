@@ -73,10 +73,11 @@ def test_datasets_from_files(tmp_path: Path) -> None:
     custom = Workload(dataset="custom", path=tmp_path / "lines.jsonl", num_prompts=2, output_len=4)
     assert make_asks(custom) == [Ask(prompt="one", max_tokens=4), Ask(prompt=[1, 2], max_tokens=9)]
     assert [ask.max_tokens for ask in make_asks(replace(custom, file_output_len=3))] == [3, 3]
-    (tmp_path / "bad.jsonl").write_text("{}")
-    for dataset in ("custom", "sharegpt"):
-        with pytest.raises(OptionError, match=r"bad\.jsonl"):
-            make_asks(Workload(dataset=dataset, path=tmp_path / "bad.jsonl"))
+    for wrong in ("{}", "[]", "x", '{"prompt": ""}', '{"prompt": ["a"]}', '{"prompt": "a", "output_tokens": -1}'):
+        (tmp_path / "bad.jsonl").write_text(wrong)
+        for dataset in ("custom", "sharegpt"):
+            with pytest.raises(OptionError, match=r"bad\.jsonl"):
+                make_asks(Workload(dataset=dataset, path=tmp_path / "bad.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,22 @@ def test_datasets_from_files(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Workload(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"base_url": "localhost:8000"}, "--base-url"),
+        ({"endpoint": "v1/completions"}, "--endpoint"),
+        ({"percentiles": (101.0,)}, "metric-percentiles 101"),
+        ({"percentile_metrics": ("tttf",)}, "did you mean 'ttft'"),
+        ({"request_rate": 0.0}, "--request-rate"),
+        ({"burstiness": 0.0}, "--burstiness"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        run_serve(ServeOptions(**wrong))
 
 
 def test_figures_of_known_answers() -> None:
