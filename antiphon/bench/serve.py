@@ -220,9 +220,11 @@ def _most_at_once(answers: Sequence[Answered]) -> int:
 
 def _head(options: ServeOptions, model: str) -> dict[str, Any]:
     workload = options.workload
+    backend = "openai-chat" if options.is_chat else "openai"
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": "openai-chat" if options.is_chat else "openai",
+        "endpoint_type": backend,  # as older scripts call it
+        "backend": backend,
         "label": None,
         "model_id": model,
         "tokenizer_id": None,  # none is needed

@@ -25,7 +25,7 @@ SMALL = Workload(num_prompts=6, input_len=10, output_len=5)
 
 # Of a file that vLLM's benchmark writes, with the default metrics and percentiles; tokenizer and goodput aside.
 KEYS = {
-    *("date", "endpoint_type", "model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency"),
+    *("date", "endpoint_type", "backend", "model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency"),
     *("duration", "completed", "failed", "total_input_tokens", "total_output_tokens"),
     *("request_throughput", "output_throughput", "total_token_throughput"),
     *(f"{what}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for what in ("mean", "median", "std", "p99")),
