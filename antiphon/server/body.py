@@ -19,6 +19,7 @@ __all__ = ["parse_body", "read_body"]
 Model = TypeVar("Model", bound=Body)
 
 _BODY_S = 30.0
+_LARGE_BYTES = 64 * 2**10
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -32,7 +33,8 @@ async def read_body(request: Request, model: type[Model], *, max_bytes: int) -> 
             body = await _read(request, max_bytes)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {_BODY_S:.0f} s; send it again") from None
-    return parse_body(body, model)
+    # Python gives other threads, and so the event loop, their turn; a large body must not hold up the others.
+    return parse_body(body, model) if len(body) < _LARGE_BYTES else await asyncio.to_thread(parse_body, body, model)
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

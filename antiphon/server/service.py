@@ -24,6 +24,8 @@ __all__ = ["Phase", "Service"]
 
 _LONG_TEXT = 4096
 """Characters from which a text is tokenised beside the event loop."""
+_PER_MESSAGE = 32
+"""What a chat's template makes of a message costs as much as so many characters."""
 _STATISTICS_S = 2.0
 
 
@@ -158,7 +160,7 @@ class Service:
         """Token ids of a chat, up to where the assistant answers. Raises `ApiError` for what its template refuses."""
         tokenizer = self.tokenizer
         try:
-            if sum(len(message["content"]) for message in messages) < _LONG_TEXT:
+            if sum(len(message["content"]) + _PER_MESSAGE for message in messages) < _LONG_TEXT:
                 return tokenizer.chat(messages)
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenizer.chat, messages)
         except Exception as error:  # templates are programs: they raise what they like
