@@ -74,6 +74,7 @@ def test_it_starts_and_drains() -> None:
         assert_gone(workers)
 
 
+@pytest.mark.slow
 def test_two_signals_end_it_at_once() -> None:
     with ServerProcess("--ranks", "1") as server:
         workers = worker_pids(server.process.pid)
@@ -102,6 +103,7 @@ def test_what_is_open_when_the_time_to_drain_is_over_gets_an_error() -> None:
         assert server.process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_start() -> None:
     with ServerProcess("--ranks", "1", wait=False) as server:
         while not (workers := worker_pids(server.process.pid)):

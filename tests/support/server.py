@@ -32,6 +32,7 @@ class ServerProcess:
 
     def __init__(self, *words: str, wait: bool = True, **environment: str) -> None:
         self._log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115  # closed by `stop`
+        self._http = httpx.Client(timeout=60, verify=False)  # a context for TLS would take longer than most answers
         command = [sys.executable, "-m", "antiphon.cli", "serve", "--port", "0", *words]
         self.process = subprocess.Popen(
             command, stdout=self._log, stderr=self._log, env={**os.environ, "COLUMNS": "200", **environment}
@@ -66,10 +67,10 @@ class ServerProcess:
         )
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30, **options)
+        return self._http.get(self.url + path, **options)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=60, **options)
+        return self._http.post(self.url + path, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of the samples with this name and these labels."""
@@ -102,6 +103,7 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        self._http.close()
         self._log.close()
 
     def _port(self) -> int:
