@@ -55,6 +55,8 @@ class Job(ABC):
             "created": int(time.time()),
             "model": request.model or service.model_name,
         }
+        self._chunk_start = b"data: " + to_json(self._head)[:-1] + b',"choices":['
+        self._chunk_end = b'],"usage":null}\n\n' if self.include_usage else b"]}\n\n"
 
     @property
     @abstractmethod
@@ -102,10 +104,7 @@ class Job(ABC):
 
     def chunk(self, choice: dict[str, Any]) -> bytes:
         """An event of a stream."""
-        chunk = self._head | {"choices": [choice]}
-        if self.include_usage:
-            chunk["usage"] = None
-        return b"data: " + to_json(chunk) + b"\n\n"
+        return self._chunk_start + to_json(choice) + self._chunk_end
 
     def last_chunks(self, opened: Sequence[OpenRequest]) -> bytes:
         """The end of a stream."""

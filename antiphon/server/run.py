@@ -7,6 +7,7 @@ and SIGINT drain; a second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -89,6 +90,8 @@ async def _serve(
         for sentence in engine.config.without_effect():
             logger.warning(sentence)
         service.serve(engine)
+        gc.collect()
+        gc.freeze()  # the libraries' many objects stay; to look through them again and again would hold up all streams
         log_event("serving", model=service.model_name, ranks=config.ranks, version=antiphon.__version__)
         await _first(signals.first.wait(), service.failed.wait())
         if service.failed.is_set():

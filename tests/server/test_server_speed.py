@@ -36,7 +36,7 @@ async def ask_all(port: int, prompts: list[str], health_s: list[float], *, strea
             start_s = time.monotonic()
             await get(port, "/health")
             health_s.append(time.monotonic() - start_s)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)  # probes, too, take time from the ranks
 
     async def ask(prompt: str) -> None:
         content = {"prompt": prompt, **PARAMS}
