@@ -177,9 +177,7 @@ class AsyncEngine:
             raise self.error
         (requests,) = self._requests.make([prompt], [params])
         collectors = {
-            request.request_id: Collector(
-                self.tokenizer, request, logits_dtype=self._logits_dtype, streaming=streaming
-            )
+            request.request_id: Collector(self.tokenizer, request, logits_dtype=self._logits_dtype, streaming=streaming)
             for request in requests
         }
         opened = OpenRequest(self, collectors, requests[0].prompt_ids)
