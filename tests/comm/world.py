@@ -15,7 +15,6 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Rows, Transport, load_transport, parse_transport
 from antiphon.comm.mailbox import Exchange, Phase
-from antiphon.comm.nccl_zero_cta import NcclZeroCtaTransport
 from antiphon.comm.simulated import SimulatedTransport
 from antiphon.comm.slab import SlabTransport
 from antiphon.runtime import CpuStreams, Streams, current_lane, finish
@@ -189,8 +188,8 @@ def poison_buffers(transport: Transport) -> int:
     inner = transport.inner if isinstance(transport, SimulatedTransport) else transport
     if isinstance(inner, SlabTransport):
         return poison_arrivals(inner, Phase.COMBINE)
-    if isinstance(inner, NcclZeroCtaTransport):
-        buffers = [*inner._gathered, *inner._home, *inner._partials]
+    if inner.name == "nccl-zero-cta":  # its module cannot be imported without CUDA's bindings
+        buffers = [tensor for name in ("_gathered", "_home", "_partials") for tensor in getattr(inner, name)]
     else:
         buffers = [tensor for lane in getattr(inner, "_buffers", ()) for tensor in lane._buffers.values()]
     for buffer in buffers:
