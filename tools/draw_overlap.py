@@ -38,9 +38,9 @@ WIRE_ALPHA = 0.35
 
 def main(picture: Path, results: Path) -> None:
     prompts = [problem.prompt for problem in word_problems()[:NUM_PROMPTS]]
-    with LLM(ranks=2, device="cpu", transport="alltoall") as llm:
+    with LLM(ranks=2, device="cpu", transport="alltoall", prefix_caching=False) as llm:
         link = tuned_link(llm, prompts)
-    with LLM(ranks=2, device="cpu", transport=simulated_transport(link)) as llm:
+    with LLM(ranks=2, device="cpu", transport=simulated_transport(link), prefix_caching=False) as llm:
         arms = interleaved_arms(llm, prompts, repeats=REPEATS)
         transport = str(llm.config.transport)
     write_results(results, arms, transport)

@@ -26,10 +26,10 @@ def run_demo(console: Console) -> None:
     trial_prompts = [problem.prompt for problem in word_problems()[:NUM_TRIAL_PROMPTS]]
 
     console.print("Measuring this machine: 2 ranks, plain alltoall between processes ...")
-    with LLM(ranks=2, device="cpu", dbo="off", transport="alltoall") as llm:
+    with LLM(ranks=2, device="cpu", dbo="off", transport="alltoall", prefix_caching=False) as llm:
         link = tuned_link(llm, trial_prompts)
 
-    with LLM(ranks=2, device="cpu", dbo="on", transport=simulated_transport(link)) as llm:
+    with LLM(ranks=2, device="cpu", dbo="on", transport=simulated_transport(link), prefix_caching=False) as llm:
         for heading, text in llm.config.describe():
             console.print(f"  {heading + ':':<11}{text}", highlight=False, soft_wrap=True)
         console.print()

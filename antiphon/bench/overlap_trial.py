@@ -42,7 +42,8 @@ class Arm:
 def prefill_step(llm: LLM, prompts: Sequence[str]) -> tuple[StepTimeline, list[GeneratedOutput]]:
     """Run the prompts as one prefill step and return it, of the rank that took longest.
 
-    All prompts must fit into one step of their rank.
+    All prompts must fit into one step of their rank, and the engine must not have a prefix cache: the same prompts are
+    run again and again.
     """
     outputs = llm.generate(list(prompts), _ONE_TOKEN)
     last_steps = [steps[-1] for steps in llm.timelines()]

@@ -33,9 +33,9 @@ class Trial:
 @pytest.fixture(scope="module")
 def trial() -> Iterator[Trial]:
     prompts = [problem.prompt for problem in word_problems()[:NUM_PROMPTS]]
-    with LLM(ranks=2, transport="alltoall") as llm:
+    with LLM(ranks=2, transport="alltoall", prefix_caching=False) as llm:
         link = tuned_link(llm, prompts)
-    with LLM(ranks=2, transport=simulated_transport(link)) as llm:
+    with LLM(ranks=2, transport=simulated_transport(link), prefix_caching=False) as llm:
         yield Trial(interleaved_arms(llm, prompts, repeats=REPEATS), llm.timelines())
 
 
