@@ -23,7 +23,7 @@ import torch
 from antiphon.core.sampling import SamplingParams
 from antiphon.core.upload import upload
 from antiphon.engine.request import Request
-from antiphon.engine.sampling_draw import Limits, draw, draw_ordered, likeliest, scaled, uniform
+from antiphon.engine.sampling_draw import Limits, draw, draw_key, draw_ordered, likeliest, scaled
 from antiphon.engine.sampling_edits import (
     PenaltyCounts,
     apply_penalties,
@@ -122,9 +122,13 @@ class Chooser:
         num_by_row = torch.tensor([stop - start for start, stop in pairwise([0, *additions.ends])])
         row_E = torch.repeat_interleave(torch.arange(len(rows)), num_by_row)
         params = [request.params for request in requests]
-        wholes = [rows, slots, [max(p.top_k, 0) for p in params]]
+        wholes = [
+            rows,
+            slots,
+            [max(p.top_k, 0) for p in params],
+            [draw_key(r.seed, len(r.output_ids)) if r.params.temperature else 0 for r in requests],
+        ]
         numbers = [
-            [uniform(r.seed, len(r.output_ids)) if r.params.temperature else 0.0 for r in requests],
             [p.temperature for p in params],
             [p.top_p for p in params],
             [p.min_p for p in params],
@@ -132,7 +136,7 @@ class Chooser:
             [p.frequency_penalty for p in params],
             [p.presence_penalty for p in params],
         ]
-        wholes_3N, numbers_7N, added_at_E, added_E, places_E, amounts_E = upload(
+        wholes_4N, numbers_6N, added_at_E, added_E, places_E, amounts_E = upload(
             [
                 torch.tensor(wholes),
                 torch.tensor(numbers, dtype=torch.float64).view(torch.int64),  # one type, so one copy
@@ -147,8 +151,8 @@ class Chooser:
             self._counts.add(places_E, amounts_E)
         return _Settings(
             requests=requests,
-            wholes_3N=wholes_3N,
-            numbers_7N=numbers_7N.view(torch.float64),
+            wholes_4N=wholes_4N,
+            numbers_6N=numbers_6N.view(torch.float64),
             added_at_E=added_at_E,
             added_E=added_E.view(torch.float64),
             added_ends=additions.ends,
@@ -159,7 +163,7 @@ class Chooser:
         if len(settings.added_E):
             logits_NV.view(-1).index_add_(0, settings.added_at_E, settings.added_E.to(logits_NV.dtype))
         if self._counts is not None and any(has_penalties(request.params) for request in settings.requests):
-            repetition_N, frequency_N, presence_N = settings.numbers_7N[4:]
+            repetition_N, frequency_N, presence_N = settings.numbers_6N[3:]
             logits_NV = apply_penalties(
                 logits_NV,
                 self._counts.table_SV[settings.slots_N],
@@ -173,14 +177,16 @@ class Chooser:
         """Token ids [N], -1 where the likeliest were not enough."""
         if method is _Method.GREEDY:
             return logits_NV.argmax(-1)
-        uniform_N, temperature_N, top_p_N, min_p_N = settings.numbers_7N[:4]
+        temperature_N, top_p_N, min_p_N = settings.numbers_6N[:3]
         scaled_NV = scaled(logits_NV, temperature_N)
         if method is _Method.DRAW:
-            return draw(scaled_NV, uniform_N, min_p_N)
+            return draw(scaled_NV, settings.key_N, min_p_N)
         count = self._num_likeliest if method is _Method.DRAW_LIKELIEST else self._vocab_size
         ids_NK = likeliest(logits_NV, count)[1]
         limits = Limits(top_k_N=settings.top_k_N, top_p_N=top_p_N, min_p_N=min_p_N)
-        place_N, covered_N = draw_ordered(scaled_NV.gather(1, ids_NK), scaled_NV.exp().sum(-1), uniform_N, limits)
+        place_N, covered_N = draw_ordered(
+            scaled_NV.gather(1, ids_NK), ids_NK, scaled_NV.exp().sum(-1), settings.key_N, limits
+        )
         chosen_N = ids_NK.gather(1, place_N.unsqueeze(-1)).squeeze(-1)
         return torch.where(covered_N, chosen_N, _NOT_COVERED) if method is _Method.DRAW_LIKELIEST else chosen_N
 
@@ -190,31 +196,35 @@ class _Settings:
     """What requests want, one column each, on the device."""
 
     requests: list[Request]
-    wholes_3N: torch.Tensor  # int64: row of the logits, slot of the penalties' table, top_k
-    numbers_7N: torch.Tensor  # float64: uniform, temperature, top_p, min_p; repetition, frequency, presence
+    wholes_4N: torch.Tensor  # int64: row of the logits, slot of the penalties' table, top_k, key of the draw
+    numbers_6N: torch.Tensor  # float64: temperature, top_p, min_p; repetition, frequency, presence
     added_at_E: torch.Tensor  # int64, places in the logits of these requests, as if they were flat
     added_E: torch.Tensor  # float64
     added_ends: list[int]  # of each request's entries in these two
 
     @property
     def rows_N(self) -> torch.Tensor:
-        return self.wholes_3N[0]
+        return self.wholes_4N[0]
 
     @property
     def slots_N(self) -> torch.Tensor:
-        return self.wholes_3N[1]
+        return self.wholes_4N[1]
 
     @property
     def top_k_N(self) -> torch.Tensor:
-        return self.wholes_3N[2]
+        return self.wholes_4N[2]
+
+    @property
+    def key_N(self) -> torch.Tensor:
+        return self.wholes_4N[3]
 
     def cut(self, part: slice, vocab_size: int) -> _Settings:
         """Those of some of the requests."""
         first, last = [0, *self.added_ends][part.start], self.added_ends[part.stop - 1]
         return _Settings(
             requests=self.requests[part],
-            wholes_3N=self.wholes_3N[:, part],
-            numbers_7N=self.numbers_7N[:, part],
+            wholes_4N=self.wholes_4N[:, part],
+            numbers_6N=self.numbers_6N[:, part],
             added_at_E=self.added_at_E[first:last] - part.start * vocab_size,
             added_E=self.added_E[first:last],
             added_ends=[end - first for end in self.added_ends[part]],

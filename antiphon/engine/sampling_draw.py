@@ -1,8 +1,11 @@
-"""Drawing tokens: pure functions of logits and of one number per row, without a word to the host.
+"""Drawing tokens: pure functions of logits and of one key per row, without a word to the host.
 
-A token is drawn by the inverse of the cumulative distribution, from one uniform number that depends on nothing but the
-request's seed and how many tokens it has (a counter-based generator, as in Salmon et al., "Parallel Random Numbers:
-As Easy as 1, 2, 3", 2011). So a text does not depend on the batch, and not on a preemption either.
+Every token of a row gets a number of its own from an exponential distribution, and the token whose probability is
+largest in proportion to its number is drawn: so each is drawn with its probability, as by Gumbel's method. The numbers
+depend on nothing but the row's key and the token's id, and the key on nothing but the request's seed and how many
+tokens it has. So a text does not depend on the batch, and not on a preemption either. And hardly on rounding: logits
+that differ by one part in a million, as those of batches of different sizes do, change a token once in about a million
+draws. (A search in the cumulative distribution would have one bound for every token of the vocabulary to go wrong at.)
 
 Sums are in float64. A row is put into order only if top_k or top_p need it, and then, in a large vocabulary, only its
 likeliest tokens; whether they were enough is known without looking at the others.
@@ -17,15 +20,47 @@ from hashlib import blake2b
 
 import torch
 
-__all__ = ["Limits", "draw", "draw_ordered", "likeliest", "scaled", "uniform"]
+__all__ = ["Limits", "draw", "draw_key", "draw_ordered", "likeliest", "random_bits", "scaled", "to_exponential"]
 
 _LOW = 2**32
 
 
-def uniform(seed: int, count: int) -> float:
-    """A number in [0, 1), one of 2**53, for the token number `count` (from 0) of a request with this seed."""
+def _signed(bits: int) -> int:
+    """The int64 of these 64 bits."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+_STEP = _signed(0x9E3779B97F4A7C15)
+_FIRST_FACTOR = _signed(0xBF58476D1CE4E5B9)
+_SECOND_FACTOR = _signed(0x94D049BB133111EB)
+
+
+def draw_key(seed: int, count: int) -> int:
+    """An int64 for the token number `count` (from 0) of a request with this seed."""
     digest = blake2b(seed.to_bytes(8, "little") + count.to_bytes(8, "little"), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def random_bits(key_N: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+    """64 bits [N, K] for each token id (from 0) of each row, as int64.
+
+    They are number `id` of the generator SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+    Generators", 2014) that starts at the key, which can be had without those before it. Products wrap.
+    """
+    bits_NK = key_N.unsqueeze(-1) + (ids_NK + 1) * _STEP
+    bits_NK.bitwise_xor_(_without_sign(bits_NK, 30)).mul_(_FIRST_FACTOR)
+    bits_NK.bitwise_xor_(_without_sign(bits_NK, 27)).mul_(_SECOND_FACTOR)
+    return bits_NK.bitwise_xor_(_without_sign(bits_NK, 31))
+
+
+def to_exponential(bits: torch.Tensor) -> torch.Tensor:
+    """Bits to numbers of an exponential distribution, in float64; none is 0, none is infinite."""
+    return _without_sign(bits, 12).double().add_(0.5).mul_(2.0**-52).log_().neg_()
+
+
+def _without_sign(bits: torch.Tensor, places: int) -> torch.Tensor:
+    """Bits moved to the right, with zeros from the left."""
+    return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,24 +79,21 @@ def scaled(logits_NV: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor
     return (logits_NV.double() - largest_N1.double()) / temperature_N.unsqueeze(-1)
 
 
-def draw(scaled_NV: torch.Tensor, uniform_N: torch.Tensor, min_p_N: torch.Tensor) -> torch.Tensor:
+def draw(scaled_NV: torch.Tensor, key_N: torch.Tensor, min_p_N: torch.Tensor) -> torch.Tensor:
     """Token ids [N], by the probability among all tokens that are at least `min_p_N` times as likely as the best."""
     weights_NV = scaled_NV.exp_()
     weights_NV.masked_fill_(weights_NV < min_p_N.unsqueeze(-1), 0.0)  # the best token's weight is 1
-    sums_NV = weights_NV.cumsum(-1)
-    found_N = _first_above(weights_NV, sums_NV, uniform_N * sums_NV[:, -1])
-    return torch.where(found_N < weights_NV.shape[1], found_N, weights_NV.argmax(-1))
+    return _first_home(weights_NV, key_N, torch.arange(weights_NV.shape[1], device=weights_NV.device))
 
 
 def draw_ordered(
-    scaled_NK: torch.Tensor, total_N: torch.Tensor, uniform_N: torch.Tensor, limits: Limits
+    scaled_NK: torch.Tensor, ids_NK: torch.Tensor, total_N: torch.Tensor, key_N: torch.Tensor, limits: Limits
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Places [N] among the K likeliest tokens, which are in order, and whether K were enough for this row.
 
-    total_N: the sum of exp(scaled) over the vocabulary.
+    ids_NK: the ids of these tokens. total_N: the sum of exp(scaled) over the vocabulary.
     """
-    num_kept = scaled_NK.shape[1]
-    place_K = torch.arange(num_kept, device=scaled_NK.device)
+    place_K = torch.arange(scaled_NK.shape[1], device=scaled_NK.device)
     top_k_N1 = limits.top_k_N.unsqueeze(-1)
     weights_NK = scaled_NK.exp()
     weights_NK = weights_NK.masked_fill((top_k_N1 > 0) & (place_K >= top_k_N1), 0.0)
@@ -70,19 +102,16 @@ def draw_ordered(
     total_N = torch.where(limits.top_k_N > 0, sums_NK[:, -1], total_N)
     enough_N = torch.where(limits.top_p_N < 1, limits.top_p_N * total_N, torch.inf)
     kept_NK = (sums_NK - weights_NK < enough_N.unsqueeze(-1)) & (weights_NK >= limits.min_p_N.unsqueeze(-1))
-    weights_NK = weights_NK.masked_fill(~kept_NK, 0.0)
-    reach_N = sums_NK.masked_fill(~kept_NK, 0.0).amax(-1)  # they are the first ones, so the sums are theirs
-    found_N = _first_above(weights_NK, sums_NK, uniform_N * reach_N)
     covered_N = (limits.top_k_N > 0) | (sums_NK[:, -1] >= enough_N) | ~kept_NK[:, -1]
-    return torch.where(found_N < num_kept, found_N, 0), covered_N
+    return _first_home(weights_NK.masked_fill_(~kept_NK, 0.0), key_N, ids_NK), covered_N
 
 
-def _first_above(weights_NK: torch.Tensor, sums_NK: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-    """The first place with a weight whose sum is above the target; K if rounding leaves none."""
-    num_places = weights_NK.shape[1]
-    place_K = torch.arange(num_places, device=weights_NK.device)
-    hit_NK = (sums_NK > target_N.unsqueeze(-1)) & (weights_NK > 0)
-    return torch.where(hit_NK, place_K, num_places).amin(-1)
+def _first_home(weights_NK: torch.Tensor, key_N: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+    """Places [N], each with a probability in proportion to its weight; a weight of 0 does not win. Weights are lost.
+
+    The token that comes home first if each takes an exponential time with its weight as rate.
+    """
+    return weights_NK.div_(to_exponential(random_bits(key_N, ids_NK))).argmax(-1)
 
 
 def likeliest(values_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

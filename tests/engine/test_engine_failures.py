@@ -217,7 +217,7 @@ def test_an_interrupted_call_on_one_rank_frees_everything_and_the_next_one_works
 @pytest.mark.processes
 def test_a_message_takes_effect_at_the_same_step_on_all_ranks(two_ranks: LLM) -> None:
     """Calls that follow one another closely take as many steps as tokens, whichever rank hears of them first."""
-    for _ in range(40):
+    for _ in range(15):
         before = two_ranks.stats()["steps"]
         two_ranks.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))
         two_ranks.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))

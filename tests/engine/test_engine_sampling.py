@@ -13,9 +13,18 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.engine.request import Request
-from antiphon.engine.sampling_draw import likeliest, uniform
+from antiphon.engine.sampling_draw import draw_key, likeliest, random_bits, to_exponential
 from tests.support.reference import reference_logits
-from tests.support.sampling import EOS, choose, distribution, make_batch, make_request, make_sampler, reference_choice
+from tests.support.sampling import (
+    EOS,
+    choose,
+    distribution,
+    make_batch,
+    make_request,
+    make_sampler,
+    reference_choice,
+    split_mix_64,
+)
 
 VOCAB = 40
 
@@ -168,17 +177,59 @@ def test_the_likeliest_tokens_of_the_bundled_model(model_logits_V: torch.Tensor,
     assert p_value(counts, plain) < 1e-6
 
 
-def test_uniform_numbers_are_uniform_over_seeds_and_over_tokens() -> None:
-    for numbers in (
-        [uniform(seed, 0) for seed in range(NUM_DRAWS)],
-        [uniform(7, count) for count in range(NUM_DRAWS)],
-        [uniform(number, number) for number in range(NUM_DRAWS)],
-    ):
-        assert min(numbers) >= 0 and max(numbers) < 1
-        counts = Counter(int(number * 100) for number in numbers)
-        assert p_value(counts, [(i, 1.0) for i in range(100)]) > 0.001
-        pairs = Counter(int(a * 10) * 10 + int(b * 10) for a, b in zip(numbers[::2], numbers[1::2], strict=True))
-        assert p_value(pairs, [(i, 1.0) for i in range(100)]) > 0.001
+def numbers_of(keys: Sequence[int], num_ids: int) -> torch.Tensor:
+    """[keys, ids], exponentially distributed."""
+    return to_exponential(random_bits(torch.tensor(keys), torch.arange(num_ids)))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        numbers_of([draw_key(seed, 0) for seed in range(NUM_DRAWS)], 1),
+        numbers_of([draw_key(7, count) for count in range(NUM_DRAWS)], 1),
+        numbers_of([draw_key(number, number) for number in range(NUM_DRAWS // 100)], 100),
+        numbers_of([draw_key(7, 7)], NUM_DRAWS),
+    ],
+    ids=["seeds", "counts", "both, and tokens", "tokens"],
+)
+def test_the_numbers_are_exponential_over_seeds_counts_and_tokens(numbers: torch.Tensor) -> None:
+    uniform = torch.exp(-numbers).flatten().tolist()
+    counts = Counter(int(number * 100) for number in uniform)
+    assert p_value(counts, [(i, 1.0) for i in range(100)]) > 0.001
+    pairs = Counter(int(a * 10) * 10 + int(b * 10) for a, b in zip(uniform[::2], uniform[1::2], strict=True))
+    assert p_value(pairs, [(i, 1.0) for i in range(100)]) > 0.001
+
+
+def test_the_bits_are_those_of_the_published_generator() -> None:
+    """SplitMix64 from 1234567: its first numbers, as other implementations have them."""
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert [split_mix_64(1234567, number) for number in range(5)] == expected
+    bits = random_bits(torch.tensor([1234567, -3]), torch.arange(5)).tolist()
+    assert [number % 2**64 for number in bits[0]] == expected
+    assert [number % 2**64 for number in bits[1]] == [split_mix_64(2**64 - 3, number) for number in range(5)]
+
+
+def test_rounding_seldom_changes_a_token() -> None:
+    """Flat logits, half of which are larger by 1e-5: a hundred times what batches of other sizes do."""
+    logits_V = torch.zeros(4096, dtype=torch.float64)
+    other_V = logits_V.clone()
+    other_V[:2048] += 1e-5
+    requests = [make_request(number, seed=number, temperature=1.0) for number in range(2000)]
+    ids, other_ids = (
+        [
+            token.token_id
+            for part in range(0, 2000, 500)
+            for token in choose(row_V.expand(500, -1), requests[part:][:500])
+        ]
+        for row_V in (logits_V, other_V)
+    )
+    assert sum(a != b for a, b in zip(ids, other_ids, strict=True)) <= 1
 
 
 # ---- edges
@@ -211,25 +262,24 @@ def test_logits_of_a_broken_model_do_not_end_the_engine(
     assert all(0 <= token.token_id < 8 for token in choose(logits_NV, requests, num_likeliest=num_likeliest))
 
 
-@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
-@pytest.mark.parametrize("limits", [{}, {"top_p": 0.999}, {"top_k": 60}, {"min_p": 1e-9}])
-def test_the_ends_of_the_uniform_numbers(monkeypatch, number: float, limits: dict[str, Any]) -> None:
-    """The largest number must not give a token that is impossible, nor none."""
-    monkeypatch.setattr("antiphon.engine.sampling_choice.uniform", lambda seed, count: number)
-    logits_V = torch.cat([torch.full((5,), -math.inf), torch.linspace(-3, 3, 60), torch.full((7,), -math.inf)])
-    tokens = choose(logits_V.expand(3, -1), [make_request(i, temperature=1.0, **limits) for i in range(3)])
-    assert {5 <= token.token_id < 65 for token in tokens} == {True}
-    if not limits:
-        assert tokens[0].token_id == {0.0: 5, 1 - 2**-53: 64}.get(number, tokens[0].token_id)
+def test_every_64_bits_give_a_number_that_can_be_divided_by() -> None:
+    """Not 0, not infinite: a weight of 0 divided by it is 0, and never wins."""
+    ends = [-(2**63), -(2**63) + 1, -4096, -1, 0, 1, 4095, 4096, 2**63 - 1]
+    numbers = to_exponential(torch.tensor(ends)).tolist()
+    assert min(numbers) > 0 and max(numbers) < 40
+    assert numbers[4] == max(numbers) and numbers[3] == min(numbers)  # of no bits, and of all bits
 
 
-@pytest.mark.parametrize("limits", [{}, {"top_k": 4}, {"top_p": 0.99}])
-def test_a_number_on_a_bound_belongs_to_the_next_token(monkeypatch, limits: dict[str, Any]) -> None:
-    """So that each of four equal tokens has exactly a quarter of the numbers."""
-    for number, token_id in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)):
-        monkeypatch.setattr("antiphon.engine.sampling_choice.uniform", lambda seed, count, number=number: number)
-        request = make_request(temperature=1.0, **limits)
-        assert choose(torch.zeros(1, 4), [request])[0].token_id == token_id
+def test_one_number_a_token_whatever_may_be_drawn() -> None:
+    """Who wins among all wins among fewer, if it is one of them; so a limit changes a text only where it must."""
+    logits_V = torch.linspace(3, -3, 64)
+    requests = [make_request(i, seed=i, temperature=1.0) for i in range(200)]
+    free = [token.token_id for token in choose(logits_V.expand(200, -1), requests)]
+    limited = [make_request(i, seed=i, temperature=1.0, top_k=20) for i in range(200)]
+    for num_likeliest in (30, 16):
+        ids = [token.token_id for token in choose(logits_V.expand(200, -1), limited, num_likeliest=num_likeliest)]
+        assert max(ids) < 20 and len(set(ids)) > 10
+        assert all(a == b for a, b in zip(free, ids, strict=True) if a < 20)
 
 
 def test_draws_that_need_more_than_the_likeliest_are_drawn_again() -> None:

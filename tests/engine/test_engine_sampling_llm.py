@@ -223,7 +223,7 @@ def test_biases_and_penalties_change_greedy_texts(one_rank: LLM) -> None:
     assert plain != one(one_rank, max_tokens=1, logit_bias={plain[0]: -100.0}).token_ids
 
     def num_different(**params: Any) -> int:
-        outputs = one_rank.generate(mixed_prompts(8), SamplingParams(max_tokens=60, ignore_eos=True, **params))
+        outputs = one_rank.generate(mixed_prompts(16), SamplingParams(max_tokens=24, ignore_eos=True, **params))
         return sum(len(set(output.token_ids)) for output in outputs)
 
     usual = num_different()

@@ -131,6 +131,7 @@ def test_offline_without_a_cache(hub: LocalHub, tmp_path: Path) -> None:
     assert hub.asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_only_what_a_run_with_dummy_weights_needs(hub: LocalHub, tmp_path: Path) -> None:
     light, full = {"name": MODEL, "weights": False}, {"name": MODEL}
@@ -149,7 +150,9 @@ def test_only_what_a_run_with_dummy_weights_needs(hub: LocalHub, tmp_path: Path)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("trouble", ["gone", "silent", "failing"])
+@pytest.mark.parametrize(
+    "trouble", ["gone", *(pytest.param(name, marks=pytest.mark.slow) for name in ("silent", "failing"))]
+)
 def test_a_hub_that_does_not_answer(hub: LocalHub, tmp_path: Path, trouble: str) -> None:
     """What is in the cache is enough; what is not is an error, and soon."""
     (folder,) = ask(tmp_path / "home", hub.endpoint, {"name": MODEL})

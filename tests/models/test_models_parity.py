@@ -127,11 +127,16 @@ def nan_in_the_cache(twin: Twin) -> None:
     twin.empty_cache()
 
 
+def slow(*cuts: tuple[int, ...]) -> list[Any]:
+    """For `make test-slow`; test_models_straddling tries every cut of a small batch."""
+    return [pytest.param(one, marks=pytest.mark.slow) for one in cuts]
+
+
 def part_of(ids: list[int], start: int, stop: int, blocks: tuple[int, ...], request_id: int = 0) -> RequestSlice:
     return RequestSlice(request_id=request_id, token_ids=tuple(ids[start:stop]), context_len=start, block_ids=blocks)
 
 
-@pytest.mark.parametrize("cuts", [(), (15,), (1,), (29,), (10, 20), (1, 29), (3, 4)], ids=str)
+@pytest.mark.parametrize("cuts", [(), (15,), *slow((1,), (29,), (10, 20), (3, 4)), (1, 29)], ids=str)
 def test_prefill(twin: Twin, cuts: tuple[int, ...]) -> None:
     ids = random_ids(NUM_TOKENS, seed=5)
     (blocks,) = scattered_blocks(1, NUM_TOKENS)
@@ -158,7 +163,7 @@ def test_a_prompt_in_chunks(twin: Twin) -> None:
     assert relative_error(torch.cat(chunks), twin.their_logits(ids)) < TOLERANCE
 
 
-@pytest.mark.parametrize("cuts", [(), (11,), (2,), (17,), (9, 18), (1, 2)], ids=str)
+@pytest.mark.parametrize("cuts", [(), (11,), *slow((2,), (17,), (1, 2)), (9, 18)], ids=str)
 def test_a_mixed_batch(twin: Twin, cuts: tuple[int, ...]) -> None:
     """Two requests decode, one goes on with its prompt, one begins; the cuts fall between and inside of them."""
     texts = [random_ids(NUM_TOKENS, seed=seed) for seed in range(4)]
@@ -175,7 +180,7 @@ def test_a_mixed_batch(twin: Twin, cuts: tuple[int, ...]) -> None:
     assert relative_error(twin.our_logits(requests, cuts), torch.cat(expected)) < TOLERANCE
 
 
-@pytest.mark.parametrize("cuts", [(), (10,), (14,), (25,), (9, 21)], ids=str)
+@pytest.mark.parametrize("cuts", [(), (14,), *slow((10,), (25,)), (9, 21)], ids=str)
 def test_prompts_of_the_same_length(twin: Twin, cuts: tuple[int, ...]) -> None:
     """They may share one call of attention, but not with a request that a cut has shortened."""
     texts = [random_ids(10, seed=seed) for seed in range(3)]

@@ -53,7 +53,14 @@ def test_every_architecture_on_one_rank(checkpoints: list[tuple[Path, PreTrained
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("num_ranks", "transport"), [(2, "alltoall"), (2, "allgather"), (2, "shared-memory"), (4, "alltoall")]
+    ("num_ranks", "transport"),
+    [
+        (2, "alltoall"),
+        pytest.param(2, "allgather", marks=pytest.mark.slow),
+        (2, "shared-memory"),
+        (4, "alltoall"),
+        pytest.param(4, "allgather", marks=pytest.mark.slow),
+    ],
 )
 def test_every_architecture_on_several_ranks(
     checkpoints: list[tuple[Path, PreTrainedModel]], num_ranks: int, transport: str

@@ -13,7 +13,7 @@ from antiphon.core.sampling import SamplingParams
 from antiphon.engine.request import Request
 from antiphon.engine.sampled import NewToken
 from antiphon.engine.sampler import Sampler
-from antiphon.engine.sampling_draw import uniform
+from antiphon.engine.sampling_draw import draw_key
 
 EOS = 2
 
@@ -84,7 +84,7 @@ def edited(logits: Sequence[float], request: Request) -> list[float]:
 
 
 def distribution(logits: Sequence[float], request: Request) -> list[tuple[int, float]]:
-    """The tokens that may be drawn with their weights, which do not add up to 1, in the order of drawing."""
+    """The tokens that may be drawn with their weights, which do not add up to 1."""
     params, logits = request.params, edited(logits, request)
     best = max(logits)
     if params.temperature == 0:
@@ -105,16 +105,22 @@ def distribution(logits: Sequence[float], request: Request) -> list[tuple[int, f
     return [(i, weights[i]) for i in order if weights[i] >= params.min_p and weights[i] > 0]
 
 
+def split_mix_64(key: int, number: int) -> int:
+    """64 bits: number `number`, from 0, of the generator that starts at the key."""
+    most = 2**64 - 1
+    bits = (key + (number + 1) * 0x9E3779B97F4A7C15) & most
+    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & most
+    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & most
+    return bits ^ (bits >> 31)
+
+
 def reference_choice(logits: Sequence[float], request: Request) -> tuple[int, float]:
-    """The token, and how far the uniform number is from where another one would have been drawn."""
-    weighted = distribution(logits, request)
-    if len(weighted) == 1:
-        return weighted[0][0], 1.0
-    total = math.fsum(weight for _, weight in weighted)
-    target = uniform(request.seed, len(request.output_ids)) * total
-    reached, bounds = 0.0, []
-    for _, weight in weighted:
-        reached += weight
-        bounds.append(reached)
-    place = next((place for place, bound in enumerate(bounds) if bound > target), len(bounds) - 1)
-    return weighted[place][0], min(abs(bound - target) for bound in bounds) / total
+    """The token, and by which part of its own chance the next one was worse."""
+    key = draw_key(request.seed, len(request.output_ids))
+
+    def chance(token_id: int, weight: float) -> float:
+        return weight / -math.log(((split_mix_64(key, token_id) >> 12) + 0.5) / 2**52)
+
+    chances = sorted(((chance(*item), item[0]) for item in distribution(logits, request)), reverse=True)
+    best, second = chances[0], chances[1] if len(chances) > 1 else (0.0, -1)
+    return best[1], 1 - second[0] / best[0]
