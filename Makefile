@@ -55,7 +55,7 @@ setup: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints/cpu.txt
 	@test -n "$(PYTHON)" || { echo "No Python from 3.11 to 3.13 was found; install one, or run make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --config-settings editable_mode=compat -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_FLAGS) --config-settings editable_mode=compat -e ".[dev]"
 	@touch $@
 
 clean:

@@ -81,7 +81,7 @@ def test_scores_are_equal_with_overlap_off_and_on(two_ranks: LLM, tasks: TaskMan
     for dbo in ("off", "on"):
         two_ranks.reconfigure(dbo=dbo)
         before = two_ranks.stats()["steps_by_plan"].get("dual", 0)
-        plain = evaluate(lm, tasks, limit=6)
+        plain = evaluate(lm, tasks, limit=4)
         chat = evaluate(lm, tasks, limit=8, apply_chat_template=True, fewshot_as_multiturn=True)
         num_dual[dbo] = two_ranks.stats()["steps_by_plan"]["dual"] - before
         scores[dbo] = [scores_of(found) for found in (plain, chat)]

@@ -168,15 +168,15 @@ def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 @pytest.mark.processes
 def test_eval_counts_solved_problems_and_compares_with_and_without_overlap() -> None:
-    ended = run_apart("eval", "word-problems", "--ranks", "2", "--num", "6", "--compare")
+    ended = run_apart("eval", "word-problems", "--ranks", "2", "--num", "3", "--compare")
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
     off, on = result.pop("runs")
     assert (off["dbo"], on["dbo"]) == ("off", "on")
-    assert off["solved"] == on["solved"] == result["equal"] == result["problems"] == 6
+    assert off["solved"] == on["solved"] == result["equal"] == result["problems"] == 3
     assert off["steps_by_plan"]["dual"] == 0 < on["steps_by_plan"]["dual"]
     assert (result["ranks"], result["dtype"]) == (2, "float32")
-    for line in ("dbo off: 6 of 6 solved", "dbo on: 6 of 6 solved", "6 of 6 answers have the same tokens"):
+    for line in ("dbo off: 3 of 3 solved", "dbo on: 3 of 3 solved", "3 of 3 answers have the same tokens"):
         assert line in ended.stderr
 
 

@@ -73,7 +73,7 @@ def _contract_of(name: str) -> dict[str, Check]:
     for num_lanes in (1, 2, 3):
         check = partial(contract_checks.lanes_interleave, name=name, num_lanes=num_lanes)
         checks[f"{name}/lanes_interleave/{num_lanes}"] = check
-    num_iterations = 50 if name == "local" or name.startswith("simulated") else 200
+    num_iterations = 50 if name == "local" or name.startswith("simulated") else 120
     check = partial(contract_checks.buffers_are_written_before_they_are_read, name=name, num_iterations=num_iterations)
     checks[f"{name}/buffers_are_written_before_they_are_read"] = check
     return checks | {f"{name}/{check.__name__}": partial(check, name=name) for check in _PLAIN_CHECKS}

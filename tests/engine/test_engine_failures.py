@@ -122,7 +122,7 @@ def test_a_report_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("how", ["sleeps", "is stopped"])
+@pytest.mark.parametrize("how", [pytest.param("sleeps", marks=pytest.mark.slow), "is stopped"])
 def test_a_peer_that_does_not_answer_is_named_within_the_time_limit(how: str) -> None:
     before = worker_pids()
     transport = "tests.support.transports:StopsInCombine" if how == "sleeps" else "alltoall"
@@ -142,7 +142,7 @@ def test_a_peer_that_does_not_answer_is_named_within_the_time_limit(how: str) ->
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("phase", ["dispatch", "combine"])
+@pytest.mark.parametrize("phase", [pytest.param("dispatch", marks=pytest.mark.slow), "combine"])
 def test_a_peer_that_stops_inside_an_exchange_of_slabs_is_named(phase: str) -> None:
     """Rank, layer, lane and phase; and the next start works."""
     before = worker_pids()

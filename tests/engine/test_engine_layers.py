@@ -72,13 +72,16 @@ def test_one_rank_computes_what_it_computes_unsplit(folder: Path, dtype: torch.d
 
 
 @pytest.mark.processes
-def test_two_ranks_compute_what_they_compute_unsplit(folders: dict[str, Path]) -> None:
-    ways = [
-        ("alltoall", torch.float64),
-        ("alltoall", torch.float32),
-        ("allgather", torch.float64),
-        ("shared-memory", torch.float32),
-    ]
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [("alltoall", torch.float64), ("shared-memory", torch.float32)],
+        pytest.param([("alltoall", torch.float32), ("allgather", torch.float64)], marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_compute_what_they_compute_unsplit(
+    folders: dict[str, Path], ways: list[tuple[str, torch.dtype]]
+) -> None:
     jobs = [(folder, *way) for folder in folders.values() for way in ways]
     for rank, results_of_jobs in enumerate(run_ranks("tests.engine.layer_checks:results_of_jobs", 2, jobs)):
         for (_, _, dtype), results in zip(jobs, results_of_jobs, strict=True):

@@ -70,7 +70,7 @@ def bytes_for_a_tenth(num_requests: int, ranks: int) -> int:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("num_requests", NUM_REQUESTS)
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", ["forced", pytest.param("auto", marks=pytest.mark.slow)])
 def test_every_text_is_that_of_the_request_alone(settings: str, num_requests: int) -> None:
     prompts, params = load(num_requests)
     expected = texts_alone(num_requests)

@@ -72,10 +72,13 @@ def test_two_ranks_alltoall_equal_transformers(two_ranks: LLM, dbo: str, split: 
 @pytest.mark.parametrize(
     ("ranks", "transport", "modes"),
     [
-        (2, "allgather", MODES[1:]),
-        (2, "shared-memory", MODES[1:]),
-        (4, "alltoall", MODES[1:2]),
-        *(pytest.param(4, name, MODES, marks=pytest.mark.slow) for name in ("alltoall", "allgather", "shared-memory")),
+        (2, "allgather", MODES[1:2]),
+        (2, "shared-memory", MODES[2:]),
+        *(
+            pytest.param(ranks, name, MODES, marks=pytest.mark.slow)
+            for ranks in (2, 4)
+            for name in ("alltoall", "allgather", "shared-memory")
+        ),
     ],
 )
 def test_more_ranks_and_transports_equal_transformers(ranks: int, transport: str, modes: list[tuple[str, str]]) -> None:

@@ -53,6 +53,7 @@ def test_every_example_is_tested() -> None:
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == TESTED
 
 
+@pytest.mark.slow  # test_engine_overlap shows the same by the trial of `antiphon demo`
 @pytest.mark.processes
 def test_offline_overlap_hides_communication(tmp_path: Path) -> None:
     ended = start([sys.executable, "examples/offline_overlap.py"], tmp_path / "printed")
@@ -94,6 +95,7 @@ def test_the_library_example_runs_over_two_hosts(tmp_path: Path) -> None:
     assert min(sent) > 2 * 256 * 64 * 4 * 0.5
 
 
+@pytest.mark.slow  # test_server_documents runs that of the README
 @pytest.mark.processes
 def test_a_server_answers_the_openai_client(tmp_path: Path) -> None:
     pytest.importorskip("openai", reason="openai is not installed: pip install openai")
