@@ -170,8 +170,11 @@ async def timed_load(
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(later(one, at_s)) for one, at_s in zip(asks, times_s, strict=True)]
-    except* AntiphonError as errors:
-        raise _first(errors) from None  # the same for all: the engine has ended, say
+    except BaseExceptionGroup as errors:
+        known = errors.subgroup(AntiphonError)
+        if known is None:
+            raise
+        raise _first(known) from None  # the same for all: the engine has ended, say
     return [task.result() for task in tasks], time.perf_counter() - start_s
 
 
