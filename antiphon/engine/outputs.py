@@ -66,7 +66,9 @@ class Detokenizer:
     def _move(self, start: int) -> None:
         self._ids = self._ids[start:]
         self._num_out = len(self._ids)
-        self._text_out = self._tokenizer.decode(self._ids) if self._ids else ""
+        # One token, the usual case, has been decoded before; special ones are not among these.
+        one = self._num_out == 1
+        self._text_out = self._tokenizer.token_text(self._ids[0]) if one else self._tokenizer.decode(self._ids)
 
     def _give_up(self, text: str) -> str:
         """Bytes that are no character: give out all but the last tokens, if the text can be cut there."""

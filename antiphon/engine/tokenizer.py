@@ -32,6 +32,11 @@ class Tokenizer:
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_texts: dict[int, str] = {}
+        # What transformers' `decode` calls in the end, without what it does around it for every token of every stream.
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None or self._tokenizer.clean_up_tokenization_spaces:
+            backend = self._tokenizer
+        self._decode: Any = backend.decode
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the checkpoint puts in front, unless they are not wanted."""
@@ -39,13 +44,13 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self._decode(list(token_ids), skip_special_tokens=True))
 
     def token_text(self, token_id: int) -> str:
         """Of one token alone, special or not; of a part of a character "\ufffd"."""
         text = self._token_texts.get(token_id)
         if text is None:
-            text = self._token_texts[token_id] = str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+            text = self._token_texts[token_id] = str(self._decode([token_id], skip_special_tokens=False))
         return text
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:

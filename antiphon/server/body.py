@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +21,7 @@ __all__ = ["parse_body", "read_body"]
 Model = TypeVar("Model", bound=Body)
 
 _BODY_S = 30.0
+_REST_S = 2.0
 _LARGE_BYTES = 64 * 2**10
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -39,15 +42,18 @@ async def read_body(request: Request, model: type[Model], *, max_bytes: int) -> 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
+    stream = request.stream()
     parts, num_bytes = [], int(announced) if announced.isascii() and announced.isdecimal() else 0
     if num_bytes <= max_bytes:
         num_bytes = 0
-        async for part in request.stream():
+        async for part in stream:
             num_bytes += len(part)
             if num_bytes > max_bytes:
                 break
             parts.append(part)
     if num_bytes > max_bytes:
+        if "expect" not in request.headers:  # such a client asks before it sends
+            await _let_it_finish(stream, 4 * max_bytes)
         raise ApiError(
             413, f"the body is longer than {max_bytes} bytes; send less", code="body_too_long", headers=_CLOSE
         )
@@ -55,6 +61,19 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 
 _CLOSE = {"connection": "close"}  # what was not read cannot be told from the next request
+
+
+async def _let_it_finish(stream: AsyncIterator[bytes], most_bytes: int) -> None:
+    """Read the rest of a body that is too long, for a while: a client that is still sending when the connection is
+    closed gets no answer, but a reset.
+    """
+    num_bytes = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_REST_S):
+            async for part in stream:
+                num_bytes += len(part)
+                if num_bytes > most_bytes:
+                    return
 
 
 def parse_body(body: bytes, model: type[Model]) -> Model:

@@ -5,12 +5,13 @@ A job is not under way: `generation` opens its prompts, and hands it what comes.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import msgspec
 
 from antiphon.core.errors import OptionError, RequestError
 from antiphon.core.sampling import SamplingParams
@@ -137,5 +138,5 @@ class Job(ABC):
 
 
 def to_json(content: object) -> bytes:
-    """As UTF-8."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    """As UTF-8; what JSON has no number for, as null."""
+    return msgspec.json.encode(content)

@@ -61,6 +61,9 @@ class Pieces(Letters):
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode([self.pieces[token_id] for token_id in token_ids if token_id])
 
+    def token_text(self, token_id: int) -> str:
+        return self._decoder.decode([self.pieces[token_id]])
+
 
 def make_request(**params: Any) -> Request:
     settled = SamplingParams(**params)

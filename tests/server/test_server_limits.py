@@ -93,7 +93,7 @@ def test_a_body_that_is_too_long_is_refused(strict: ServerProcess) -> None:
         yield from [b'{"prompt": "'] + [b"word " * 1000] * 5
 
     headers = KEY_HEADER | {"content-type": "application/json"}
-    for content in (b'{"prompt": "' + b"w" * MOST_BYTES, parts()):
+    for content in (b'{"prompt": "' + b"w" * MOST_BYTES, b"w" * 4 * MOST_BYTES, parts(), *[b"w" * MOST_BYTES * 2] * 20):
         answer = strict.post("/v1/completions", content=content, headers=headers)
         assert answer.status_code == 413 and str(MOST_BYTES) in answer.json()["error"]["message"]
 
