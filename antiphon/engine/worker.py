@@ -1,6 +1,6 @@
 """One rank in a process of its own: `python -m antiphon.engine.worker --rank R --folder DIR`.
 
-Started by `worker_client`, never by hand. The folder holds `options.json`, the front's socket, the meeting place of
+Started by `worker_processes`, never by hand. The folder holds `options.json`, the front's socket, the meeting place of
 the ranks and the progress board. The worker ends when the front says so, when the front's end of its standard input
 closes (the front has died), or after an error, which it reports first.
 """

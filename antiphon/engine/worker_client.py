@@ -1,25 +1,16 @@
-"""Starts one worker process a rank and talks to them; turns whatever happens to one of them into one clear error."""
+"""Talks to the workers, one process a rank; turns whatever happens to one of them into one clear error."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import zmq
 
-from antiphon.comm import ProgressBoard
 from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError
 from antiphon.core.policy import OverlapPolicy
-from antiphon.engine.config import EngineConfig, ResolvedConfig
+from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.messages import (
     AllLoaded,
     Answer,
@@ -39,7 +30,8 @@ from antiphon.engine.messages import (
 )
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.starting import Starting, describe_start
-from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, START_S, read_report
+from antiphon.engine.worker import START_S
+from antiphon.engine.worker_processes import WorkerProcesses
 from antiphon.timeline import StepTimeline
 
 __all__ = ["WorkerClient"]
@@ -47,34 +39,28 @@ __all__ = ["WorkerClient"]
 _POLL_MS = 100
 _CAUSE_S = 2.0  # how long other ranks get to report before the cause of a failure is named
 _STOP_S = 5.0
-_LONGEST_SOCKET_FOLDER = 80  # a socket's path has a limit of about 100 characters
 
 
 class WorkerClient:
-    """Owns the worker processes and a private folder with their sockets, logs and progress board."""
+    """Owns the worker processes, and the socket to them."""
 
     ready: Ready
 
     def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
         """Returns when all ranks are ready; `on_start` is called with what they are doing until then."""
         self._ranks = config.options.ranks
-        self._environment = _environment(config.options)
         self._patience_s = config.options.timeout_s * 1.5
         self._wave = 0
         self._heard_at = time.monotonic()
         self._ended = ""
         self._failures: dict[int, Failed] = {}
-        self._folder = _private_folder()
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes = WorkerProcesses(config.options)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         try:
-            self._board = ProgressBoard(self._folder / PROGRESS_FILE, size=self._ranks)
-            self._socket.bind(f"ipc://{self._folder / SOCKET_FILE}")
-            (self._folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(config.options))
-            for rank in range(self._ranks):
-                self._processes.append(self._start(rank))
+            self._socket.bind(self._processes.address)
+            self._processes.start()
             self._wait_for_ready(on_start or (lambda what: None))
         except BaseException:
             self._ended = self._ended or "it did not start"  # nothing to wait for: close kills at once
@@ -139,7 +125,9 @@ class WorkerClient:
         if messages or patient:
             self._heard_at = time.monotonic()
         elif time.monotonic() > self._heard_at + self._patience_s:
-            raise self._end(f"no rank answered for {self._patience_s:.0f} s (serve): {self._board.describe()}")
+            raise self._end(
+                f"no rank answered for {self._patience_s:.0f} s (serve): {self._processes.board.describe()}"
+            )
         return messages
 
     def ask(self, *, timeline: bool = False) -> int:
@@ -159,44 +147,20 @@ class WorkerClient:
 
     def close(self) -> None:
         """Ask the workers to stop, end those that do not within 5 s, and remove the folder."""
+        patience_s = 0.0
         try:
             if not self._ended:
                 self._ended = "it was closed"
                 self._wave += 1
                 self._send_all(Stop(wave=self._wave))
-                deadline = time.monotonic() + _STOP_S
-                while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
-                    time.sleep(0.01)
+                patience_s = _STOP_S
         finally:
-            self._kill()
-            if not self._socket.closed:
-                self._socket.close()
-                self._context.term()
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    # ---- processes
-
-    def _start(self, rank: int) -> subprocess.Popen[bytes]:
-        # -P: modules of the current folder must not hide those of the library.
-        command = [sys.executable, "-P", "-m", "antiphon.engine.worker", "--rank", str(rank)]
-        command += ["--folder", str(self._folder)]
-        with (self._folder / f"rank{rank}.log").open("wb") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # closes when this process ends, and the worker with it
-                stdout=log,
-                stderr=log,
-                env=self._environment,
-                start_new_session=True,  # Ctrl-C reaches this process only
-            )
-
-    def _kill(self) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+            try:
+                self._processes.close(patience_s=patience_s)
+            finally:
+                if not self._socket.closed:
+                    self._socket.close()
+                    self._context.term()
 
     # ---- messages
 
@@ -232,10 +196,10 @@ class WorkerClient:
             if messages:
                 return messages
             if time.monotonic() > deadline:
-                raise self._end(f"no rank answered for {patience_s:.0f} s ({what}): {self._board.describe()}")
+                raise self._end(f"no rank answered for {patience_s:.0f} s ({what}): {self._processes.board.describe()}")
 
     def _check_alive(self, what: str) -> None:
-        if self._failures or any(process.poll() is not None for process in self._processes):
+        if self._failures or self._processes.any_ended():
             raise self._failure(what)
 
     def _read(self, timeout_ms: int) -> list[tuple[int, FromWorker]]:
@@ -256,36 +220,29 @@ class WorkerClient:
         self._read_reports()
         deadline = time.monotonic() + _CAUSE_S
         while time.monotonic() < deadline and not all(
-            rank in self._failures or process.poll() is not None for rank, process in enumerate(self._processes)
+            rank in self._failures or self._processes.ended(rank) for rank in range(self._ranks)
         ):
             self._read(_POLL_MS)
             self._read_reports()
         self._read(_POLL_MS)
         self._read_reports()
-        for rank, process in enumerate(self._processes):
-            code = process.poll()
-            if code is not None and code < 0:
-                name = signal.Signals(-code).name
-                cause = " (lack of memory is a usual cause)" if name == "SIGKILL" else self._last_words(rank)
-                return self._end(f"rank {rank} (pid {process.pid}) was killed by {name} during {what}{cause}")
+        for rank in range(self._ranks):
+            if self._processes.killed(rank):
+                return self._end(self._processes.obituary(rank, what))
         complaints = []
         for rank, failure in self._failures.items():
             if failure.kind == "PeerError":
                 complaints.append((rank, failure))
             else:
                 return self._end_by(rank, failure, what)
-        for rank, process in enumerate(self._processes):
-            if process.poll() is not None and rank not in self._failures:
-                return self._end(
-                    f"rank {rank} (pid {process.pid}) ended with code {process.returncode} during {what}"
-                    f"{self._last_words(rank)}"
-                )
+        for rank in range(self._ranks):
+            if self._processes.ended(rank) and rank not in self._failures:
+                return self._end(self._processes.obituary(rank, what))
         return self._end_by(*complaints[0], what)
 
     def _read_reports(self) -> None:
-        """What ranks left in the folder that could not send it any more. It comes first: others fail because of it."""
-        found = {rank: read_report(rank, self._folder) for rank in range(self._ranks)}
-        reports = {rank: report for rank, report in found.items() if report is not None}
+        """What ranks could not send any more comes first: others fail because of it."""
+        reports = self._processes.reports()
         self._failures = reports | {rank: f for rank, f in self._failures.items() if rank not in reports}
 
     def _end_by(self, rank: int, failure: Failed, what: str) -> AntiphonError:
@@ -298,11 +255,6 @@ class WorkerClient:
             error.add_note(f"On rank {rank}:\n{failure.traceback}")
         return error
 
-    def _last_words(self, rank: int) -> str:
-        text = (self._folder / f"rank{rank}.log").read_text(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip() and " INFO " not in line]
-        return f"; its last words: {lines[-1].strip()}" if lines else ""
-
     def _end(self, reason: str) -> EngineError:
         self._ended = reason
         error = EngineError(f"{reason}; the engine has ended, make a new LLM")
@@ -312,25 +264,3 @@ class WorkerClient:
     def _check(self) -> None:
         if self._ended:
             raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")
-
-
-def _environment(options: EngineConfig) -> dict[str, str]:
-    """Of the workers."""
-    environment = dict(os.environ)
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    if not options.peer_access:
-        environment["NCCL_P2P_DISABLE"] = "1"  # what is forbidden to us is forbidden to NCCL
-    # Multicast over NVLink needs rights that a shared host does not give, and none of our transports uses it.
-    environment.setdefault("NCCL_NVLS_ENABLE", "0")
-    environment.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    # Workers find modules where this process does, also in a notebook or a script's own folder.
-    environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    return environment
-
-
-def _private_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="antiphon-"))
-    if len(str(folder)) <= _LONGEST_SOCKET_FOLDER:
-        return folder
-    folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix="antiphon-", dir="/tmp"))

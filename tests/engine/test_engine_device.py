@@ -16,7 +16,7 @@ from antiphon.engine.config import EngineConfig
 from antiphon.engine.kv_cache import CacheSize
 from antiphon.engine.messages import Ready, decode_from_worker, encode
 from antiphon.engine.settle import DEVICE_VARIABLE, settle_device, settle_peer_access, settle_policy
-from antiphon.engine.worker_client import _environment
+from antiphon.engine.worker_processes import _environment
 
 
 @pytest.fixture(autouse=True)
