@@ -40,7 +40,7 @@ tests: setup
 	$(BIN)/pytest -m "not slow and not gpu and not multigpu"
 
 # pytest ends with 5 where there is no such test yet.
-test-slow: setup  # minutes each
+test-slow: setup  # some 20 minutes
 	$(BIN)/pytest -m "slow" || test $$? -eq 5
 
 test-gpu: setup  # needs CUDA devices

@@ -171,10 +171,10 @@ async def timed_load(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(later(one, at_s)) for one, at_s in zip(asks, times_s, strict=True)]
     except BaseExceptionGroup as errors:
-        known = errors.subgroup(AntiphonError)
+        known, others = errors.split(AntiphonError)
         if known is None:
             raise
-        raise _first(known) from None  # the same for all: the engine has ended, say
+        raise _first(known) from others  # the same for all: the engine has ended, say
     return [task.result() for task in tasks], time.perf_counter() - start_s
 
 

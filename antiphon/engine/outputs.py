@@ -66,7 +66,7 @@ class Detokenizer:
     def _move(self, start: int) -> None:
         self._ids = self._ids[start:]
         self._num_out = len(self._ids)
-        # One token, the usual case, has been decoded before; special ones are not among these.
+        # One token is the usual case, and most have been decoded before; special ones are not among these.
         one = self._num_out == 1
         self._text_out = self._tokenizer.token_text(self._ids[0]) if one else self._tokenizer.decode(self._ids)
 

@@ -3,9 +3,9 @@
 Every token of a row gets a number of its own from an exponential distribution, and the token whose probability is
 largest in proportion to its number is drawn: so each is drawn with its probability, as by Gumbel's method. The numbers
 depend on nothing but the row's key and the token's id, and the key on nothing but the request's seed and how many
-tokens it has. So a text does not depend on the batch, and not on a preemption either. And hardly on rounding: logits
-that differ by one part in a million, as those of batches of different sizes do, change a token once in about a million
-draws. (A search in the cumulative distribution would have one bound for every token of the vocabulary to go wrong at.)
+tokens it has. So a text does not depend on the batch, and not on a preemption either. And hardly on rounding: logits,
+divided by the temperature, that differ by 1e-6, as those of batches of different sizes can, change a token once in
+about a million draws. (A search in the cumulative distribution has a bound for every token of the vocabulary.)
 
 Sums are in float64. A row is put into order only if top_k or top_p need it, and then, in a large vocabulary, only its
 likeliest tokens; whether they were enough is known without looking at the others.
@@ -107,7 +107,8 @@ def draw_ordered(
 
 
 def _first_home(weights_NK: torch.Tensor, key_N: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
-    """Places [N], each with a probability in proportion to its weight; a weight of 0 does not win. Weights are lost.
+    """Places [N], each with a probability in proportion to its weight; a weight of 0 wins only if all are 0. The
+    weights are lost.
 
     The token that comes home first if each takes an exponential time with its weight as rate.
     """

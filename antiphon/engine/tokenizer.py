@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from antiphon.core.errors import ModelError, RequestError
@@ -32,11 +32,7 @@ class Tokenizer:
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_texts: dict[int, str] = {}
-        # What transformers' `decode` calls in the end, without what it does around it for every token of every stream.
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None or self._tokenizer.clean_up_tokenization_spaces:
-            backend = self._tokenizer
-        self._decode: Any = backend.decode
+        self._decode = _plain_decode(self._tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the checkpoint puts in front, unless they are not wanted."""
@@ -44,13 +40,13 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""
-        return str(self._decode(list(token_ids), skip_special_tokens=True))
+        return self._decode(list(token_ids), skip_special_tokens=True)
 
     def token_text(self, token_id: int) -> str:
         """Of one token alone, special or not; of a part of a character "\ufffd"."""
         text = self._token_texts.get(token_id)
         if text is None:
-            text = self._token_texts[token_id] = str(self._decode([token_id], skip_special_tokens=False))
+            text = self._token_texts[token_id] = self._decode([token_id], skip_special_tokens=False)
         return text
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -60,6 +56,18 @@ class Tokenizer:
         except ValueError as error:
             raise ModelError(f"this checkpoint cannot format a chat ({str(error).splitlines()[0]})") from error
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _plain_decode(tokenizer: Any) -> Callable[..., str]:
+    """What transformers' `decode` calls in the end, without what it does around it for every token of every stream.
+
+    The tokenizer's own `decode` where it does more than that.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
+    usual = all(getattr(method, "__module__", "").startswith("transformers.tokenization_utils") for method in own)
+    found = backend if backend is not None and usual and not tokenizer.clean_up_tokenization_spaces else tokenizer
+    return found.decode  # type: ignore[no-any-return]
 
 
 class NoTokenizer:

@@ -54,10 +54,14 @@ class WorkerClient:
         self._heard_at = time.monotonic()
         self._ended = ""
         self._failures: dict[int, Failed] = {}
-        self._processes = WorkerProcesses(config.options)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        try:
+            self._processes = WorkerProcesses(config.options)
+        except BaseException:
+            self._context.destroy()
+            raise
         try:
             self._socket.bind(self._processes.address)
             self._processes.start()

@@ -31,8 +31,8 @@ class WorkerProcesses:
 
     def __init__(self, options: EngineConfig) -> None:
         """Makes the folder; `start` starts the processes."""
-        self._folder = _private_folder()
         self._environment = _environment(options)
+        self._folder = _private_folder()
         self._size = options.ranks
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -101,6 +101,7 @@ class WorkerProcesses:
             for process in self._processes:
                 if process.poll() is None:
                     process.kill()
+            for process in self._processes:
                 process.wait()
                 if process.stdin is not None:
                     process.stdin.close()

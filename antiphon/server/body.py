@@ -31,36 +31,39 @@ async def read_body(request: Request, model: type[Model], *, max_bytes: int) -> 
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"the content type is {kind!r}; send JSON, with Content-Type: application/json")
+    announced = request.headers.get("content-length", "")
+    if announced.isascii() and announced.isdecimal() and int(announced) > max_bytes:
+        if "expect" not in request.headers:  # such a client asks before it sends
+            await _let_it_finish(request.stream(), 4 * max_bytes)
+        raise _too_long(max_bytes)
+    stream = request.stream()
     try:
         async with asyncio.timeout(_BODY_S):
-            body = await _read(request, max_bytes)
+            body = await _read(stream, max_bytes)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {_BODY_S:.0f} s; send it again") from None
+    if body is None:
+        await _let_it_finish(stream, 4 * max_bytes)
+        raise _too_long(max_bytes)
     # Python gives other threads, and so the event loop, their turn; a large body must not hold up the others.
     return parse_body(body, model) if len(body) < _LARGE_BYTES else await asyncio.to_thread(parse_body, body, model)
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    announced = request.headers.get("content-length", "")
-    stream = request.stream()
-    parts, num_bytes = [], int(announced) if announced.isascii() and announced.isdecimal() else 0
-    if num_bytes <= max_bytes:
-        num_bytes = 0
-        async for part in stream:
-            num_bytes += len(part)
-            if num_bytes > max_bytes:
-                break
-            parts.append(part)
-    if num_bytes > max_bytes:
-        if "expect" not in request.headers:  # such a client asks before it sends
-            await _let_it_finish(stream, 4 * max_bytes)
-        raise ApiError(
-            413, f"the body is longer than {max_bytes} bytes; send less", code="body_too_long", headers=_CLOSE
-        )
+async def _read(stream: AsyncIterator[bytes], max_bytes: int) -> bytes | None:
+    """`None` as soon as it is too long."""
+    parts, num_bytes = [], 0
+    async for part in stream:
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            return None
+        parts.append(part)
     return b"".join(parts)
 
 
-_CLOSE = {"connection": "close"}  # what was not read cannot be told from the next request
+def _too_long(max_bytes: int) -> ApiError:
+    # What was not read cannot be told from the next request.
+    close = {"connection": "close"}
+    return ApiError(413, f"the body is longer than {max_bytes} bytes; send less", code="body_too_long", headers=close)
 
 
 async def _let_it_finish(stream: AsyncIterator[bytes], most_bytes: int) -> None:

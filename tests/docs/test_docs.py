@@ -176,7 +176,6 @@ def run_library_example(**environment: str) -> str:
     return run([sys.executable, "-m", "torch.distributed.run", *arguments], **environment)
 
 
-@pytest.mark.slow  # test_examples runs it over two hosts
 @pytest.mark.processes
 def test_the_library_example_runs_under_torchrun() -> None:
     printed = run_library_example(CUDA_VISIBLE_DEVICES="")

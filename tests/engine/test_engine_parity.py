@@ -78,6 +78,7 @@ def test_two_ranks_alltoall_equal_transformers(two_ranks: LLM, dbo: str, split: 
             pytest.param(ranks, name, MODES, marks=pytest.mark.slow)
             for ranks in (2, 4)
             for name in ("alltoall", "allgather", "shared-memory")
+            if (ranks, name) != (2, "alltoall")  # the test above
         ),
     ],
 )

@@ -143,6 +143,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow  # tests/models/test_models_hub.py has the hub, and this that the workers get its folder
 @pytest.mark.processes
 def test_a_model_is_an_id_on_the_hub(one_rank: LLM, tmp_path: Path) -> None:
     """The workers get the folder of the hub's cache, and ask nothing."""

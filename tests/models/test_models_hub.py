@@ -131,7 +131,7 @@ def test_offline_without_a_cache(hub: LocalHub, tmp_path: Path) -> None:
     assert hub.asked == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # many processes; the parts of it are in the tests of downloads, of offline use and of checkpoints
 @pytest.mark.processes
 def test_only_what_a_run_with_dummy_weights_needs(hub: LocalHub, tmp_path: Path) -> None:
     light, full = {"name": MODEL, "weights": False}, {"name": MODEL}

@@ -66,6 +66,7 @@ def test_every_architecture_on_one_rank(checkpoints: list[tuple[Path, PreTrained
             pytest.param(ranks, name, ALL, marks=pytest.mark.slow)
             for ranks in (2, 4)
             for name in ("alltoall", "allgather", "shared-memory")
+            if (ranks, name) != (2, "alltoall")
         ),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -96,6 +96,48 @@ def test_a_body_that_is_too_long_is_refused(strict: ServerProcess) -> None:
     for content in (b'{"prompt": "' + b"w" * MOST_BYTES, b"w" * 4 * MOST_BYTES, parts(), *[b"w" * MOST_BYTES * 2] * 20):
         answer = strict.post("/v1/completions", content=content, headers=headers)
         assert answer.status_code == 413 and str(MOST_BYTES) in answer.json()["error"]["message"]
+
+
+def raw_answer(server: ServerProcess, head: str, parts: Iterable[bytes]) -> bytes:
+    """Of a client that sends slowly, and reads when it has sent everything."""
+    host, _, port = server.url.rpartition("/")[2].partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        lines = ["POST /v1/completions HTTP/1.1", f"Host: {host}", f"Authorization: Bearer {KEY}"]
+        connection.sendall("\r\n".join([*lines, "Content-Type: application/json", head, "", ""]).encode())
+        for part in parts:
+            time.sleep(0.1)
+            connection.sendall(part)
+        answer = b""
+        while received := connection.recv(4096):
+            answer += received
+        return answer
+
+
+def chunks(count: int) -> list[bytes]:
+    return [b"%x\r\n%s\r\n" % (MOST_BYTES, b"w" * MOST_BYTES)] * count + [b"0\r\n\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("head", "parts"),
+    [
+        (f"Content-Length: {3 * MOST_BYTES}", [b"w" * MOST_BYTES] * 3),
+        (f"Content-Length: {3 * MOST_BYTES}\r\nExpect: 100-continue", []),
+        ("Transfer-Encoding: chunked", chunks(3)),
+        ("Transfer-Encoding: chunked\r\nExpect: 100-continue", chunks(3)),
+    ],
+)
+def test_a_slow_client_is_told_that_its_body_is_too_long(strict: ServerProcess, head: str, parts: list[bytes]) -> None:
+    """It is still sending when the server knows, and must not be cut off before it has read; one that asks need not."""
+    answer = raw_answer(strict, head, parts)
+    assert answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 413 "), answer
+    assert str(MOST_BYTES).encode() in answer
+
+
+def test_a_body_without_end_is_cut_off(strict: ServerProcess) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(OSError):
+        raw_answer(strict, "Transfer-Encoding: chunked", chunks(1)[:1] * 200)
+    assert time.monotonic() - start_s < 10
 
 
 def test_a_full_queue_and_clients_that_go(strict: ServerProcess) -> None:

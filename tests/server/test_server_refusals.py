@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import openai
 import pytest
 
+from antiphon.server.jobs import to_json
 from tests.support.server import ServerProcess
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
+
+
+def test_numbers_that_json_has_not_are_null() -> None:
+    assert to_json({"logprob": -math.inf, "text": "é\n"}) == '{"logprob":null,"text":"é\\n"}'.encode()
+
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 TEXT = {"prompt": "Once", "max_tokens": 1}
