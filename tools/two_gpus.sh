@@ -3,7 +3,7 @@
 #
 #   bash tools/two_gpus.sh [FOLDER] [STEP ...]       FOLDER: benchmarks/results; no STEP: all, in the order below
 #
-# Every step has a time limit; its output lies beside its result, as STEP.txt. Takes some 15 minutes on two H200s.
+# Every step has a time limit; its output lies beside its result, as STEP.txt. Takes some 25 minutes on two H200s.
 set -u
 folder=${1:-benchmarks/results}
 shift || true
@@ -25,6 +25,10 @@ step() { # NAME SECONDS COMMAND...
 wanted=("$@")
 overlap=(python3 -m antiphon.cli bench overlap)
 prefill=(python3 -m tools.prefill_throughput)
+serving() { # MODEL OPTION...: as the references measure theirs
+    echo python3 -m antiphon.cli bench dbo "$@" --load-format dummy --routing uniform --ranks 2 --random-input-len 4096 \
+        --random-output-len 1 --num-prompts 200 --max-concurrency 8 --max-model-len 8192 --no-prefix-caching
+}
 no_peers=(--transports allgather,host-staged --no-peer-access)
 nvlink=(--transports allgather,copy-engine)
 sizes=2048,4096,8192,16384
@@ -52,3 +56,11 @@ step comm-nvlink 90 python3 -m antiphon.cli bench comm --sizes 4K,64K,1M,16M,64M
 step prefill-qwen3-30b-a3b-one-gpu 60 "${prefill[@]}" qwen3-30b-a3b --ranks 1 --repeats 2
 step prefill-qwen3-30b-a3b-no-peer-access 90 "${prefill[@]}" qwen3-30b-a3b --ranks 2 --repeats 2 --no-peer-access
 step prefill-qwen3-30b-a3b-nvlink 90 "${prefill[@]}" qwen3-30b-a3b --ranks 2 --repeats 2
+step serving-qwen3-30b-a3b-no-peer-access 120 $(serving qwen3-30b-a3b --repeats 2 --no-peer-access)
+step serving-qwen3-30b-a3b-nvlink 120 $(serving qwen3-30b-a3b --repeats 2)
+step serving-glm-4.5-air-no-peer-access 240 $(serving glm-4.5-air --repeats 1 --no-peer-access)
+step serving-glm-4.5-air-nvlink 240 $(serving glm-4.5-air --repeats 1)
+step serving-qwen3-30b-a3b-alltoall-no-peer-access 150 $(serving qwen3-30b-a3b --repeats 2 --transport alltoall --no-peer-access)
+step serving-qwen3-30b-a3b-alltoall-nvlink 120 $(serving qwen3-30b-a3b --repeats 2 --transport alltoall)
+step serving-qwen3-30b-a3b-rate-no-peer-access 180 $(serving qwen3-30b-a3b --repeats 2 --capacity-share 1.2 --no-peer-access)
+step serving-qwen3-30b-a3b-rate-nvlink 150 $(serving qwen3-30b-a3b --repeats 2 --capacity-share 1.2)
