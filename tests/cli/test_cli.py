@@ -135,6 +135,7 @@ def test_a_wrong_line_in_a_prompts_file_is_named(
     assert 'line 2 is not a JSON object with a text "prompt"' in capsys.readouterr().err
 
 
+@pytest.mark.slow  # test_engine_failures has the error itself
 @pytest.mark.processes
 def test_a_lane_that_raises_gives_one_line_and_no_traceback() -> None:
     transport = ["--transport", "tests.support.transports:NoGreenlets", "--dbo", "on", "--ranks", "2"]
@@ -166,6 +167,7 @@ def test_version_and_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert option in text
 
 
+@pytest.mark.slow  # test_engine_parity solves all with overlap, the test below counts
 @pytest.mark.processes
 def test_eval_counts_solved_problems_and_compares_with_and_without_overlap() -> None:
     ended = run_apart("eval", "word-problems", "--ranks", "2", "--num", "3", "--compare")

@@ -131,6 +131,7 @@ def test_three_lanes_equal_one(two_ranks: LLM) -> None:
         assert llm.stats()["steps_by_plan"] == {"serial": 0, "3-lane": 12}
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_bfloat16_solves_the_word_problems() -> None:
     problems = word_problems()[:32]

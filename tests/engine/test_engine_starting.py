@@ -84,6 +84,7 @@ def test_the_throttle_passes_every_change_and_little_else() -> None:
     assert len(sent) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_rank_that_loads_for_longer_than_a_peer_may_take_is_waited_for() -> None:
     """Ranks wait 2 s for a peer; rank 1 takes 4 s to load, then they exchange something."""
