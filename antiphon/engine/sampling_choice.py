@@ -184,10 +184,9 @@ class Chooser:
         count = self._num_likeliest if method is _Method.DRAW_LIKELIEST else self._vocab_size
         ids_NK = likeliest(logits_NV, count)[1]
         limits = Limits(top_k_N=settings.top_k_N, top_p_N=top_p_N, min_p_N=min_p_N)
-        place_N, covered_N = draw_ordered(
+        chosen_N, covered_N = draw_ordered(
             scaled_NV.gather(1, ids_NK), ids_NK, scaled_NV.exp().sum(-1), settings.key_N, limits
         )
-        chosen_N = ids_NK.gather(1, place_N.unsqueeze(-1)).squeeze(-1)
         return torch.where(covered_N, chosen_N, _NOT_COVERED) if method is _Method.DRAW_LIKELIEST else chosen_N
 
 

@@ -89,7 +89,7 @@ def draw(scaled_NV: torch.Tensor, key_N: torch.Tensor, min_p_N: torch.Tensor) ->
 def draw_ordered(
     scaled_NK: torch.Tensor, ids_NK: torch.Tensor, total_N: torch.Tensor, key_N: torch.Tensor, limits: Limits
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places [N] among the K likeliest tokens, which are in order, and whether K were enough for this row.
+    """Token ids [N] from the K likeliest tokens, which are in order, and whether K were enough for this row.
 
     ids_NK: the ids of these tokens. total_N: the sum of exp(scaled) over the vocabulary.
     """
@@ -103,7 +103,8 @@ def draw_ordered(
     enough_N = torch.where(limits.top_p_N < 1, limits.top_p_N * total_N, torch.inf)
     kept_NK = (sums_NK - weights_NK < enough_N.unsqueeze(-1)) & (weights_NK >= limits.min_p_N.unsqueeze(-1))
     covered_N = (limits.top_k_N > 0) | (sums_NK[:, -1] >= enough_N) | ~kept_NK[:, -1]
-    return _first_home(weights_NK.masked_fill_(~kept_NK, 0.0), key_N, ids_NK), covered_N
+    place_N = _first_home(weights_NK.masked_fill_(~kept_NK, 0.0), key_N, ids_NK)
+    return ids_NK.gather(1, place_N.unsqueeze(-1)).squeeze(-1), covered_N
 
 
 def _first_home(weights_NK: torch.Tensor, key_N: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:

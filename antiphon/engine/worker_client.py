@@ -129,9 +129,7 @@ class WorkerClient:
         if messages or patient:
             self._heard_at = time.monotonic()
         elif time.monotonic() > self._heard_at + self._patience_s:
-            raise self._end(
-                f"no rank answered for {self._patience_s:.0f} s (serve): {self._processes.board.describe()}"
-            )
+            raise self._silence(self._patience_s, "serve")
         return messages
 
     def ask(self, *, timeline: bool = False) -> int:
@@ -200,7 +198,7 @@ class WorkerClient:
             if messages:
                 return messages
             if time.monotonic() > deadline:
-                raise self._end(f"no rank answered for {patience_s:.0f} s ({what}): {self._processes.board.describe()}")
+                raise self._silence(patience_s, what)
 
     def _check_alive(self, what: str) -> None:
         if self._failures or self._processes.any_ended():
@@ -218,6 +216,9 @@ class WorkerClient:
         return messages
 
     # ---- failures
+
+    def _silence(self, patience_s: float, what: str) -> EngineError:
+        return self._end(f"no rank answered for {patience_s:.0f} s ({what}): {self._processes.board.describe()}")
 
     def _failure(self, what: str) -> AntiphonError:
         """Find the cause: the other ranks fail as well as soon as one does, and get a moment to say so."""
