@@ -36,8 +36,12 @@ types: setup
 layers: setup
 	$(BIN)/lint-imports
 
+# Tests that start no processes run side by side; the others, of which many watch the clock, have the machine to themselves.
+QUICK := not slow and not gpu and not multigpu
+
 tests: setup
-	$(BIN)/pytest -m "not slow and not gpu and not multigpu"
+	$(BIN)/pytest -n auto --maxprocesses 4 -m "$(QUICK) and not processes"
+	$(BIN)/pytest -m "$(QUICK) and processes"
 
 # pytest ends with 5 where there is no such test yet.
 test-slow: setup  # some 20 minutes

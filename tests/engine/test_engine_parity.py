@@ -72,7 +72,6 @@ def test_two_ranks_alltoall_equal_transformers(two_ranks: LLM, dbo: str, split: 
 @pytest.mark.parametrize(
     ("ranks", "transport", "modes"),
     [
-        (2, "allgather", MODES[1:2]),
         (2, "shared-memory", MODES[2:]),
         *(
             pytest.param(ranks, name, MODES, marks=pytest.mark.slow)

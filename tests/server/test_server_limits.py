@@ -72,8 +72,9 @@ def test_the_key_is_needed_and_never_told(strict: ServerProcess) -> None:
         assert strict.get(path).status_code == 200
     with pytest.raises(openai.AuthenticationError):
         strict.client(api_key="wrong-key-77").models.list()
-    strict.client(api_key=KEY).completions.create(model="first", prompt="xyzzy plugh", max_tokens=1)
-    told = strict.log
+    client = strict.client(api_key=KEY, default_headers={"x-request-id": "with-the-key"})
+    client.completions.create(model="first", prompt="xyzzy plugh", max_tokens=1)
+    told = strict.log_with("with-the-key")
     assert "request finished" in told
     for secret in (KEY, "wrong-key-77", "xyzzy"):
         assert secret not in told
@@ -209,6 +210,6 @@ def test_the_time_limit_of_a_request(strict: ServerProcess) -> None:
 def test_the_log_has_a_line_of_json_for_every_request(strict: ServerProcess) -> None:
     content = {"prompt": "a", "max_tokens": 2, "ignore_eos": True}
     strict.post("/v1/completions", json=content, headers=KEY_HEADER | {"x-request-id": "mine-7"})
-    events = [json.loads(line) for line in strict.log.splitlines()]
+    events = [json.loads(line) for line in strict.log_with("mine-7").splitlines()]
     (event,) = [one for one in events if one.get("request_id") == "mine-7"]
     assert (event["status"], event["num_generated"], event["reason"]) == (200, 2, "length")

@@ -156,8 +156,8 @@ def test_the_server_counts_what_a_serving_benchmark_asks_of_it(server: ServerPro
     workload = Workload(num_prompts=12, input_len=30, output_len=9, range_ratio=0.5)
     options = ServeOptions(base_url=server.url, workload=workload, max_concurrency=6, ignore_eos=True)
     result = run_serve(options)
-    told = server.log
     after = counts()
+    told = server.log  # after one more request: the lines of those before it are written by now
 
     def grown(name: str, *labels: str) -> float:
         return after[name, labels] - before.get((name, labels), 0.0)

@@ -55,6 +55,14 @@ class ServerProcess:
     def log(self) -> str:
         return Path(self._log.name).read_text()
 
+    def log_with(self, text: str, *, within_s: float = 10) -> str:
+        """The log once it holds this text: a line is written after the answer that it tells of was sent."""
+        deadline = time.monotonic() + within_s
+        while text not in (log := self.log):
+            assert time.monotonic() < deadline, f"not in the log: {text}\n{log}"
+            time.sleep(0.01)
+        return log
+
     def client(self, **options: Any) -> openai.OpenAI:
         """That does not try again."""
         return openai.OpenAI(
