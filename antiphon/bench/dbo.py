@@ -29,6 +29,7 @@ from antiphon.core.policy import DBO_MODES
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.async_engine import AsyncEngine
 from antiphon.engine.config import EngineConfig
+from antiphon.engine.describe import describe_config
 from antiphon.runtime.versions import versions
 
 __all__ = ["DboOptions", "print_dbo", "run_dbo"]
@@ -81,7 +82,7 @@ def run_dbo(config: EngineConfig, options: DboOptions, *, say: Callable[[str], N
     Raises as `AsyncEngine` does, and `RequestError` if the load's requests do not fit the model.
     """
     engine = AsyncEngine(config)
-    for heading, text in engine.config.describe():
+    for heading, text in describe_config(engine.config):
         if heading != "dbo":
             say(f"{heading + ':':<11}{text}")
     return asyncio.run(_run(engine, options, say))

@@ -8,6 +8,7 @@ from rich.markup import escape
 from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.bench.word_problems import word_problems
 from antiphon.core.sampling import SamplingParams
+from antiphon.engine.describe import describe_config
 from antiphon.engine.llm import LLM
 
 __all__ = ["run_demo"]
@@ -30,7 +31,7 @@ def run_demo(console: Console) -> None:
         link = tuned_link(llm, trial_prompts)
 
     with LLM(ranks=2, device="cpu", dbo="on", transport=simulated_transport(link), prefix_caching=False) as llm:
-        for heading, text in llm.config.describe():
+        for heading, text in describe_config(llm.config):
             console.print(f"  {heading + ':':<11}{text}", highlight=False, soft_wrap=True)
         console.print()
         solutions = llm.generate([*prompts, STORY], _sampling(len(prompts)))

@@ -18,6 +18,7 @@ __all__ = ["say", "started"]
 @contextmanager
 def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
     """An engine with these options of `LLM`, which ends with the block."""
+    from antiphon.engine.describe import describe_config
     from antiphon.engine.llm import LLM  # it loads the tokenizers
 
     with ExitStack() as stack:
@@ -33,7 +34,7 @@ def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
 
         llm = LLM(**engine, on_start=show)
     with llm:
-        for heading, text in llm.config.describe():
+        for heading, text in describe_config(llm.config):
             say(console, f"{heading + ':':<11}{text}")
         yield llm
 

@@ -20,7 +20,8 @@ from antiphon.comm.registry import (
     load_transport,
     parse_transport,
 )
-from antiphon.comm.transport import ExpertShape, Flight, Routes, Rows, Transport, TransportPart
+from antiphon.comm.tokens import ExpertShape, Routes, Rows
+from antiphon.comm.transport import Flight, Transport, TransportPart
 
 __all__ = [
     "ExpertShape",

@@ -14,16 +14,8 @@ import torch
 
 from antiphon.comm.group import Collective, RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.transport import (
-    DEFAULT_MAX_TOKENS,
-    ExpertShape,
-    Flight,
-    Routes,
-    Rows,
-    Transport,
-    TransportPart,
-    exchange_counts,
-)
+from antiphon.comm.tokens import ExpertShape, Routes, Rows
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart, exchange_counts
 from antiphon.core.errors import OptionError
 from antiphon.runtime import CudaStreams, Streams
 

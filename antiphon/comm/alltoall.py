@@ -14,16 +14,8 @@ import torch
 from antiphon.comm.group import Collective, RankGroup
 from antiphon.comm.routed_exchange import RoutedExchange
 from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.transport import (
-    DEFAULT_MAX_TOKENS,
-    ExpertShape,
-    Flight,
-    Routes,
-    Rows,
-    Transport,
-    TransportPart,
-    wait_for_counts,
-)
+from antiphon.comm.tokens import ExpertShape, Routes, Rows
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart, wait_for_counts
 from antiphon.runtime import Streams
 
 __all__ = ["AllToAllTransport"]

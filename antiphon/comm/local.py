@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm.transport import Flight, Routes, Rows, Transport
+from antiphon.comm.tokens import Routes, Rows
+from antiphon.comm.transport import Flight, Transport
 
 __all__ = ["LocalTransport"]
 

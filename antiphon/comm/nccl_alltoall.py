@@ -16,15 +16,8 @@ from antiphon.comm.group import RankGroup
 from antiphon.comm.nccl import NcclCollective, NcclGroup
 from antiphon.comm.routed_exchange import RoutedExchange
 from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.transport import (
-    DEFAULT_MAX_TOKENS,
-    ExpertShape,
-    Flight,
-    Routes,
-    Rows,
-    Transport,
-    TransportPart,
-)
+from antiphon.comm.tokens import ExpertShape, Routes, Rows
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import OptionError
 from antiphon.runtime import CudaStreams, Streams
 

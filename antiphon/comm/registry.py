@@ -18,7 +18,8 @@ from typing import Any
 from antiphon.comm.group import RankGroup
 from antiphon.comm.link import Link, parse_link
 from antiphon.comm.machine_facts import peers_forbidden
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape, Transport
+from antiphon.comm.tokens import ExpertShape
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Transport
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.runtime import Streams
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm.transport import ExpertShape, Routes
+from antiphon.comm.tokens import ExpertShape, Routes
 from antiphon.kernels.pack import pack_rows
 
 __all__ = ["LaneBuffers", "RowFormat", "aligned"]

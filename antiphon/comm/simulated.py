@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 
 from antiphon.comm.link import Link
-from antiphon.comm.transport import Flight, Routes, Rows, Transport, TransportPart
+from antiphon.comm.tokens import Routes, Rows
+from antiphon.comm.transport import Flight, Transport, TransportPart
 
 __all__ = ["SimulatedTransport"]
 

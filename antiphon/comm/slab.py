@@ -25,16 +25,8 @@ from antiphon.comm.group import RankGroup
 from antiphon.comm.mailbox import Arrival, Exchange, Mailbox, Phase, Put
 from antiphon.comm.mailbox_log import MailboxLog
 from antiphon.comm.row_format import RowFormat
-from antiphon.comm.transport import (
-    DEFAULT_MAX_TOKENS,
-    ExpertShape,
-    Flight,
-    Routes,
-    Rows,
-    Transport,
-    TransportPart,
-    exchange_counts,
-)
+from antiphon.comm.tokens import ExpertShape, Routes, Rows
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart, exchange_counts
 from antiphon.core.errors import OptionError
 from antiphon.kernels.pack import pack_rows
 from antiphon.kernels.rank_sum import add_in_rank_order

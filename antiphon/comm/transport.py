@@ -27,14 +27,12 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 
 from antiphon.comm.group import Collective, RankGroup
+from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import Pending, Streams, current_lane
 
 __all__ = [
-    "ExpertShape",
     "Flight",
-    "Routes",
-    "Rows",
     "Transport",
     "TransportPart",
     "exchange_counts",
@@ -45,74 +43,6 @@ T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 8192
 """Tokens of one lane on one rank, where the caller does not say."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertShape:
-    """The experts of one model, as a transport needs to know them. Rank r of W holds experts r*E/W to (r+1)*E/W."""
-
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    dtype: torch.dtype
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """Of the routing weights: float32, or float64 for a float64 model."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def experts_per_rank(self, num_ranks: int) -> int:
-        """Raises `OptionError` if the experts do not divide by the ranks."""
-        if num_ranks < 1 or self.num_experts % num_ranks:
-            fitting = ", ".join(str(n) for n in range(1, self.num_experts + 1) if self.num_experts % n == 0)
-            raise OptionError(
-                f"num_experts={self.num_experts} is not divisible by ranks={num_ranks}; use {fitting} ranks"
-            )
-        return self.num_experts // num_ranks
-
-
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """Where a router sends each token: expert ids [T, K] (int64, all different in a row) and weights [T, K]."""
-
-    ids_TK: torch.Tensor
-    weights_TK: torch.Tensor
-
-
-class Rows:
-    """What a rank received: tokens, their experts, their weights. Tensors may have gaps between their rows.
-
-    global_ids_RK: expert ids of the whole model, or -1; this rank holds `num_experts` of them from `first_expert` on.
-    ids_RK: the same as indices on this rank, int64, -1 for other ranks' experts; computed when it is first asked for.
-    out_RD: where the partial sums may be written, so that `combine` need not copy them; `None` if it does not matter.
-    """
-
-    __slots__ = ("_ids_RK", "first_expert", "global_ids_RK", "num_experts", "out_RD", "weights_RK", "x_RD")
-
-    def __init__(
-        self,
-        x_RD: torch.Tensor,
-        global_ids_RK: torch.Tensor,
-        weights_RK: torch.Tensor,
-        out_RD: torch.Tensor | None = None,
-        *,
-        first_expert: int = 0,
-        num_experts: int,
-    ) -> None:
-        self.x_RD = x_RD
-        self.global_ids_RK = global_ids_RK
-        self.weights_RK = weights_RK
-        self.out_RD = out_RD
-        self.first_expert = first_expert
-        self.num_experts = num_experts
-        self._ids_RK: torch.Tensor | None = None
-
-    @property
-    def ids_RK(self) -> torch.Tensor:
-        if self._ids_RK is None:
-            local = self.global_ids_RK.to(torch.int64) - self.first_expert
-            self._ids_RK = local.masked_fill_((local < 0) | (local >= self.num_experts), -1)
-        return self._ids_RK
 
 
 @dataclass(slots=True, kw_only=True)

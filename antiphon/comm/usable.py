@@ -13,7 +13,8 @@ import torch
 
 from antiphon.comm.machine_facts import UNLIMITED, Check, Facts, Peer, peers_forbidden
 from antiphon.comm.row_format import RowFormat
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, ExpertShape
+from antiphon.comm.tokens import ExpertShape
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS
 from antiphon.core.errors import OptionError, unknown_value
 
 __all__ = ["Advice", "Usability", "advise", "format_bytes", "format_cpus", "slab_bytes", "usable_transports"]

@@ -258,59 +258,6 @@ class ResolvedConfig:
             settled.append(("dtype", self.dtype_name, reason))
         return settled
 
-    def _describe_dbo(self) -> str:
-        asked, policy = self.options.policy.dbo, self.policy
-        if asked != policy.dbo:
-            return f"{asked}: {policy.dbo}, {ONE_RANK_HIDES_NOTHING}"
-        most, prefill = self.max_num_batched_tokens, policy.threshold(decode_only=False)
-        limit = f"; a step has at most {most} tokens" if policy.dbo != "off" and prefill >= most else ""
-        source = f", by {self.dbo_source}" if self.dbo_source else ""
-        return policy.describe() + limit + source
-
-    def describe(self) -> list[tuple[str, str]]:
-        """(heading, text) of the start-up block."""
-        options, model = self.options, self.model
-        device = "the CPU" if self.device_kind == "cpu" else self.device_name or self.device_kind
-        return [
-            ("model", f"{options.model} ({self._describe_model()})"),
-            (
-                "ranks",
-                f"{options.ranks} on {device}, "
-                f"{model.num_experts // options.ranks} of {model.num_experts} experts each",
-            ),
-            ("transport", f"{self.transport}: {self.transport_reason}"),
-            ("KV cache", self._describe_cache()),
-            ("steps", self._describe_steps()),
-            ("dbo", self._describe_dbo()),
-        ]
-
-    def _describe_model(self) -> str:
-        facts = [self.model.architecture, self.dtype_name]
-        if self.options.num_layers is not None:
-            facts.append(f"cut to {self.model.num_layers} layers")
-        if self.options.load_format == "dummy":
-            facts.append(f"dummy weights, routing {self.routing}")
-        return ", ".join(facts)
-
-    def _describe_cache(self) -> str:
-        texts = f"texts up to {self.max_model_len:,} tokens"
-        if self.cache is None:
-            return f"measured when the weights are loaded, {texts}"
-        block = block_bytes(self.model, block_size=self.options.block_size, dtype=self.dtype)
-        memory_mb = self.cache.num_blocks * block / 2**20
-        prefixes = "on" if self.options.prefix_caching else "off"
-        return (
-            f"{self.kv_capacity_tokens:,} tokens a rank ({memory_mb:,.0f} MiB, {self.cache.source}), {texts}, "
-            f"prefix caching {prefixes}"
-        )
-
-    def _describe_steps(self) -> str:
-        options = self.options
-        prompts = "prompts may take several"
-        if not options.chunked_prefill:
-            prompts = "prompts are cut only where they are longer than that"
-        return f"up to {self.max_num_batched_tokens:,} tokens and {options.max_num_seqs} requests a rank; {prompts}"
-
 
 def _check_count(name: str, value: object) -> None:
     if not is_whole(value) or value < 1:

@@ -21,6 +21,7 @@ import antiphon
 from antiphon.core.errors import OptionError
 from antiphon.engine.async_engine import AsyncEngine
 from antiphon.engine.config import EngineConfig
+from antiphon.engine.describe import describe_config
 from antiphon.server.app import make_app
 from antiphon.server.logs import log_event
 from antiphon.server.options import ServerOptions
@@ -85,7 +86,7 @@ async def _serve(
         engine = await _start(config, service, signals)
         if engine is None:
             return signals.exit_code
-        for heading, text in engine.config.describe():
+        for heading, text in describe_config(engine.config):
             say(f"{heading + ':':<11}{text}")
         for sentence in engine.config.without_effect():
             logger.warning(sentence)

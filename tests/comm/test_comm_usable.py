@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from antiphon.comm.machine_facts import UNLIMITED, Check, Device, Facts, Gpus, Host, Numa, NumaNode, Peer, Versions
-from antiphon.comm.transport import ExpertShape
+from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.usable import Usability, advise, format_bytes, slab_bytes, usable_transports
 from antiphon.core.errors import OptionError
 

@@ -13,6 +13,7 @@ from antiphon.core.policy import OverlapPolicy
 from antiphon.engine import config as config_module
 from antiphon.engine import settle
 from antiphon.engine.config import EngineConfig
+from antiphon.engine.describe import describe_config
 from antiphon.engine.kv_cache import CacheSize
 from antiphon.engine.messages import Ready, decode_from_worker, encode
 from antiphon.engine.settle import DEVICE_VARIABLE, settle_device, settle_peer_access, settle_policy
@@ -82,7 +83,7 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
     assert (config.device_kind, config.dtype_name, config.cache) == ("cuda", "bfloat16", None)
     assert ("device", "cuda", "CUDA devices: 1, ranks: 1") in config.settled()
     assert ("dtype", "bfloat16", "what GPUs compute fastest") in config.settled()
-    described = dict(config.describe())
+    described = dict(describe_config(config))
     assert described["ranks"].startswith("1 on cuda, ")
     assert described["KV cache"].startswith("measured when the weights are loaded")
     with pytest.raises(AssertionError, match="not measured"):
@@ -92,7 +93,7 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
         device_name="Some GPU", transport_name="local", cache=CacheSize(num_blocks=101, source="90% of it")
     )
     assert started.kv_capacity_tokens == 1600
-    described = dict(started.describe())
+    described = dict(describe_config(started))
     assert described["ranks"].startswith("1 on Some GPU, ")
     assert described["KV cache"].startswith("1,600 tokens a rank (")
     assert "90% of it" in described["KV cache"]
@@ -235,7 +236,7 @@ def test_the_policy_follows_the_transport_that_the_devices_allow(monkeypatch: py
     assert (config.transport.name, config.policy.threshold(decode_only=False)) == ("copy-engine", 8192)
     cache = CacheSize(num_blocks=10, source="a test")
     with_peers = config.started(device_name="a GPU", transport_name="copy-engine", cache=cache)
-    assert "a step has at most" in dict(with_peers.describe())["dbo"]
+    assert "a step has at most" in dict(describe_config(with_peers))["dbo"]
     started = config.started(device_name="a GPU", transport_name="host-staged", cache=cache)
     assert (started.transport.name, started.policy.threshold(decode_only=False)) == ("host-staged", 4096)
-    assert "from 4096 tokens a rank" in dict(started.describe())["dbo"]
+    assert "from 4096 tokens a rank" in dict(describe_config(started))["dbo"]

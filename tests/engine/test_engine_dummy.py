@@ -12,6 +12,7 @@ from antiphon import LLM, GeneratedOutput, SamplingParams
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import ModelError, RequestError
 from antiphon.engine.config import EngineConfig
+from antiphon.engine.describe import describe_config
 from antiphon.models import PRESETS
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 1, 4, 1, 5], [2, 7, 1, 8], [100, 200]]
@@ -32,8 +33,8 @@ def shape(tmp_path: Path) -> str:
 def generate(shape: str, **options: Any) -> list[GeneratedOutput]:
     with LLM(shape, load_format="dummy", num_layers=3, device="cpu", **options) as llm:
         outputs = llm.generate(PROMPTS, PARAMS)
-        assert "dummy weights, routing" in dict(llm.config.describe())["model"]
-        assert "cut to 3 layers" in dict(llm.config.describe())["model"]
+        assert "dummy weights, routing" in dict(describe_config(llm.config))["model"]
+        assert "cut to 3 layers" in dict(describe_config(llm.config))["model"]
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         assert output.prompt_token_ids == prompt
         assert (output.prompt, output.text) == ("", "")

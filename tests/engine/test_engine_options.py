@@ -14,6 +14,7 @@ from antiphon import LLM
 from antiphon.core.errors import OptionError
 from antiphon.core.policy import OPTION_NAMES, OverlapPolicy
 from antiphon.engine.config import EngineConfig
+from antiphon.engine.describe import describe_config
 from antiphon.engine.foreign_options import FOREIGN_OPTIONS
 from antiphon.engine.options import OPTION_DEFAULTS, make_config
 from antiphon.engine.settle import DBO_VARIABLE
@@ -295,7 +296,7 @@ def test_the_environment_says_what_auto_is(setting: str, dbo: str, monkeypatch: 
     monkeypatch.setenv(DBO_VARIABLE, setting)
     config = EngineConfig(ranks=2).resolve()
     assert config.options.policy.dbo == config.policy.dbo == dbo
-    assert dict(config.describe())["dbo"].endswith(f"by {DBO_VARIABLE}={setting}")
+    assert dict(describe_config(config))["dbo"].endswith(f"by {DBO_VARIABLE}={setting}")
     assert EngineConfig(policy=OverlapPolicy(dbo="off")).resolve().policy.dbo == "off"
     assert EngineConfig(policy=OverlapPolicy(dbo="on")).resolve().dbo_source == ""
 
@@ -350,4 +351,4 @@ def test_variables_of_other_engines_are_not_obeyed_and_said_so(
     ],
 )
 def test_the_start_up_block(options: dict[str, Any], heading: str, words: str) -> None:
-    assert words in dict(EngineConfig(**options).resolve().describe())[heading]
+    assert words in dict(describe_config(EngineConfig(**options).resolve()))[heading]
