@@ -11,13 +11,12 @@ import mmap
 import os
 import shutil
 import socket
-import tempfile
-from pathlib import Path
 
 import torch
 
 from antiphon.comm.group import RankGroup
 from antiphon.core.errors import OptionError, PeerError
+from antiphon.core.folders import socket_folder
 
 __all__ = ["HostMemory", "share_host_memory"]
 
@@ -43,15 +42,15 @@ def share_host_memory(group: RankGroup, num_bytes: int, *, what: str) -> list[Ho
     what: for errors. Raises `OptionError` if there is no such memory, `PeerError` if a rank does not come.
     """
     num_bytes = max(-(-num_bytes // _ALIGNMENT) * _ALIGNMENT, _ALIGNMENT)
-    folder = tempfile.mkdtemp(prefix="antiphon-fd-")
+    folder = socket_folder("antiphon-fd-")
     try:
-        descriptor = _make_memfd(num_bytes, what)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with listener:
             listener.settimeout(group.timeout_s)
-            path = str(Path(folder) / "memory")
+            path = str(folder / "memory")
             listener.bind(path)
             listener.listen(group.size)
+            descriptor = _make_memfd(num_bytes, what)
             paths = group.all_gather_object(path)
             descriptors = _exchange(group, listener, paths, descriptor, what)
     finally:

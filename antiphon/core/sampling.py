@@ -182,9 +182,10 @@ def _checked_bias(bias: object) -> dict[int, float] | None:
         )
     checked: dict[int, float] = {}
     for key, value in bias.items():
-        token_id = int(key) if isinstance(key, str) and key.isdecimal() else key  # JSON has only such keys
+        # JSON has only such keys; int refuses thousands of digits with an error of its own.
+        token_id = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
         if not is_whole(token_id) or token_id < 0:
-            raise OptionError(f"logit_bias has the token id {key!r}, which is none; use integers of at least 0")
+            raise OptionError(f"logit_bias has the token id {key!r:.40}, which is none; use integers of at least 0")
         if not is_number(value) or not -100 <= value <= 100:
             raise OptionError(f"logit_bias has {value!r} for token {key}; use numbers from -100 to 100")
         checked[token_id] = float(value)

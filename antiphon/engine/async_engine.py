@@ -15,7 +15,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,76 +27,16 @@ from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.messages import Answer, FromWorker, Tokens
-from antiphon.engine.outputs import Collector, Delta
+from antiphon.engine.open_request import OpenRequest
+from antiphon.engine.outputs import Collector
 from antiphon.engine.prompts import Prompt, RequestMaker
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.engine.worker_client import WorkerClient
 
-__all__ = ["AsyncEngine", "OpenRequest", "StreamItem"]
+__all__ = ["AsyncEngine"]
 
 _WAKE = "inproc://antiphon-wake"
-
-
-@dataclass(frozen=True, slots=True)
-class StreamItem:
-    """More of result `index` of a request, and when it came, by `time.monotonic`."""
-
-    index: int
-    delta: Delta
-    at_s: float
-
-
-class OpenRequest:
-    """One prompt and its n results, under way. Iterate to its end, or `cancel`; a `with` block cancels what is left.
-
-    collectors: of the results, by index; `prompt_ids`; `num_tokens` generated so far, of all results.
-    """
-
-    def __init__(self, engine: AsyncEngine, collectors: dict[int, Collector], prompt_ids: tuple[int, ...]) -> None:
-        self.prompt_ids = prompt_ids
-        self.num_tokens = 0
-        self._engine = engine
-        self._by_id = collectors
-        self._index = {request_id: index for index, request_id in enumerate(collectors)}
-        self._arrived: asyncio.Queue[tuple[float, TokenOutput] | EngineError] = asyncio.Queue()
-
-    @property
-    def collectors(self) -> list[Collector]:
-        return list(self._by_id.values())
-
-    @property
-    def finished(self) -> bool:
-        return all(collector.finished for collector in self._by_id.values())
-
-    def __enter__(self) -> OpenRequest:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.cancel()
-
-    def cancel(self) -> None:
-        """Forget what has not finished: its blocks are free before the next step."""
-        self._engine._forget([number for number, collector in self._by_id.items() if not collector.finished])
-
-    async def __aiter__(self) -> AsyncIterator[StreamItem]:
-        """Raises `EngineError` if the engine ends before all results have finished."""
-        while not self.finished:
-            arrived = await self._arrived.get()
-            if isinstance(arrived, EngineError):
-                raise arrived
-            at_s, output = arrived
-            collector = self._by_id[output.request_id]
-            if collector.finished:
-                continue
-            delta = collector.take(output)
-            self.num_tokens += len(delta.token_ids)
-            if collector.must_cancel:
-                self._engine._forget([output.request_id])
-            yield StreamItem(self._index[output.request_id], delta, at_s)
-
-    def _put(self, arrived: tuple[float, TokenOutput] | EngineError) -> None:
-        self._arrived.put_nowait(arrived)
 
 
 @dataclass(slots=True)
@@ -110,11 +50,13 @@ class _Running:
 
 @dataclass(slots=True)
 class _Question:
-    answer: asyncio.Future[list[dict[str, Any]]]
+    """answer: of the event loop; `None` if nobody waits for it."""
+
+    answer: asyncio.Future[list[dict[str, Any]]] | None = None
     by_rank: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def tell(self, stats: list[dict[str, Any]]) -> None:
-        if not self.answer.done():  # whoever asked may have gone
+        if self.answer is not None and not self.answer.done():  # whoever asked may have gone
             self.answer.set_result(stats)
 
 
@@ -145,6 +87,7 @@ class AsyncEngine:
         self._logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
         self._running: dict[int, _Running] = {}
         self._load = [0] * options.ranks
+        self._waiting: set[asyncio.Future[list[dict[str, Any]]]] = set()  # for answers
         self._commands: deque[Callable[[], None]] = deque()
         self._questions: dict[int, _Question] = {}  # of the engine thread, by wave
         self._closing = False
@@ -173,48 +116,48 @@ class AsyncEngine:
 
         streaming: whether the texts of deltas are wanted; without it they can be empty, and cost less.
         """
+        (opened,) = self.open_all([prompt], params, streaming=streaming)
+        return opened
+
+    def open_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, streaming: bool = True
+    ) -> list[OpenRequest]:
+        """Start a request for every prompt, or none: as `open`, but all of them are checked before the first starts."""
         if self.error is not None:
             raise self.error
-        (requests,) = self._requests.make([prompt], [params])
-        collectors = {
-            request.request_id: Collector(self.tokenizer, request, logits_dtype=self._logits_dtype, streaming=streaming)
-            for request in requests
-        }
-        opened = OpenRequest(self, collectors, requests[0].prompt_ids)
         by_rank: list[list[Request]] = [[] for _ in self._load]
-        for request in requests:
-            rank = self._load.index(min(self._load))
-            self._load[rank] += request.most_tokens
-            self._running[request.request_id] = _Running(opened, rank, request.most_tokens)
-            by_rank[rank].append(request)
+        found = []
+        for requests in self._requests.make(prompts, [params] * len(prompts)):
+            collectors = {
+                request.request_id: Collector(
+                    self.tokenizer, request, logits_dtype=self._logits_dtype, streaming=streaming
+                )
+                for request in requests
+            }
+            opened = OpenRequest(collectors, requests[0].prompt_ids, self._forget)
+            for request in requests:
+                rank = self._load.index(min(self._load))
+                self._load[rank] += request.most_tokens
+                self._running[request.request_id] = _Running(opened, rank, request.most_tokens)
+                by_rank[rank].append(request)
+            found.append(opened)
         self._command(lambda: self._client.submit(by_rank))
-        return opened
+        return found
 
     async def statistics(self) -> list[dict[str, Any]]:
         """`StepEngine.statistics` of every rank, when they are between two steps."""
-        if self.error is not None:
-            raise self.error
-        question = _Question(asyncio.get_running_loop().create_future())
-
-        def ask() -> None:
-            self._questions[self._client.ask()] = question
-
-        self._command(ask)
-        return await question.answer
+        return await self._ask(self._client.ask)
 
     async def reconfigure(self, *, dbo: str) -> None:
         """Change `dbo` of all ranks while nothing is under way. Raises `OptionError` for another value, or if not."""
-        if self.error is not None:
-            raise self.error
         if self._running:
             raise OptionError(f"{self.num_open} results are under way; change dbo when they have finished")
         policy = self.config.settle(replace(self.config.options.policy, dbo=dbo))
-        self._command(lambda: self._client.reconfigure(policy))
-        await self.statistics()  # commands are run in order: the answer comes after the change, or the error
+        await self._ask(lambda: self._client.send_policy(policy))
 
     async def close(self) -> None:
         """End the ranks. Open requests get an `EngineError`."""
-        self._fail(EngineError("the engine was closed"), list(self._questions.values()), announce=False)
+        self._fail(EngineError("the engine was closed"), announce=False)
         self._closing = True
         if self._loop is None:
             self._thread.start()  # to close what it owns
@@ -226,8 +169,12 @@ class AsyncEngine:
 
     def _forget(self, request_ids: Sequence[int]) -> None:
         known = [number for number in request_ids if self._drop(number)]
-        if known and self.error is None:
-            self._command(lambda: self._client.cancel(known))
+        if not known or self.error is not None:
+            return
+        self._command(lambda: self._client.cancel(known))
+        if not self._running:
+            # Nothing is to come any more, but whether the ranks have heard it, and live, is to be known.
+            self._command(lambda: self._put_question(self._client.ask, _Question()))
 
     def _drop(self, request_id: int) -> bool:
         """Whether it was there."""
@@ -243,6 +190,18 @@ class AsyncEngine:
         with suppress(zmq.Again):  # it has not read earlier calls yet, and will find this command with them
             self._wake_sender.send(b"", zmq.DONTWAIT)
 
+    async def _ask(self, send: Callable[[], int]) -> list[dict[str, Any]]:
+        """Have the engine thread send what every rank answers, and wait for the answers."""
+        if self.error is not None:
+            raise self.error
+        answer: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
+        self._waiting.add(answer)
+        try:
+            self._command(lambda: self._put_question(send, _Question(answer)))
+            return await answer
+        finally:
+            self._waiting.discard(answer)
+
     def _deliver(self, outputs: Sequence[TokenOutput], at_s: float) -> None:
         for output in outputs:
             running = self._running.get(output.request_id)
@@ -250,17 +209,17 @@ class AsyncEngine:
                 continue  # it was cancelled
             if output.finish_reason is not None:
                 self._drop(output.request_id)
-            running.opened._put((at_s, output))
+            running.opened.put((at_s, output))
 
-    def _fail(self, error: EngineError, questions: Sequence[_Question], *, announce: bool = True) -> None:
-        for question in questions:
-            if not question.answer.done():
-                question.answer.set_exception(error)
+    def _fail(self, error: EngineError, *, announce: bool = True) -> None:
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(error)
         if self.error is not None:
             return
         self.error = error
         for opened in {id(running.opened): running.opened for running in self._running.values()}.values():
-            opened._put(error)
+            opened.put(error)
         self._running.clear()
         if announce and self.on_failure is not None:
             self.on_failure(error)
@@ -279,8 +238,7 @@ class AsyncEngine:
                         self._wake_receiver.recv(zmq.DONTWAIT)
         except BaseException as error:
             failed = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
-            questions = list(self._questions.values())
-            self._call(lambda: self._fail(failed, questions))
+            self._call(lambda: self._fail(failed))
         finally:
             self._wake_receiver.close(0)
             self._client.close()
@@ -296,6 +254,9 @@ class AsyncEngine:
                     self._answer(rank, message)
         if outputs:
             self._call(lambda: self._deliver(outputs, now))
+
+    def _put_question(self, send: Callable[[], int], question: _Question) -> None:
+        self._questions[send()] = question
 
     def _answer(self, rank: int, answer: Answer) -> None:
         question = self._questions[answer.wave]

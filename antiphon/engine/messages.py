@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import msgspec
+import zmq
 
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import SamplingParams
@@ -36,6 +37,7 @@ __all__ = [
     "decode_from_worker",
     "decode_to_worker",
     "encode",
+    "keep_all",
 ]
 
 
@@ -143,3 +145,9 @@ FromWorker = Starting | Loaded | Ready | Tokens | Answer | Failed
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(AllLoaded | Work | Reconfigure | Ask | Stop).decode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+
+
+def keep_all(socket: zmq.Socket[bytes]) -> None:
+    """Before it is bound or connected: by default 1000 messages wait in a socket, and a ROUTER drops the next ones."""
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)

@@ -8,6 +8,8 @@ from hashlib import blake2b
 from numbers import Integral
 from typing import Any
 
+import torch
+
 from antiphon.core.checks import is_whole
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import SamplingParams
@@ -18,6 +20,8 @@ from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 __all__ = ["Prompt", "RequestMaker", "child_seed", "params_for", "plain_ints", "prompt_list"]
 
 Prompt = str | Sequence[int]
+
+_MOST_LOGITS_BYTES = 2**31  # msgpack ends at twice that
 
 
 def plain_ints(items: Sequence[Any]) -> list[Any]:
@@ -121,6 +125,8 @@ class RequestMaker:
                 f"prompt {place} and its output need {num_prompt + max_tokens - 1} tokens of KV cache, but a rank "
                 f"holds {config.kv_capacity_tokens}; lower max_tokens or raise kv_cache_memory"
             )
+        if params.return_prompt_logits:
+            self._check_logits(place, num_prompt)
         _check_ids(place, "logit_bias", params.logit_bias or (), vocab_size)
         _check_ids(place, "stop_token_ids", params.stop_token_ids or (), vocab_size)
         if params.stops and not self._tokenizer.has_text:
@@ -134,6 +140,17 @@ class RequestMaker:
             min_tokens=min(params.min_tokens, max_tokens),
             top_k=min(params.top_k, vocab_size),
         )
+
+    def _check_logits(self, place: int, num_prompt: int) -> None:
+        """What a step has of a prompt's logits travels in one message."""
+        config = self._config
+        num_positions = min(num_prompt, config.max_num_batched_tokens)
+        num_bytes = num_positions * config.model.vocab_size * torch.promote_types(config.dtype, torch.float32).itemsize
+        if config.options.ranks > 1 and num_bytes > _MOST_LOGITS_BYTES:
+            raise RequestError(
+                f"prompt {place} asks for {num_bytes / 2**30:.1f} GiB of logits in one step, but a rank can send "
+                f"{_MOST_LOGITS_BYTES // 2**30} GiB; use prompt_logprobs, or lower max_num_batched_tokens"
+            )
 
     def _token_ids(self, place: int, prompt: Prompt) -> list[int]:
         vocab_size = self._config.model.vocab_size

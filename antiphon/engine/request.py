@@ -26,6 +26,7 @@ class Request:
     num_computed: int = 0  # tokens whose keys and values are in the cache
     output_ids: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they are known to the prefix cache
+    known_keys: list[bytes] = field(default_factory=list)  # of its first blocks, kept while it waits
     num_cached: int = 0  # tokens that came from the prefix cache when it was first admitted
     num_preemptions: int = 0
     # set by the sampler

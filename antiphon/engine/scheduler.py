@@ -138,7 +138,7 @@ class Scheduler:
 
         One free block stays for each request that runs: enough until all of them have filled one more.
         """
-        while self._waiting and len(self._running) < self._max_running:
+        while self._waiting and step.room and len(self._running) < self._max_running:
             request = self._waiting[0]
             keys = self._known_keys(request)
             shared = self.pool.find(keys)
@@ -155,6 +155,7 @@ class Scheduler:
             if not request.num_preemptions:
                 request.num_cached = num_shared
             self.stats.admit(num_tokens=request.num_tokens, num_cached=num_shared)
+            request.known_keys = []
             self._running.append(self._waiting.popleft())
             step.add(request, count)
 
@@ -179,12 +180,14 @@ class Scheduler:
         """Keys of the full blocks before the last token, which must be computed: it is what the next one follows."""
         if request.must_compute_prompt:
             return []
-        keys: list[bytes] = []
-        for start in range(0, request.num_tokens - self.pool.block_size, self.pool.block_size):
-            keys.append(self._key(request, start, keys))
-            if not self.pool.find(keys[-1:]):
-                break
-        return keys
+        keys, size = request.known_keys, self.pool.block_size
+        num_full = (request.num_tokens - 1) // size
+        for number in range(num_full):
+            if number == len(keys):
+                keys.append(self._key(request, number * size, keys))
+            if not self.pool.find(keys[number : number + 1]):
+                return keys[: number + 1]
+        return keys[:num_full]
 
     def _publish(self, request: Request) -> None:
         """Let others find the blocks that this step has filled."""
@@ -215,6 +218,7 @@ class Scheduler:
         if request in self._running:
             self._running.remove(request)
         self._give_back(request)
+        request.sampling = None  # whoever made the request may keep it
 
     def _give_back(self, request: Request) -> None:
         self.pool.give_back(request.block_ids)

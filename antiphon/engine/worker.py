@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 import traceback
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from antiphon.engine.messages import (
     Work,
     decode_to_worker,
     encode,
+    keep_all,
 )
 from antiphon.engine.starting import Starting, Throttle
 from antiphon.engine.step import StepEngine
@@ -56,25 +58,33 @@ START_S = 120.0
 """How long the ranks have to load and to meet, however short `timeout_s` is."""
 
 _FAREWELL_MS = 2000
+_SIGN_S = 1.0
 
 
 class Worker:
-    """The loop of one rank: take messages, step, send tokens."""
+    """The loop of one rank: take messages, step, send tokens.
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: StepEngine) -> None:
+    sign_s: after so long without a token, as in a long prompt, the front gets a sign that steps go on.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], engine: StepEngine, *, sign_s: float = _SIGN_S) -> None:
         self._socket = socket
         self._engine = engine
+        self._sign_s = sign_s
         self._stopped = False
 
     def run(self) -> None:
         """Sleeps in the socket while no rank has work. Returns when all ranks have seen `Stop`."""
         idle = True
+        said_at = time.monotonic()
         while not (idle and self._stopped):
             self._take_messages(block=idle)
             result = self._engine.step()
             idle = result.plan.idle
-            if result.outputs:
+            now = time.monotonic()
+            if result.outputs or (not idle and now > said_at + self._sign_s):
                 _send(self._socket, Tokens(outputs=result.outputs))
+                said_at = now
 
     def _take_messages(self, *, block: bool) -> None:
         while block or self._socket.poll(0):
@@ -117,6 +127,7 @@ def main() -> int:
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, str(arguments.rank).encode())
     socket.setsockopt(zmq.LINGER, _FAREWELL_MS)
+    keep_all(socket)
     socket.connect(f"ipc://{arguments.folder / SOCKET_FILE}")
     try:
         _serve(socket, arguments.rank, arguments.folder)
@@ -155,7 +166,7 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
     engine = build_engine(config, group, report=report, meet=partial(_wait_for_all, socket))
     board.mark(rank, "ready")
     _send(socket, ready_message(engine))
-    Worker(socket, engine).run()
+    Worker(socket, engine, sign_s=min(_SIGN_S, options.timeout_s / 4)).run()
     group.close()
 
 

@@ -27,6 +27,7 @@ from antiphon.engine.messages import (
     Work,
     decode_from_worker,
     encode,
+    keep_all,
 )
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.starting import Starting, describe_start
@@ -57,6 +58,7 @@ class WorkerClient:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        keep_all(self._socket)
         try:
             self._processes = WorkerProcesses(config.options)
         except BaseException:
@@ -101,8 +103,7 @@ class WorkerClient:
         if self._ended:
             return
         self.cancel(request_ids)
-        # Messages are taken in order: with the answer every rank has forgotten the requests.
-        self._ask(Ask(wave=self._next_wave()))
+        self._answers(self.ask())  # messages are taken in order: with the answer every rank has forgotten them
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         if not self._ended:
@@ -138,14 +139,20 @@ class WorkerClient:
         self._send_all(Ask(wave=wave, timeline=timeline))
         return wave
 
+    def send_policy(self, policy: OverlapPolicy) -> int:
+        """`reconfigure` without waiting: every rank answers as to `ask` when it has changed."""
+        wave = self._next_wave()
+        self._send_all(Reconfigure(wave=wave, policy=policy))
+        return wave
+
     def reconfigure(self, policy: OverlapPolicy) -> None:
-        self._ask(Reconfigure(wave=self._next_wave(), policy=policy))
+        self._answers(self.send_policy(policy))
 
     def statistics(self) -> list[dict[str, Any]]:
-        return [answer.stats for answer in self._ask(Ask(wave=self._next_wave()))]
+        return [answer.stats for answer in self._answers(self.ask())]
 
     def timelines(self) -> list[list[StepTimeline]]:
-        return [answer.timeline for answer in self._ask(Ask(wave=self._next_wave(), timeline=True))]
+        return [answer.timeline for answer in self._answers(self.ask(timeline=True))]
 
     def close(self) -> None:
         """Ask the workers to stop, end those that do not within 5 s, and remove the folder."""
@@ -179,12 +186,12 @@ class WorkerClient:
     def _send_all(self, message: ToWorker) -> None:
         self._send([message] * self._ranks)
 
-    def _ask(self, question: Reconfigure | Ask) -> list[Answer]:
-        self._send_all(question)
+    def _answers(self, wave: int) -> list[Answer]:
+        """Wait for every rank's; only where nothing else is under way, for other messages are lost."""
         answers: dict[int, Answer] = {}
         while len(answers) < self._ranks:
             for rank, message in self._receive("answer"):
-                if isinstance(message, Answer) and message.wave == question.wave:
+                if isinstance(message, Answer) and message.wave == wave:
                     answers[rank] = message
         return [answers[rank] for rank in range(self._ranks)]
 
@@ -218,7 +225,9 @@ class WorkerClient:
     # ---- failures
 
     def _silence(self, patience_s: float, what: str) -> EngineError:
-        return self._end(f"no rank answered for {patience_s:.0f} s ({what}): {self._processes.board.describe()}")
+        where = self._processes.board.describe()
+        remedy = "raise timeout_s if steps are long"
+        return self._end(f"no rank answered for {patience_s:.0f} s ({what}): {where}; {remedy}")
 
     def _failure(self, what: str) -> AntiphonError:
         """Find the cause: the other ranks fail as well as soon as one does, and get a moment to say so."""

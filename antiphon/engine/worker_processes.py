@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import msgspec
 
 from antiphon.comm import ProgressBoard
+from antiphon.core.folders import socket_folder
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.messages import Failed
 from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, read_report
 
 __all__ = ["WorkerProcesses"]
 
-_LONGEST_SOCKET_FOLDER = 80  # a socket's path has a limit of about 100 characters
+logger = logging.getLogger("antiphon.engine")
+
+_KILLED_S = 5.0  # the system's time to end a killed process; one that waits for a device or a disk can take for ever
 
 
 class WorkerProcesses:
@@ -32,7 +35,7 @@ class WorkerProcesses:
     def __init__(self, options: EngineConfig) -> None:
         """Makes the folder; `start` starts the processes."""
         self._environment = _environment(options)
-        self._folder = _private_folder()
+        self._folder = socket_folder("antiphon-")
         self._size = options.ranks
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -101,14 +104,21 @@ class WorkerProcesses:
             for process in self._processes:
                 if process.poll() is None:
                     process.kill()
-            for process in self._processes:
-                process.wait()
+            deadline = time.monotonic() + _KILLED_S
+            for rank, process in enumerate(self._processes):
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    logger.error("rank %d (pid %d) was killed, but the system has not ended it", rank, process.pid)
                 if process.stdin is not None:
                     process.stdin.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _last_words(self, rank: int) -> str:
-        text = self._log(rank).read_text(errors="replace")
+        try:
+            text = self._log(rank).read_text(errors="replace")
+        except OSError:  # somebody has tidied up
+            return ""
         lines = [line for line in text.splitlines() if line.strip() and " INFO " not in line]
         return f"; its last words: {lines[-1].strip()}" if lines else ""
 
@@ -128,11 +138,3 @@ def _environment(options: EngineConfig) -> dict[str, str]:
     # Workers find modules where this process does, also in a notebook or a script's own folder.
     environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     return environment
-
-
-def _private_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="antiphon-"))
-    if len(str(folder)) <= _LONGEST_SOCKET_FOLDER:
-        return folder
-    folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix="antiphon-", dir="/tmp"))

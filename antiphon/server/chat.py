@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.async_engine import OpenRequest, StreamItem
+from antiphon.engine.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
 from antiphon.server.logprobs import chat_logprobs, prompt_logprobs

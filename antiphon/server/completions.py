@@ -7,7 +7,7 @@ from typing import Any
 
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import Logprob, SamplingParams
-from antiphon.engine.async_engine import OpenRequest, StreamItem
+from antiphon.engine.open_request import OpenRequest, StreamItem
 from antiphon.engine.outputs import Delta
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
@@ -30,6 +30,7 @@ class CompletionJob(Job):
         self._silent = request.echo and request.max_tokens == 0  # nothing of what is generated is told
         super().__init__(request, service)
         self._offsets: dict[int, int] = {}  # where the next token's text is, by index of the choice
+        self._of_prompt: dict[int, Sequence[dict[int, Logprob] | None]] = {}  # by place: made once for all results
         self._held: dict[int, list[StreamItem]] = {}  # by place, until the first result of the prompt has begun
 
     @property
@@ -49,10 +50,13 @@ class CompletionJob(Job):
 
     async def prompts(self) -> list[list[int]]:
         found = []
+        num_characters = sum(len(prompt) for prompt in self.request.prompt if isinstance(prompt, str))
         for place, prompt in enumerate(self.request.prompt):
             if isinstance(prompt, str):
                 try:
-                    prompt = await self.service.encode(prompt, add_special_tokens=self.request.add_special_tokens)
+                    prompt = await self.service.encode(
+                        prompt, add_special_tokens=self.request.add_special_tokens, among=num_characters
+                    )
                 except RequestError as error:
                     raise self.refusal(error, place) from None
             found.append(prompt)
@@ -77,7 +81,7 @@ class CompletionJob(Job):
                 ),
             )
             if self.request.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = prompt_logprobs(opened.collectors[0].prompt_logprobs() or [])
+                choice["prompt_logprobs"] = prompt_logprobs(self._prompt_places(place, opened))
             yield choice
 
     def pieces(self, place: int, opened: OpenRequest, item: StreamItem) -> Iterable[dict[str, Any]]:
@@ -111,8 +115,8 @@ class CompletionJob(Job):
         if first and request.echo:
             text = prompt_text + text
             if places is not None:
-                of_prompt = opened.collectors[0].prompt_logprobs() or []
-                told_ids, places = [*opened.prompt_ids, *token_ids], [*of_prompt, *places]
+                told_ids = [*opened.prompt_ids, *token_ids]
+                places = [*self._prompt_places(place, opened), *places]
         logprobs = None
         if places is not None:
             logprobs, self._offsets[index] = completion_logprobs(
@@ -135,6 +139,16 @@ class CompletionJob(Job):
             if first:
                 choice["prompt_token_ids"] = list(opened.prompt_ids)
         return choice
+
+    def is_large_piece(self, place: int, opened: OpenRequest, item: StreamItem) -> bool:
+        """What echo says of a long prompt comes with the first piece of each result."""
+        first = place * self.params.n + item.index not in self._offsets
+        return first and self.params.prompt_logprobs is not None and self.is_many(len(opened.prompt_ids))
+
+    def _prompt_places(self, place: int, opened: OpenRequest) -> Sequence[dict[int, Logprob] | None]:
+        if place not in self._of_prompt:
+            self._of_prompt[place] = opened.collectors[0].prompt_logprobs() or []
+        return self._of_prompt[place]
 
     def _prompt_text(self, place: int, opened: OpenRequest) -> str:
         prompt = self.request.prompt[place]

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from antiphon.core.errors import EngineError, OptionError, RequestError
-from antiphon.engine.async_engine import OpenRequest, StreamItem
+from antiphon.engine.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job, to_json
 from antiphon.server.service import Service
@@ -82,11 +83,8 @@ class Generation(Response):
         self._log |= {"stream": job.stream, "num_results": job.num_results}
         with service.admit(job.num_results, job.prompt_field), ExitStack() as stack:
             prompts = await job.prompts()
-            followed = [
-                stack.enter_context(_Followed(self._open(place, ids), service, self._arrived_s, self._log))
-                for place, ids in enumerate(prompts)
-            ]
-            opened = [one.opened for one in followed]
+            opened = self._open(prompts)
+            followed = [stack.enter_context(_Followed(one, service, self._arrived_s, self._log)) for one in opened]
             if job.stream:
                 await self._stream(followed, opened, send)
                 return
@@ -95,12 +93,12 @@ class Generation(Response):
             body = await asyncio.to_thread(job.whole, opened) if job.is_large(opened) else job.whole(opened)
         await self._send_whole(200, body, [], send)
 
-    def _open(self, place: int, prompt_ids: list[int]) -> OpenRequest:
+    def _open(self, prompts: Sequence[list[int]]) -> list[OpenRequest]:
         job = self._job
         try:
-            return self._service.engine.open(prompt_ids, job.params, streaming=job.stream)
+            return self._service.engine.open_all(prompts, job.params, streaming=job.stream)
         except (OptionError, RequestError) as error:
-            raise job.refusal(error, place) from None
+            raise job.refusal(error) from None
 
     async def _stream(self, followed: Sequence[_Followed], opened: Sequence[OpenRequest], send: Send) -> None:
         job = self._job
@@ -110,9 +108,10 @@ class Generation(Response):
         async def pass_on(place: int, one: _Followed) -> None:
             async for item in one.opened:
                 one.saw(item)
-                chunks = [job.chunk(choice) for choice in job.pieces(place, one.opened, item)]
-                if chunks:
-                    await send(_part(b"".join(chunks)))
+                large = job.is_large_piece(place, one.opened, item)
+                write = partial(_events_of, job, place, one.opened, item)
+                if events := await asyncio.to_thread(write) if large else write():
+                    await send(_part(events))
 
         await _together([pass_on(place, one) for place, one in enumerate(followed)])
         await send(_part(job.last_chunks(opened), more=False))
@@ -186,6 +185,10 @@ class _Followed:
         if num_tokens:
             metrics.next_tokens(num_tokens, max(0.0, at_s - self._heard_s.get(item.index, self._last_s)))
         self._heard_s[item.index] = self._last_s = at_s
+
+
+def _events_of(job: Job, place: int, opened: OpenRequest, item: StreamItem) -> bytes:
+    return b"".join(job.chunk(choice) for choice in job.pieces(place, opened, item))
 
 
 def _part(body: bytes, *, more: bool = True) -> Message:

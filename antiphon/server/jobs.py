@@ -15,7 +15,7 @@ import msgspec
 
 from antiphon.core.errors import OptionError, RequestError
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.async_engine import OpenRequest, StreamItem
+from antiphon.engine.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError, refusal
 from antiphon.server.protocol import SamplingFields
 from antiphon.server.service import Service
@@ -100,8 +100,15 @@ class Job(ABC):
         """Whether it takes long to write the whole answer."""
         if self.params.logprobs is None and self.params.prompt_logprobs is None:
             return False
-        num_places = self.params.n * sum(len(one.prompt_ids) + one.num_tokens for one in opened)
+        return self.is_many(self.params.n * sum(len(one.prompt_ids) + one.num_tokens for one in opened))
+
+    def is_many(self, num_places: int) -> bool:
+        """Whether it takes long to write the logprobs of so many tokens."""
         return num_places * (1 + max(self.params.logprobs or 0, self.params.prompt_logprobs or 0)) > _MANY_LOGPROBS
+
+    def is_large_piece(self, place: int, opened: OpenRequest, item: StreamItem) -> bool:
+        """Whether it takes long to write the next pieces."""
+        return False
 
     def chunk(self, choice: dict[str, Any]) -> bytes:
         """An event of a stream."""

@@ -143,8 +143,8 @@ class Service:
             if not self.num_open:
                 self._idle.set()
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text. Raises `RequestError`."""
+    async def encode(self, text: str, *, add_special_tokens: bool, among: int = 0) -> list[int]:
+        """Token ids of a text. among: characters of all texts of the request. Raises `RequestError`."""
         tokenizer = self.tokenizer
         if not tokenizer.has_text:
             raise RequestError("prompt 0 is a text, but a run with dummy weights has no tokenizer; use token ids")
@@ -152,7 +152,7 @@ class Service:
         def work() -> list[int]:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-        if len(text) < _LONG_TEXT:
+        if max(len(text), among) < _LONG_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 

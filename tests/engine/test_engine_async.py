@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -22,10 +23,10 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 
 def serve(work: Callable[[AsyncEngine], Coroutine[Any, Any, None]], **options: Any) -> None:
-    """Run `work` in an event loop of its own over two ranks with overlap on."""
+    """Run `work` in an event loop of its own, unless told otherwise over two ranks with overlap on."""
 
     async def main() -> None:
-        engine = AsyncEngine(EngineConfig(ranks=2, policy=OverlapPolicy(dbo="on"), **options))
+        engine = AsyncEngine(EngineConfig(**{"ranks": 2, "policy": OverlapPolicy(dbo="on")} | options))
         engine.attach()
         try:
             await work(engine)
@@ -101,7 +102,8 @@ async def _cancelled_requests_leave_nothing(engine: AsyncEngine) -> None:
 
 async def _dbo_can_be_changed(engine: AsyncEngine) -> None:
     for dbo, plan in (("off", "serial"), ("on", "dual")):
-        await engine.reconfigure(dbo=dbo)
+        async with asyncio.timeout(20):  # questions that meet on their way are all answered
+            await asyncio.gather(engine.statistics(), engine.reconfigure(dbo=dbo), engine.statistics())
         before = (await engine.statistics())[0]["steps_by_plan"][plan]
         assert await texts_of(engine, mixed_prompts(2)[0], SamplingParams(max_tokens=4, n=4, ignore_eos=True))
         assert (await engine.statistics())[0]["steps_by_plan"][plan] > before
@@ -125,8 +127,11 @@ def test_a_rank_that_dies_ends_every_stream_with_one_error() -> None:
         reading = [asyncio.create_task(read(place)) for place in range(4)]
         await asyncio.sleep(0.3)
         os.kill(victim, signal.SIGKILL)
+        asking = [asyncio.create_task(engine.statistics()) for _ in range(100)]
         results = await asyncio.wait_for(asyncio.gather(*reading, return_exceptions=True), 20)
         assert all(isinstance(result, EngineError) for result in results)
+        answers = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 1)
+        assert any(isinstance(answer, EngineError) for answer in answers)
         assert "rank 1" in str(results[0]) and "SIGKILL" in str(results[0])
         assert told == [engine.error]
         with pytest.raises(EngineError, match="rank 1"):
@@ -136,6 +141,56 @@ def test_a_rank_that_dies_ends_every_stream_with_one_error() -> None:
 
     before = worker_pids()
     serve(work, timeout_s=10)
+
+
+def test_requests_that_wait_at_a_busy_rank_are_all_answered() -> None:
+    """More than a socket of ZeroMQ keeps by default, on its two sides."""
+
+    async def work(engine: AsyncEngine) -> None:
+        workers = [pid for pid in worker_pids() if pid not in before]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        opened = [engine.open([5, 6, 7], SamplingParams(max_tokens=1)) for _ in range(2500)]
+        asking = asyncio.create_task(engine.statistics())
+        await asyncio.sleep(0.5)  # so that they are sent while nobody reads
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        async with asyncio.timeout(60):
+            for request in opened:
+                assert [item.delta.finish_reason async for item in request] == ["length"]
+            await asking
+
+    before = worker_pids()
+    serve(work)
+
+
+def test_a_long_prompt_is_no_silence() -> None:
+    """Many steps without a token, for longer than a silent rank may take."""
+
+    async def work(engine: AsyncEngine) -> None:
+        start_s = time.monotonic()
+        async with asyncio.timeout(60):
+            with engine.open([5] * 4000, SamplingParams(max_tokens=1)) as request:
+                assert [item.delta.finish_reason async for item in request] == ["length"]
+        assert time.monotonic() - start_s > 1.5, "too fast to show it"
+
+    serve(work, ranks=1, timeout_s=1.0, max_num_batched_tokens=8)
+
+
+def test_a_rank_that_hangs_is_found_though_its_clients_have_gone() -> None:
+    async def work(engine: AsyncEngine) -> None:
+        (worker,) = [pid for pid in worker_pids() if pid not in before]
+        os.kill(worker, signal.SIGSTOP)
+        deadline = time.monotonic() + 20
+        while engine.error is None:
+            assert time.monotonic() < deadline
+            with engine.open("Once upon a time", SamplingParams(max_tokens=5)):
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)
+        assert "no rank answered for 2 s" in str(engine.error) or "no rank answered for 1 s" in str(engine.error)
+
+    before = worker_pids()
+    serve(work, ranks=1, timeout_s=1.0)
 
 
 def test_an_engine_that_never_served_is_closed() -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from antiphon import LLM, CompletionOutput, GeneratedOutput, Logprob, RequestError, SamplingParams
-from antiphon.engine.prompts import child_seed
+from antiphon.engine.config import EngineConfig
+from antiphon.engine.prompts import RequestMaker, child_seed
+from antiphon.engine.tokenizer import NoTokenizer
 from tests.support.prompts import mixed_prompts
 from tests.support.reference import reference_logits
 
@@ -274,6 +276,16 @@ def test_tokens_that_the_model_does_not_have(one_rank: LLM, params: dict[str, An
     with pytest.raises(RequestError, match=message):
         one_rank.generate([PROMPT] * 2, [SamplingParams(), SamplingParams(**params)])
     assert one_rank.stats()["unfinished"] == 0
+
+
+def test_logits_that_no_message_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On several ranks; on one they need no message."""
+    monkeypatch.setattr("antiphon.engine.prompts._MOST_LOGITS_BYTES", 10 * 4096 * 4)
+    params = SamplingParams(return_prompt_logits=True)
+    alone, one_of_two = (RequestMaker(EngineConfig(ranks=ranks).resolve(), NoTokenizer()) for ranks in (1, 2))
+    assert alone.make([[5] * 11], [params]) and one_of_two.make([[5] * 10], [params])
+    with pytest.raises(RequestError, match=r"prompt 1 asks for .* of logits in one step, but a rank can send"):
+        one_of_two.make([[5], [5] * 11], [params] * 2)
 
 
 def test_requests_that_are_refused_use_up_no_seed(one_rank: LLM) -> None:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from antiphon.core.batch import Batch
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.block_pool import BlockPool
+from antiphon.engine.block_pool import BlockPool, block_key
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.sampled import NewToken, PromptPart, Sampled
 from antiphon.engine.scheduler import Scheduler
@@ -116,6 +116,42 @@ def test_sequences_of_a_step_are_limited() -> None:
     scheduler = make_scheduler(max_num_seqs=2)
     scheduler.add([make_request(number, 1, max_tokens=2) for number in range(5)])
     assert [ids_of(batch) for batch in run(scheduler)] == [[0, 1], [0, 1], [2, 3], [2, 3], [4], [4]]
+
+
+def test_what_the_sampler_keeps_goes_with_the_request() -> None:
+    """Whoever made a request may keep it: `LLM.generate` does, for all prompts of a call."""
+    scheduler = make_scheduler()
+    requests = [make_request(number, 3, max_tokens=1 + number) for number in range(2)]
+    for request in requests:
+        request.sampling = object()
+    scheduler.add(requests)
+    step(scheduler)
+    assert requests[0].sampling is None and requests[1].sampling is not None
+    scheduler.abort([1])
+    assert requests[1].sampling is None
+
+
+def test_a_request_that_waits_is_not_looked_at_anew_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+
+    def counted(previous: bytes, token_ids: Sequence[int]) -> bytes:
+        keys.append(block_key(previous, token_ids))
+        return keys[-1]
+
+    scheduler = make_scheduler(num_blocks=1 + 24, max_num_batched_tokens=96)
+    text = range(40)
+    scheduler.add([make_request(0, text, max_tokens=1)])
+    step(scheduler)  # its ten blocks are known now
+    scheduler.add([make_request(1, 80, max_tokens=12)])
+    step(scheduler)
+    monkeypatch.setattr("antiphon.engine.scheduler.block_key", counted)
+    scheduler.add([make_request(2, text, max_tokens=1)])
+    for _ in range(3):
+        assert ids_of(scheduler.next_batch()) == [1]
+        step(scheduler)
+    assert 0 < len(keys) == len(set(keys))
+    scheduler.abort([1])
+    assert [part.context_len for part in scheduler.next_batch().requests] == [12], "what is left of its blocks"
 
 
 def test_no_more_requests_run_than_can_decode_in_one_step() -> None:

@@ -183,9 +183,10 @@ def test_prompts_of_every_kind(server: ServerProcess, two_ranks: LLM, stream: bo
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("n", [1, 2])
-def test_echo_with_logprobs(server: ServerProcess, two_ranks: LLM, stream: bool, n: int) -> None:
-    prompt = "Once upon a time there was a king"
+@pytest.mark.parametrize(("n", "times"), [(1, 1), (2, 1), (2, 160)])
+def test_echo_with_logprobs(server: ServerProcess, two_ranks: LLM, stream: bool, n: int, times: int) -> None:
+    """times: a long prompt's are written beside the event loop."""
+    prompt = " ".join(["Once upon a time there was a king"] * times)
     params = SamplingParams(max_tokens=3, logprobs=1, prompt_logprobs=1, n=n)
     (output,) = two_ranks.generate([prompt], params)
     options = {"model": MODEL, "prompt": prompt, "max_tokens": 3, "temperature": 0, "n": n, "logprobs": 1, "echo": True}

@@ -213,3 +213,15 @@ def test_the_log_has_a_line_of_json_for_every_request(strict: ServerProcess) -> 
     events = [json.loads(line) for line in strict.log_with("mine-7").splitlines()]
     (event,) = [one for one in events if one.get("request_id") == "mine-7"]
     assert (event["status"], event["num_generated"], event["reason"]) == (200, 2, "length")
+
+
+def test_prompts_are_all_checked_before_the_first_starts(strict: ServerProcess) -> None:
+    def counts() -> tuple[float, float]:
+        aborted = strict.metric("antiphon:request_success_total", finished_reason="abort")
+        return aborted, strict.metric("antiphon:requests_rejected_total", status="400")
+
+    assert strict.post("/v1/completions", json={"prompt": 7}, headers=KEY_HEADER).status_code == 400
+    aborted, rejected = counts()
+    answer = strict.post("/v1/completions", json={"prompt": [[5, 6, 7], [5] * 5000]}, headers=KEY_HEADER)
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("prompt 1 has 5000 tokens")
+    assert counts() == (aborted, rejected + 1)

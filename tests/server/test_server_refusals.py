@@ -60,6 +60,7 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"logit_bias": {"x": 1}}, "logit_bias"),
     ("completions", {"logit_bias": {"99999999": 1}}, "logit_bias"),
     ("completions", {"logit_bias": [1]}, "logit_bias"),
+    ("completions", {"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ("completions", {"stream": "yes"}, "stream"),
     ("completions", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("completions", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
