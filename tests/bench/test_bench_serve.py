@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -148,13 +149,22 @@ def test_what_is_asked_is_what_servers_know() -> None:
     assert "ignore_eos" not in chat and "prompt" not in chat
 
 
+@pytest.mark.processes  # they watch the clock
 @pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("usage", [True, False])
 def test_a_server_of_known_pace_is_measured(endpoint: str, usage: bool) -> None:
-    with FakeServer(first_s=0.1, gap_s=0.05, usage=usage).running() as fake:
-        result = run_serve(
-            ServeOptions(base_url=fake.url, endpoint=endpoint, workload=SMALL, num_warmups=1, detailed=True)
-        )
+    for _ in range(3):  # if the system takes the processor away for a while
+        with FakeServer(first_s=0.1, gap_s=0.05, usage=usage).running() as fake:
+            result = run_serve(
+                ServeOptions(base_url=fake.url, endpoint=endpoint, workload=SMALL, num_warmups=1, detailed=True)
+            )
+        _check_answers(result, fake, endpoint, usage)
+        if _is_of_known_pace(result):
+            return
+    pytest.fail(f"the pace is not that of the server: {result}")
+
+
+def _check_answers(result: dict[str, Any], fake: FakeServer, endpoint: str, usage: bool) -> None:
     assert result.keys() >= KEYS
     assert (result["completed"], result["failed"], result["model_id"]) == (6, 0, "fake/model")
     assert len(fake.bodies) == 7 and fake.most_at_once == result["max_concurrent_requests"] == 6
@@ -162,24 +172,37 @@ def test_a_server_of_known_pace_is_measured(endpoint: str, usage: bool) -> None:
     assert result["total_input_tokens"] == 6 * (77 if usage else 0 if "chat" in endpoint else 10)
     assert result["total_output_tokens"] == 30 and result["output_lens"] == [5] * 6
     assert result["generated_texts"] == ["a a a a a "] * 6
-    assert 100 <= result["median_ttft_ms"] < 300
-    assert 40 <= result["median_tpot_ms"] < 150 and 40 <= result["median_itl_ms"] < 150
-    assert 300 <= result["median_e2el_ms"] < 900
-    assert 0.3 <= result["duration"] < 2
+    assert result["median_ttft_ms"] >= 100 and result["median_e2el_ms"] >= 300 and result["duration"] >= 0.3
     assert result["endpoint_type"] == ("openai-chat" if "chat" in endpoint else "openai")
 
 
+def _is_of_known_pace(result: dict[str, Any]) -> bool:
+    return (
+        result["median_ttft_ms"] < 300
+        and 40 <= result["median_tpot_ms"] < 150
+        and 40 <= result["median_itl_ms"] < 150
+        and result["median_e2el_ms"] < 900
+        and result["duration"] < 2
+    )
+
+
+@pytest.mark.processes  # it watches the clock
 def test_requests_do_not_wait_for_answers_unless_told_to() -> None:
-    with FakeServer(first_s=1.0).running() as fake:
+    with FakeServer(first_s=2.0).running() as fake:
         workload = replace(SMALL, num_prompts=9, output_len=1)
+        begin_s = time.perf_counter()
         result = run_serve(ServeOptions(base_url=fake.url, workload=workload, request_rate=20.0))
-        assert 0.35 < fake.arrivals[-1] - fake.arrivals[0] < 0.9  # 8 / 20, were nothing ever late
-        assert fake.most_at_once == 9
-        assert result["request_rate"] == 20 and result["max_lateness_ms"] < 500
-    with FakeServer(first_s=0.2).running() as fake:
-        result = run_serve(ServeOptions(base_url=fake.url, workload=workload, max_concurrency=3))
+        assert fake.arrivals[-1] - begin_s >= 8 / 20
+        assert fake.most_at_once == 9, "the last came before the first was answered"
+        assert result["request_rate"] == 20 and 0 <= result["max_lateness_ms"] < 2000
+    for _ in range(3):  # if the system takes the processor away for a while
+        with FakeServer(first_s=0.2).running() as fake:
+            result = run_serve(ServeOptions(base_url=fake.url, workload=workload, max_concurrency=3))
         assert fake.most_at_once == 3 and result["completed"] == 9
-        assert result["duration"] > 3 * 0.2 and result["median_ttft_ms"] < 380  # 400 with the wait for a place
+        assert result["duration"] > 3 * 0.2
+        if result["median_ttft_ms"] < 380:  # 400 with the wait for a place
+            return
+    pytest.fail(f"the wait for a place is counted: {result}")
 
 
 def test_what_fails_is_counted_and_told_and_is_in_no_figure() -> None:

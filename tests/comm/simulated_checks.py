@@ -18,7 +18,8 @@ _BANDWIDTH_S = 0.08
 """Time that the bytes of one dispatch take on the modelled link."""
 
 _LATENCY_S = 0.02
-_SLACK_S = 0.06
+_SLACK_S = 1.0
+"""What a peer may be late in sending; that the model itself is exact is tested by a clock of its own."""
 
 
 @dataclass(slots=True)

@@ -1,12 +1,13 @@
 """The chunks of a slab."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.comm.chunks import chunks_of
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=0, max_value=1 << 32))
 def test_chunks_cover_the_slab_without_gaps(num_bytes: int) -> None:
     chunks = chunks_of(num_bytes)

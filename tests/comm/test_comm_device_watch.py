@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from antiphon.comm import ProgressBoard
+import pytest
+
+from antiphon.comm import ProgressBoard, device_watch
 from antiphon.comm.device_watch import ALL_PEERS, DeviceWatch
+from tests.support.waiting import wait_until
 
 STUCK = """
 import pathlib, sys, time
@@ -34,7 +38,8 @@ def test_a_wait_that_never_ends_is_reported_and_ends_the_process(tmp_path: Path)
     ended = run_stuck(tmp_path, "empty")
     said = (tmp_path / "report").read_text()
     assert ended.returncode == 1
-    assert said.startswith("rank 0 waited 0.")
+    waited = re.match(r"rank 0 waited (\d+\.\d) s ", said)
+    assert waited is not None and float(waited[1]) >= 0.5
     assert "on its device for combine layer 3, lane 1 from rank 1 in vain; rank 1 never started" in said
     assert f"error: {said}" in ended.stderr
 
@@ -43,21 +48,41 @@ def test_a_board_that_cannot_be_read_does_not_keep_the_process(tmp_path: Path) -
     assert run_stuck(tmp_path, "torn").returncode == 1
 
 
-def test_waits_that_go_on_are_no_alarm(tmp_path: Path) -> None:
+class Clock:
+    """The watch's, which it looks at once in each of its rounds, before it reads the words."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.num_looks = 0
+
+    def monotonic(self) -> float:
+        self.num_looks += 1
+        return self.now_s
+
+
+def test_waits_that_go_on_are_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each shorter than the limit, all together longer; the board says what is waited for, and when it is over."""
+    clock = Clock()
+    ends: list[int] = []
+    monkeypatch.setattr(device_watch, "time", clock)
+    monkeypatch.setattr(device_watch, "_PERIOD_S", 0.01)
+    monkeypatch.setattr(os, "_exit", ends.append)
     board = ProgressBoard(tmp_path / "board", size=2)
-    stuck: list[str] = []
-    watch = DeviceWatch(rank=0, timeout_s=2.0, board=board, on_stuck=stuck.append, pin_memory=False)
+    watch = DeviceWatch(rank=0, timeout_s=2.0, board=board, pin_memory=False)
     word = watch.word("comm")
-    for layer in range(4):
-        watch._values[0] = word.code(f"dispatch layer {layer}") + ALL_PEERS
-        time.sleep(0.9)
-        assert f"waiting on its device for dispatch layer {layer} from its peers" in board.describe()
-    watch._values[0] = 0
-    time.sleep(0.5)
-    assert "was last computing" in board.describe()
-    watch.close()
-    assert not stuck
+    try:
+        for layer in range(4):
+            place = f"waiting on its device for dispatch layer {layer} from its peers"
+            watch._values[0] = word.code(f"dispatch layer {layer}") + ALL_PEERS
+            before = clock.num_looks
+            wait_until(lambda seen=before + 2: clock.num_looks >= seen, "a whole round of the watch")
+            clock.now_s += 0.9
+            wait_until(lambda place=place: place in board.describe(), place)
+        watch._values[0] = 0
+        wait_until(lambda: "was last computing" in board.describe(), "the end of the wait")
+    finally:
+        watch.close()
+    assert not ends
 
 
 def test_codes_start_again_before_they_grow_out_of_a_word() -> None:

@@ -84,7 +84,9 @@ def test_one_life_of_an_engine(two_ranks: LLM) -> None:
 
 async def _cancelled_requests_leave_nothing(engine: AsyncEngine) -> None:
     long = SamplingParams(max_tokens=2000, ignore_eos=True)
-    survivor = asyncio.create_task(texts_of(engine, "Once upon a time", SamplingParams(max_tokens=200)))
+    survivor = asyncio.create_task(
+        texts_of(engine, "Once upon a time", SamplingParams(max_tokens=600, ignore_eos=True))
+    )
     opened = [engine.open(prompt, long) for prompt in mixed_prompts(8)]
     async for item in opened[3]:
         if item.delta.token_ids:
@@ -164,13 +166,14 @@ def test_requests_that_wait_at_a_busy_rank_are_all_answered() -> None:
     serve(work)
 
 
+@pytest.mark.slow  # test_engine_worker has the sign alone
 def test_a_long_prompt_is_no_silence() -> None:
     """Many steps without a token, for longer than a silent rank may take."""
 
     async def work(engine: AsyncEngine) -> None:
         start_s = time.monotonic()
         async with asyncio.timeout(60):
-            with engine.open([5] * 4000, SamplingParams(max_tokens=1)) as request:
+            with engine.open([5] * 1500, SamplingParams(max_tokens=1)) as request:
                 assert [item.delta.finish_reason async for item in request] == ["length"]
         assert time.monotonic() - start_s > 1.5, "too fast to show it"
 

@@ -88,6 +88,7 @@ def test_a_batch_equals_plain_python(
     values=st.lists(st.lists(st.sampled_from([-math.inf, -2.5, -0.0, 0.0, 1e-40, 1.0, 3.0]), min_size=33, max_size=33)),
     count=st.integers(0, 8),
 )
+@settings(deadline=None)
 def test_the_likeliest_are_those_of_a_stable_sort(values: list[list[float]], count: int) -> None:
     values_NV = torch.tensor(values).view(-1, 33)
     top_NK, ids_NK = likeliest(values_NV, count)

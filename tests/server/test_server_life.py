@@ -20,6 +20,7 @@ from antiphon import cli
 from antiphon.server.options import ServerOptions
 from tests.support.processes import worker_pids
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
@@ -53,23 +54,22 @@ def test_it_starts_and_drains() -> None:
 
         workers = worker_pids(server.process.pid)
         assert len(workers) == 1
-        options = {**LONG, "max_tokens": 150}
-        stream = server.client().completions.create(stream=True, **options)
+        options = {**LONG, "max_tokens": 400}
+        client, other = server.client(), server.client()  # now: a context for TLS takes long
+        stream = client.completions.create(stream=True, **options)
         texts = [next(iter(stream)).choices[0].text]
         with ThreadPoolExecutor(1) as pool:
-            whole = pool.submit(server.client().completions.create, **options, temperature=0)
-            while server.metric("antiphon:num_requests_open") < 2:
-                time.sleep(0.01)
+            whole = pool.submit(other.completions.create, **options, temperature=0)
+            wait_until(lambda: server.metric("antiphon:num_requests_open") >= 2, "two open requests")
             server.process.send_signal(signal.SIGTERM)
-            while server.get("/ready").status_code == 200:
-                time.sleep(0.01)
+            wait_until(lambda: server.get("/ready").status_code != 200, "the drain")
             assert server.get("/health").json() == {"status": "draining"}
             with pytest.raises(openai.APIStatusError) as late:
-                server.client().completions.create(model=MODEL, prompt="a")
+                client.completions.create(model=MODEL, prompt="a")
             assert late.value.status_code == 503 and late.value.code == "draining"
             chunks = list(stream)
             assert chunks[-1].choices[0].finish_reason == "length" and len(texts) + len(chunks) > 50
-            assert whole.result().usage.completion_tokens == 150
+            assert whole.result().usage.completion_tokens == 400
         assert server.process.wait(10) == 0
         assert_gone(workers)
 
@@ -139,8 +139,7 @@ def test_a_worker_that_is_killed_ends_everything_with_errors() -> None:
         with ThreadPoolExecutor(5) as pool:
             ends = [pool.submit(read, stream) for stream in clients]
             whole = pool.submit(server.post, "/v1/completions", json={"prompt": "a", "max_tokens": 4000, "n": 2})
-            while server.metric("antiphon:num_requests_open") < 5:
-                time.sleep(0.01)
+            wait_until(lambda: server.metric("antiphon:num_requests_open") >= 5, "five open requests")
             watching = threading.Thread(target=watch)
             watching.start()
             os.kill(victim, signal.SIGKILL)

@@ -41,7 +41,13 @@ def strict() -> Iterator[ServerProcess]:
         yield started
 
 
-def wait_until_free(server: ServerProcess, *, within_s: float = 3.0) -> None:
+def status_in_log(server: ServerProcess, request_id: str) -> int:
+    lines = map(json.loads, server.log_with(request_id).splitlines())
+    (status,) = [line["status"] for line in lines if line.get("request_id") == request_id]
+    return int(status)
+
+
+def wait_until_free(server: ServerProcess, *, within_s: float = 10.0) -> None:
     """Nothing is open any more, neither here nor on the ranks, and no KV block is taken."""
     deadline = time.monotonic() + within_s
     while True:
@@ -150,9 +156,10 @@ def test_a_full_queue_and_clients_that_go(strict: ServerProcess) -> None:
     with ExitStack() as stack:
         http = stack.enter_context(httpx.Client(timeout=30, headers=KEY_HEADER))
         lines = []
-        for _ in range(4):
+        for number in range(4):
+            headers = {"x-request-id": f"one-of-four-{number}"}
             answer = stack.enter_context(
-                http.stream("POST", f"{strict.url}/v1/completions", json=LONG | {"stream": True})
+                http.stream("POST", f"{strict.url}/v1/completions", json=LONG | {"stream": True}, headers=headers)
             )
             assert answer.status_code == 200
             lines.append(answer.iter_lines())
@@ -163,9 +170,9 @@ def test_a_full_queue_and_clients_that_go(strict: ServerProcess) -> None:
         assert full.value.code == "queue_full" and int(full.value.response.headers["retry-after"]) >= 1
         assert strict.metric("antiphon:num_requests_open") == 4
         assert strict.metric("antiphon:kv_cache_usage_perc") > 0
-    gone_s = time.monotonic()
-    wait_until_free(strict, within_s=1.5)
-    assert time.monotonic() - gone_s < 1.5 < TIMEOUT_S / 2, "the time limit ended them, not their clients' going"
+    wait_until_free(strict)
+    ends = [status_in_log(strict, f"one-of-four-{number}") for number in range(4)]
+    assert ends == [499] * 4, "the time limit ended them, not their clients' going"
     assert strict.metric("antiphon:requests_rejected_total", status="429") == 1
     assert strict.metric("antiphon:requests_rejected_total", status="400") == rejected
     assert client.completions.create(model="first", prompt="a", max_tokens=1).usage.completion_tokens == 1
@@ -175,7 +182,8 @@ def test_a_full_queue_and_clients_that_go(strict: ServerProcess) -> None:
 def test_a_client_that_goes_early_leaves_nothing(strict: ServerProcess, stream: bool) -> None:
     content = json.dumps(LONG | {"stream": stream}).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+        f"Content-Type: application/json\r\nX-Request-Id: gone-{stream}\r\n"
     )
     aborted = strict.metric("antiphon:request_success_total", finished_reason="abort")
     host, port = strict.url.removeprefix("http://").split(":")
@@ -184,7 +192,8 @@ def test_a_client_that_goes_early_leaves_nothing(strict: ServerProcess, stream: 
         deadline = time.monotonic() + 5
         while strict.metric("antiphon:kv_cache_usage_perc") == 0:
             assert time.monotonic() < deadline
-    wait_until_free(strict, within_s=1.5)
+    wait_until_free(strict)
+    assert status_in_log(strict, f"gone-{stream}") == 499, "the time limit ended it, not its client's going"
     assert strict.metric("antiphon:request_success_total", finished_reason="abort") == aborted + 1
     with socket.create_connection((host, int(port))) as plain:  # half a body
         plain.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:20])
@@ -200,7 +209,7 @@ def test_the_time_limit_of_a_request(strict: ServerProcess) -> None:
     with ThreadPoolExecutor(2) as pool:
         (answer, taken_s), (streamed, _) = pool.map(ask, (False, True))
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
-    assert TIMEOUT_S <= taken_s < TIMEOUT_S + 2
+    assert TIMEOUT_S <= taken_s < TIMEOUT_S + 10
     *events, last, end = streamed.text.split("\n\n")
     assert streamed.status_code == 200 and len(events) > 1 and end == ""
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"

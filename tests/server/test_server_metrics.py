@@ -21,6 +21,7 @@ from antiphon.core.errors import EngineError, OptionError
 from antiphon.server.logs import LOG_FIELDS, LineFormatter, log_config, log_event, logger
 from antiphon.server.metrics import FINISH_REASONS, ServerMetrics
 from tests.support.server import ServerProcess
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,12 +153,14 @@ def test_the_server_counts_what_a_serving_benchmark_asks_of_it(server: ServerPro
         text = re.sub(rb'model_name="[^"]*"', b'model_name="m"', server.get("/metrics").content)
         return values(text)
 
-    before = counts()
+    def lines() -> list[str]:
+        return [line for line in server.log.splitlines() if "path=/v1/completions" in line and "num_generated" in line]
+
+    before, num_lines = counts(), len(lines())
     workload = Workload(num_prompts=12, input_len=30, output_len=9, range_ratio=0.5)
     options = ServeOptions(base_url=server.url, workload=workload, max_concurrency=6, ignore_eos=True)
     result = run_serve(options)
     after = counts()
-    told = server.log  # after one more request: the lines of those before it are written by now
 
     def grown(name: str, *labels: str) -> float:
         return after[name, labels] - before.get((name, labels), 0.0)
@@ -177,8 +180,8 @@ def test_the_server_counts_what_a_serving_benchmark_asks_of_it(server: ServerPro
     assert all(after["expert_tokens_total", (rank,)] > 0 for rank in "01")
     assert 1 <= after["expert_tokens_max_over_mean", ()] < 2
     assert after["num_requests_open", ()] == 0 == after["kv_cache_usage_perc", ("0",)]
-    lines = [line for line in told.splitlines() if "path=/v1/completions" in line and "num_generated" in line]
-    assert len(lines) >= 12 and "request_id=" in lines[-1] and "first_token_s=" in lines[-1]
+    wait_until(lambda: len(lines()) == num_lines + 12, "a line of the log for each request")
+    assert "request_id=" in lines()[-1] and "first_token_s=" in lines()[-1]
 
 
 SECRET = "the prompt of a client"
