@@ -21,7 +21,8 @@ TOKEN = TokenOutput(request_id=7, token=NewToken(token_id=5))
 
 
 class Scheduler:
-    requests: dict[int, Any] = {}
+    def __init__(self) -> None:
+        self.requests: dict[int, Any] = {}
 
     def add(self, requests: Any) -> None:
         assert not list(requests)
