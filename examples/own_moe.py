@@ -15,6 +15,7 @@ rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
 device = device_for_rank("cuda" if num_devices("cuda") >= local_size else "cpu", local_rank)
 activate(device)  # makes it torch's current device, without TF32
+torch.set_grad_enabled(False)  # transports are forward only
 group = RankGroup.connect(rank=rank, size=size, init_method="env://")
 streams = streams_for(device)
 shape = ExpertShape(num_experts=E, top_k=K, hidden_size=D, dtype=torch.float32)

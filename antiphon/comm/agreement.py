@@ -19,8 +19,8 @@ def exchange(group: RankGroup, proposal: Proposal) -> list[Proposal]:
     """
     if group.size == 1:
         return [proposal]
-    mine = torch.tensor(proposal.to_row(), dtype=torch.int64)
-    rows = torch.empty(group.size * ROW_SIZE, dtype=torch.int64)
+    mine = torch.tensor(proposal.to_row(), dtype=torch.int64, device="cpu")
+    rows = torch.empty(group.size * ROW_SIZE, dtype=torch.int64, device="cpu")
     group.all_gather(rows, mine, "agreement").wait()
     proposals = [Proposal.from_row(row) for row in rows.view(group.size, ROW_SIZE).tolist()]
     same_wave = len({p.wave for p in proposals}) == 1

@@ -46,7 +46,7 @@ class AllGatherTransport(Transport):
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
         if tokens_by_rank is None:
-            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], label)
+            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], lane=lane, label=label)
         num_tokens, padded = x_TD.shape[0], max(tokens_by_rank)
         assert tokens_by_rank[self.group.rank] == num_tokens, f"{tokens_by_rank} is not for {num_tokens} tokens"
         self._num_tokens[lane], self._padded_tokens[lane] = num_tokens, padded
@@ -84,7 +84,7 @@ class AllGatherTransport(Transport):
                 work.wait()
             if self.part is TransportPart.LINK_ONLY:
                 return home[:num_tokens]
-            out_TD = torch.zeros(num_tokens, hidden_size, dtype=self.shape.weight_dtype)
+            out_TD = torch.zeros(num_tokens, hidden_size, dtype=self.shape.weight_dtype, device=home.device)
             for part in torch.split(home, padded) if padded else ():
                 out_TD += part[:num_tokens]
             return out_TD.to(dtype)

@@ -15,7 +15,7 @@ from antiphon.comm.group import Collective, RankGroup
 from antiphon.comm.routed_exchange import RoutedExchange
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart, wait_for_counts
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart, check_lanes, wait_for_counts
 from antiphon.runtime import Streams
 
 __all__ = ["AllToAllTransport"]
@@ -93,27 +93,27 @@ class AllToAllTransport(Transport):
         """Planned from the routes; where one part alone is measured, that of the lane's last whole dispatch."""
         exchange = self._exchanges[lane]
         if self.part is TransportPart.WHOLE or exchange is None:
-            exchange = self._exchanges[lane] = self._plan_exchange(routes, label)
+            exchange = self._exchanges[lane] = self._plan_exchange(lane, routes, label)
         elif self.part is TransportPart.COMPUTE_ONLY:
             self._order_by_rank(routes)  # its time belongs to the computation
         return exchange
 
     def _order_by_rank(self, routes: Routes) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows for each rank [W], and the token of every row, ordered by destination rank [N]."""
-        reached_TW = torch.zeros(routes.ids_TK.shape[0], self.group.size, dtype=torch.bool)
+        reached_TW = torch.zeros(routes.ids_TK.shape[0], self.group.size, dtype=torch.bool, device="cpu")
         reached_TW.scatter_(1, routes.ids_TK // self.experts_per_rank, True)
         return reached_TW.sum(0), reached_TW.t().nonzero()[:, 1]
 
-    def _plan_exchange(self, routes: Routes, label: str) -> RoutedExchange:
+    def _plan_exchange(self, lane: int, routes: Routes, label: str) -> RoutedExchange:
         sent_W, tokens_N = self._order_by_rank(routes)
-        received_W = torch.empty_like(sent_W)
+        sent_W2 = torch.stack([sent_W, torch.full_like(sent_W, lane)], dim=1)
+        received_W2 = torch.empty_like(sent_W2)
         ones = [1] * self.group.size
         label = f"counts of {label}"
-        work = self.group.all_to_all(received_W, sent_W, label, out_splits=ones, in_splits=ones)
+        work = self.group.all_to_all(received_W2, sent_W2, label, out_splits=ones, in_splits=ones)
         wait_for_counts(work, label)
+        received, lanes = received_W2.T.tolist()
+        check_lanes(lanes, lane, label)
         return RoutedExchange(
-            num_tokens=routes.ids_TK.shape[0],
-            tokens_N=tokens_N,
-            sent=sent_W.tolist(),
-            received=received_W.tolist(),
+            num_tokens=routes.ids_TK.shape[0], tokens_N=tokens_N, sent=sent_W.tolist(), received=received
         )

@@ -69,7 +69,7 @@ class DeviceWatch:
         self._board = board
         self._on_stuck = on_stuck
         with torch.inference_mode(False):
-            self._memory = torch.zeros(_MAX_WORDS, dtype=torch.int32, pin_memory=pin_memory)
+            self._memory = torch.zeros(_MAX_WORDS, dtype=torch.int32, device="cpu", pin_memory=pin_memory)
         self._values = self._memory.numpy()
         self._words: dict[str, WatchWord] = {}
         self._closed = threading.Event()
@@ -87,12 +87,17 @@ class DeviceWatch:
         return word
 
     def close(self) -> None:
+        """The watch goes on until no stream waits: what is given up at the end may still wait for a peer."""
         self._closed.set()
 
     def _watch(self) -> None:
         since: dict[int, tuple[int, float]] = {}
         told: set[int] = set()
-        while not self._closed.wait(_PERIOD_S):
+        while True:
+            if self._closed.wait(_PERIOD_S):
+                if not self._values.any():
+                    return
+                time.sleep(_PERIOD_S)
             now = time.monotonic()
             for place, word in enumerate(list(self._words.values())):
                 value = int(self._values[place])

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from antiphon.comm.device_watch import DeviceWatch
 from antiphon.comm.progress import ProgressBoard
-from antiphon.core.errors import PeerError
+from antiphon.core.errors import OptionError, PeerError
 from antiphon.runtime import current_lane, num_lanes
 
 __all__ = ["Collective", "RankGroup", "located"]
@@ -61,6 +61,8 @@ class Closeable(Protocol):
 class RankGroup:
     """One rank of a group of `size`. A group of one needs no process group and moves nothing.
 
+    process_group: of torch.distributed, for tensors on the CPU (gloo), with the same ranks in the same order; the
+    caller's, who destroys it. `connect` makes one.
     timeout_s: longest wait for a peer. board: where to say where this rank is; optional.
     on_stuck: gets the report of a device wait that outlasted the limit, on another thread; the process ends after it.
     Not thread-safe: one host thread issues everything.
@@ -82,6 +84,8 @@ class RankGroup:
         self.size = size
         self.timeout_s = timeout_s
         self._process_group = process_group
+        self._is_ours = False  # to destroy
+        self._closed = False
         self._board = board
         self._order: list[str] | None = None
         self.extras: dict[Hashable, Closeable] = {}  # what transports share that use this group
@@ -103,8 +107,14 @@ class RankGroup:
         """Meet the other ranks over gloo; `init_method` as in `torch.distributed.init_process_group`.
 
         Once in a process: torch cannot try a meeting again.
-        Raises `PeerError` if not all ranks come within `meeting_timeout_s`, by default `timeout_s`.
+        Raises `OptionError` if the process has a process group already, `PeerError` if not all ranks come within
+        `meeting_timeout_s`, by default `timeout_s`.
         """
+        if dist.is_initialized():
+            raise OptionError(
+                "torch.distributed is initialised in this process already; make the group from a gloo group of it: "
+                "RankGroup(rank=..., size=..., process_group=torch.distributed.new_group(backend='gloo'))"
+            )
         meeting_timeout_s = timeout_s if meeting_timeout_s is None else meeting_timeout_s
         if board is not None:
             board.mark(rank, "waiting to meet its peers")
@@ -118,7 +128,7 @@ class RankGroup:
             )
         except (RuntimeError, dist.DistError) as error:
             raise PeerError(_missing(f"rank {rank} could not meet its peers", rank, board, error)) from error
-        return cls(
+        group = cls(
             rank=rank,
             size=size,
             process_group=dist.group.WORLD,
@@ -126,6 +136,8 @@ class RankGroup:
             board=board,
             on_stuck=on_stuck,
         )
+        group._is_ours = True
+        return group
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -133,15 +145,16 @@ class RankGroup:
         return self._process_group
 
     def close(self) -> None:
-        """Leave the process group. Peers that still wait for this rank get an error."""
+        """Leave the process group, if `connect` made it: peers that still wait for this rank get an error then."""
+        self._closed = True
         for extra in self.extras.values():
             extra.close()
         self.extras.clear()
         if self._device_watch is not None:
             self._device_watch.close()
-        if self._process_group is not None:
+        if self._process_group is not None and self._is_ours:
             dist.destroy_process_group(self._process_group)
-            self._process_group = None
+        self._process_group = None
 
     def device_watch(self) -> DeviceWatch:
         """The watch over this rank's device waits; made when it is first needed."""
@@ -174,6 +187,7 @@ class RankGroup:
         """Every rank's `value`; slow, for errors and set-up."""
         if self.size == 1:
             return [value]
+        self._check_open()
         values: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(values, value, group=self._process_group)
@@ -183,6 +197,7 @@ class RankGroup:
         return values
 
     def _start(self, operation: Any, label: str, out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Collective:
+        self._check_open()
         self.note(label, operation.__name__)
         try:
             work = operation(out, mine, group=self._process_group, async_op=True, **options)
@@ -191,6 +206,10 @@ class RankGroup:
                 _missing(f"rank {self.rank} could not start {label!r}", self.rank, self._board, error)
             ) from error
         return Collective(self, work, label, (out, mine))
+
+    def _check_open(self) -> None:
+        if self._closed:  # torch would take the default group for none
+            raise PeerError(f"rank {self.rank} has closed its group; nothing can be exchanged any more")
 
     def wait_for(self, work: dist.Work, label: str) -> None:
         where = located(label)

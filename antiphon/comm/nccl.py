@@ -73,7 +73,11 @@ class NcclGroup:
         self._group = group
         self._streams = streams
         self._pools: list[torch.cuda.MemPool] = []
+        # Of the same ranks, should they not be all of the program's.
+        whole = group.process_group is None or group.process_group == dist.group.WORLD
         self._process_group = dist.new_group(
+            None if whole else dist.get_process_group_ranks(group.process_group),
+            use_local_synchronization=not whole,
             backend="nccl",
             pg_options=options,
             timeout=timeout,

@@ -54,7 +54,9 @@ class NcclAllToAllTransport(Transport):
             for name in ("partials", "home"):
                 buffers.get(name, rows, shape.hidden_size, shape.dtype)
         with torch.inference_mode(False):
-            self._counts = [torch.zeros(2, group.size, dtype=torch.int64, pin_memory=True) for _ in range(num_lanes)]
+            self._counts = [
+                torch.zeros(2, group.size, dtype=torch.int64, device="cpu", pin_memory=True) for _ in range(num_lanes)
+            ]
 
     def send_tokens(
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str

@@ -54,7 +54,7 @@ class NcclZeroCtaTransport(Transport):
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
         if tokens_by_rank is None:
-            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], label)
+            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], lane=lane, label=label)
         num_tokens, padded = x_TD.shape[0], max(tokens_by_rank)
         self._tokens[lane] = (num_tokens, padded)
         row = self._format

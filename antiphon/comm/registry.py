@@ -163,9 +163,9 @@ def create_transport(
     device_kind = streams.device.type
     peer_access = peer_access and not peers_forbidden(os.environ)
     if spec.name == "auto" and device_kind == "cuda" and group.size > 1:
-        from antiphon.comm.machine_cuda import reaches  # only where there are such devices
+        from antiphon.comm.machine_cuda import identity, reaches  # only where there are such devices
 
-        devices = group.all_gather_object(streams.device.index)
+        devices = group.all_gather_object(identity(streams.device.index))
         peer_access = all(group.all_gather_object(peer_access and reaches(streams.device, devices)))
     spec, _ = choose_transport(spec, shape, group.size, device_kind=device_kind, peer_access=peer_access)
     kind = load_transport(spec, device_kind)

@@ -105,7 +105,7 @@ class SlabTransport(Transport):
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
         if tokens_by_rank is None:
-            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], label)
+            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], lane=lane, label=label)
         assert tokens_by_rank[self.group.rank] == x_TD.shape[0], f"{tokens_by_rank} is not for {x_TD.shape[0]} tokens"
         layout = self._current[lane] = self._layout(lane, tokens_by_rank)
         if self.part is not TransportPart.LINK_ONLY:

@@ -7,7 +7,7 @@ Contract, for every implementation and tested for each:
 
 - Lanes: one set of buffers a lane; the lane is the one that is running. Lanes may be anywhere between their phases.
 - Order: on a lane, dispatch and combine alternate, each finished before the next. All ranks call them in the same
-  order on every lane, ranks without tokens too.
+  order over all lanes together, ranks without tokens too.
 - Sources: `x_TD` is read before `dispatch` returns, or after an event on the compute stream that it records.
 - Results: `Rows` belong to the transport and are valid until their combine is sent; the result of `combine`
   [T, D] is new and the caller's. Both are safe on the compute stream once finished.
@@ -19,7 +19,7 @@ Shapes: `T` tokens of this rank, `D` hidden size, `K` experts per token, `R` row
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Generic, TypeVar
@@ -35,6 +35,7 @@ __all__ = [
     "Flight",
     "Transport",
     "TransportPart",
+    "check_lanes",
     "exchange_counts",
     "wait_for_counts",
 ]
@@ -112,9 +113,11 @@ class Transport(ABC):
         x_TD: [T, D] in the shape's dtype; T may be 0. tokens_by_rank: T of every rank if the caller knows it (an
         engine does), which spares some transports an exchange; the same tuple on all ranks, or `None` on all.
         label: the place in the model, such as "layer 3", for recordings and errors.
-        Raises `LaneError` out of order, `OptionError` for tensors that do not fit the shape.
+        Raises `LaneError` out of order, `OptionError` for tensors that do not fit the shape or want a gradient.
         """
         self._check(x_TD, routes)
+        if tokens_by_rank is not None:
+            tokens_by_rank = self._checked_counts(tokens_by_rank, x_TD.shape[0])
         lane = self._lane_in(_Phase.IDLE, "dispatch")
         label = f"dispatch {label}".rstrip()
         flight = self.send_tokens(lane, x_TD, routes, tokens_by_rank, label)
@@ -138,6 +141,7 @@ class Transport(ABC):
                 f"partial sums are {list(partial_RD.shape)} {partial_RD.dtype}; "
                 f"the rows received need {list(expected)} {self.shape.dtype}"
             )
+        _check_forward_only(partial_RD)
         label = f"combine {label}".rstrip()
         flight = self.send_partials(lane, partial_RD, label)
         self._phases[lane] = _Phase.COMBINING
@@ -211,6 +215,11 @@ class Transport(ABC):
                 f"{x_TD.shape[0]} tokens are more than max_tokens={self.max_tokens}, "
                 "for which this transport was made; make it for more"
             )
+        _check_forward_only(x_TD, routes.weights_TK)
+        places = {tensor.device for tensor in (x_TD, routes.ids_TK, routes.weights_TK)}
+        if len(places) > 1 or x_TD.device.type != self.streams.device.type:
+            found = f"{x_TD.device}, ids on {routes.ids_TK.device}, weights on {routes.weights_TK.device}"
+            raise OptionError(f"tokens are on {found}; this transport takes all three on {self.streams.device}")
         expected = (x_TD.shape[0], shape.top_k)
         if routes.ids_TK.shape != expected or routes.weights_TK.shape != expected:
             raise OptionError(
@@ -222,6 +231,25 @@ class Transport(ABC):
             if low < 0 or high >= shape.num_experts:
                 raise OptionError(f"expert ids run from {low} to {high}; use 0 to {shape.num_experts - 1}")
 
+    def _checked_counts(self, tokens_by_rank: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+        counts = tuple(tokens_by_rank)
+        rank, size = self.group.rank, self.group.size
+        if len(counts) != size or counts[rank] != num_tokens or not 0 <= min(counts) <= max(counts) <= self.max_tokens:
+            raise OptionError(
+                f"tokens_by_rank={counts} does not fit: {size} ranks, rank {rank} sends {num_tokens} tokens, and none "
+                f"may send more than {self.max_tokens}; pass the same counts on all ranks"
+            )
+        return counts
+
+
+def _check_forward_only(*tensors: torch.Tensor) -> None:
+    """The buffers outlive the call: a graph that goes through them would never end."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise OptionError(
+            "a tensor wants a gradient, and transports are forward only; "
+            "run under torch.no_grad() or torch.inference_mode(), entered outside run_lanes"
+        )
+
 
 def wait_for_counts(work: Collective, label: str) -> None:
     """Wait for an exchange of counts inside a dispatch; recorded, so that it counts as exposed.
@@ -231,13 +259,28 @@ def wait_for_counts(work: Collective, label: str) -> None:
     Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
 
 
-def exchange_counts(group: RankGroup, num_tokens: int, label: str) -> tuple[int, ...]:
-    """The tokens of every rank, where the caller does not know them. The host waits."""
-    counts_W = torch.empty(group.size, dtype=torch.int64)
+def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str) -> tuple[int, ...]:
+    """The tokens of every rank, where the caller does not know them. The host waits.
+
+    Raises `LaneError` if a rank is on another lane: counts are matched by their order over all lanes.
+    """
+    found_W2 = torch.empty(group.size, 2, dtype=torch.int64, device="cpu")
     label = f"counts of {label}"
-    work = group.all_gather(counts_W, torch.tensor([num_tokens]), label)
+    work = group.all_gather(found_W2, torch.tensor([[num_tokens, lane]], device="cpu"), label)
     wait_for_counts(work, label)
-    return tuple(counts_W.tolist())
+    counts, lanes = found_W2.T.tolist()
+    check_lanes(lanes, lane, label)
+    return tuple(counts)
+
+
+def check_lanes(lane_by_rank: Sequence[int], lane: int, label: str) -> None:
+    """Raise `LaneError` if a rank is on another lane than this one."""
+    for rank, other in enumerate(lane_by_rank):
+        if other != lane:
+            raise LaneError(
+                f"{label} on lane {lane} met rank {rank} on lane {other}; all ranks must call dispatch and combine in "
+                "the same order over all lanes, so lanes must switch alike on all of them"
+            )
 
 
 def _pending(flight: Flight[T], label: str, arrived: Callable[[T], None]) -> Pending[T]:

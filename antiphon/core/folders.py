@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 __all__ = ["socket_folder"]
 
-_LONGEST = 80  # a socket's path has a limit of about 100 characters
+_LONGEST = 80  # bytes; a socket's path has a limit of about 100 characters
 
 
 def socket_folder(prefix: str) -> Path:
@@ -16,7 +17,7 @@ def socket_folder(prefix: str) -> Path:
     The caller removes it.
     """
     folder = Path(tempfile.mkdtemp(prefix=prefix))
-    if len(str(folder)) <= _LONGEST:
+    if len(os.fsencode(folder)) <= _LONGEST:
         return folder
     folder.rmdir()
     return Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))

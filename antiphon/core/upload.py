@@ -16,7 +16,7 @@ def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.
     stream. The sources may be changed as soon as the call has returned.
     """
     sizes = [tensor.numel() for tensor in tensors]
-    packed = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=device.type == "cuda")
+    packed = torch.empty(sum(sizes), dtype=tensors[0].dtype, device="cpu", pin_memory=device.type == "cuda")
     torch.cat([tensor.reshape(-1) for tensor in tensors], out=packed)
     # torch's allocator of pinned memory keeps the buffer until the copy is done.
     moved = packed.to(device, non_blocking=True)

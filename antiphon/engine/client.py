@@ -42,7 +42,7 @@ class Client(Protocol):
         ...
 
     def poll(self) -> list[TokenOutput]:
-        """What has been generated since the last call; waits until there is something. Time-limited."""
+        """What has been generated since the last call; waits for a word of a rank, which may be empty. Time-limited."""
         ...
 
     def reconfigure(self, policy: OverlapPolicy) -> None:

@@ -119,7 +119,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What a step has generated on this rank."""
+    """What a step has generated on this rank; empty as a sign that steps go on."""
 
     outputs: list[TokenOutput]
 

@@ -218,7 +218,7 @@ class Scheduler:
         if request in self._running:
             self._running.remove(request)
         self._give_back(request)
-        request.sampling = None  # whoever made the request may keep it
+        request.sampling, request.known_keys = None, []  # whoever made the request may keep it
 
     def _give_back(self, request: Request) -> None:
         self.pool.give_back(request.block_ids)

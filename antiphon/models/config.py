@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import ModelError
 
 __all__ = ["ConfigFile", "ModelConfig", "read_json"]
+
+logger = logging.getLogger("antiphon.models")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +88,16 @@ class ConfigFile:
             raise ModelError(f"{self.path} has {key}={value!r}, which is not supported; only {names}")
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """From `generation_config.json` if it has them, else from `config.json`."""
+        """From `generation_config.json` if it has them, else from `config.json`; those that the model has no token for
+        are left out, with a warning."""
         generation = self.path.with_name("generation_config.json")
         value = read_json(generation).get("eos_token_id") if generation.exists() else None
         value = self._values.get("eos_token_id") if value is None else value
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) for item in ids):
+        if not all(is_whole(item) for item in ids):
             raise ModelError(f"{self.path} has eos_token_id={value!r}; token ids are needed")
-        return tuple(ids)
+        vocab_size = self.count("vocab_size")
+        known = tuple(item for item in ids if 0 <= item < vocab_size)
+        if len(known) < len(ids):
+            logger.warning("%s has eos_token_id=%r, but tokens from 0 to %d only", self.path, value, vocab_size - 1)
+        return known

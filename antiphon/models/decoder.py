@@ -62,7 +62,8 @@ class DecoderConfig(ModelConfig):
             num_layers=file.count("num_hidden_layers"),
             hidden_size=attention.hidden_size,
             vocab_size=file.count("vocab_size"),
-            max_positions=file.count("max_position_embeddings"),
+            # Some checkpoints leave the length of the training there when yarn stretches it.
+            max_positions=max(file.count("max_position_embeddings"), attention.rope.stretched_positions),
             num_experts=routing.num_experts,
             top_k=routing.top_k,
             kv_width=attention.kv_width,

@@ -41,6 +41,11 @@ class RopeConfig:
     interleaved: bool
     yarn: Yarn | None
 
+    @property
+    def stretched_positions(self) -> int:
+        """How far yarn reaches; 0 without it."""
+        return 0 if self.yarn is None else int(self.yarn.factor * self.yarn.original_positions)
+
     @staticmethod
     def read(file: ConfigFile, *, size: int, interleaved: bool) -> RopeConfig:
         """From `rope_parameters`, or `rope_theta` and `rope_scaling` of older checkpoints."""
@@ -49,8 +54,8 @@ class RopeConfig:
         if kind not in ("default", "yarn"):
             raise ModelError(f"{file.path} has rope_type={kind!r}, which is not supported; only 'default' or 'yarn'")
         theta = parameters.get("rope_theta", file.get("rope_theta", 10_000.0))
-        if not is_number(theta) or theta <= 0:
-            raise ModelError(f"{file.path} has rope_theta={theta!r}; a number above 0 is needed")
+        if not is_number(theta) or theta <= 1:
+            raise ModelError(f"{file.path} has rope_theta={theta!r}; a number above 1 is needed")
         yarn = None if kind == "default" else _read_yarn(file, parameters)
         return RopeConfig(size=size, theta=float(theta), interleaved=interleaved, yarn=yarn)
 
@@ -82,7 +87,7 @@ def _parameters(file: ConfigFile) -> dict[str, Any]:
 def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
     attention_factor = parameters.get("attention_factor")
     try:
-        return Yarn(
+        yarn = Yarn(
             factor=float(parameters["factor"]),
             original_positions=int(
                 parameters.get("original_max_position_embeddings") or file.count("max_position_embeddings")
@@ -96,6 +101,12 @@ def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{file.path} has yarn parameters that cannot be read ({error!r})") from error
+    if not 1 <= yarn.factor < math.inf or yarn.original_positions < 1:
+        raise ModelError(
+            f"{file.path} has yarn with factor={yarn.factor} and {yarn.original_positions} original positions; "
+            "both must be at least 1"
+        )
+    return yarn
 
 
 def rope_angles(config: RopeConfig) -> torch.Tensor:

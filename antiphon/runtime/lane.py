@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from antiphon.runtime.pending import Pending
 
-__all__ = ["Lane", "LaneCancelled", "RunState", "current"]
+__all__ = ["Lane", "LaneCancelled", "RunState", "current", "running_lane"]
 
 
 class LaneCancelled(BaseException):
@@ -61,3 +61,9 @@ class Lane:
 
 
 current: ContextVar[Lane | None] = ContextVar("antiphon_lane", default=None)
+
+
+def running_lane() -> Lane | None:
+    """The lane that is running. A copy of its context, as a task of asyncio keeps one, may outlive the lane."""
+    lane = current.get()
+    return None if lane is None or lane.done else lane

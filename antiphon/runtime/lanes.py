@@ -17,7 +17,7 @@ from greenlet import GreenletExit, greenlet
 
 from antiphon.core.errors import LaneError
 from antiphon.runtime.hook import EventKind, Hook, Recorder
-from antiphon.runtime.lane import Lane, LaneCancelled, RunState, current
+from antiphon.runtime.lane import Lane, LaneCancelled, RunState, current, running_lane
 from antiphon.runtime.streams import CpuStreams, Streams
 from antiphon.runtime.torch_state import TorchState
 from antiphon.runtime.traps import check_lane_state
@@ -48,7 +48,7 @@ def run_lanes(
     state that a lane left changed.
     """
     streams = streams if streams is not None else CpuStreams()
-    outer = current.get()
+    outer = running_lane()
     if outer is not None and outer.greenlet is not None:
         raise LaneError(f"run_lanes was called inside lane {outer.index}; lanes cannot be nested")
     run = RunState(
@@ -97,6 +97,9 @@ def _run_round_robin(lanes: list[Lane], functions: Sequence[Callable[[], T]]) ->
     except BaseException as error:
         _cancel(lanes, error)
         raise
+    finally:
+        for lane in lanes:
+            lane.greenlet = None  # whose context holds the lane: what a lane has set would wait for the collector
     return [results[index] for index in range(len(lanes))]
 
 

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from antiphon.core.errors import LaneError
 from antiphon.runtime.hook import EventKind
-from antiphon.runtime.lane import Lane, current
+from antiphon.runtime.lane import Lane, running_lane
 
 __all__ = ["Pending"]
 
@@ -49,7 +49,7 @@ class Pending(Generic[T]):
         self.label = label
         self.num_bytes = num_bytes
         self.num_messages = num_messages
-        self._lane: Lane | None = current.get()
+        self._lane = running_lane()
         self._number = -1
         if self._lane is not None:
             self._number = self._lane.add_pending(self)
@@ -62,7 +62,7 @@ class Pending(Generic[T]):
 
     def wait(self) -> T:
         """The result. Model code calls `finish`, which switches first; this alone never switches."""
-        lane = current.get()
+        lane = running_lane()
         if lane is not self._lane:
             raise LaneError(
                 f"pending {self.label!r} was sent by {_name(self._lane)} and waited for by {_name(lane)}; "
@@ -73,6 +73,7 @@ class Pending(Generic[T]):
         try:
             if self._launch is not None:
                 self._launch()
+                self._launch = None  # it may hold this pending
                 self._emit(EventKind.LAUNCHED)
             result = wait()
         except BaseException as error:
@@ -88,7 +89,7 @@ class Pending(Generic[T]):
 
     def abandon(self) -> None:
         """Give the pending up without its result; called by the runtime for cancelled lanes."""
-        self._wait = None
+        self._wait = self._launch = None
         self._close()
         if self._abandon is not None:
             self._abandon()

@@ -1,7 +1,7 @@
 """PyTorch's thread-wide switches that a lane must leave as it found them.
 
-Grad mode, inference mode and autocast belong to the host thread, not to a lane: a lane that enters
-`torch.no_grad()` and switches inside it changes them for the other lanes. Set them once, outside `run_lanes`.
+Grad mode, inference mode, autocast, the default dtype and device belong to the host thread, not to a lane: a lane that
+enters `torch.no_grad()` and switches inside it changes them for the other lanes. Set them once, outside `run_lanes`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ class TorchState(NamedTuple):
     grad_mode: bool
     inference_mode: bool
     autocast: tuple[torch.dtype | None, ...]  # None where it is off
+    default_dtype: torch.dtype
+    function_modes: int  # such as a default device
+    dispatch_modes: int
 
     @staticmethod
     def read(device_types: tuple[str, ...]) -> TorchState:
@@ -29,6 +32,9 @@ class TorchState(NamedTuple):
                 torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
                 for device_type in device_types
             ),
+            torch.get_default_dtype(),
+            torch._C._len_torch_function_stack(),
+            torch._C._len_torch_dispatch_stack(),
         )
 
     def changes(self, now: TorchState) -> str:

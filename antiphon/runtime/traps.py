@@ -12,7 +12,7 @@ from greenlet import getcurrent
 
 from antiphon.core.errors import LaneError
 from antiphon.runtime.hook import EventKind
-from antiphon.runtime.lane import Lane, current
+from antiphon.runtime.lane import Lane, running_lane
 from antiphon.runtime.pending import Pending
 from antiphon.runtime.torch_state import TorchState
 
@@ -27,7 +27,7 @@ def switch(label: str = "") -> None:
     Outside lanes, and in a run of one lane, it returns at once. `label` names the switch in recordings and errors.
     Raises `LaneError` if the lane left torch's thread-wide state changed or is not on the compute stream.
     """
-    lane = current.get()
+    lane = running_lane()
     if lane is None or lane.greenlet is None:
         return
     check_lane_state(lane, f"switches at {label!r}")
@@ -46,13 +46,13 @@ def finish(pending: Pending[T]) -> T:
 
 def current_lane() -> int:
     """The index of the lane that is running; 0 outside lanes."""
-    lane = current.get()
+    lane = running_lane()
     return 0 if lane is None else lane.index
 
 
 def num_lanes() -> int:
     """How many lanes the current run has; 1 outside lanes."""
-    lane = current.get()
+    lane = running_lane()
     return 1 if lane is None else lane.run.num_lanes
 
 
@@ -62,7 +62,7 @@ def order_point(key: Hashable) -> None:
     Attention calls it after it has queued its key and value writes of a layer: a request that straddles the cut
     reads in lane i what lane i-1 wrote in the same step.
     """
-    lane = current.get()
+    lane = running_lane()
     if lane is None:
         return
     count = lane.points_passed.get(key, 0) + 1

@@ -25,6 +25,8 @@ if sys.argv[2] == "torn":
 watch = DeviceWatch(rank=0, timeout_s=0.5, board=board, on_stuck=(folder / "report").write_text, pin_memory=False)
 word = watch.word("compute")
 watch._values[0] = word.code("combine layer 3, lane 1") + 1
+if sys.argv[2] == "closed":
+    watch.close()
 time.sleep(30)
 """
 
@@ -34,8 +36,10 @@ def run_stuck(folder: Path, row: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=25, check=False)
 
 
-def test_a_wait_that_never_ends_is_reported_and_ends_the_process(tmp_path: Path) -> None:
-    ended = run_stuck(tmp_path, "empty")
+@pytest.mark.parametrize("row", ["empty", "closed"])
+def test_a_wait_that_never_ends_is_reported_and_ends_the_process(tmp_path: Path, row: str) -> None:
+    """closed: what is given up at the end may wait still."""
+    ended = run_stuck(tmp_path, row)
     said = (tmp_path / "report").read_text()
     assert ended.returncode == 1
     waited = re.match(r"rank 0 waited (\d+\.\d) s ", said)

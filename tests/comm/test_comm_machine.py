@@ -345,3 +345,24 @@ def test_the_calling_process_gets_no_context() -> None:
         "examine_machine()\nassert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "reached"),
+    [
+        ("ab", [(0, "GPU-a"), (1, "GPU-b")], True),
+        ("ac", [(0, "GPU-a"), (1, "GPU-c")], False),  # no access
+        ("a", [(0, "GPU-a"), (0, "GPU-b")], False),  # CUDA_VISIBLE_DEVICES shows each process one device
+        ("a", [(0, "GPU-a"), (1, "GPU-b")], False),  # or only its own
+        ("ab", [(0, "GPU-a"), (1, "GPU-c")], False),  # or another one in that place
+        ("ab", [(0, "GPU-a")], True),
+    ],
+)
+def test_devices_are_known_by_more_than_their_index(
+    own: str, others: list[tuple[int, str]], reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"GPU-{letter}" for letter in own]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=names[index]))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: names[other] == "GPU-b")
+    assert machine_cuda.reaches(torch.device("cuda", 0), others) is reached

@@ -11,10 +11,11 @@ import pytest
 from antiphon.core.folders import socket_folder
 
 
+@pytest.mark.parametrize("letter", ["xyz", "長"])
 def test_a_socket_fits_into_the_folder_however_long_the_path_of_others_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letter: str
 ) -> None:
-    long = tmp_path / ("x" * 100)
+    long = tmp_path / (letter * 33)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     folder = socket_folder("antiphon-test-")

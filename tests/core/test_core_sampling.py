@@ -102,6 +102,7 @@ def test_values_out_of_range_or_of_a_wrong_type_are_errors(name, values, remedy)
         ({"stop_token_ids": [-1]}, "stop_token_ids has -1, which is no token id; use integers of at least 0"),
         ({"stop_token_ids": [1.0]}, "stop_token_ids has 1.0, which is no token id"),
         ({"logit_bias": [1]}, r"logit_bias=\[1\] is a list; use a dict of token ids and numbers from -100 to 100"),
+        ({"stop": ["a", "\udcff"]}, "stop has .* which is not valid Unicode text"),
         ({"logit_bias": {"9" * 5000: 1}}, "logit_bias has the token id '9999.*, which is none"),
         ({"logit_bias": {-1: 1}}, "logit_bias has the token id -1, which is none; use integers of at least 0"),
         ({"logit_bias": {"x": 1}}, "logit_bias has the token id 'x', which is none"),

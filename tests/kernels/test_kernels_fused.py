@@ -355,15 +355,18 @@ def test_norm_rotate_write_latents(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_tokens", "size", "top_k"), [(9, 40, 3), (3, 2500, 8), (1, 1, 1), (0, 16, 2)])
-def test_pack(num_tokens: int, size: int, top_k: int, dtype: torch.dtype) -> None:
-    """Every part between neighbours that stay as they are, from sources with gaps."""
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("num_tokens", "size", "top_k"), [(9, 40, 3), (3, 2500, 8), (5, 16, 1), (1, 1, 1), (0, 16, 2)])
+def test_pack(num_tokens: int, size: int, top_k: int, across: bool, dtype: torch.dtype) -> None:
+    """Every part between neighbours that stay as they are, from sources with gaps. across: columns lie together."""
     wide = torch.promote_types(dtype, torch.float32)
     sources = (
         padded(randn(num_tokens, size, seed=40, dtype=dtype), 4),
         padded(randn(num_tokens, top_k, seed=41, dtype=wide), 3),
         padded(make_ids(num_tokens, top_k, 11, seed=42), 5, filling=99),
     )
+    if across:
+        sources = tuple(source.t().contiguous().t() for source in sources)
     dtypes = (dtype, wide, torch.int32)
     outs, expected = (
         [

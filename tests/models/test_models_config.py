@@ -93,6 +93,7 @@ def test_sizes_of_zero(folder: Path, key: str) -> None:
         ({"num_experts_per_tok": 13}, "num_experts_per_tok=13"),
         ({"n_group": 6, "num_experts_per_tok": 3}, "1 groups of 2 experts"),
         ({"n_group": 12, "topk_group": 6}, "6 groups of 1 experts"),
+        ({"eos_token_id": [1, True]}, r"eos_token_id=[1, True]; token ids are needed"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>'; token ids are needed"),
         ({"quantization_config": {}}, "is quantised ('unknown')"),
         ({"quantization_config": "fp8"}, "quantization_config='fp8'; an object is needed"),
@@ -108,6 +109,10 @@ def test_what_is_not_supported(folder: Path, changes: dict[str, Any], message: s
     [
         ({"rope_type": "llama3"}, "rope_type='llama3', which is not supported; only 'default' or 'yarn'"),
         ({"type": "linear", "factor": 2.0}, "rope_type='linear'"),
+        ({"rope_type": "yarn", "factor": 0.0}, "yarn with factor=0.0 and"),
+        ({"rope_type": "yarn", "factor": float("inf")}, "yarn with factor=inf and"),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": -5}, "and -5 original positions"),
+        ({"rope_theta": 1}, "rope_theta=1; a number above 1 is needed"),
         ({"rope_type": "yarn"}, "yarn parameters that cannot be read (KeyError('factor'))"),
         ({"rope_type": "yarn", "factor": "large"}, "yarn parameters that cannot be read"),
         ({"rope_type": "yarn", "factor": 2.0, "beta_fast": [1]}, "yarn parameters that cannot be read"),
@@ -186,6 +191,8 @@ def test_a_config_that_is_not_json(tmp_path: Path, content: bytes, message: str)
         (5, {"eos_token_id": 7}, (7,)),
         (5, {"eos_token_id": [7, 8]}, (7, 8)),
         (5, {"eos_token_id": None}, (5,)),
+        (5, {"eos_token_id": [7, 10**6, -1]}, (7,)),
+        (-1, None, ()),
         (5, {}, (5,)),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,14 @@ def test_tables_are_exact_far_from_the_origin(tmp_path: Path) -> None:
     exact = torch.tensor([math.cos(float(angle) * 100_000) for angle in rope_angles(rope)])
     assert cos_TP.dtype == torch.bfloat16
     torch.testing.assert_close(cos_TP[0].float(), exact, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"), [(YARN, 512), (YARN | {"factor": 1.0}, 200), (CASES["default"], 200)]
+)
+def test_yarn_reaches_as_far_as_it_stretches(parameters: dict[str, Any], expected: int, tmp_path: Path) -> None:
+    """Where the checkpoint leaves the length of its training in max_position_embeddings."""
+    save(tmp_path, parameters)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 200}))
+    assert read_config(tmp_path).max_positions == expected

@@ -1,8 +1,10 @@
 """The order in which lanes run, what a lane sees of its run, and when greenlets are made."""
 
 import asyncio
+import gc
 import random
-from contextvars import ContextVar, copy_context
+import weakref
+from contextvars import Context, ContextVar, copy_context
 
 import pytest
 from greenlet import greenlet
@@ -270,3 +272,40 @@ def test_a_switch_in_a_thread_started_by_a_lane_is_an_error():
 def test_lanes_run_inside_a_greenlet_of_the_caller():
     """The hub is whichever greenlet calls `run_lanes`, not the main one."""
     assert greenlet(lambda: run_recorded([1, 2])).switch() == round_robin([1, 2])
+
+
+def test_a_context_that_outlives_its_lane_is_in_no_lane() -> None:
+    """As that of a task of asyncio, which a lane has made."""
+    kept: list[Context] = []
+
+    def lane() -> None:
+        kept.append(copy_context())
+        switch()
+
+    run_lanes([lane, lane])
+    for context in kept:
+        assert context.run(current_lane) == 0 and context.run(num_lanes) == 1
+        assert context.run(run_lanes, [lambda: 1, lambda: 2]) == [1, 2]
+
+
+def test_what_a_lane_has_set_goes_with_the_run() -> None:
+    """At once, not when the garbage collector comes: it can be tensors of a device."""
+
+    class Large:
+        pass
+
+    variable: ContextVar[Large] = ContextVar("large")
+    seen: list[weakref.ref[Large]] = []
+
+    def lane() -> None:
+        variable.set(Large())
+        seen.append(weakref.ref(variable.get()))
+        finish(Pending.done(1, label="here"))
+
+    gc.collect()
+    gc.disable()
+    try:
+        run_lanes([lane, lane])
+        assert [one() for one in seen] == [None, None]
+    finally:
+        gc.enable()

@@ -1,6 +1,7 @@
 """Grad mode, inference mode and autocast belong to the thread: a lane must leave them as it found them."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -8,10 +9,22 @@ import torch
 from antiphon.core.errors import LaneError
 from antiphon.runtime import Pending, finish, run_lanes, switch
 
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 CHANGES = {
     "grad mode": torch.no_grad,
     "inference mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "default dtype": float64_by_default,
+    "function modes": lambda: torch.device("meta"),
 }
 
 
@@ -21,6 +34,8 @@ def thread_state() -> tuple:
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
     )
 
 

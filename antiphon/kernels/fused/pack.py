@@ -84,9 +84,10 @@ def pack_rows_fused(
     ids_TK: torch.Tensor,
 ) -> None:
     """See `pack_rows`."""
-    tensors = (x_out_TD, weights_out_TK, ids_out_TK, x_TD, weights_TK, ids_TK)
+    outputs, sources = (x_out_TD, weights_out_TK, ids_out_TK), (x_TD, weights_TK, ids_TK)
+    assert all(tensor.stride(1) == 1 for tensor in outputs), "rows have gaps between their numbers"
+    tensors = (*outputs, *(tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in sources))
     strides = [tensor.stride() for tensor in tensors]
-    assert all(stride[1] == 1 for stride in strides), "rows have gaps between their numbers"
     (num_tokens, size), top_k = x_TD.shape, ids_TK.shape[1]
     assert x_out_TD.shape == x_TD.shape and weights_out_TK.shape == ids_out_TK.shape == weights_TK.shape == ids_TK.shape
     if num_tokens:

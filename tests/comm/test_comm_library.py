@@ -1,0 +1,42 @@
+"""The library in programs that have a process group, gradients and habits of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.comm.library_checks import TRANSPORTS
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
+
+OF_TRANSPORTS = {
+    "plain": "",
+    "counts, list": "",
+    "counts, length": "OptionError: tokens_by_rank=(5,) does not fit: 2 ranks",
+    "counts, own": "OptionError: tokens_by_rank=(6, 6) does not fit: 2 ranks",
+    "counts, most": "OptionError: tokens_by_rank=",
+    "meta ids": "OptionError: tokens are on cpu, ids on meta",
+    "gradient": "OptionError: a tensor wants a gradient",
+    "gradient of sums": "OptionError: a tensor wants a gradient",
+    "default device": "",
+    "lanes": "LaneError: counts of dispatch",
+}
+OF_GROUPS = {
+    "connect": "OptionError: torch.distributed is initialised in this process already",
+    "closed": "PeerError: rank ",
+    "destroyed": "",
+}
+
+
+@pytest.fixture(scope="module")
+def said_by_rank() -> list[dict[str, str]]:
+    return run_ranks("tests.comm.library_checks:be_a_program", 2, connect=False)
+
+
+@pytest.mark.parametrize(
+    ("what", "begin"),
+    [*OF_GROUPS.items(), *((f"{name}: {what}", begin) for name in TRANSPORTS for what, begin in OF_TRANSPORTS.items())],
+)
+def test_every_use_works_or_is_refused_in_one_line(said_by_rank: list[dict[str, str]], what: str, begin: str) -> None:
+    for said in said_by_rank:
+        assert said[what].startswith(begin) if begin else said[what] == ""
