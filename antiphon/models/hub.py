@@ -13,6 +13,7 @@ from pathlib import Path
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import ModelError
 from antiphon.models.presets import PRESETS
+from antiphon.models.weights import missing_files
 
 __all__ = ["is_hub_id", "resolve_model"]
 
@@ -49,10 +50,10 @@ def resolve_model(name: str | Path, *, revision: str | None = None, weights: boo
             f"a Hugging Face checkpoint, an id, {BUNDLED_MODEL!r}, which is bundled, or for dummy weights one of "
             f"{', '.join(PRESETS)}"
         )
-    return _from_hub(name, revision, _ALL_FILES if weights else _CONFIG_FILES)
+    return _from_hub(name, revision, weights)
 
 
-def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
+def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     # Here, because importing them takes a while, and they read their variables then.
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
@@ -77,15 +78,18 @@ def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     except Exception as error:  # of the HTTP library, which the hub's library changes with its versions
         hub_down = f"the hub {constants.ENDPOINT} cannot be reached ({_first_line(error)})"
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=files,
+                allow_patterns=_ALL_FILES if weights else _CONFIG_FILES,
                 ignore_patterns=_NOT_LOADED,
                 local_files_only=bool(hub_down),
             )
         )
+        if hub_down and not _is_complete(folder, weights):  # with the cache alone the library takes what is there
+            raise FileNotFoundError(folder)
+        return folder
     except Exception as error:
         if not hub_down:
             raise _refused(name, revision, error, constants.ENDPOINT) from error
@@ -95,6 +99,10 @@ def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
             f"model {what} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and {hub_down}; {remedy}, "
             "or pass the folder of a checkpoint"
         ) from error
+
+
+def _is_complete(folder: Path, weights: bool) -> bool:
+    return (folder / "config.json").exists() and not (weights and missing_files(folder))
 
 
 def _refused(name: str, revision: str | None, error: Exception, endpoint: str) -> ModelError:

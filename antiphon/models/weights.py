@@ -15,7 +15,7 @@ from antiphon.core.errors import ModelError
 from antiphon.models.block_fp8 import BlockFp8, scale_name
 from antiphon.models.config import ConfigFile, read_json
 
-__all__ = ["Checkpoint", "LoadProgress", "StoredTensor", "check_checkpoint", "load_weights"]
+__all__ = ["Checkpoint", "LoadProgress", "StoredTensor", "check_checkpoint", "load_weights", "missing_files"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -49,6 +49,19 @@ class LoadProgress:
         return f"{self.bytes / max(self.num_bytes, 1):.0%} of {self.num_bytes / 1e9:.1f} GB"
 
 
+def missing_files(folder: Path) -> list[str]:
+    """Files of weights that should be in a checkpoint's folder and are not. Raises `ModelError` for a wrong index."""
+    names = set(_weight_map(folder).values()) if (folder / _INDEX).exists() else {_SINGLE}
+    return sorted(name for name in names if not (folder / name).exists())
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{folder / _INDEX} has no weight_map of file names; download it again")
+    return weight_map
+
+
 class Checkpoint:
     """The safetensors files of one folder. Opens files when they are needed and reads nothing before.
 
@@ -61,10 +74,7 @@ class Checkpoint:
         self.block_fp8 = BlockFp8.read(ConfigFile(config)) if config.exists() else None
         self._open_files: dict[str, tuple[Any, frozenset[str]]] = {}
         if (folder / _INDEX).exists():
-            weight_map = read_json(folder / _INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ModelError(f"{folder / _INDEX} has no weight_map of file names; download it again")
-            self._file_of: dict[str, str] = weight_map
+            self._file_of = _weight_map(folder)
         elif (folder / _SINGLE).exists():
             _, names = self._open(_SINGLE)
             self._file_of = dict.fromkeys(names, _SINGLE)

@@ -131,6 +131,16 @@ def test_offline_without_a_cache(hub: LocalHub, tmp_path: Path) -> None:
     assert hub.asked == []
 
 
+@pytest.mark.processes
+def test_offline_with_a_part_in_the_cache(hub: LocalHub, tmp_path: Path) -> None:
+    """What dummy weights leave there, or a download that broke off."""
+    home = tmp_path / "home"
+    (config_only,) = ask(home, hub.endpoint, {"name": MODEL, "weights": False})
+    again, answer = ask(home, hub.endpoint, {"name": MODEL, "weights": False}, {"name": MODEL}, HF_HUB_OFFLINE="1")
+    assert again == config_only
+    assert f"model {MODEL} is not, or not completely, in the cache" in error_of(answer)
+
+
 @pytest.mark.slow  # many processes; the parts of it are in the tests of downloads, of offline use and of checkpoints
 @pytest.mark.processes
 def test_only_what_a_run_with_dummy_weights_needs(hub: LocalHub, tmp_path: Path) -> None:
