@@ -33,10 +33,13 @@ class Detokenizer:
 
     A token's text can depend on its neighbours (spaces, parts of characters), so the tokens whose text is not out yet
     are decoded together with those of the piece before. Special tokens have no text.
+
+    continues: whether text comes before the first token, such as a prompt's.
     """
 
-    def __init__(self, tokenizer: Tokenizer | NoTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer | NoTokenizer, *, continues: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._continues = continues
         self._ids: list[int] = []  # from the piece before on
         self._num_out = 0  # tokens of these whose text is out
         self._text_out = ""  # the text of these that is out
@@ -46,7 +49,7 @@ class Detokenizer:
         if token_id in self._tokenizer.special_ids:
             return ""
         self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
+        text = self._tokenizer.decode(self._ids, continues=self._continues)
         certain = text.rstrip(_UNKNOWN)
         new = certain[len(self._text_out) :]
         if new and certain == text:
@@ -59,25 +62,28 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What was held back, as it is."""
-        new = self._tokenizer.decode(self._ids)[len(self._text_out) :] if self._ids else ""
+        text = self._tokenizer.decode(self._ids, continues=self._continues) if self._ids else ""
+        new = text[len(self._text_out) :]
         self._move(len(self._ids))
         return new
 
     def _move(self, start: int) -> None:
         self._ids = self._ids[start:]
         self._num_out = len(self._ids)
+        self._continues = True
         # One token is the usual case, and most have been decoded before; special ones are not among these.
         one = self._num_out == 1
-        self._text_out = self._tokenizer.token_text(self._ids[0]) if one else self._tokenizer.decode(self._ids)
+        tokenizer = self._tokenizer
+        self._text_out = tokenizer.token_text(self._ids[0]) if one else tokenizer.decode(self._ids, continues=True)
 
     def _give_up(self, text: str) -> str:
         """Bytes that are no character: give out all but the last tokens, if the text can be cut there."""
         cut = len(self._ids) - 4
-        before = self._tokenizer.decode(self._ids[:cut])
-        if before + self._tokenizer.decode(self._ids[cut:]) != text:
+        before = self._tokenizer.decode(self._ids[:cut], continues=self._continues)
+        if before + self._tokenizer.decode(self._ids[cut:], continues=True) != text:
             return ""
         new = before[len(self._text_out) :]
-        self._ids, self._num_out, self._text_out = self._ids[cut:], 0, ""
+        self._ids, self._num_out, self._text_out, self._continues = self._ids[cut:], 0, "", True
         return new
 
 
@@ -144,7 +150,8 @@ class Collector:
 
     logits_dtype: of the bytes in `NewToken.logits`. streaming: whether somebody wants the text piece by piece; if not,
     and without stop strings, it is decoded once, at the end. The texts of deltas add up to that of `completion` with
-    every tokenizer that decodes from left to right; that of `completion` is as the tokenizer decodes it whole.
+    every tokenizer that decodes from left to right; that of `completion` is as the tokenizer decodes it whole, after
+    the prompt.
     """
 
     def __init__(
@@ -165,7 +172,8 @@ class Collector:
         self._params = request.params
         self._logits_dtype = logits_dtype
         self._piecewise = streaming or bool(request.params.stops)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._continues = any(token_id not in tokenizer.special_ids for token_id in request.prompt_ids)
+        self._detokenizer = Detokenizer(tokenizer, continues=self._continues)
         self._finder = StopFinder(request.params.stops, include=request.params.include_stop_str_in_output)
         self._tokens: list[NewToken] = []
         self._prompt_tokens: list[NewToken] = []
@@ -193,7 +201,7 @@ class Collector:
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
         text = self._take_text(token.token_id) if self._piecewise else ""
         if self.finish_reason is not None and self._finder.found is None:
-            self._text = self._tokenizer.decode(self._ids_of_text())
+            self._text = self._tokenizer.decode(self._ids_of_text(), continues=self._continues)
         return Delta(
             text=text,
             token_ids=[token.token_id],

@@ -26,27 +26,34 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            self._decode = _plain_decode(self._tokenizer)
+            self._anchor, self._num_anchor_chars = self._find_anchor()
+        except Exception as error:  # tokenizers raises no narrower class for a format that it does not know
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"the tokenizer in {folder} cannot be loaded ({reason}); download it again") from error
+            raise ModelError(
+                f"the tokenizer in {folder} cannot be loaded ({reason}); download it again, or upgrade tokenizers and "
+                "transformers"
+            ) from error
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_texts: dict[int, str] = {}
-        self._decode = _plain_decode(self._tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the checkpoint puts in front, unless they are not wanted."""
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Without special tokens."""
-        return self._decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False) -> str:
+        """Without special tokens. continues: whether text comes before; where none does, some lose a space."""
+        if continues and self._anchor:
+            return self._decode([*self._anchor, *token_ids], skip_special_tokens=True)[self._num_anchor_chars :]
+        return self._decode(token_ids, skip_special_tokens=True)
 
     def token_text(self, token_id: int) -> str:
-        """Of one token alone, special or not; of a part of a character "\ufffd"."""
+        """Of one token that continues a text, special or not; of a part of a character "\ufffd"."""
         text = self._token_texts.get(token_id)
         if text is None:
-            text = self._token_texts[token_id] = self._decode([token_id], skip_special_tokens=False)
+            text = self._decode([*self._anchor, token_id], skip_special_tokens=False)[self._num_anchor_chars :]
+            self._token_texts[token_id] = text
         return text
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -56,6 +63,17 @@ class Tokenizer:
         except ValueError as error:
             raise ModelError(f"this checkpoint cannot format a chat ({str(error).splitlines()[0]})") from error
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _find_anchor(self) -> tuple[list[int], int]:
+        """A token that others are decoded after, as text before them, and how long its text is.
+
+        None where the beginning of a text is decoded as the rest of it. With SentencePiece and what imitates it (Llama,
+        Mixtral) it loses its space.
+        """
+        ids = self.encode("a a", add_special_tokens=False)
+        if self.decode(ids) == "".join(self.decode([token_id]) for token_id in ids):
+            return [], 0
+        return ids[-1:], len(self.decode(ids[-1:]))
 
 
 def _plain_decode(tokenizer: Any) -> Callable[..., str]:
@@ -79,7 +97,7 @@ class NoTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         raise RequestError("a run with dummy weights has no tokenizer; pass token ids instead of a text")
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False) -> str:
         return ""
 
     def token_text(self, token_id: int) -> str:

@@ -39,7 +39,8 @@ def completion_logprobs(
         offsets.append(text_offset)
         text = tokenizer.token_text(token_id)
         if token_id not in tokenizer.special_ids:
-            text_offset += len(text)
+            # The token that begins a text can lose its space there.
+            text_offset += len(text if text_offset else tokenizer.decode([token_id]))
         tokens.append(f"token_id:{token_id}" if as_ids else text)
         if place is None:
             token_logprobs.append(None)

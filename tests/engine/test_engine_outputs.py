@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from antiphon.engine.outputs import Collector, Detokenizer, StopFinder
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.sampled import NewToken, PromptPart
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
+from tests.support.tokenizers import marked_spaces
 
 UNKNOWN = "\ufffd"
 
@@ -37,7 +37,7 @@ class Letters:
         self.texts = texts
         self.num_decoded = 0
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False) -> str:
         self.num_decoded += len(token_ids)
         return "".join(self.texts[token_id] for token_id in token_ids if token_id)
 
@@ -45,29 +45,15 @@ class Letters:
         return self.texts[token_id]
 
 
-class Pieces(Letters):
-    """As of Llama's and Mixtral's tokenizers: spaces are marked, the first one is stripped, bytes stand for
-    what has no piece.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        decoders = tokenizers.decoders
-        self.pieces = ["<s>", "▁", "▁Hello", "▁wor", "ld", "▁▁", "!", "é", *(f"<0x{b:02X}>" for b in "你é".encode())]
-        self._decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._decoder.decode([self.pieces[token_id] for token_id in token_ids if token_id])
-
-    def token_text(self, token_id: int) -> str:
-        return self._decoder.decode([self.pieces[token_id]])
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return marked_spaces(tmp_path_factory.mktemp("pieces"))
 
 
-def make_request(**params: Any) -> Request:
+def make_request(prompt_ids: Sequence[int] = (1, 2, 3), **params: Any) -> Request:
     settled = SamplingParams(**params)
-    return Request(request_id=5, prompt_ids=(1, 2, 3), params=settled, max_tokens=settled.max_tokens or 1, seed=0)
+    max_tokens = settled.max_tokens or 1
+    return Request(request_id=5, prompt_ids=tuple(prompt_ids), params=settled, max_tokens=max_tokens, seed=0)
 
 
 def outputs_of(token_ids: Sequence[int], *, end: str = "length", stop_reason: int | None = None) -> list[TokenOutput]:
@@ -112,20 +98,43 @@ def test_characters_come_whole(text: str) -> None:
     assert sum(bool(piece) for piece in texts) > 2, "the text did not come in pieces"
 
 
-@settings(max_examples=200, deadline=None, database=None)
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=40))
-def test_pieces_with_marked_spaces_add_up(token_ids: list[int]) -> None:
-    tokenizer = Pieces()
-    collector, texts = collect(tokenizer, token_ids)
-    whole = tokenizer.decode(token_ids)
-    assert collector.completion().text == whole
+@settings(max_examples=300, deadline=None, database=None)
+@given(data=st.data(), prompt=st.sampled_from(["", " ", "a", "Once upon", "Once upon ", "你"]))
+def test_pieces_with_marked_spaces_add_up(pieces: Tokenizer, data: st.DataObject, prompt: str) -> None:
+    """To what the whole sequence, prompt and output, is decoded to; a text that begins it has no space in front."""
+    prompt_ids = pieces.encode(prompt)
+    common = st.sampled_from([0, 2, *pieces.encode("a  was there! 你é", add_special_tokens=False)])
+    anything = st.one_of(common, st.integers(0, 258), st.integers(259, 300))
+    token_ids = data.draw(st.lists(anything, min_size=1, max_size=40))
+    collector, texts = collect(pieces, token_ids, prompt_ids=prompt_ids)
+    text, whole = collector.completion().text, pieces.decode([*prompt_ids, *token_ids])
     if UNKNOWN not in whole:  # a broken character changes the whole ones before it, which were given out
-        assert "".join(texts) == whole
+        assert pieces.decode(prompt_ids) + text == whole
+        assert "".join(texts) == text
 
 
-def test_many_special_tokens_do_not_take_the_space_between_words() -> None:
-    token_ids = [2, *[0] * 40, 3, 4]
-    assert "".join(collect(Pieces(), token_ids)[1]) == Pieces().decode(token_ids) == "Hello world"
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("stop", [None, "!"])
+def test_a_completion_begins_with_its_space(pieces: Tokenizer, streaming: bool, stop: str | None) -> None:
+    prompt_ids, text = pieces.encode("Once upon a time"), " there was a 你 time"
+    token_ids = pieces.encode("Once upon a time" + text + "!")[len(prompt_ids) :]
+    collector, texts = collect(pieces, token_ids, prompt_ids=prompt_ids, streaming=streaming, stop=stop)
+    assert collector.completion().text == (text if stop else text + "!")
+    if streaming:
+        assert "".join(texts) == collector.completion().text
+        assert texts[0] == " there" and "你" in texts and not any(UNKNOWN in piece for piece in texts)
+
+
+def test_a_text_that_begins_the_sequence_has_no_space_in_front(pieces: Tokenizer) -> None:
+    for prompt_ids in ([1], []):  # a special token has no text
+        collector, texts = collect(pieces, pieces.encode("Once upon"), prompt_ids=prompt_ids)
+        assert "".join(texts) == collector.completion().text == "Once upon"
+
+
+def test_many_special_tokens_do_not_take_the_space_between_words(pieces: Tokenizer) -> None:
+    first, second = pieces.encode("Hello"), pieces.encode("Hello world")[2:]
+    token_ids = [*first, *[1] * 40, *second]
+    assert "".join(collect(pieces, token_ids, prompt_ids=[1])[1]) == pieces.decode(token_ids) == "Hello world"
 
 
 @pytest.mark.parametrize("token_ids", [[1] * 2000, [0] * 2000, [1, 0, 10] * 700], ids=["text", "special", "mixed"])
