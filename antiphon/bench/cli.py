@@ -62,6 +62,7 @@ def comm(
     from antiphon.bench.compute_bodies import BODY_NAMES
     from antiphon.bench.conditions import (
         check_ranks,
+        check_writable,
         parse_names,
         parse_sizes,
         settle_transports,
@@ -85,6 +86,7 @@ def comm(
         peer_access=peer_access,
         timeout_s=timeout_s,
     )
+    check_writable(json_file, "json")
     result = run_comm(options)
     print_exchanges(result, _console())
     write_json(result, json_file)
@@ -113,6 +115,7 @@ def overlap(
     """Prefill steps, serial and with overlap, and their parts alone, over every transport by turns."""
     from antiphon.bench.conditions import (
         check_ranks,
+        check_writable,
         parse_counts,
         settle_transports,
         write_json,
@@ -142,6 +145,7 @@ def overlap(
         peer_access=peer_access,
         timeout_s=timeout_s,
     )
+    check_writable(json_file, "json")
     result = run_overlap(options)
     print_steps(result, _console())
     write_json(result, json_file)
@@ -201,7 +205,7 @@ def serve(
 
     from antiphon.bench.conditions import parse_names, parse_numbers, write_json
     from antiphon.bench.serve import METRICS, ServeOptions, print_serve, run_serve
-    from antiphon.bench.serve_result import result_path, without_details, write_result
+    from antiphon.bench.serve_result import check_result_path, result_path, without_details, write_result
     from antiphon.bench.serve_workload import Workload
 
     endpoints = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
@@ -213,7 +217,7 @@ def serve(
         base_url=base_url or f"http://{f'[{host}]' if ':' in host else host}:{port}",
         endpoint=endpoint or endpoints[backend],
         model=model,
-        api_key=os.environ.get("OPENAI_API_KEY"),
+        api_key=os.environ.get("OPENAI_API_KEY") or None,
         workload=Workload(
             dataset=dataset_name,
             path=dataset_path,
@@ -237,11 +241,15 @@ def serve(
         timeout_s=timeout_s,
         detailed=save_detailed,
     )
+    if save_result:
+        check_result_path(result_dir, result_filename)
     result = run_serve(options)
     print_serve(result, options, _console())
-    if save_result:
-        write_result(result, result_path(result, result_dir, result_filename))
-    write_json(without_details(result), None)
+    try:
+        write_json(without_details(result), None)
+    finally:
+        if save_result:
+            write_result(result, result_path(result, result_dir, result_filename))
     if not result["completed"]:
         raise typer.Exit(1)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from antiphon.bench.conditions import conditions, rank_environment
 from antiphon.bench.measures import Summary, gigabytes_per_s, overlap_efficiency, slowest_rank
@@ -104,7 +105,7 @@ def print_exchanges(result: dict[str, Any], console: Console) -> None:
         efficiencies = [cell["beside"].get(body, {}).get("overlap_efficiency") for body in bodies]
         table.add_row(
             _size_text(cell["size_bytes"]),
-            cell["transport"],
+            Text(cell["transport"]),
             f"{time['median'] * 1e3:.0f}",
             f"{time['min'] * 1e3:.0f} to {time['max'] * 1e3:.0f}",
             f"{cell['gigabytes_per_s']:.3g}",

@@ -14,6 +14,7 @@ from antiphon.core.errors import OptionError, unknown_value
 
 __all__ = [
     "check_ranks",
+    "check_writable",
     "conditions",
     "parse_counts",
     "parse_names",
@@ -124,13 +125,34 @@ def conditions(results: Sequence[dict[str, Any]], options: dict[str, Any]) -> di
     }
 
 
+def check_writable(path: Path | None, option: str) -> None:
+    """Make the folder and try to open the file, before something is measured for it; the file stays as it was.
+
+    Raises `OptionError` if it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_fifo():
+            return  # to open and close it would be its end
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
+            path.resolve().unlink()  # what a link leads to, not the link
+    except OSError as error:
+        raise OptionError(f"--{option} {path} cannot be written ({error}); name a file that can be") from error
+
+
 def write_json(result: dict[str, Any], path: Path | None) -> None:
     """Print the result as one line, the last one, and write it to `path` for people too. Numbers get 6 digits."""
     result = _rounded(result)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(json.dumps(result, allow_nan=False), flush=True)
+    try:
+        print(json.dumps(result, allow_nan=False), flush=True)
+    finally:  # one of the two is there though the other cannot be written
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _rounded(value: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from antiphon.bench.conditions import conditions
 from antiphon.bench.measures import Summary
@@ -69,11 +70,13 @@ class DboOptions:
                 raise unknown_value("modes", mode, DBO_MODES)
         if len(set(self.modes)) < max(2, len(self.modes)):
             raise OptionError(f"--modes {','.join(self.modes)} compares nothing; use two different ones or more")
-        if self.capacity_share is not None and (self.capacity_share <= 0 or isfinite(self.request_rate)):
+        if self.capacity_share is not None and (not self.capacity_share > 0 or isfinite(self.request_rate)):
             raise OptionError(
                 f"--capacity-share {self.capacity_share:g} and --request-rate {self.request_rate:g} do not fit; give a "
                 "share above 0 and no rate"
             )
+        rate = self.request_rate if self.capacity_share is None else 1.0  # that rate is measured
+        arrival_times(self.workload.num_prompts, rate, burstiness=self.burstiness, seed=self.workload.seed)
 
 
 def run_dbo(config: EngineConfig, options: DboOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -90,9 +93,9 @@ def run_dbo(config: EngineConfig, options: DboOptions, *, say: Callable[[str], N
 
 async def _run(engine: AsyncEngine, options: DboOptions, say: Callable[[str], None]) -> dict[str, Any]:
     engine.attach()
-    # Of all ids: the more there are, the more evenly tokens spread over the experts.
-    options = replace(options, workload=replace(options.workload, vocab_size=engine.config.model.vocab_size))
     try:
+        # Of all ids: the more there are, the more evenly tokens spread over the experts.
+        options = replace(options, workload=replace(options.workload, vocab_size=engine.config.model.vocab_size))
         if options.capacity_share is not None:
             rate = options.capacity_share * await _capacity(engine, options)
             say(f"request rate: {rate:.2f}/s, {options.capacity_share:g} of the capacity of dbo {options.modes[0]}")
@@ -226,7 +229,10 @@ def print_dbo(result: dict[str, Any], console: Console) -> None:
     repeats = result["options"]["repeats"]
     table = Table(
         "median (min..max)",
-        title=f"{result['model']}, {result['ranks']} ranks, {result['transport']}: {repeats} runs each",
+        title=Text(
+            f"{result['model']}, {result['ranks']} ranks, {result['transport']}: {repeats} runs each",
+            style="table.title",
+        ),
         title_justify="left",
     )
     for mode in (first, *others):
@@ -243,7 +249,7 @@ def print_dbo(result: dict[str, Any], console: Console) -> None:
     for mode, steps in result["steps_by_plan"].items():
         told = ", ".join(f"{count} {plan}" for plan, count in steps.items())
         reasons = ", ".join(f"{reason}: {count}" for reason, count in result["serial_reasons"][mode].items())
-        console.print(f"dbo {mode}: steps {told}" + (f" (serial: {reasons})" if reasons else ""), highlight=False)
+        console.print(Text(f"dbo {mode}: steps {told}" + (f" (serial: {reasons})" if reasons else "")))
         if mode != "off" and not steps.keys() - {"serial"}:
             console.print(f"no step of dbo {mode} was split, so this run says nothing about overlap", highlight=False)
 

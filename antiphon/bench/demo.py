@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.bench.word_problems import word_problems
@@ -32,14 +32,14 @@ def run_demo(console: Console) -> None:
 
     with LLM(ranks=2, device="cpu", dbo="on", transport=simulated_transport(link), prefix_caching=False) as llm:
         for heading, text in describe_config(llm.config):
-            console.print(f"  {heading + ':':<11}{text}", highlight=False, soft_wrap=True)
+            console.print(Text(f"  {heading + ':':<11}{text}"), soft_wrap=True)
         console.print()
         solutions = llm.generate([*prompts, STORY], _sampling(len(prompts)))
         for problem, solution in list(zip(problems, solutions, strict=False))[:NUM_SHOWN]:
-            console.print(f"[bold]{escape(problem.question)}[/bold]", highlight=False, soft_wrap=True)
-            console.print(solution.text.strip() + "\n", highlight=False, markup=False, soft_wrap=True)
+            console.print(Text(problem.question, style="bold"), soft_wrap=True)
+            console.print(Text(solution.text.strip() + "\n"), soft_wrap=True)
         story = solutions[-1]
-        console.print(f"[bold]{STORY}[/bold]{escape(story.text)}\n", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((STORY, "bold"), f"{story.text}\n"), soft_wrap=True)
         num_solved = sum(problem.solved_by(s.text) for problem, s in zip(problems, solutions, strict=False))
         stats = llm.stats()
         steps = ", ".join(f"{count} {plan}" for plan, count in stats["steps_by_plan"].items() if count)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from antiphon.bench.conditions import conditions, rank_environment
 from antiphon.bench.measures import StepTimes, Summary, slowest_rank, step_figures
@@ -160,10 +161,14 @@ def print_steps(result: dict[str, Any], console: Console) -> None:
         f"peer access {'on' if options['peer_access'] else 'off'}, {options['repeats']} repeats",
         highlight=False,
         markup=False,
+        emoji=False,
         soft_wrap=True,
     )
     for step in result["results"]:
-        table = Table(title=f"{step['tokens']} tokens a rank; best serial: {step['best_serial']}", title_justify="left")
+        table = Table(
+            title=Text(f"{step['tokens']} tokens a rank; best serial: {step['best_serial']}", style="table.title"),
+            title_justify="left",
+        )
         table.add_column("transport", overflow="fold", min_width=len("simulated:allgather:"))
         for heading in ("S", "C", "M", "C2", "D", "D, min to max", *(name for name, _ in _FIGURES), "host us"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -171,7 +176,7 @@ def print_steps(result: dict[str, Any], console: Console) -> None:
             ms = cell["ms"]
             host = cell["host_us_a_layer_and_lane"]
             table.add_row(
-                name,
+                Text(name),
                 *(f"{ms[arm]['median']:.2f}" for arm in ("S", "C", "M", "C2", "D")),
                 f"{ms['D']['min']:.2f} to {ms['D']['max']:.2f}",
                 *("" if cell[key] is None else f"{cell[key]:.2f}" for _, key in _FIGURES),

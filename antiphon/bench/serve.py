@@ -9,6 +9,7 @@ back only where it is given. Figures have the names that vLLM's serving benchmar
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf, isfinite
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -73,6 +75,16 @@ class ServeOptions:
             raise OptionError(f"--base-url {self.base_url} is no address; use one such as http://127.0.0.1:8000")
         if not self.endpoint.startswith("/"):
             raise OptionError(f"--endpoint {self.endpoint} is no path; use one such as /v1/completions")
+        try:
+            httpx.URL(self.base_url + self.endpoint)
+            _ = urlsplit(self.base_url).port  # it checks the range
+        except (httpx.InvalidURL, ValueError) as error:
+            raise OptionError(
+                f"{self.base_url + self.endpoint!r} is no address ({error}); use one such as http://127.0.0.1:8000 for "
+                "--base-url, or a port up to 65535 for --port"
+            ) from error
+        if self.api_key is not None and re.fullmatch("[!-~]+", self.api_key) is None:
+            raise OptionError("the API key has other characters than visible ASCII ones; set OPENAI_API_KEY to the key")
 
     @property
     def is_chat(self) -> bool:
@@ -262,7 +274,7 @@ def _tail(options: ServeOptions, answers: Sequence[Answered]) -> dict[str, Any]:
 def print_serve(result: dict[str, Any], options: ServeOptions, console: Console) -> None:
     """A table of the load and of the latencies, and what went wrong."""
     where = f"{result['model_id']} at {options.base_url}{options.endpoint}"
-    console.print(where, highlight=False, markup=False, soft_wrap=True)
+    console.print(where, highlight=False, markup=False, emoji=False, soft_wrap=True)
     table = Table("load")
     table.add_column("", justify="right")
     for text, value in (
@@ -288,4 +300,4 @@ def print_serve(result: dict[str, Any], options: ServeOptions, console: Console)
         )
     console.print(times)
     for text, count in list(result["failures"].items())[:5]:
-        console.print(f"{count} failed: {text}", highlight=False, markup=False)
+        console.print(f"{count} failed: {text}", highlight=False, markup=False, emoji=False)

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DETAILS", "result_path", "without_details", "write_result"]
+from antiphon.bench.conditions import check_writable
+
+__all__ = ["DETAILS", "check_result_path", "result_path", "without_details", "write_result"]
 
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors")
 
@@ -19,6 +21,12 @@ def result_path(result: dict[str, Any], folder: Path | None, name: str | None) -
         model = re.sub(r"[^\w.-]", "_", result["model_id"].rsplit("/", 1)[-1])
         name = f"{result['endpoint_type']}-{result['request_rate']}qps{concurrency}-{model}-{result['date']}.json"
     return (folder or Path()) / name
+
+
+def check_result_path(folder: Path | None, name: str | None) -> None:
+    """Before something is measured: raises `OptionError` if nothing can be written there."""
+    path = (folder or Path()) / (name or ".antiphon-result.json")  # its own name is not known before
+    check_writable(path, "result-dir" if name is None else "result-filename")
 
 
 def without_details(result: dict[str, Any]) -> dict[str, Any]:

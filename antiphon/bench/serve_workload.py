@@ -103,7 +103,7 @@ def _lengths(random: np.random.Generator, length: int, ratio: float, num: int) -
 def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
     """First questions of conversations; outputs as long as the first answers, by a rule of thumb, or as told."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
         talks = [[str(turn["value"]) for turn in row["conversations"][:2]] for row in rows if "conversations" in row]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(f"--dataset-path {path} is no file of ShareGPT conversations ({error})") from error
@@ -123,7 +123,8 @@ def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
 def _custom(path: Path, workload: Workload) -> list[Ask]:
     """JSON lines with a "prompt", text or token ids, and perhaps "output_tokens"."""
     try:
-        rows: list[Any] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what else ends a line for Python
+        rows: list[Any] = [json.loads(line) for line in lines if line.strip()]
         asks = [_custom_ask(row, workload) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(
@@ -144,7 +145,8 @@ def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int =
     """Seconds from the start at which requests arrive, the first at 0; all at 0 for an infinite rate.
 
     Gaps are drawn from a gamma distribution of shape `burstiness`: 1 is a Poisson process, less is burstier. They are
-    scaled so that all together come at exactly the rate. Raises `OptionError` for a rate or shape that is not above 0.
+    scaled so that all together come at exactly the rate. Raises `OptionError` for a rate or shape that is not above 0,
+    and for those of which floating-point numbers can make no times.
     """
     if not rate > 0:
         raise OptionError(f"--request-rate {rate} is not a rate; use requests a second, above 0, or inf")
@@ -153,6 +155,12 @@ def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int =
     if rate == inf or num < 2:
         return [0.0] * num
     gaps = np.random.default_rng([seed, 2]).gamma(burstiness, 1.0, num - 1)
-    times = np.concatenate([[0.0], np.cumsum(gaps)])
-    scaled: list[float] = (times * ((num - 1) / rate / times[-1])).tolist()
+    with np.errstate(all="ignore"):  # gaps of a tiny shape are all 0
+        times = np.concatenate([[0.0], np.cumsum(gaps)])
+        times *= (num - 1) / rate / times[-1]
+    if not np.isfinite(times).all():
+        raise OptionError(
+            f"--burstiness {burstiness:g} and --request-rate {rate:g} give no times of arrival; use numbers nearer to 1"
+        )
+    scaled: list[float] = times.tolist()
     return scaled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -44,6 +45,8 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """The console script: an error is one line on stderr; exit code 2 for the user's, 1 for the engine's."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no result is lost for one character
     try:
         app()
     except AntiphonError as error:

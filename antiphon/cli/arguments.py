@@ -165,7 +165,14 @@ def _entries(path: str) -> list[tuple[str, yaml.Node, Any, str]]:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{CONFIG_FLAG} {path} cannot be read ({error}); pass a YAML file of options") from error
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        line_number = text.count("\n", 0, error.position) + 1
+        raise OptionError(
+            f"{CONFIG_FLAG} {path}, line {line_number} is not YAML (it has the character {chr(error.character)!r}); "
+            "remove it"
+        ) from error
     try:
         root = loader.get_single_node()
         if root is None:
@@ -179,13 +186,20 @@ def _entries(path: str) -> list[tuple[str, yaml.Node, Any, str]]:
             if name in seen:
                 raise OptionError(f"{where}: {name} is given twice; leave one of them out")
             seen.add(name)
-            entries.append((name, node, loader.construct_object(node, deep=True), where))
+            entries.append((name, node, _constructed(loader, node, f"{where}, {name}"), where))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise OptionError(f"{CONFIG_FLAG} {path}{line} is not YAML ({error.problem}); repair it") from error
     finally:
         loader.dispose()
     return entries
+
+
+def _constructed(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # of 2024-13-01, of !!bool perhaps
+        raise OptionError(f"{where} is not what YAML takes it for ({error}); put a text in quotes") from error
 
 
 def _value(where: str, kind: str, value: Any) -> Any:

@@ -38,7 +38,7 @@ def dbo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there too.")] = None,
 ) -> None:
     """The same random load with overlap off and on, by turns, in one engine. The last line is one JSON object."""
-    from antiphon.bench.conditions import parse_names, write_json
+    from antiphon.bench.conditions import check_writable, parse_names, write_json
     from antiphon.bench.dbo import DboOptions, print_dbo, run_dbo
     from antiphon.bench.serve_workload import Workload
     from antiphon.engine.options import OPTION_DEFAULTS, make_config
@@ -64,6 +64,7 @@ def dbo(
         max_concurrency=max_concurrency,
         capacity_share=capacity_share,
     )
+    check_writable(json_file, "json")
     console = Console(stderr=True)
     console.width = max(console.width, _TABLE_WIDTH)
     result = run_dbo(config, options, say=lambda text: say(console, text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,11 +157,13 @@ def _progress_bar(console: Console) -> Iterator[Callable[[int, int, int], None] 
 
 
 def _print_json(outputs: list[GeneratedOutput], stats: dict[str, Any]) -> None:
+    # Outside UTF-8 stdout has escapes of its own for what it lacks, which are no JSON.
+    is_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
     for output in outputs:
         row = {"prompt": output.prompt} | _row(output.outputs[0])
         if len(output.outputs) > 1:
             row["outputs"] = [_row(one) for one in output.outputs]
-        print(json.dumps(row, ensure_ascii=False))
+        print(json.dumps(row, ensure_ascii=not is_utf8))
     print(json.dumps({"stats": stats}))
 
 

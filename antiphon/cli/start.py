@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 if TYPE_CHECKING:
     from antiphon.engine.llm import LLM
@@ -30,7 +30,7 @@ def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
             # Not before it is called the first time: the hub's library shows bars of its own until then.
             status.start()
             stack.callback(status.stop)
-            status.update(escape(what))
+            status.update(Text(what))
 
         llm = LLM(**engine, on_start=show)
     with llm:
@@ -40,5 +40,5 @@ def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
 
 
 def say(console: Console, text: str) -> None:
-    """As it is: no markup, no colours, no line breaks put in."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """As it is: no markup, no emoji codes, no colours, no line breaks put in."""
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from antiphon.bench.conditions import (
     check_ranks,
+    check_writable,
     parse_counts,
     parse_names,
     parse_sizes,
@@ -16,6 +20,7 @@ from antiphon.bench.conditions import (
     settle_transports,
     write_json,
 )
+from antiphon.cli import app
 from antiphon.core.errors import OptionError
 
 
@@ -78,6 +83,51 @@ def test_a_result_is_one_line_and_a_file(tmp_path: Path, capsys: pytest.CaptureF
     assert printed.count("\n") == 1
     assert json.loads(printed) == json.loads(path.read_text())
     assert json.loads(printed) == {"a": [0.333333, {"b": 12345700.0}], "c": "text", "d": None, "e": 123456789}
+
+
+def test_a_result_whose_file_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError):
+        write_json({"a": 1}, tmp_path)
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_a_result_that_cannot_be_printed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError):
+            write_json({"a": 1}, tmp_path / "result.json")
+        monkeypatch.undo()
+        with pytest.raises(OSError):
+            full.close()
+    assert json.loads((tmp_path / "result.json").read_text()) == {"a": 1}
+
+
+def test_a_file_that_can_be_written_stays_as_it_was(tmp_path: Path) -> None:
+    check_writable(None, "json")
+    check_writable(tmp_path / "new" / "result.json", "json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "old.json").write_text("old")
+    check_writable(tmp_path / "old.json", "json")
+    assert (tmp_path / "old.json").read_text() == "old"
+    (tmp_path / "link.json").symlink_to("target.json")
+    check_writable(tmp_path / "link.json", "json")
+    assert (tmp_path / "link.json").is_symlink() and not (tmp_path / "target.json").exists()
+    os.mkfifo(tmp_path / "fifo")
+    check_writable(tmp_path / "fifo", "json")
+
+
+@pytest.mark.parametrize("words", [["comm", "--transports=alltoall"], ["overlap", "--transports=alltoall"], ["dbo"]])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(words: list[str]) -> None:
+    done = CliRunner().invoke(app, ["bench", *words, "--device", "cpu", "--json", "/proc/no/result.json"])
+    assert isinstance(done.exception, OptionError)
+    assert str(done.exception).startswith("--json /proc/no/result.json cannot be written (")
+
+
+@pytest.mark.parametrize("words", [["--result-dir", "/proc/no"], ["--result-filename", "/proc/no/result.json"]])
+def test_so_is_that_of_a_load_on_a_server(words: list[str]) -> None:
+    done = CliRunner().invoke(app, ["bench", "serve", "--base-url", "http://127.0.0.1:1", "--save-result", *words])
+    assert isinstance(done.exception, OptionError)
+    assert str(done.exception).startswith(f"{words[0]} /proc/no/") and "cannot be written" in str(done.exception)
 
 
 def test_what_is_not_a_number_is_not_written() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from antiphon.bench.dbo import DboOptions, print_dbo, run_dbo
+from antiphon.bench import demo
+from antiphon.bench.dbo import DboOptions, _run, print_dbo, run_dbo
 from antiphon.bench.serve_workload import Workload
 from antiphon.cli import app
 from antiphon.core.errors import OptionError, RequestError
@@ -72,11 +77,64 @@ def test_a_load_that_does_not_fit_ends_with_one_error() -> None:
         ({"modes": ("off",)}, "compares nothing"),
         ({"capacity_share": 0.0}, "capacity-share"),
         ({"capacity_share": 1.2, "request_rate": 3.0}, "capacity-share"),
+        ({"capacity_share": float("nan")}, "capacity-share"),
+        ({"request_rate": -1.0}, "--request-rate -1"),
+        ({"burstiness": 0.0}, "--burstiness 0"),
+        ({"burstiness": 1e-300, "request_rate": 3.0}, "--burstiness 1e-300"),
+        ({"burstiness": 1e-300, "capacity_share": 0.5}, "--burstiness 1e-300"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         DboOptions(**wrong)
+
+
+def test_the_engine_is_closed_if_the_load_cannot_be_made_for_it() -> None:
+    called: list[str] = []
+
+    async def close() -> None:
+        called.append("close")
+
+    config = SimpleNamespace(model=SimpleNamespace(vocab_size=10))
+    engine: Any = SimpleNamespace(config=config, attach=lambda: called.append("attach"), close=close)
+    with pytest.raises(OptionError, match="vocab-size 10"):
+        asyncio.run(_run(engine, DboOptions(), called.append))
+    assert called == ["attach", "close"]
+
+
+def test_the_table_names_the_model_as_it_is() -> None:
+    result = {
+        "model": "/models/:rocket:/glm[fp8]",
+        "ranks": 2,
+        "transport": "alltoall",
+        "options": {"repeats": 1},
+        "figures": {"off": defaultdict(lambda: {"median": 1.0, "min": 1.0, "max": 1.0})},
+        "ratios": {},
+        "steps_by_plan": {"off": {"serial": 1}},
+        "serial_reasons": {"off": {"[x] :rocket:": 1}},
+    }
+    stream = io.StringIO()
+    print_dbo(result, Console(file=stream, width=140))
+    assert (
+        "/models/:rocket:/glm[fp8], 2 ranks" in stream.getvalue() and "(serial: [x] :rocket:: 1)" in stream.getvalue()
+    )
+
+
+def test_the_demo_does_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class StoppedError(Exception):
+        """Raised in place of the work."""
+
+    llm = MagicMock()
+    llm.return_value.__enter__.return_value.generate.side_effect = StoppedError
+    llm.return_value.__exit__.return_value = False
+    monkeypatch.setattr(demo, "LLM", llm)
+    monkeypatch.setattr(demo, "tuned_link", lambda *_: None)
+    monkeypatch.setattr(demo, "simulated_transport", lambda _: "")
+    monkeypatch.setattr(demo, "describe_config", lambda _: [("model", "/models/:rocket:/glm[fp8]")])
+    stream = io.StringIO()
+    with pytest.raises(StoppedError):
+        demo.run_demo(Console(file=stream))
+    assert "  model:     /models/:rocket:/glm[fp8]\n" in stream.getvalue()
 
 
 def test_the_command_refuses_the_option_that_it_varies() -> None:

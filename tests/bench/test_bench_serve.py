@@ -63,6 +63,20 @@ def test_arrivals_are_at_the_rate_and_as_bursty_as_asked() -> None:
     assert spread[0.25] == pytest.approx(2.0, abs=0.3) and spread[100.0] == pytest.approx(0.1, abs=0.02)
 
 
+@pytest.mark.parametrize(("rate", "burstiness"), [(1.0, 1e-300), (1e-320, 1.0), (1.0, 1e308)])
+def test_arrivals_that_have_no_times_are_refused(rate: float, burstiness: float) -> None:
+    with pytest.raises(OptionError, match=r"--burstiness .* and --request-rate .* give no times"):
+        arrival_times(5, rate, burstiness=burstiness)
+
+
+def test_a_prompt_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    prompts = ["a\u2028b", "c\u0085d"]
+    lines = "\r\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    (tmp_path / "lines.jsonl").write_text(lines, encoding="utf-8-sig", newline="")
+    found = make_asks(Workload(dataset="custom", path=tmp_path / "lines.jsonl", num_prompts=2))
+    assert [ask.prompt for ask in found] == prompts
+
+
 def test_datasets_from_files(tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "question " * 10}, {"from": "gpt", "value": "answers " * 20}]
     short = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "answers " * 20}]
@@ -100,6 +114,11 @@ def test_what_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
     [
         ({"base_url": "localhost:8000"}, "--base-url"),
         ({"endpoint": "v1/completions"}, "--endpoint"),
+        ({"base_url": "http://127.0.0.1:99999"}, "--port"),
+        ({"base_url": "http://[::1:8000"}, "--base-url"),
+        ({"base_url": "http://host\n"}, "--base-url"),
+        ({"api_key": "schlüssel"}, "OPENAI_API_KEY"),
+        ({"api_key": "key\n"}, "OPENAI_API_KEY"),
         ({"percentiles": (101.0,)}, "metric-percentiles 101"),
         ({"percentile_metrics": ("tttf",)}, "did you mean 'ttft'"),
         ({"request_rate": 0.0}, "--request-rate"),
@@ -107,8 +126,9 @@ def test_what_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
     ],
 )
 def test_options_that_cannot_work_are_refused(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(OptionError, match=message) as refused:
         run_serve(ServeOptions(**wrong))
+    assert "\n" not in str(refused.value) and wrong.get("api_key", "none") not in str(refused.value)
 
 
 def test_figures_of_known_answers() -> None:

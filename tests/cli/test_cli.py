@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from antiphon import LLM, SamplingParams, cli
+from antiphon.cli.start import say
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -56,6 +59,23 @@ def test_generate_prints_texts_and_a_summary(
     assert printed.out.startswith("Once upon a time")
     assert "auto: off, one rank has no communication to hide" in printed.err
     assert "8 steps: 8 serial (serial because dbo is off: 8)" in printed.err
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_what_stdout_has_no_characters_for_is_escaped(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "Größe 🚀"
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run_here(monkeypatch, "generate", "--prompt", prompt, "--max-tokens", "1", *words) == 0
+    stdout.seek(0)
+    first = stdout.readline()
+    assert json.loads(first)["prompt"] == prompt if words else first.startswith(r"Gr\xf6\xdfe \U0001f680")
+
+
+def test_what_is_said_is_said_as_it_is() -> None:
+    stream = io.StringIO()
+    say(Console(file=stream, width=20), "/data/:rocket:/glm[fp8] and more words")
+    assert stream.getvalue() == "/data/:rocket:/glm[fp8] and more words\n"
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,14 @@ def test_the_command_line_wins_over_the_file(
         ("- ranks", "is not a list of options; write one a line, such as `ranks: 2`"),
         ("ranks: [", "line 1 is not YAML"),
         ("a: b: c", "line 1 is not YAML .*; repair it"),
+        ("seed: 1\nmodel: a\x07b", r"line 2 is not YAML \(it has the character '\\x07'\); remove it"),
+        (
+            "seed: 1\nrevision: 2024-13-01",
+            r"line 2, revision is not what YAML takes it for \(month .*; put a text in q",
+        ),
+        ("ranks: !!bool perhaps", "line 1, ranks is not what YAML takes it for"),
+        ("ranks: !!timestamp x", "line 1, ranks is not what YAML takes it for"),
+        ("ranks: 1" + ":00" * 200 + ".0", "line 1, ranks is not what YAML takes it for"),
     ],
 )
 def test_mistakes_in_the_file(text: str, pattern: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
