@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.comm.counts import check_lanes, wait_for_counts
 from antiphon.comm.group import Collective, RankGroup
 from antiphon.comm.routed_exchange import RoutedExchange
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart, check_lanes, wait_for_counts
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.runtime import Streams
 
 __all__ = ["AllToAllTransport"]

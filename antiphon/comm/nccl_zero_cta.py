@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.comm.counts import exchange_counts
 from antiphon.comm.group import RankGroup
 from antiphon.comm.nccl import NcclCollective, NcclGroup
 from antiphon.comm.row_format import RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart, exchange_counts
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import OptionError
 from antiphon.kernels.rank_sum import add_in_rank_order
 from antiphon.runtime import CudaStreams, Streams

@@ -26,7 +26,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from antiphon.comm.group import Collective, RankGroup
+from antiphon.comm.group import RankGroup
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import Pending, Streams, current_lane
@@ -35,9 +35,6 @@ __all__ = [
     "Flight",
     "Transport",
     "TransportPart",
-    "check_lanes",
-    "exchange_counts",
-    "wait_for_counts",
 ]
 
 T = TypeVar("T")
@@ -249,38 +246,6 @@ def _check_forward_only(*tensors: torch.Tensor) -> None:
             "a tensor wants a gradient, and transports are forward only; "
             "run under torch.no_grad() or torch.inference_mode(), entered outside run_lanes"
         )
-
-
-def wait_for_counts(work: Collective, label: str) -> None:
-    """Wait for an exchange of counts inside a dispatch; recorded, so that it counts as exposed.
-
-    A pending of its own without messages: those of the counts are counted with the rows.
-    """
-    Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
-
-
-def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str) -> tuple[int, ...]:
-    """The tokens of every rank, where the caller does not know them. The host waits.
-
-    Raises `LaneError` if a rank is on another lane: counts are matched by their order over all lanes.
-    """
-    found_W2 = torch.empty(group.size, 2, dtype=torch.int64, device="cpu")
-    label = f"counts of {label}"
-    work = group.all_gather(found_W2, torch.tensor([[num_tokens, lane]], device="cpu"), label)
-    wait_for_counts(work, label)
-    counts, lanes = found_W2.T.tolist()
-    check_lanes(lanes, lane, label)
-    return tuple(counts)
-
-
-def check_lanes(lane_by_rank: Sequence[int], lane: int, label: str) -> None:
-    """Raise `LaneError` if a rank is on another lane than this one."""
-    for rank, other in enumerate(lane_by_rank):
-        if other != lane:
-            raise LaneError(
-                f"{label} on lane {lane} met rank {rank} on lane {other}; all ranks must call dispatch and combine in "
-                "the same order over all lanes, so lanes must switch alike on all of them"
-            )
 
 
 def _pending(flight: Flight[T], label: str, arrived: Callable[[T], None]) -> Pending[T]:
