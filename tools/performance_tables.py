@@ -3,8 +3,8 @@
     python -m tools.performance_tables            # rewrite docs/performance.md
     python -m tools.performance_tables --check    # exit code 1 if it is not what the results say
 
-Takes every file of benchmarks/results that `antiphon bench` or tools/prefill_throughput.py wrote; other files there
-are left alone.
+Takes every file of benchmarks/results that `antiphon bench`, tools/prefill_throughput.py or tools/serve_by_turns.py
+wrote; other files there are left alone.
 """
 
 from __future__ import annotations
@@ -92,6 +92,13 @@ def section(name: str, result: dict[str, Any]) -> str:
             f"{'' if concurrency is None else f', concurrency {concurrency}'}, routing {options['routing']}, "
             f"{result['transport']}",
         )
+    if result["bench"] == "serve by turns":
+        conditions.insert(
+            0,
+            f"{result['model']}, {options['num_prompts']} requests of {options['input_len']:,} tokens in and "
+            f"{options['output_len']} out, concurrency {options['max_concurrency']}, `antiphon serve "
+            f"{' '.join(options['serve'])}`",
+        )
     heading = f"### {name.removesuffix('.json')}"
     source = f"[{name}](../benchmarks/results/{name})"
     return "\n\n".join([heading, f"{'; '.join(conditions)}. All repeats: {source}.", SECTIONS[result["bench"]](result)])
@@ -144,7 +151,7 @@ def prefill_table(result: dict[str, Any]) -> str:
 
 
 def dbo_table(result: dict[str, Any]) -> str:
-    """One row a setting of overlap; the ratios are to the first one."""
+    """One row a setting of overlap, of one engine or of servers by turns; the ratios are to the first one."""
     rows = []
     for dbo, figures in result["figures"].items():
         ratios = result["ratios"].get(dbo)
@@ -156,7 +163,13 @@ def dbo_table(result: dict[str, Any]) -> str:
     return markdown(["dbo", "requests/s", "mean time to first token, ms", "90th percentile, ms"], rows, num_texts=1)
 
 
-SECTIONS = {"dbo": dbo_table, "overlap": overlap_table, "comm": comm_table, "prefill throughput": prefill_table}
+SECTIONS = {
+    "comm": comm_table,
+    "dbo": dbo_table,
+    "overlap": overlap_table,
+    "prefill throughput": prefill_table,
+    "serve by turns": dbo_table,
+}
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> str:

@@ -58,6 +58,8 @@ step prefill-qwen3-30b-a3b-no-peer-access 90 "${prefill[@]}" qwen3-30b-a3b --ran
 step prefill-qwen3-30b-a3b-nvlink 90 "${prefill[@]}" qwen3-30b-a3b --ranks 2 --repeats 2
 step serving-qwen3-30b-a3b-no-peer-access 120 $(serving qwen3-30b-a3b --repeats 2 --no-peer-access)
 step serving-qwen3-30b-a3b-nvlink 120 $(serving qwen3-30b-a3b --repeats 2)
+step serving-http-qwen3-30b-a3b-no-peer-access 400 python3 -m tools.serve_by_turns qwen3-30b-a3b --vocab-size 151000 \
+    --ranks 2 --load-format dummy --routing uniform --max-model-len 8192 --no-prefix-caching --no-peer-access
 step serving-glm-4.5-air-no-peer-access 240 $(serving glm-4.5-air --repeats 1 --no-peer-access)
 step serving-glm-4.5-air-nvlink 240 $(serving glm-4.5-air --repeats 1)
 step serving-qwen3-30b-a3b-alltoall-no-peer-access 150 $(serving qwen3-30b-a3b --repeats 2 --transport alltoall --no-peer-access)

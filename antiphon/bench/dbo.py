@@ -33,7 +33,7 @@ from antiphon.engine.config import EngineConfig
 from antiphon.engine.describe import describe_config
 from antiphon.runtime.versions import versions
 
-__all__ = ["DboOptions", "print_dbo", "run_dbo"]
+__all__ = ["DboOptions", "compare_modes", "print_dbo", "run_dbo"]
 
 _FIGURES = {
     "request_throughput": "requests/s",
@@ -172,23 +172,34 @@ def _grown(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], na
     return {key: count for key, count in grown.items() if count}
 
 
+def compare_modes(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Figures of each mode, and their ratios to those of the first mode, run by run."""
+    first, *others = runs
+    return {
+        "compared_with": first,
+        "figures": {
+            mode: {name: Summary.of([run[name] for run in made]).to_dict() for name in _FIGURES}
+            for mode, made in runs.items()
+        },
+        # Each pair of runs has its own ratio: what slows the machine down for a while slows both.
+        "ratios": {
+            mode: {
+                name: Summary.of(
+                    [
+                        other[name] / base[name]
+                        for base, other in zip(runs[first], runs[mode], strict=True)
+                        if base[name]
+                    ]
+                    or [0.0]
+                ).to_dict()
+                for name in _FIGURES
+            }
+            for mode in others
+        },
+    }
+
+
 def _result(engine: AsyncEngine, options: DboOptions, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    first = options.modes[0]
-    figures = {
-        mode: {name: Summary.of([run[name] for run in made]).to_dict() for name in _FIGURES}
-        for mode, made in runs.items()
-    }
-    # Of each round its own ratio: what slows the machine down for a while slows both.
-    ratios = {
-        mode: {
-            name: Summary.of(
-                [other[name] / base[name] for base, other in zip(runs[first], runs[mode], strict=True) if base[name]]
-                or [0.0]
-            ).to_dict()
-            for name in _FIGURES
-        }
-        for mode in options.modes[1:]
-    }
     config = engine.config
     told = {name: value for name, value in asdict(options.workload).items() if name in _TOLD} | {
         "request_rate": options.request_rate if isfinite(options.request_rate) else "inf",
@@ -209,9 +220,7 @@ def _result(engine: AsyncEngine, options: DboOptions, runs: dict[str, list[dict[
         "ranks": config.options.ranks,
         "transport": str(config.transport),
         "dtype": config.dtype_name,
-        "compared_with": first,
-        "figures": figures,
-        "ratios": ratios,
+        **compare_modes(runs),
         "steps_by_plan": {mode: _sum([run["steps_by_plan"] for run in made]) for mode, made in runs.items()},
         "serial_reasons": {mode: _sum([run["serial_reasons"] for run in made]) for mode, made in runs.items()},
         "runs": runs,

@@ -1,7 +1,8 @@
 """The life of a server process: listen, start the ranks, serve, drain, end.
 
 The server listens before the ranks start, so that probes see "starting"; a rank that fails ends the process. SIGTERM
-and SIGINT drain; a second signal ends it at once.
+and SIGINT drain; a second signal ends it at once, unless it comes so soon that both are one: `timeout`, for one, sends
+its child a signal and then the whole group.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _SHOWN_DEAD_S = 2.0  # how long /health tells of a rank's failure before the pro
 _LAST_ANSWERS_S = 3.0
 _KEEP_ALIVE_S = 75  # longer than clients keep a connection, so that they close it first
 _BACKLOG = 2048
+_SAME_SIGNAL_S = 0.5
 
 
 def run_server(engine: EngineConfig, options: ServerOptions, *, say: Callable[[str], None]) -> int:
@@ -154,15 +156,19 @@ class _Signals:
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
         self.exit_code = 0
+        self._first_s = 0.0
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._take, number)
 
     def _take(self, number: signal.Signals) -> None:
-        if self.first.is_set():
+        now = asyncio.get_running_loop().time()
+        if not self.first.is_set():
+            self._first_s = now
+            self.first.set()
+        elif now - self._first_s > _SAME_SIGNAL_S:
             self.exit_code = 128 + number
             self.second.set()
-        self.first.set()
 
 
 async def _first(*waits: object) -> None:

@@ -18,15 +18,14 @@ from antiphon.bench.compute_bodies import BODY_NAMES, UNITS, make_body
 @pytest.mark.processes
 def test_exchanges_are_measured_alone_and_beside_computation(tmp_path: Path) -> None:
     slow = "simulated:allgather:2MB/s:100us"
-    arguments = ["--sizes", "4K,16K", "--beside-from", "16K", "--hidden-size", "256", "--repeats", "5"]
-    command = [sys.executable, "-m", "antiphon.cli", "bench", "comm", "--device", "cpu", *arguments]
-    command += ["--transports", f"alltoall,{slow}", "--beside", "grouped,attention"]
-    command += ["--json", str(tmp_path / "result.json")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-    assert ended.returncode == 0, ended.stderr
-    result = json.loads(ended.stdout.splitlines()[-1])
-    assert result == json.loads((tmp_path / "result.json").read_text())
-    cells = result["results"]
+    for attempt in range(3):  # if the system takes the processor away for a while
+        cells = measured_cells(tmp_path / f"{attempt}.json", slow)
+        (slow_cell,) = [cell for cell in cells if cell["transport"] == slow and cell["size_bytes"] == 16384]
+        if all(is_hidden(body, slow_cell["exchange_ms"]["min"]) for body in slow_cell["beside"].values()):
+            break
+    else:
+        pytest.fail(f"nothing is hidden: {slow_cell}")
+    assert slow_cell["gigabytes_per_s"] < 2e-3  # the link model's bandwidth
     assert [(cell["size_bytes"], cell["transport"]) for cell in cells] == [
         (4096, "alltoall"),
         (4096, slow),
@@ -41,15 +40,33 @@ def test_exchanges_are_measured_alone_and_beside_computation(tmp_path: Path) -> 
             cell["num_bytes"] * 1e-6 / cell["exchange_ms"]["median"], rel=1e-4
         )
         assert set(cell["beside"]) == ({"grouped", "attention"} if cell["size_bytes"] == 16384 else set())
-    (slow_cell,) = [cell for cell in cells if cell["transport"] == slow and cell["size_bytes"] == 16384]
-    assert slow_cell["gigabytes_per_s"] < 2e-3  # the link model's bandwidth
-    for body in slow_cell["beside"].values():
-        alone, exchange, both = body["compute_ms"]["min"], slow_cell["exchange_ms"]["min"], body["both_ms"]["min"]
-        assert alone > 0.05 * exchange  # about as long, were the machine always as fast
-        # A link model leaves the processor to the computation.
-        assert (alone + exchange - both) / min(alone, exchange) > 0.3
-        assert body["overlap_efficiency"] <= 1.0
+        for body in cell["beside"].values():
+            alone, exchange, both = (ms["median"] for ms in (body["compute_ms"], cell["exchange_ms"], body["both_ms"]))
+            assert body["overlap_efficiency"] == pytest.approx(
+                (alone + exchange - both) / min(alone, exchange), abs=1e-3
+            )
+
+
+def measured_cells(path: Path, slow: str) -> list[dict[str, Any]]:
+    """Of the command, which says the same on its last line, in its file and, in words, in its table."""
+    arguments = ["--sizes", "4K,16K", "--beside-from", "16K", "--hidden-size", "256", "--repeats", "5"]
+    command = [sys.executable, "-m", "antiphon.cli", "bench", "comm", "--device", "cpu", *arguments]
+    command += ["--transports", f"alltoall,{slow}", "--beside", "grouped,attention"]
+    command += ["--json", str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert ended.returncode == 0, ended.stderr
     assert slow in ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result == json.loads(path.read_text())
+    cells: list[dict[str, Any]] = result["results"]
+    return cells
+
+
+def is_hidden(body: dict[str, Any], exchange_ms: float) -> bool:
+    """A link model leaves the processor to the computation, which is about as long, were the machine always as fast."""
+    alone_ms, both_ms = body["compute_ms"]["min"], body["both_ms"]["min"]
+    shorter_ms = min(alone_ms, exchange_ms)
+    return shorter_ms > 0.05 * exchange_ms and (alone_ms + exchange_ms - both_ms) / shorter_ms > 0.3
 
 
 def cell_of(exchange_ms: list[float], compute_ms: list[float], both_ms: list[float]) -> dict[str, Any]:

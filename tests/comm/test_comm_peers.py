@@ -17,14 +17,14 @@ def by_rank() -> list[dict[str, Failure]]:
 
 def test_a_rank_that_never_comes_is_named(by_rank: list[dict[str, Failure]]) -> None:
     failure = by_rank[0]["absent"]
-    assert 1.5 < failure.after_s < 6
+    assert 1.5 < failure.after_s < 12  # the limit is 2 s
     assert failure.message.startswith("rank 0 could not meet its peers; rank 1 never started")
 
 
 @pytest.mark.parametrize(("case", "place"), [("silent", "dispatch layer 3"), ("silent agreement", "agreement")])
 def test_a_silent_rank_is_named_with_its_last_place(by_rank: list[dict[str, Failure]], case: str, place: str) -> None:
     failure, pid = by_rank[0][case], by_rank[1][case].pid
-    assert 1.5 < failure.after_s < 4
+    assert 1.5 < failure.after_s < 12
     assert f"for {place} in vain" in failure.message
     assert f"rank 1 (pid {pid}, running) was last thinking" in failure.message
 

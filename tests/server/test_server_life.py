@@ -81,8 +81,11 @@ def test_two_signals_end_it_at_once() -> None:
         stream = iter(server.client().completions.create(stream=True, **LONG))
         next(stream)
         server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)  # as a program passes it on that got it too
         while server.get("/ready").status_code == 200:
             time.sleep(0.01)
+        time.sleep(1)
+        assert next(stream), "it drains: both signals were one"
         start_s = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         with pytest.raises(openai.APIError, match="the server ends"):

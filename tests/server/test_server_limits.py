@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 KEY = "sesame-0123"
 KEY_HEADER = {"authorization": f"Bearer {KEY}"}
 LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "ignore_eos": True}
-TIMEOUT_S = 4.0
+TIMEOUT_S = 6.0
 MOST_BYTES = 20_000
 
 

@@ -1,0 +1,138 @@
+"""What a client sees with overlap off and on: servers by turns, the load of `antiphon bench serve` on each.
+
+    python -m tools.serve_by_turns qwen3-30b-a3b --json out.json --ranks 2 --load-format dummy --no-prefix-caching
+
+Other words than those of its own options go to `antiphon serve`. A round starts a server with `--dbo off` and one with
+`--dbo on` (the next round the other way about), and puts `--runs` loads on each, every one with other prompts; ratios
+are those of loads with the same place in the same round. Prints one JSON object as its last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from antiphon.bench.conditions import conditions
+from antiphon.bench.dbo import compare_modes
+from antiphon.bench.serve import ServeOptions, run_serve
+from antiphon.bench.serve_workload import Workload
+from antiphon.runtime.device import describe
+from antiphon.runtime.versions import versions
+
+MODES = ("off", "on")
+_START_S = 600.0
+_END_S = 60.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model")
+    parser.add_argument("--input-len", type=int, default=4096)
+    parser.add_argument("--output-len", type=int, default=1)
+    parser.add_argument("--num-prompts", type=int, default=200)
+    parser.add_argument("--vocab-size", type=int, default=4000)
+    parser.add_argument("--max-concurrency", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=2, help="loads on each server")
+    parser.add_argument("--json", type=Path)
+    options, words = parser.parse_known_args()
+
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    for number in range(options.rounds):
+        for mode in MODES[:: 1 if number % 2 == 0 else -1]:
+            with server([options.model, *words, "--dbo", mode]) as url:
+                for _ in range(options.runs):
+                    run = one_load(url, options, seed=len(runs[mode]) * len(MODES) + MODES.index(mode))
+                    runs[mode].append(run)
+                    print(f"dbo {mode}: {run['request_throughput']:.2f} requests/s", file=sys.stderr)
+    result = to_result(vars(options) | {"serve": words}, runs, device=device_of(words))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+@contextmanager
+def server(words: list[str]) -> Iterator[str]:
+    """A server that is ready, by its address; its log goes to stderr. Raises `SystemExit` if none gets ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "antiphon.cli", "serve", *words, "--port", str(port)]
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + _START_S
+    with subprocess.Popen([*command, "--log-level", "warning"], stdout=sys.stderr) as process:
+        try:
+            while not is_ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"no server after {_START_S:g} s or its end; what ran was {' '.join(command)}")
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=5.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def one_load(url: str, options: argparse.Namespace, *, seed: int) -> dict[str, Any]:
+    """Figures of one load. Raises `SystemExit` if a request failed: half a load is faster than a whole one."""
+    workload = Workload(
+        num_prompts=options.num_prompts,
+        input_len=options.input_len,
+        output_len=options.output_len,
+        vocab_size=options.vocab_size,
+        seed=seed,
+    )
+    run = run_serve(
+        ServeOptions(base_url=url, workload=workload, max_concurrency=options.max_concurrency, ignore_eos=True)
+    )
+    if run["failed"]:
+        raise SystemExit(f"{run['failed']} of {options.num_prompts} requests failed: {run['failures']}")
+    return run
+
+
+def device_of(words: list[str]) -> str:
+    """What the servers run on, as far as their words and this machine tell."""
+    on_cpu = "cpu" in words or "--device=cpu" in words or not torch.cuda.is_available()
+    return describe(torch.device("cpu" if on_cpu else "cuda:0"))
+
+
+def to_result(options: dict[str, Any], runs: dict[str, list[dict[str, Any]]], *, device: str) -> dict[str, Any]:
+    words = list(options["serve"])
+    ranks = int(words[words.index("--ranks") + 1]) if "--ranks" in words else 1
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()} | {
+        "repeats": len(runs[MODES[0]]),
+        "peer_access": "--no-peer-access" not in words,
+    }
+    return {
+        "bench": "serve by turns",
+        "what": "servers with overlap off and on by turns, the same kind of load on each, as an HTTP client sees it",
+        **conditions([{"device": device, "versions": versions()}] * ranks, told),
+        "model": options["model"],
+        **compare_modes(runs),
+        "runs": runs,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
