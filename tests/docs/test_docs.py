@@ -81,7 +81,7 @@ def test_every_shown_command_has_its_options() -> None:
         line
         for document in DOCUMENTS
         for block in blocks(relative(document), "") + blocks(relative(document), "console")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if line.startswith("antiphon ")
     ]
     assert shown
