@@ -190,6 +190,8 @@ def _entries(path: str) -> list[tuple[str, yaml.Node, Any, str]]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise OptionError(f"{CONFIG_FLAG} {path}{line} is not YAML ({error.problem}); repair it") from error
+    except RecursionError:
+        raise OptionError(f"{CONFIG_FLAG} {path} is nested too deeply; no option is") from None
     finally:
         loader.dispose()
     return entries

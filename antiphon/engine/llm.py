@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Self
 import torch
 
 from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.errors import RequestError
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import ResolvedConfig
@@ -75,7 +77,8 @@ class LLM:
     Options of other engines are accepted where they mean something here (docs/options.md), or refused by name.
 
     Raises `OptionError` and `ModelError` (both `ValueError`) before anything is started, `EngineError` if a worker
-    does not come up. Not thread-safe. Leaving the context, `close`, and the end of the process end all workers.
+    does not come up. Threads take turns: a call waits until that of another one has returned. Leaving the context,
+    `close`, and the end of the process end all workers.
 
         with LLM(ranks=2, dbo="on") as llm:
             outputs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
@@ -119,6 +122,8 @@ class LLM:
         **foreign: Any,
     ) -> None:
         given = locals()
+        self._turn = threading.RLock()  # `progress` may ask for statistics
+        self._is_running = False
         options = make_config({name: given[name] for name in OPTION_DEFAULTS}, foreign)
         self.config: ResolvedConfig = options.resolve()
         options = self.config.options
@@ -145,7 +150,8 @@ class LLM:
 
     def close(self) -> None:
         """End all workers. The object cannot be used afterwards; calling it again does nothing."""
-        self._close()
+        with self._turn:
+            self._close()
 
     def generate(
         self,
@@ -159,38 +165,14 @@ class LLM:
         prompts: texts, or lists of token ids; one prompt alone is a list of one.
         sampling_params: one for all prompts, or one for each.
         progress: called with (prompts finished, prompts in all, tokens generated) after every step. A prompt has
-            finished when all its n results have.
+            finished when all its n results have. It may ask for `stats`, and not call `generate`.
         Raises `RequestError` (a `ValueError`) before anything runs if a prompt cannot be served; the engine stays
         usable. Raises `EngineError` if a rank fails; the engine has ended then.
         """
         texts = prompt_list(prompts)
-        opened = self._open(self._requests.make(texts, params_for(texts, sampling_params)))
-        by_rank: list[list[Request]] = [[] for _ in range(self.config.options.ranks)]
-        for one in opened.values():
-            by_rank[one.rank].append(one.request)
-        num_open = Counter(one.place for one in opened.values())
-        num_tokens = 0
-        try:
-            self._client.submit(by_rank)
-            while num_open:
-                to_cancel = []
-                for output in self._client.poll():
-                    item = opened.get(output.request_id)
-                    if item is None or item.collector.finished:
-                        continue
-                    delta = item.collector.take(output)
-                    num_tokens += len(delta.token_ids)
-                    if delta.finish_reason is not None:
-                        num_open -= Counter([item.place])
-                    if item.collector.must_cancel:
-                        to_cancel.append(output.request_id)
-                if to_cancel:
-                    self._client.cancel(to_cancel)
-                if progress is not None:
-                    progress(len(texts) - len(num_open), len(texts), num_tokens)
-        except BaseException:
-            self._client.abort([number for number, one in opened.items() if not one.collector.finished])
-            raise
+        with self._turn:
+            opened = self._open(self._requests.make(texts, params_for(texts, sampling_params)))
+            self._run(opened, len(texts), progress)
         results: list[list[_Open]] = [[] for _ in texts]
         for one in opened.values():
             results[one.place].append(one)
@@ -202,11 +184,12 @@ class LLM:
 
     def reconfigure(self, *, dbo: str | None = None, split: str | None = None) -> None:
         """Change `dbo` or `split` of all ranks between two calls of `generate`, without loading the model again."""
-        asked = self._asked_policy
-        asked = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)
-        policy = self.config.settle(asked)
-        self._client.reconfigure(policy)
-        self._asked_policy, self._policy = asked, policy
+        with self._turn:
+            asked = self._asked_policy
+            asked = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)
+            policy = self.config.settle(asked)
+            self._client.reconfigure(policy)
+            self._asked_policy, self._policy = asked, policy
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start.
@@ -218,7 +201,8 @@ class LLM:
         texts that were admitted, and how many of them were found, once more after a preemption); and `ranks`,
         `device`, `transport`, `dbo`.
         """
-        by_rank = self._client.statistics()
+        with self._turn:
+            by_rank = self._client.statistics()
         first = by_rank[0]
         blocks = {name: sum(rank["kv_blocks"][name] for rank in by_rank) for name in ("total", "free")}
         return {
@@ -243,9 +227,46 @@ class LLM:
 
     def timelines(self) -> list[list[StepTimeline]]:
         """The last steps of every rank with all their events, oldest first."""
-        return self._client.timelines()
+        with self._turn:
+            return self._client.timelines()
 
     # ---- requests
+
+    def _run(
+        self, opened: dict[int, _Open], num_prompts: int, progress: Callable[[int, int, int], None] | None
+    ) -> None:
+        """Until all have finished; after an error none of them is left on a rank."""
+        if self._is_running:
+            raise RequestError("generate was called by its own progress function; call it when it has returned")
+        by_rank: list[list[Request]] = [[] for _ in range(self.config.options.ranks)]
+        for one in opened.values():
+            by_rank[one.rank].append(one.request)
+        num_open = Counter(one.place for one in opened.values())
+        num_tokens = 0
+        self._is_running = True
+        try:
+            self._client.submit(by_rank)
+            while num_open:
+                to_cancel = []
+                for output in self._client.poll():
+                    item = opened.get(output.request_id)
+                    if item is None or item.collector.finished:
+                        continue
+                    delta = item.collector.take(output)
+                    num_tokens += len(delta.token_ids)
+                    if delta.finish_reason is not None:
+                        num_open -= Counter([item.place])
+                    if item.collector.must_cancel:
+                        to_cancel.append(output.request_id)
+                if to_cancel:
+                    self._client.cancel(to_cancel)
+                if progress is not None:
+                    progress(num_prompts - len(num_open), num_prompts, num_tokens)
+        except BaseException:
+            self._client.abort([number for number, one in opened.items() if not one.collector.finished])
+            raise
+        finally:
+            self._is_running = False
 
     def _open(self, made: list[list[Request]]) -> dict[int, _Open]:
         """By request id. Each goes to the rank that has the fewest tokens to come."""

@@ -55,6 +55,7 @@ class WorkerClient:
         self._heard_at = time.monotonic()
         self._ended = ""
         self._failures: dict[int, Failed] = {}
+        self._kept: list[TokenOutput] = []
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -111,8 +112,10 @@ class WorkerClient:
 
     def poll(self) -> list[TokenOutput]:
         self._check()
-        messages = self._receive("generate")
-        return [output for _, message in messages if isinstance(message, Tokens) for output in message.outputs]
+        if not self._kept:
+            self._keep_tokens(self._receive("generate"))
+        outputs, self._kept = self._kept, []
+        return outputs
 
     def receive(self, wake: zmq.Socket[bytes], *, patient: bool) -> list[tuple[int, FromWorker]]:
         """The messages that are there, by rank; none if `wake` has something to read first, or after a while.
@@ -187,13 +190,20 @@ class WorkerClient:
         self._send([message] * self._ranks)
 
     def _answers(self, wave: int) -> list[Answer]:
-        """Wait for every rank's; only where nothing else is under way, for other messages are lost."""
+        """Wait for every rank's; what was generated meanwhile is there for the next `poll`."""
         answers: dict[int, Answer] = {}
         while len(answers) < self._ranks:
-            for rank, message in self._receive("answer"):
+            messages = self._receive("answer")
+            self._keep_tokens(messages)
+            for rank, message in messages:
                 if isinstance(message, Answer) and message.wave == wave:
                     answers[rank] = message
         return [answers[rank] for rank in range(self._ranks)]
+
+    def _keep_tokens(self, messages: Sequence[tuple[int, FromWorker]]) -> None:
+        for _, message in messages:
+            if isinstance(message, Tokens):
+                self._kept.extend(message.outputs)
 
     def _receive(self, what: str) -> list[tuple[int, FromWorker]]:
         """The messages that are there, at least one. Raises when a rank fails or all are silent for too long."""

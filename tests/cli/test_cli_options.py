@@ -176,6 +176,7 @@ def test_the_command_line_wins_over_the_file(
         ("- ranks", "is not a list of options; write one a line, such as `ranks: 2`"),
         ("ranks: [", "line 1 is not YAML"),
         ("a: b: c", "line 1 is not YAML .*; repair it"),
+        ("seed: " + 2000 * "[" + 2000 * "]", "is nested too deeply; no option is"),
         ("seed: 1\nmodel: a\x07b", r"line 2 is not YAML \(it has the character '\\x07'\); remove it"),
         (
             "seed: 1\nrevision: 2024-13-01",
