@@ -43,7 +43,7 @@ _DBO_WORDS = {**{mode: mode for mode in DBO_MODES}, "1": "on", "0": "off"}
 _PEER_TRANSPORTS = ("copy-engine", "nccl-zero-cta")
 _CUDA_THRESHOLD = 4096
 _CUDA_THRESHOLD_WITH_PEERS = 8192
-"""Tokens on the busiest rank from which a step of two H200s gained by overlap; with NVLink lost a few percent at most."""
+"""Tokens on the busiest rank from which a step of two H200s gained by overlap, or lost a few percent (NVLink)."""
 
 ONE_RANK_HIDES_NOTHING = "one rank has no communication to hide"
 
