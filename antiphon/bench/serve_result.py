@@ -37,4 +37,5 @@ def without_details(result: dict[str, Any]) -> dict[str, Any]:
 def write_result(result: dict[str, Any], path: Path) -> None:
     """Write it whole. Raises `OSError` if that cannot be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, cut off by a limit of tokens

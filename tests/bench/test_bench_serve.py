@@ -17,7 +17,7 @@ import pytest
 
 from antiphon.bench.serve import ServeOptions, run_serve, serve_figures
 from antiphon.bench.serve_client import Answered, Target, request_body
-from antiphon.bench.serve_result import DETAILS, result_path
+from antiphon.bench.serve_result import DETAILS, result_path, write_result
 from antiphon.bench.serve_workload import Ask, Workload, arrival_times, make_asks, random_asks
 from antiphon.core.errors import OptionError
 from tests.support.openai_server import FakeServer
@@ -284,3 +284,9 @@ def test_the_command_fails_if_nothing_was_answered() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == 1
     gone = bench_serve("--base-url", fake.url)
     assert gone.returncode == 2 and "cannot be reached" in gone.stderr and len(gone.stderr.splitlines()) == 1
+
+
+def test_a_text_that_is_no_unicode_does_not_lose_the_result(tmp_path: Path) -> None:
+    result = {"generated_texts": ["caf\u00e9 \ud83d", "\\ud83d"], "completed": 2}
+    write_result(result, tmp_path / "new" / "result.json")
+    assert json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8")) == result
