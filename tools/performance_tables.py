@@ -63,45 +63,54 @@ def with_tables(text: str, results: dict[str, dict[str, Any]]) -> str:
 def section(name: str, result: dict[str, Any]) -> str:
     """Heading, conditions and tables of one file."""
     options, versions = result["options"], result["versions"]
+    what, table = SECTIONS[result["bench"]]
     conditions = [
+        what(result),
         f"{len(result['devices'])} x {result['devices'][0]}",
         f"peer access {'on' if options.get('peer_access', not options.get('no_peer_access')) else 'off'}",
         f"medians of {options['repeats']}",
         *(f"{key} {versions[key]}" for key in ("torch", "cuda", "nccl", "triton", "driver") if key in versions),
         result["date"][:10],
     ]
-    if result["bench"] == "overlap":
-        model = result["model"]
-        conditions.insert(
-            0,
-            f"{model['name']}, {model['layers']} layers ({model['moe_layers']} with experts), {options['dtype']}, "
-            f"routing {options['routing']}, texts of {options['seq_len']} tokens",
-        )
-    if result["bench"] == "prefill throughput":
-        conditions.insert(
-            0,
-            f"{options['model']}, whole engine, {options['prompts']} prompts of {options['length']:,} tokens a GPU, "
-            f"{options['batched_tokens']:,} tokens a step, routing {options['routing']}, {result['transport']}",
-        )
-    if result["bench"] == "dbo":
-        concurrency = options["max_concurrency"]
-        conditions.insert(
-            0,
-            f"{result['model']}, {result['load_format']} weights, {options['num_prompts']} requests of "
-            f"{options['input_len']:,} tokens in and {options['output_len']} out, rate {options['request_rate']}"
-            f"{'' if concurrency is None else f', concurrency {concurrency}'}, routing {options['routing']}, "
-            f"{result['transport']}",
-        )
-    if result["bench"] == "serve by turns":
-        conditions.insert(
-            0,
-            f"{result['model']}, {options['num_prompts']} requests of {options['input_len']:,} tokens in and "
-            f"{options['output_len']} out, concurrency {options['max_concurrency']}, `antiphon serve "
-            f"{' '.join(options['serve'])}`",
-        )
     heading = f"### {name.removesuffix('.json')}"
     source = f"[{name}](../benchmarks/results/{name})"
-    return "\n\n".join([heading, f"{'; '.join(conditions)}. All repeats: {source}.", SECTIONS[result["bench"]](result)])
+    return "\n\n".join([heading, f"{'; '.join(filter(None, conditions))}. All repeats: {source}.", table(result)])
+
+
+def overlap_words(result: dict[str, Any]) -> str:
+    model, options = result["model"], result["options"]
+    return (
+        f"{model['name']}, {model['layers']} layers ({model['moe_layers']} with experts), {options['dtype']}, "
+        f"routing {options['routing']}, texts of {options['seq_len']} tokens"
+    )
+
+
+def prefill_words(result: dict[str, Any]) -> str:
+    options = result["options"]
+    return (
+        f"{options['model']}, whole engine, {options['prompts']} prompts of {options['length']:,} tokens a GPU, "
+        f"{options['batched_tokens']:,} tokens a step, routing {options['routing']}, {result['transport']}"
+    )
+
+
+def dbo_words(result: dict[str, Any]) -> str:
+    options = result["options"]
+    concurrency = options["max_concurrency"]
+    return (
+        f"{result['model']}, {result['load_format']} weights, {options['num_prompts']} requests of "
+        f"{options['input_len']:,} tokens in and {options['output_len']} out, rate {options['request_rate']}"
+        f"{'' if concurrency is None else f', concurrency {concurrency}'}, routing {options['routing']}, "
+        f"{result['transport']}"
+    )
+
+
+def servers_words(result: dict[str, Any]) -> str:
+    options = result["options"]
+    return (
+        f"{result['model']}, {options['num_prompts']} requests of {options['input_len']:,} tokens in and "
+        f"{options['output_len']} out, concurrency {options['max_concurrency']}, `antiphon serve "
+        f"{' '.join(options['serve'])}`"
+    )
 
 
 def overlap_table(result: dict[str, Any]) -> str:
@@ -164,12 +173,13 @@ def dbo_table(result: dict[str, Any]) -> str:
 
 
 SECTIONS = {
-    "comm": comm_table,
-    "dbo": dbo_table,
-    "overlap": overlap_table,
-    "prefill throughput": prefill_table,
-    "serve by turns": dbo_table,
+    "comm": (lambda _: "", comm_table),
+    "dbo": (dbo_words, dbo_table),
+    "overlap": (overlap_words, overlap_table),
+    "prefill throughput": (prefill_words, prefill_table),
+    "serve by turns": (servers_words, dbo_table),
 }
+"""Kind of result -> what was measured, in words beside the conditions that all have, and the table."""
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> str:

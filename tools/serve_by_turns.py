@@ -10,7 +10,6 @@ are those of loads with the same place in the same round. Prints one JSON object
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
-from antiphon.bench.conditions import conditions
+from antiphon.bench.conditions import check_writable, conditions, write_json
 from antiphon.bench.dbo import compare_modes
 from antiphon.bench.serve import ServeOptions, run_serve
 from antiphon.bench.serve_workload import Workload
-from antiphon.runtime.device import describe
+from antiphon.engine.settle import settle_device
+from antiphon.runtime.device import describe, device_for_rank
 from antiphon.runtime.versions import versions
 
 MODES = ("off", "on")
@@ -40,6 +39,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--device")
+    parser.add_argument("--no-peer-access", action="store_true")
     parser.add_argument("--input-len", type=int, default=4096)
     parser.add_argument("--output-len", type=int, default=1)
     parser.add_argument("--num-prompts", type=int, default=200)
@@ -48,8 +50,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--runs", type=int, default=2, help="loads on each server")
     parser.add_argument("--json", type=Path)
-    options, words = parser.parse_known_args()
+    options, others = parser.parse_known_args()
+    words = ["--ranks", str(options.ranks)]
+    words += ["--device", options.device] if options.device else []
+    words += ["--no-peer-access"] if options.no_peer_access else []
+    words += others
 
+    check_writable(options.json, "json")
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     for number in range(options.rounds):
         for mode in MODES[:: 1 if number % 2 == 0 else -1]:
@@ -58,11 +65,7 @@ def main() -> None:
                     run = one_load(url, options, seed=len(runs[mode]) * len(MODES) + MODES.index(mode))
                     runs[mode].append(run)
                     print(f"dbo {mode}: {run['request_throughput']:.2f} requests/s", file=sys.stderr)
-    result = to_result(vars(options) | {"serve": words}, runs, device=device_of(words))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write_json(to_result(options, words, runs), options.json)
 
 
 @contextmanager
@@ -111,24 +114,15 @@ def one_load(url: str, options: argparse.Namespace, *, seed: int) -> dict[str, A
     return run
 
 
-def device_of(words: list[str]) -> str:
-    """What the servers run on, as far as their words and this machine tell."""
-    on_cpu = "cpu" in words or "--device=cpu" in words or not torch.cuda.is_available()
-    return describe(torch.device("cpu" if on_cpu else "cuda:0"))
-
-
-def to_result(options: dict[str, Any], runs: dict[str, list[dict[str, Any]]], *, device: str) -> dict[str, Any]:
-    words = list(options["serve"])
-    ranks = int(words[words.index("--ranks") + 1]) if "--ranks" in words else 1
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()} | {
-        "repeats": len(runs[MODES[0]]),
-        "peer_access": "--no-peer-access" not in words,
-    }
+def to_result(options: argparse.Namespace, words: list[str], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    kind, _ = settle_device(options.device or "auto", options.ranks)
+    where = [{"device": describe(device_for_rank(kind, rank)), "versions": versions()} for rank in range(options.ranks)]
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     return {
         "bench": "serve by turns",
         "what": "servers with overlap off and on by turns, the same kind of load on each, as an HTTP client sees it",
-        **conditions([{"device": device, "versions": versions()}] * ranks, told),
-        "model": options["model"],
+        **conditions(where, told | {"serve": words, "repeats": len(runs[MODES[0]])}),
+        "model": options.model,
         **compare_modes(runs),
         "runs": runs,
     }

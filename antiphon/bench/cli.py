@@ -204,8 +204,8 @@ def serve(
     import os
 
     from antiphon.bench.conditions import parse_names, parse_numbers, write_json
-    from antiphon.bench.serve import METRICS, ServeOptions, print_serve, run_serve
-    from antiphon.bench.serve_result import check_result_path, result_path, without_details, write_result
+    from antiphon.bench.serve import METRICS, ServeOptions, run_serve
+    from antiphon.bench.serve_result import check_result_path, print_serve, result_path, without_details, write_result
     from antiphon.bench.serve_workload import Workload
 
     endpoints = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}

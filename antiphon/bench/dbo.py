@@ -175,6 +175,7 @@ def _grown(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], na
 def compare_modes(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Figures of each mode, and their ratios to those of the first mode, run by run."""
     first, *others = runs
+    pairs = {mode: list(zip(runs[first], runs[mode], strict=True)) for mode in others}
     return {
         "compared_with": first,
         "figures": {
@@ -184,17 +185,10 @@ def compare_modes(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         # Each pair of runs has its own ratio: what slows the machine down for a while slows both.
         "ratios": {
             mode: {
-                name: Summary.of(
-                    [
-                        other[name] / base[name]
-                        for base, other in zip(runs[first], runs[mode], strict=True)
-                        if base[name]
-                    ]
-                    or [0.0]
-                ).to_dict()
+                name: Summary.of([run[name] / base[name] for base, run in made if base[name]] or [0.0]).to_dict()
                 for name in _FIGURES
             }
-            for mode in others
+            for mode, made in pairs.items()
         },
     }
 

@@ -155,15 +155,12 @@ _FIGURES = (
 def print_steps(result: dict[str, Any], console: Console) -> None:
     """A table a number of tokens, for people; times are medians in ms."""
     model, options = result["model"], result["options"]
-    console.print(
+    what = (
         f"{model['name']}, {model['layers']} layers ({model['moe_layers']} with experts), {options['dtype']}, "
         f"{options['routing']} routing, {len(result['devices'])} x {result['devices'][0]}, "
-        f"peer access {'on' if options['peer_access'] else 'off'}, {options['repeats']} repeats",
-        highlight=False,
-        markup=False,
-        emoji=False,
-        soft_wrap=True,
+        f"peer access {'on' if options['peer_access'] else 'off'}, {options['repeats']} repeats"
     )
+    console.print(Text(what), soft_wrap=True)
     for step in result["results"]:
         table = Table(
             title=Text(f"{step['tokens']} tokens a rank; best serial: {step['best_serial']}", style="table.title"),

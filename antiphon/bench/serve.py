@@ -21,14 +21,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from antiphon.bench.serve_client import Answered, Target, ask_server
 from antiphon.bench.serve_workload import Ask, Workload, arrival_times, make_asks
 from antiphon.core.errors import AntiphonError, OptionError, unknown_value
 
-__all__ = ["METRICS", "ServeOptions", "print_serve", "run_serve", "serve_figures", "timed_load"]
+__all__ = ["METRICS", "ServeOptions", "run_serve", "serve_figures", "timed_load"]
 
 METRICS = {
     "ttft": "time to first token",
@@ -269,35 +267,3 @@ def _tail(options: ServeOptions, answers: Sequence[Answered]) -> dict[str, Any]:
             "errors": [one.error for one in answers],
         }
     return tail
-
-
-def print_serve(result: dict[str, Any], options: ServeOptions, console: Console) -> None:
-    """A table of the load and of the latencies, and what went wrong."""
-    where = f"{result['model_id']} at {options.base_url}{options.endpoint}"
-    console.print(where, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    table = Table("load")
-    table.add_column("", justify="right")
-    for text, value in (
-        ("requests answered", f"{result['completed']} of {result['num_prompts']}"),
-        ("time (s)", f"{result['duration']:.2f}"),
-        ("asked for (requests/s)", str(result["request_rate"])),
-        ("request throughput (requests/s)", f"{result['request_throughput']:.2f}"),
-        ("input tokens, output tokens", f"{result['total_input_tokens']}, {result['total_output_tokens']}"),
-        ("output throughput (tokens/s)", f"{result['output_throughput']:.1f}"),
-        ("total throughput (tokens/s)", f"{result['total_token_throughput']:.1f}"),
-        ("most requests at once", str(result["max_concurrent_requests"])),
-    ):
-        table.add_row(text, value)
-    console.print(table)
-    columns = ["mean", "median", "std", *[f"p{percentile:g}" for percentile in options.percentiles]]
-    times = Table("ms")
-    for column in columns:
-        times.add_column(column, justify="right")
-    for name in options.percentile_metrics:
-        there_is = result[f"mean_{name}_ms"] > 0  # one token has no gaps
-        times.add_row(
-            METRICS[name], *[f"{result[f'{column}_{name}_ms']:.2f}" if there_is else "-" for column in columns]
-        )
-    console.print(times)
-    for text, count in list(result["failures"].items())[:5]:
-        console.print(f"{count} failed: {text}", highlight=False, markup=False, emoji=False)

@@ -1,4 +1,4 @@
-"""The file of a serving benchmark's result: one JSON object, under the name that load, model and date give it."""
+"""What is made of a serving benchmark's result: a table, and a file under the name that load, model and date give."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from antiphon.bench.conditions import check_writable
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-__all__ = ["DETAILS", "check_result_path", "result_path", "without_details", "write_result"]
+from antiphon.bench.conditions import check_writable
+from antiphon.bench.serve import METRICS, ServeOptions
+
+__all__ = ["DETAILS", "check_result_path", "print_serve", "result_path", "without_details", "write_result"]
 
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors")
 
@@ -39,3 +44,34 @@ def write_result(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, cut off by a limit of tokens
+
+
+def print_serve(result: dict[str, Any], options: ServeOptions, console: Console) -> None:
+    """A table of the load and of the latencies, and what went wrong."""
+    console.print(Text(f"{result['model_id']} at {options.base_url}{options.endpoint}"), soft_wrap=True)
+    table = Table("load")
+    table.add_column("", justify="right")
+    for text, value in (
+        ("requests answered", f"{result['completed']} of {result['num_prompts']}"),
+        ("time (s)", f"{result['duration']:.2f}"),
+        ("asked for (requests/s)", str(result["request_rate"])),
+        ("request throughput (requests/s)", f"{result['request_throughput']:.2f}"),
+        ("input tokens, output tokens", f"{result['total_input_tokens']}, {result['total_output_tokens']}"),
+        ("output throughput (tokens/s)", f"{result['output_throughput']:.1f}"),
+        ("total throughput (tokens/s)", f"{result['total_token_throughput']:.1f}"),
+        ("most requests at once", str(result["max_concurrent_requests"])),
+    ):
+        table.add_row(text, value)
+    console.print(table)
+    columns = ["mean", "median", "std", *[f"p{percentile:g}" for percentile in options.percentiles]]
+    times = Table("ms")
+    for column in columns:
+        times.add_column(column, justify="right")
+    for name in options.percentile_metrics:
+        there_is = result[f"mean_{name}_ms"] > 0  # one token has no gaps
+        times.add_row(
+            METRICS[name], *[f"{result[f'{column}_{name}_ms']:.2f}" if there_is else "-" for column in columns]
+        )
+    console.print(times)
+    for text, count in list(result["failures"].items())[:5]:
+        console.print(Text(f"{count} failed: {text}"))

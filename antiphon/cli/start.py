@@ -41,4 +41,4 @@ def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
 
 def say(console: Console, text: str) -> None:
     """As it is: no markup, no emoji codes, no colours, no line breaks put in."""
-    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(Text(text), soft_wrap=True)

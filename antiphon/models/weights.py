@@ -119,11 +119,10 @@ class Checkpoint:
         if file_name not in self._open_files:
             path = self.folder / file_name
             if not path.exists():
-                files = set(self._file_of.values())
-                missing = sum(not (self.folder / file).exists() for file in files)
+                missing, files = missing_files(self.folder), set(self._file_of.values())
                 raise ModelError(
-                    f"{path} does not exist, though the index names it ({missing} of {len(files)} files are missing); "
-                    "download it again"
+                    f"{path} does not exist, though the index names it ({len(missing)} of {len(files)} files are "
+                    "missing); download it again"
                 )
             try:
                 opened: Any = safe_open(path, framework="pt")
