@@ -20,12 +20,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.llm import LLM
+from antiphon.engine.tokenizer_files import load_tokenizer
 
 __all__ = ["AntiphonLM"]
 
@@ -69,8 +69,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             device = "auto" if device == _DEVICE_OF_HARNESS else device
             llm = LLM(model or pretrained or BUNDLED_MODEL, device=device, **engine)
         self._llm = llm
-        folder = self._llm.config.options.model
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.tokenizer = load_tokenizer(self._llm.config.options.model)
         self.max_length = min(max_length or self._llm.config.max_model_len, self._llm.config.max_model_len)
         self.max_gen_toks = max_gen_toks
 

@@ -19,7 +19,7 @@ from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError
 from antiphon.engine.foreign_options import foreign_option, unknown_option
 
-__all__ = ["CONFIG_FLAG", "Arguments", "ConfigFile", "OwnOption", "read_config_file", "separate"]
+__all__ = ["CONFIG_FLAG", "Arguments", "ConfigFile", "OwnOption", "json_object", "read_config_file", "separate"]
 
 CONFIG_FLAG = "--config"
 
@@ -52,6 +52,20 @@ class Arguments:
     ours: list[str] = field(default_factory=list)
     foreign: dict[str, Any] = field(default_factory=dict)
     config: str | None = None
+
+
+def json_object(name: str, text: str | None) -> dict[str, Any]:
+    """The object that an option holds as JSON; empty for `None`. Raises `OptionError` for anything else."""
+    try:
+        value = {} if text is None else json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise OptionError(
+            f"--{name.replace('_', '-')} {text!r} is no object of JSON; use one such as "
+            """'{"enable_thinking": false}'"""
+        )
+    return value
 
 
 def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from antiphon.cli.arguments import json_object
 from antiphon.cli.start import say
 
 __all__ = ["serve"]
@@ -33,6 +34,16 @@ def serve(
     request_timeout_s: Annotated[float, typer.Option(help="Longest time for one request.")] = 600.0,
     drain_s: Annotated[float, typer.Option(help="How long open requests may go on after SIGTERM.")] = 30.0,
     max_body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = 8 * 2**20,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(help="Tells reasoning apart from the answer in chats: deepseek_r1, deepseek_v3, glm45 or qwen3."),
+    ] = None,
+    default_chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON: variables of the chat template, where a request sets none, '{\"enable_thinking\": false}'."
+        ),
+    ] = None,
     log_format: Annotated[str, typer.Option(help="text or json: one line an event, on stderr.")] = "text",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -52,6 +63,8 @@ def serve(
         request_timeout_s=request_timeout_s,
         drain_s=drain_s,
         max_body_bytes=max_body_bytes,
+        reasoning_parser=reasoning_parser,
+        chat_template_kwargs=json_object("default_chat_template_kwargs", default_chat_template_kwargs),
     )
     config = make_config(
         {name: engine[name] for name in OPTION_DEFAULTS},

@@ -45,9 +45,11 @@ class SamplingParams:
     seed: the same seed gives the same tokens whatever else is in the batch; `None` takes one from the engine.
     stop: a text, or at most 16 of at most 256 characters each (they are looked for after every token), that ends the
         output when it appears; of several the one that is complete first. The text is cut before it, but token_ids
-        keep the tokens that made it. include_stop_str_in_output: do not cut it off, nor a token of stop_token_ids.
+        keep the tokens that made it. The text of a special token, such as "<|user|>", ends it where that token comes.
+        include_stop_str_in_output: do not cut it off, nor a token of stop_token_ids.
     stop_token_ids: tokens that end the output like the end-of-sequence token.
     ignore_eos: go on past the end-of-sequence token.
+    skip_special_tokens: leave special tokens, such as "<|user|>", out of the text.
     logprobs: with every token its logprob and those of the so many likeliest, 0 to 20. They are the model's own
         (log-softmax of its logits in float32), before anything above changes them. prompt_logprobs: the same for the
         tokens of the prompt; the first has none.
@@ -73,6 +75,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_logits: bool = False

@@ -76,6 +76,7 @@ class AsyncEngine:
         config = options.resolve()
         options = config.options
         self.tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
+        config = config.with_tokenizer(self.tokenizer)
         self._client = WorkerClient(config, on_start)
         ready = self._client.ready
         self.config: ResolvedConfig = config.started(

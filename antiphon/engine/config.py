@@ -6,6 +6,7 @@ Here and not in `core`, because settling `auto` needs the model's configuration 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from antiphon.engine.settle import (
     settle_policy,
     settle_routing,
 )
+from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.models import (
     Checkpoint,
     ModelConfig,
@@ -209,6 +211,31 @@ class ResolvedConfig:
             return started
         reason = f"not {self.transport}, for not all of these devices reach each other's memory"
         return replace(started, transport=TransportSpec(name=transport_name), transport_reason=reason)
+
+    def with_tokenizer(self, tokenizer: Tokenizer | NoTokenizer) -> ResolvedConfig:
+        """With the end-of-sequence token that the tokenizer knows, which `config.json` may not name, or otherwise."""
+        named, token_id = self.model.eos_token_ids, tokenizer.eos_token_id
+        if token_id is None or token_id in named or not 0 <= token_id < self.model.vocab_size:
+            if not named and tokenizer.has_text:
+                logger.warning(
+                    "%s names no end-of-sequence token that the model has: a text ends only by its length, or by stop "
+                    "strings and tokens",
+                    self.options.model,
+                )
+            return self
+        if named:
+            logger.warning(
+                "the tokenizer of %s ends texts with token %d (%s), its config files with %s: each ends a text",
+                self.options.model,
+                token_id,
+                tokenizer.token_text(token_id),
+                list(named),
+            )
+        return self.with_end_tokens((*named, token_id))
+
+    def with_end_tokens(self, token_ids: Sequence[int]) -> ResolvedConfig:
+        """For workers, which do not load the tokenizer."""
+        return replace(self, model=replace(self.model, eos_token_ids=tuple(token_ids)))
 
     @property
     def policy(self) -> OverlapPolicy:

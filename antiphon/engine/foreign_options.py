@@ -339,7 +339,8 @@ FOREIGN_OPTIONS = (
     _option("chat_template", "text", _refused("the chat template is that of the checkpoint", "leave it out")),
     _option("tool_call_parser", "text", _refused(*_NO_PARSERS)),
     _option("enable_auto_tool_choice", "flag", _refused(*_NO_PARSERS)),
-    _option("reasoning_parser", "text", _refused(*_NO_PARSERS)),
+    _option("reasoning_parser", "text", _refused(*_OF_THE_SERVER)),
+    _option("default_chat_template_kwargs", "json", _refused(*_OF_THE_SERVER)),
 )
 """In the order in which docs/options.md lists them."""
 

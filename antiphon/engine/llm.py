@@ -6,7 +6,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -16,10 +16,11 @@ import torch
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
+from antiphon.engine.chat import Message
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.options import OPTION_DEFAULTS, make_config
-from antiphon.engine.outputs import Collector
+from antiphon.engine.outputs import Collector, whole_characters
 from antiphon.engine.prompts import Prompt, RequestMaker, params_for, prompt_list
 from antiphon.engine.request import Request
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
@@ -131,6 +132,7 @@ class LLM:
         for sentence in self.config.without_effect():
             logger.warning(sentence)
         self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
+        self.config = self.config.with_tokenizer(self._tokenizer)
         self._client: Client = (
             InProcessClient(self.config, on_start) if options.ranks == 1 else WorkerClient(self.config, on_start)
         )
@@ -178,9 +180,29 @@ class LLM:
             results[one.place].append(one)
         return [self._output(text, ones) for text, ones in zip(texts, results, strict=True)]
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a chat, ready for the assistant's answer: `[{"role": "user", "content": "..."}]`."""
-        return self._tokenizer.chat(messages)
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a chat, ready for the assistant's answer: `[{"role": "user", "content": "..."}]`.
+
+        messages: contents are texts, or lists of parts of type text, which are joined.
+        add_generation_prompt: whether the template begins an answer; by default unless the last message goes on.
+        continue_final_message: leave the last message open, so that the output continues it.
+        chat_template_kwargs: variables of the checkpoint's template, such as `{"enable_thinking": False}`.
+        Raises `RequestError` for messages and settings that the template does not take, `ModelError` if the checkpoint
+        has none.
+        """
+        return self._tokenizer.chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=chat_template_kwargs,
+        )
 
     def reconfigure(self, *, dbo: str | None = None, split: str | None = None) -> None:
         """Change `dbo` or `split` of all ranks between two calls of `generate`, without loading the model again."""
@@ -285,7 +307,7 @@ class LLM:
         first = results[0]
         prompt_ids = list(first.request.prompt_ids)
         return GeneratedOutput(
-            prompt=prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt_ids),
+            prompt=prompt if isinstance(prompt, str) else whole_characters(self._tokenizer, prompt_ids),
             prompt_token_ids=prompt_ids,
             outputs=[one.collector.completion(index) for index, one in enumerate(results)],
             prompt_logits=first.collector.prompt_logits(),

@@ -1,68 +1,128 @@
-"""The checkpoint's tokenizer, by transformers, and the lack of one."""
+"""The checkpoint's tokenizer, and the lack of one. How its files are loaded is `tokenizer_files`' concern."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from typing import Any
 
-from antiphon.core.errors import ModelError, RequestError
+from antiphon.core.errors import AntiphonError, ModelError, RequestError
+from antiphon.engine.chat import Message, chat_messages
+from antiphon.engine.token_bytes import bytes_reader
+from antiphon.engine.tokenizer_files import load_tokenizer
 
 __all__ = ["NoTokenizer", "Tokenizer"]
 
 
 class Tokenizer:
-    """Text to token ids and back, as the checkpoint's files say. Reads only the local folder.
+    """Text to token ids and back, as the checkpoint's files say. Reads only the local folder and executes nothing.
 
-    has_text: whether tokens have texts at all. special_ids: tokens that have none in `decode`.
+    has_text: whether tokens have texts at all. special_ids: tokens that have none in `decode` unless it is asked for.
+    eos_token_id: the token that ends a text, as the tokenizer's own files have it; `None` if they name none.
     """
 
     has_text = True
 
     def __init__(self, folder: str) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer  # takes seconds, and only the front needs it
-
+        self._tokenizer: Any = load_tokenizer(folder)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._decode = _plain_decode(self._tokenizer)
             self._anchor, self._num_anchor_chars = self._find_anchor()
-        except Exception as error:  # tokenizers raises no narrower class for a format that it does not know
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self._read_bytes = bytes_reader(backend)
+        except Exception as error:
             raise ModelError(
-                f"the tokenizer in {folder} cannot be loaded ({reason}); download it again, or upgrade tokenizers and "
-                "transformers"
+                f"the tokenizer in {folder} can be loaded, but not used ({_first_line(error)}); download it again, or "
+                "upgrade tokenizers and transformers"
             ) from error
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.eos_token_id: int | None = self._tokenizer.eos_token_id
         self._token_texts: dict[int, str] = {}
+        self._special_texts: dict[str, int] | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the checkpoint puts in front, unless they are not wanted."""
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    def decode(self, token_ids: Sequence[int], *, continues: bool = False) -> str:
-        """Without special tokens. continues: whether text comes before; where none does, some lose a space."""
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
+        """The text of tokens. continues: whether text comes before; where none does, some lose a space.
+
+        skip_special: leave special tokens out.
+        """
         if continues and self._anchor:
-            return self._decode([*self._anchor, *token_ids], skip_special_tokens=True)[self._num_anchor_chars :]
-        return self._decode(token_ids, skip_special_tokens=True)
+            ids = [*self._anchor, *token_ids]
+            return self._decode(ids, skip_special_tokens=skip_special)[self._num_anchor_chars :]
+        return self._decode(token_ids, skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
         """Of one token that continues a text, special or not; of a part of a character "\ufffd"."""
         text = self._token_texts.get(token_id)
         if text is None:
-            text = self._decode([*self._anchor, token_id], skip_special_tokens=False)[self._num_anchor_chars :]
+            text = self.decode([token_id], continues=True, skip_special=False)
             self._token_texts[token_id] = text
         return text
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """By the checkpoint's chat template, up to where the assistant answers."""
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text in UTF-8, also where that is a part of a character."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        found = None if token is None else self._read_bytes(token)
+        return self.token_text(token_id).encode() if found is None else found
+
+    def special_id(self, text: str) -> int | None:
+        """The special token with this text."""
+        if self._special_texts is None:
+            self._special_texts = {self.token_text(token_id): token_id for token_id in sorted(self.special_ids)}
+        return self._special_texts.get(text)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """A chat by the checkpoint's template, up to where the assistant answers.
+
+        add_generation_prompt: whether what begins the answer is added; by default unless the last message goes on.
+        continue_final_message: leave the last message open, so that its text is continued.
+        template_kwargs: variables of the template, such as `{"enable_thinking": False}`.
+        Raises `RequestError` for messages or settings that the template does not take, `ModelError` if there is none.
+        """
+        if not self._tokenizer.chat_template:
+            raise ModelError(
+                "this checkpoint cannot format a chat: it has no chat template; use a prompt instead, or put a "
+                "chat_template.jinja into a copy of its folder"
+            )
+        adds = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        if adds and continue_final_message:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt exclude each other: either the last message goes on, "
+                "or an answer begins; set one of them"
+            )
+        variables = dict(template_kwargs or {})
+        for name in variables:
+            if name in _template_settings(self._tokenizer):
+                raise RequestError(
+                    f"chat_template_kwargs has {name!r}, which is no variable of a chat template; leave it out"
+                )
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except ValueError as error:
-            raise ModelError(f"this checkpoint cannot format a chat ({str(error).splitlines()[0]})") from error
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            text = self._tokenizer.apply_chat_template(
+                chat_messages(messages),
+                tokenize=False,
+                add_generation_prompt=adds,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        except AntiphonError:
+            raise
+        except Exception as error:  # templates are programs: they raise what they like
+            raise RequestError(
+                f"messages: the model's chat template does not take them ({_first_line(error)}); change them, or what "
+                "chat_template_kwargs say"
+            ) from error
 
     def _find_anchor(self) -> tuple[list[int], int]:
         """A token that others are decoded after, as text before them, and how long its text is.
@@ -70,10 +130,23 @@ class Tokenizer:
         None where the beginning of a text is decoded as the rest of it. With SentencePiece and what imitates it (Llama,
         Mixtral) it loses its space.
         """
+        self._anchor, self._num_anchor_chars = [], 0
         ids = self.encode("a a", add_special_tokens=False)
         if self.decode(ids) == "".join(self.decode([token_id]) for token_id in ids):
             return [], 0
         return ids[-1:], len(self.decode(ids[-1:]))
+
+
+def _template_settings(tokenizer: Any) -> frozenset[str]:
+    """What transformers takes beside a template's variables. A request must not set it: another template, say."""
+    settings = signature(tokenizer.apply_chat_template).parameters.values()
+    names = {setting.name for setting in settings if setting.kind is not Parameter.VAR_KEYWORD}
+    return frozenset(names | {"messages", "conversations"})
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _plain_decode(tokenizer: Any) -> Callable[..., str]:
@@ -93,15 +166,22 @@ class NoTokenizer:
 
     has_text = False
     special_ids: frozenset[int] = frozenset()
+    eos_token_id: int | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         raise RequestError("a run with dummy weights has no tokenizer; pass token ids instead of a text")
 
-    def decode(self, token_ids: Sequence[int], *, continues: bool = False) -> str:
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
         return ""
 
     def token_text(self, token_id: int) -> str:
         return ""
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
+
+    def special_id(self, text: str) -> int | None:
+        return None
+
+    def chat(self, messages: Sequence[Message], **_settings: Any) -> list[int]:
         return self.encode("")

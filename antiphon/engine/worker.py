@@ -45,7 +45,16 @@ from antiphon.engine.messages import (
 from antiphon.engine.starting import Starting, Throttle
 from antiphon.engine.step import StepEngine
 
-__all__ = ["OPTIONS_FILE", "PROGRESS_FILE", "SOCKET_FILE", "START_S", "main", "read_report", "report_and_exit"]
+__all__ = [
+    "OPTIONS_FILE",
+    "PROGRESS_FILE",
+    "SOCKET_FILE",
+    "START_S",
+    "WorkerStart",
+    "main",
+    "read_report",
+    "report_and_exit",
+]
 
 logger = logging.getLogger("antiphon.engine.worker")
 
@@ -59,6 +68,13 @@ START_S = 120.0
 
 _FAREWELL_MS = 2000
 _SIGN_S = 1.0
+
+
+class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front tells its workers before they start: the options, and what they cannot find out from these."""
+
+    options: EngineConfig
+    eos_token_ids: tuple[int, ...]  # the tokenizer's too, which only the front loads
 
 
 class Worker:
@@ -144,8 +160,8 @@ def main() -> int:
 
 
 def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
-    options = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=EngineConfig)
-    config = options.resolve()
+    start = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=WorkerStart)
+    options, config = start.options, start.options.resolve().with_end_tokens(start.eos_token_ids)
     torch.set_num_threads(_threads_per_rank(options.ranks))
     board = ProgressBoard(folder / PROGRESS_FILE, size=options.ranks)
     group = RankGroup.connect(

@@ -61,7 +61,7 @@ class WorkerClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         keep_all(self._socket)
         try:
-            self._processes = WorkerProcesses(config.options)
+            self._processes = WorkerProcesses(config.options, eos_token_ids=config.model.eos_token_ids)
         except BaseException:
             self._context.destroy()
             raise

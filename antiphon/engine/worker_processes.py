@@ -17,7 +17,7 @@ from antiphon.comm import ProgressBoard
 from antiphon.core.folders import socket_folder
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.messages import Failed
-from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, read_report
+from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, WorkerStart, read_report
 
 __all__ = ["WorkerProcesses"]
 
@@ -32,15 +32,16 @@ class WorkerProcesses:
     board: what each rank was doing last.
     """
 
-    def __init__(self, options: EngineConfig) -> None:
-        """Makes the folder; `start` starts the processes."""
+    def __init__(self, options: EngineConfig, *, eos_token_ids: tuple[int, ...]) -> None:
+        """Makes the folder; `start` starts the processes. eos_token_ids: those of the model and of its tokenizer."""
         self._environment = _environment(options)
         self._folder = socket_folder("antiphon-")
         self._size = options.ranks
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             self.board = ProgressBoard(self._folder / PROGRESS_FILE, size=options.ranks)
-            (self._folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(options))
+            start = WorkerStart(options=options, eos_token_ids=eos_token_ids)
+            (self._folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(start))
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise

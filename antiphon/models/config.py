@@ -88,16 +88,31 @@ class ConfigFile:
             raise ModelError(f"{self.path} has {key}={value!r}, which is not supported; only {names}")
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """From `generation_config.json` if it has them, else from `config.json`; those that the model has no token for
-        are left out, with a warning."""
+        """Those of `config.json` and of `generation_config.json`; the tokenizer may know another one.
+
+        Warns where the second file does not have all of the first. Leaves out, with a warning, those that the model has
+        no token for.
+        """
         generation = self.path.with_name("generation_config.json")
-        value = read_json(generation).get("eos_token_id") if generation.exists() else None
-        value = self._values.get("eos_token_id") if value is None else value
+        own = self._end_tokens(self.path, self._values)
+        generating = self._end_tokens(generation, read_json(generation)) if generation.exists() else ()
+        if generating and not set(own) <= set(generating):
+            logger.warning(
+                "%s has eos_token_id=%s, but %s %s: each of these tokens ends a text",
+                self.path,
+                list(own),
+                generation.name,
+                list(generating),
+            )
+        return tuple(dict.fromkeys([*generating, *own]))
+
+    def _end_tokens(self, path: Path, values: dict[str, Any]) -> tuple[int, ...]:
+        value = values.get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(is_whole(item) for item in ids):
-            raise ModelError(f"{self.path} has eos_token_id={value!r}; token ids are needed")
+            raise ModelError(f"{path} has eos_token_id={value!r}; token ids are needed")
         vocab_size = self.count("vocab_size")
         known = tuple(item for item in ids if 0 <= item < vocab_size)
         if len(known) < len(ids):
-            logger.warning("%s has eos_token_id=%r, but tokens from 0 to %d only", self.path, value, vocab_size - 1)
+            logger.warning("%s has eos_token_id=%r, but tokens from 0 to %d only", path, value, vocab_size - 1)
         return known

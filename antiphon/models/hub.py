@@ -22,7 +22,8 @@ logger = logging.getLogger("antiphon.models")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CONFIG_FILES = ["*.json"]
 _ALL_FILES = [*_CONFIG_FILES, "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
-_NOT_LOADED = ["*/*", "consolidated*"]  # other formats, and copies of the weights in the layout of their makers
+_NOT_LOADED = ["*/*", "consolidated*", "*.py"]
+"""Other formats, copies of the weights in the layout of their makers, and code, which is never executed."""
 
 
 def is_hub_id(name: str) -> bool:

@@ -124,9 +124,9 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         if body.prompt is not None:
             ids = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens)
         else:
-            ids = await service.encode_chat([message.for_template() for message in body.messages or []])
+            ids = await service.encode_chat(body.messages or [], body)
     except RequestError as error:
-        raise refusal(error, frozenset(), prompt_field="prompt") from None
+        raise refusal(error, frozenset(TokenizeRequest.model_fields), prompt_field="prompt") from None
     texts = [engine.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": engine.config.max_model_len, "tokens": ids, "token_strs": texts}
 

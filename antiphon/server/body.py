@@ -96,7 +96,7 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
     wanted = _without_idle_fields(content, model)
     if isinstance(wanted.get("messages"), list):
         wanted["messages"] = [
-            _without_idle_fields(message, Message, f"messages.{place}.") if isinstance(message, dict) else message
+            _message(message, f"messages.{place}.") if isinstance(message, dict) else message
             for place, message in enumerate(wanted["messages"])
         ]
     if isinstance(wanted.get("stream_options"), dict):
@@ -108,6 +108,12 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         raise _wrong_field(first, model) from None
     except (OverflowError, RecursionError) as error:
         raise ApiError(400, f"a value of the body is too large ({error}); use another one") from None
+
+
+def _message(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """An assistant may have said nothing, or only have thought."""
+    said_nothing = {"content": ""} if content.get("role") == "assistant" else {}
+    return said_nothing | _without_idle_fields(content, Message, where)
 
 
 def _without_idle_fields(content: dict[str, Any], model: type[Body], where: str = "") -> dict[str, Any]:
@@ -124,7 +130,7 @@ def _without_idle_fields(content: dict[str, Any], model: type[Body], where: str 
                     param=f"{where}{name}",
                     code="unsupported_parameter",
                 )
-        elif name not in model.ignored and (value is not None or name not in model.model_fields):
+        elif name not in model.ignored and value is not None:
             wanted[name] = value
     return wanted
 

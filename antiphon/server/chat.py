@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from antiphon.core.errors import RequestError
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
 from antiphon.server.logprobs import chat_logprobs, prompt_logprobs
 from antiphon.server.protocol import ChatRequest
+from antiphon.server.reasoning import ReasoningSplitter, Said
 from antiphon.server.service import Service
 
 __all__ = ["ChatJob"]
@@ -30,7 +32,15 @@ class ChatJob(Job):
         if not request.messages:
             raise ApiError(400, "messages is empty; send at least one", param="messages")
         super().__init__(request, service)
+        if not request.include_reasoning and service.reasoning is None:
+            raise ApiError(
+                400,
+                "include_reasoning=false needs a server with --reasoning-parser; leave it out",
+                param="include_reasoning",
+                code="unsupported_parameter",
+            )
         self._begun: set[int] = set()
+        self._splitters: dict[int, ReasoningSplitter] = {}  # of the results of a stream, by index
 
     def make_params(self) -> SamplingParams:
         request = self.request
@@ -57,14 +67,17 @@ class ChatJob(Job):
         )
 
     async def prompts(self) -> list[list[int]]:
-        return [await self.service.encode_chat([message.for_template() for message in self.request.messages])]
+        try:
+            return [await self.service.encode_chat(self.request.messages, self.request)]
+        except RequestError as error:
+            raise self.refusal(error) from None
 
     def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
         for number, collector in enumerate(opened.collectors):
             done = collector.completion(number)
             choice: dict[str, Any] = {
                 "index": number,
-                "message": {"role": "assistant", "content": done.text, "refusal": None},
+                "message": {"role": "assistant"} | self._parts(done.text, opened) | {"refusal": None},
                 "logprobs": self._logprobs(done.logprobs, done.token_ids),
                 "finish_reason": done.finish_reason,
                 "stop_reason": done.stop_reason,
@@ -91,8 +104,11 @@ class ChatJob(Job):
             if self.request.return_token_ids:
                 first["prompt_token_ids"] = list(opened.prompt_ids)
             yield first
-        if delta.text or delta.logprobs is not None or self.request.return_token_ids:
-            piece = self._piece(item.index, {"content": delta.text})
+        *earlier, parts = self._deltas(opened, item)
+        for one in earlier:
+            yield self._piece(item.index, one)
+        if parts or delta.logprobs is not None or self.request.return_token_ids:
+            piece = self._piece(item.index, parts or {"content": ""})
             piece["logprobs"] = self._logprobs(delta.logprobs, delta.token_ids)
             if self.request.return_token_ids:
                 piece["token_ids"] = delta.token_ids
@@ -102,6 +118,35 @@ class ChatJob(Job):
                 "finish_reason": delta.finish_reason,
                 "stop_reason": delta.stop_reason,
             }
+
+    def _parts(self, text: str, opened: OpenRequest) -> dict[str, str]:
+        """The contents of a whole message."""
+        if self.service.reasoning is None:
+            return {"content": text}
+        said = self._splitter(opened).add(text, last=True)
+        return {"content": said.content} | ({"reasoning_content": said.reasoning} if self._tells(said) else {})
+
+    def _deltas(self, opened: OpenRequest, item: StreamItem) -> list[dict[str, str]]:
+        """Of one piece of a stream, the last one perhaps empty: where the reasoning ends, the answer may begin."""
+        text, last = item.delta.text, item.delta.finish_reason is not None
+        if self.service.reasoning is None:
+            return [{"content": text} if text else {}]
+        if item.index not in self._splitters:
+            self._splitters[item.index] = self._splitter(opened)
+        said = self._splitters[item.index].add(text, last=last)
+        parts = [{"reasoning_content": said.reasoning}] if self._tells(said) else []
+        if said.content:
+            parts.append({"content": said.content})
+        return parts or [{}]
+
+    def _splitter(self, opened: OpenRequest) -> ReasoningSplitter:
+        tags = self.service.reasoning
+        assert tags is not None
+        goes_on = self.request.continue_final_message and tags.is_open(self.request.messages[-1].content or "")
+        return ReasoningSplitter(tags, inside=goes_on or self.service.reasons_first(opened.prompt_ids))
+
+    def _tells(self, said: Said) -> bool:
+        return bool(said.reasoning) and self.request.include_reasoning
 
     @staticmethod
     def _piece(index: int, delta: dict[str, Any]) -> dict[str, Any]:
@@ -114,5 +159,6 @@ class ChatJob(Job):
             places,
             token_ids,
             num_top=self.request.top_logprobs or 0,
+            tokenizer=self.service.tokenizer,
             as_ids=self.request.return_tokens_as_token_ids,
         )

@@ -8,10 +8,10 @@ from typing import Any
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import Logprob, SamplingParams
 from antiphon.engine.open_request import OpenRequest, StreamItem
-from antiphon.engine.outputs import Delta
+from antiphon.engine.outputs import Delta, TextBefore, whole_characters
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
-from antiphon.server.logprobs import completion_logprobs, prompt_logprobs
+from antiphon.server.logprobs import TextPlaces, completion_logprobs, prompt_logprobs
 from antiphon.server.protocol import CompletionRequest
 from antiphon.server.service import Service
 
@@ -29,7 +29,7 @@ class CompletionJob(Job):
     def __init__(self, request: CompletionRequest, service: Service) -> None:
         self._silent = request.echo and request.max_tokens == 0  # nothing of what is generated is told
         super().__init__(request, service)
-        self._offsets: dict[int, int] = {}  # where the next token's text is, by index of the choice
+        self._text_places: dict[int, TextPlaces] = {}  # where the next token's text is, by index of the choice
         self._of_prompt: dict[int, Sequence[dict[int, Logprob] | None]] = {}  # by place: made once for all results
         self._held: dict[int, list[StreamItem]] = {}  # by place, until the first result of the prompt has begun
 
@@ -93,7 +93,7 @@ class CompletionJob(Job):
             return
         for one in [item, *self._held.pop(place, [])]:
             delta = one.delta
-            first = place * self.params.n + one.index not in self._offsets
+            first = place * self.params.n + one.index not in self._text_places
             choice = self._choice(place, opened, one.index, delta)
             if first or delta.text or delta.finish_reason or self.request.logprobs is not None or "token_ids" in choice:
                 yield choice
@@ -101,7 +101,7 @@ class CompletionJob(Job):
     def _choice(self, place: int, opened: OpenRequest, number: int, delta: Delta) -> dict[str, Any]:
         request = self.request
         index = place * self.params.n + number
-        first = index not in self._offsets
+        first = index not in self._text_places
         prompt_text = (
             self._prompt_text(place, opened) if first and (request.echo or request.logprobs is not None) else ""
         )
@@ -110,7 +110,7 @@ class CompletionJob(Job):
         if self._silent:
             text, token_ids, places = "", [], None if places is None else []
         if first:
-            self._offsets[index] = 0 if request.echo else len(prompt_text)
+            self._text_places[index] = self._places_of(opened, 0 if request.echo else len(prompt_text))
         told_ids: Sequence[int] = token_ids
         if first and request.echo:
             text = prompt_text + text
@@ -119,12 +119,12 @@ class CompletionJob(Job):
                 places = [*self._prompt_places(place, opened), *places]
         logprobs = None
         if places is not None:
-            logprobs, self._offsets[index] = completion_logprobs(
+            logprobs = completion_logprobs(
                 places,
                 told_ids,
                 num_top=request.logprobs or 0,
                 tokenizer=self.service.tokenizer,
-                text_offset=self._offsets[index],
+                text_places=self._text_places[index],
                 as_ids=request.return_tokens_as_token_ids,
             )
         choice: dict[str, Any] = {
@@ -142,7 +142,7 @@ class CompletionJob(Job):
 
     def is_large_piece(self, place: int, opened: OpenRequest, item: StreamItem) -> bool:
         """What echo says of a long prompt comes with the first piece of each result."""
-        first = place * self.params.n + item.index not in self._offsets
+        first = place * self.params.n + item.index not in self._text_places
         return first and self.params.prompt_logprobs is not None and self.is_many(len(opened.prompt_ids))
 
     def _prompt_places(self, place: int, opened: OpenRequest) -> Sequence[dict[int, Logprob] | None]:
@@ -151,5 +151,15 @@ class CompletionJob(Job):
         return self._of_prompt[place]
 
     def _prompt_text(self, place: int, opened: OpenRequest) -> str:
-        prompt = self.request.prompt[place]
-        return prompt if isinstance(prompt, str) else self.service.tokenizer.decode(opened.prompt_ids)
+        """As the output goes on with it: a character that token ids leave unfinished is the output's."""
+        prompt, tokenizer, skips = self.request.prompt[place], self.service.tokenizer, self.request.skip_special_tokens
+        if isinstance(prompt, str):
+            return prompt
+        if self._silent:
+            return tokenizer.decode(opened.prompt_ids, skip_special=skips)
+        return whole_characters(tokenizer, opened.prompt_ids, skip_special=skips)
+
+    def _places_of(self, opened: OpenRequest, start: int) -> TextPlaces:
+        tokenizer, skips = self.service.tokenizer, self.request.skip_special_tokens
+        before = TextBefore.of(tokenizer, () if self.request.echo else opened.prompt_ids, skip_special=skips)
+        return TextPlaces(tokenizer, start=start, before=before, skip_special=skips)

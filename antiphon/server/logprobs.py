@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from antiphon.core.sampling import Logprob
+from antiphon.engine.outputs import Detokenizer, TextBefore
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 
-__all__ = ["chat_logprobs", "completion_logprobs", "prompt_logprobs"]
+__all__ = ["TextPlaces", "chat_logprobs", "completion_logprobs", "prompt_logprobs"]
 
 Place = dict[int, Logprob] | None
 """The token that is there first, then the likeliest; `None` for a prompt's first token."""
@@ -18,30 +19,44 @@ def _text(token_id: int, found: Logprob, as_ids: bool) -> str:
     return f"token_id:{token_id}" if as_ids else found.decoded_token
 
 
+class TextPlaces:
+    """Where the texts of tokens are in the text that they make together, one token after the other.
+
+    Tokens that are parts of a character are where it begins, and those that the text does not have take no room.
+
+    start: of the first token's text. before: the text that comes before it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | NoTokenizer, *, start: int, before: TextBefore, skip_special: bool = True
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, before=before, skip_special=skip_special)
+        self._next = start
+
+    def add(self, token_id: int) -> int:
+        """The place of the next token."""
+        place = self._next
+        self._next += len(self._detokenizer.add(token_id))
+        return place
+
+
 def completion_logprobs(
     places: Sequence[Place],
     token_ids: Sequence[int],
     *,
     num_top: int,
     tokenizer: Tokenizer | NoTokenizer,
-    text_offset: int,
+    text_places: TextPlaces,
     as_ids: bool = False,
-) -> tuple[dict[str, Any], int]:
-    """Of `token_ids`, one place each, and where the text of the next token would be. text_offset: of the first.
-
-    Special tokens are named, but take no room, for texts do not have them.
-    """
+) -> dict[str, Any]:
+    """Of `token_ids`, one place each, which come next for `text_places`."""
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
     offsets = []
     for token_id, place in zip(token_ids, places, strict=True):
-        offsets.append(text_offset)
-        text = tokenizer.token_text(token_id)
-        if token_id not in tokenizer.special_ids:
-            # The token that begins a text can lose its space there.
-            text_offset += len(text if text_offset else tokenizer.decode([token_id]))
-        tokens.append(f"token_id:{token_id}" if as_ids else text)
+        offsets.append(text_places.add(token_id))
+        tokens.append(f"token_id:{token_id}" if as_ids else tokenizer.token_text(token_id))
         if place is None:
             token_logprobs.append(None)
             top_logprobs.append(None)
@@ -52,12 +67,16 @@ def completion_logprobs(
             name = _text(other, found, as_ids)
             top[name] = max(found.logprob, top.get(name, found.logprob))  # parts of characters have one text
         top_logprobs.append(top)
-    result = {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top_logprobs, "text_offset": offsets}
-    return result, text_offset
+    return {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top_logprobs, "text_offset": offsets}
 
 
 def chat_logprobs(
-    places: Sequence[dict[int, Logprob]], token_ids: Sequence[int], *, num_top: int, as_ids: bool = False
+    places: Sequence[dict[int, Logprob]],
+    token_ids: Sequence[int],
+    *,
+    num_top: int,
+    tokenizer: Tokenizer | NoTokenizer,
+    as_ids: bool = False,
 ) -> dict[str, Any]:
     """Of `token_ids`, one place each, with the `num_top` likeliest."""
 
@@ -65,7 +84,7 @@ def chat_logprobs(
         return {
             "token": _text(token_id, found, as_ids),
             "logprob": found.logprob,
-            "bytes": list(found.decoded_token.encode()),
+            "bytes": list(tokenizer.token_bytes(token_id)),
         }
 
     content = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError
+from antiphon.server.reasoning import reasoning_tags
 
 __all__ = ["ServerOptions"]
 
@@ -19,6 +22,8 @@ class ServerOptions:
     request_timeout_s: longest time for one request, from its arrival to its last byte.
     drain_s: how long open requests may go on after SIGTERM.
     max_body_bytes: longest body of a request; longer ones get 413.
+    reasoning_parser: by which reasoning is told apart from the answer in chats; `None` for not at all.
+    chat_template_kwargs: variables of the chat template, where a request does not set them.
 
     Raises `OptionError` for values that cannot work.
     """
@@ -31,6 +36,8 @@ class ServerOptions:
     request_timeout_s: float = 600.0
     drain_s: float = 30.0
     max_body_bytes: int = 8 * 2**20
+    reasoning_parser: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not is_whole(self.port) or not 0 <= self.port < 2**16:
@@ -42,6 +49,13 @@ class ServerOptions:
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value <= 86_400 or (value == 0 and name != "drain_s"):
                 raise OptionError(f"{name}={value!r} is not a time; use a number of seconds {least}, at most 86400")
+        if self.reasoning_parser is not None:
+            reasoning_tags(self.reasoning_parser)
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            raise OptionError(
+                f"default_chat_template_kwargs={self.chat_template_kwargs!r} is no object; use one such as "
+                '{"enable_thinking": false}'
+            )
         if self.api_key is not None and (not self.api_key or not self.api_key.isprintable()):
             raise OptionError("api_key is empty or has unprintable characters; use another one, or none")
         if not self.served_model_names or not all(self.served_model_names):

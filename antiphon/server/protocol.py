@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
 
 from antiphon.core.checks import is_whole
 from antiphon.core.sampling import SamplingParams
+from antiphon.engine.chat import joined_text
 
 __all__ = [
     "Body",
+    "ChatFields",
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
@@ -64,7 +66,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "mm_processor_kwargs": (),
     "priority": (0,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "truncate_prompt_tokens": (),
@@ -95,6 +96,7 @@ class SamplingFields(Body):
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -109,7 +111,7 @@ class SamplingFields(Body):
 _SAMPLING = (
     *("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids"),
-    *("include_stop_str_in_output", "ignore_eos", "prompt_logprobs"),
+    *("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "prompt_logprobs"),
 )
 
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -149,40 +151,28 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool = True
 
 
-def _checked_content(value: object) -> str:
-    """Texts and text parts, joined."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise ValueError("content is no text; use a text, or a list of parts of type text")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError('content has a part without a type; use {"type": "text", "text": "..."}')
-        if part["type"] not in ("text", "input_text"):
-            raise ValueError(f"content has a part of type {part['type']!r}, which is not supported; use type text")
-        if not isinstance(part.get("text"), str) or not part.keys() <= {"type", "text"}:
-            raise ValueError('content has a part of type text that is not {"type": "text", "text": "..."}')
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 class Message(Body):
+    """Of a chat. A reply of this or of another server can be sent back as it is: what says nothing in it passes.
+
+    reasoning_content: what an assistant thought before; the template decides what becomes of it.
+    """
+
     ignored = frozenset({"name"})
     unsupported: ClassVar = {
-        "tool_calls": ([],),
-        "function_call": (),
+        "annotations": ([],),
         "audio": (),
-        "refusal": (),
-        "reasoning": (),
-        "reasoning_content": (),
+        "function_call": (),
+        "refusal": ("",),
+        "tool_calls": ([],),
         "tool_call_id": (),
     }
 
     role: Literal["system", "developer", "user", "assistant"]
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     content: Annotated[
         str,
-        PlainValidator(_checked_content),
+        PlainValidator(joined_text),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -202,23 +192,19 @@ class Message(Body):
         ),
     ]
 
-    def for_template(self) -> dict[str, str]:
-        """Templates know no developer; OpenAI's API takes it for what system was."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+    def for_template(self) -> dict[str, Any]:
+        reasoning = self.reasoning_content or self.reasoning
+        return {"role": self.role, "content": self.content} | ({"reasoning_content": reasoning} if reasoning else {})
 
 
 _CHAT_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "include_reasoning": (True,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "tool_choice": ("none", "auto"),
@@ -228,10 +214,21 @@ _CHAT_UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
-class ChatRequest(SamplingFields):
+class ChatFields(Body):
+    """What a chat's template is given besides messages, as `LLM.chat_prompt` takes it."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}  # pydantic copies it
+
+
+class ChatRequest(SamplingFields, ChatFields):
+    """include_reasoning: whether what a reasoning parser finds is told."""
+
     unsupported = _UNSUPPORTED | _CHAT_UNSUPPORTED
 
     messages: list[Message]
+    include_reasoning: bool = True
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
@@ -243,19 +240,10 @@ def _checked_ids(value: object) -> list[int]:
     return value
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(ChatFields):
     """A text, or the messages of a chat."""
 
-    unsupported: ClassVar = {
-        name: _CHAT_UNSUPPORTED[name]
-        for name in (
-            "add_generation_prompt",
-            "chat_template",
-            "chat_template_kwargs",
-            "continue_final_message",
-            "tools",
-        )
-    }
+    unsupported: ClassVar = {name: _CHAT_UNSUPPORTED[name] for name in ("chat_template", "tools")}
 
     model: str = ""
     prompt: str | None = None

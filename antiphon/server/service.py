@@ -11,21 +11,26 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
-from antiphon.core.errors import EngineError, RequestError
+from antiphon.core.errors import EngineError, ModelError, OptionError, RequestError
 from antiphon.engine.async_engine import AsyncEngine
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.server.errors import ApiError
 from antiphon.server.metrics import ServerMetrics
 from antiphon.server.options import ServerOptions
+from antiphon.server.protocol import ChatFields, Message
+from antiphon.server.reasoning import reasoning_tags
 
 __all__ = ["Phase", "Service"]
 
 _LONG_TEXT = 4096
 """Characters from which a text is tokenised beside the event loop."""
-_PER_MESSAGE = 32
-"""What a chat's template makes of a message costs as much as so many characters."""
+_LONG_CHAT = 3072
+"""The same for the messages of a chat, whose template takes time too."""
+_LONGEST_TAG = 32
+"""Tokens among which the end of a chat's prompt may have a tag that opens the reasoning."""
 _STATISTICS_S = 2.0
 
 
@@ -56,12 +61,22 @@ class Service:
         self._idle = asyncio.Event()
         self._idle.set()
         self._engine: AsyncEngine | None = None
+        self.reasoning = None if options.reasoning_parser is None else reasoning_tags(options.reasoning_parser)
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     # ---- phases
 
     def serve(self, engine: AsyncEngine) -> None:
-        """The engine is ready, and belongs to the caller still."""
+        """The engine is ready, and belongs to the caller still.
+
+        Raises `OptionError` if its answers do not show the tags of the reasoning parser.
+        """
+        for tag in () if self.reasoning is None else (self.reasoning.start, self.reasoning.end):
+            if engine.tokenizer.special_id(tag) is not None:
+                raise OptionError(
+                    f"reasoning_parser={self.options.reasoning_parser!r} looks for {tag!r}, which is a special token "
+                    "of this model's tokenizer, so that answers do not show it; leave the option out"
+                )
         engine.on_failure = self.fail
         engine.attach()
         self._engine = engine
@@ -156,18 +171,28 @@ class Service:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a chat, up to where the assistant answers. Raises `ApiError` for what its template refuses."""
-        tokenizer = self.tokenizer
+    async def encode_chat(self, messages: Sequence[Message], fields: ChatFields) -> list[int]:
+        """Token ids of a chat. Raises `RequestError` for what its template refuses."""
+        templated = [message.for_template() for message in messages]
+        work = partial(
+            self.tokenizer.chat,
+            templated,
+            add_generation_prompt=fields.add_generation_prompt,
+            continue_final_message=fields.continue_final_message,
+            template_kwargs={**self.options.chat_template_kwargs, **fields.chat_template_kwargs},
+        )
         try:
-            if sum(len(message["content"]) + _PER_MESSAGE for message in messages) < _LONG_TEXT:
-                return tokenizer.chat(messages)
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenizer.chat, messages)
-        except Exception as error:  # templates are programs: they raise what they like
-            told = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ApiError(
-                400, f"the model's chat template does not take these messages ({told})", param="messages"
-            ) from error
+            if sum(len(str(text)) for message in templated for text in message.values()) < _LONG_CHAT:
+                return work()
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        except ModelError as error:
+            raise RequestError(f"messages: {error}") from error
+
+    def reasons_first(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether the answer to a chat begins inside the reasoning, which the end of its prompt has opened."""
+        tags = self.reasoning
+        ending = self.tokenizer.decode(prompt_ids[-_LONGEST_TAG:], skip_special=False)
+        return tags is not None and ending.rstrip().endswith(tags.start)
 
     async def statistics(self) -> list[dict[str, Any]] | None:
         """Of the ranks; `None` if they do not answer now."""

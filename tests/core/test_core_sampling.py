@@ -35,6 +35,7 @@ NAN, INF = float("nan"), float("inf")
         ("logit_bias", [None, {3: -100.0}, {0: 100.0, 7: 0.5}]),
         ("include_stop_str_in_output", [True, False]),
         ("ignore_eos", [True, False]),
+        ("skip_special_tokens", [True, False]),
         ("return_logits", [True, False]),
         ("return_prompt_logits", [True, False]),
     ],

@@ -37,12 +37,18 @@ class Letters:
         self.texts = texts
         self.num_decoded = 0
 
-    def decode(self, token_ids: Sequence[int], *, continues: bool = False) -> str:
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
         self.num_decoded += len(token_ids)
-        return "".join(self.texts[token_id] for token_id in token_ids if token_id)
+        return "".join(self.texts[token_id] for token_id in token_ids if token_id or not skip_special)
 
     def token_text(self, token_id: int) -> str:
         return self.texts[token_id]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.texts[token_id].encode() if token_id < len(self.texts) else b""
+
+    def special_id(self, text: str) -> int | None:
+        return 0 if text == self.texts[0] else None
 
 
 @pytest.fixture(scope="module")

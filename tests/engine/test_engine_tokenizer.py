@@ -11,8 +11,9 @@ import pytest
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import ModelError
 from antiphon.core.sampling import Logprob
+from antiphon.engine.outputs import TextBefore
 from antiphon.engine.tokenizer import Tokenizer
-from antiphon.server.logprobs import completion_logprobs
+from antiphon.server.logprobs import TextPlaces, completion_logprobs
 from tests.support.tokenizers import marked_spaces
 
 
@@ -39,8 +40,10 @@ def test_offsets_are_places_in_the_text(tmp_path: Path, begins: bool) -> None:
     token_ids = pieces.encode(whole)[0 if begins else 2 :]
     places = [{i: Logprob(logprob=-1.0, rank=1, decoded_token=pieces.token_text(i))} for i in token_ids]
     start = 0 if begins else len("Once")
-    told, end = completion_logprobs(places, token_ids, num_top=0, tokenizer=pieces, text_offset=start)
-    assert end == len(whole)
+    before = TextBefore.of(pieces, pieces.encode("Once")[:start])
+    text_places = TextPlaces(pieces, start=start, before=before)
+    told = completion_logprobs(places, token_ids, num_top=0, tokenizer=pieces, text_places=text_places)
+    assert text_places.add(pieces.special_id("</s>")) == len(whole)
     for offset, text in list(zip(told["text_offset"], told["tokens"], strict=True))[2:]:
         assert whole[offset:].startswith(text) and text.startswith(" ")
 

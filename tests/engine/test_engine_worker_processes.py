@@ -17,7 +17,7 @@ from antiphon.engine.worker_processes import WorkerProcesses
 
 @pytest.fixture
 def workers() -> Iterator[WorkerProcesses]:
-    workers = WorkerProcesses(EngineConfig(ranks=1))
+    workers = WorkerProcesses(EngineConfig(ranks=1), eos_token_ids=(2,))
     try:
         yield workers
     finally:

@@ -188,21 +188,29 @@ def test_a_config_that_is_not_json(tmp_path: Path, content: bytes, message: str)
         (5, None, (5,)),
         ([5, 6], None, (5, 6)),
         (None, None, ()),
-        (5, {"eos_token_id": 7}, (7,)),
-        (5, {"eos_token_id": [7, 8]}, (7, 8)),
+        (5, {"eos_token_id": 7}, (7, 5)),
+        (5, {"eos_token_id": [7, 8]}, (7, 8, 5)),
+        (8, {"eos_token_id": [7, 8]}, (7, 8)),
         (5, {"eos_token_id": None}, (5,)),
-        (5, {"eos_token_id": [7, 10**6, -1]}, (7,)),
+        (5, {"eos_token_id": [7, 10**6, -1]}, (7, 5)),
         (-1, None, ()),
         (5, {}, (5,)),
     ],
 )
 def test_end_of_sequence_tokens(
-    folder: Path, in_config: Any, in_generation: dict[str, Any] | None, expected: tuple[int, ...]
+    folder: Path,
+    in_config: Any,
+    in_generation: dict[str, Any] | None,
+    expected: tuple[int, ...],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Those of both files; where the second lacks one of the first, somebody is told."""
     rewrite_config(folder, eos_token_id=in_config)
     if in_generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(in_generation))
     assert read_config(folder).eos_token_ids == expected
+    generating = (in_generation or {}).get("eos_token_id")
+    assert ("each of these tokens ends a text" in caplog.text) is (generating is not None and in_config == 5)
 
 
 def test_keys_with_defaults_may_be_missing(folder: Path) -> None:

@@ -66,7 +66,7 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ("completions", {"stream": True, "stream_options": {"what": 1}}, "stream_options.what"),
     ("completions", {"suffix": "end"}, "suffix"),
-    ("completions", {"skip_special_tokens": False}, "skip_special_tokens"),
+    ("completions", {"skip_special_tokens": 0}, "skip_special_tokens"),
     ("completions", {"guided_json": {}}, "guided_json"),
     ("completions", {"use_beam_search": True}, "use_beam_search"),
     ("completions", {"temprature": 1}, "temprature"),
@@ -112,6 +112,18 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat/completions", {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
     ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens"),
     ("chat/completions", {"chat_template": "x"}, "chat_template"),
+    ("chat/completions", {"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+    ("chat/completions", {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ("chat/completions", {"chat_template_kwargs": ["x"]}, "chat_template_kwargs"),
+    (
+        "chat/completions",
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+    ),
+    ("chat/completions", {"include_reasoning": False}, "include_reasoning"),
+    ("chat/completions", {"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    ("chat/completions", {"messages": [{"role": "assistant", "content": "a", "what": 1}]}, "messages.0.what"),
+    ("chat/completions", {"messages": [{"role": "assistant", "annotations": [{}]}]}, "messages.0.annotations"),
     ("chat/completions", {"echo": True}, "echo"),
 ]
 
@@ -146,6 +158,7 @@ IDLE = {
 def test_fields_that_ask_for_nothing_are_taken(server: ServerProcess) -> None:
     assert server.post("/v1/completions", json=TEXT | IDLE).status_code == 200
     chat = {"tools": None, "tool_choice": "none", "parallel_tool_calls": True, "logprobs": False, "max_tokens": 1}
+    chat |= {"nobody_knows_it": None, "chat_template_kwargs": {}, "continue_final_message": None}
     assert server.post("/v1/chat/completions", json=CHAT | chat).status_code == 200
 
 
