@@ -79,6 +79,43 @@ def test_a_chat_gives_what_generate_gives(server: ServerProcess, two_ranks: LLM,
     assert answer.usage.completion_tokens == sum(len(result.token_ids) for result in output.outputs)
 
 
+def test_a_reply_can_be_sent_back(server: ServerProcess) -> None:
+    """As the openai client has it, with all the fields that say nothing; and as other servers write them."""
+    client = server.client()
+    reply = client.chat.completions.create(model=MODEL, messages=PLAIN, max_tokens=4, temperature=0).choices[0].message
+    dumped = reply.model_dump()
+    assert "annotations" in dumped, "the client knows more fields than the server sends"
+    idle = {"annotations": [], "refusal": "", "audio": None, "function_call": None, "tool_calls": [], "reasoning": ""}
+    plain = {"role": "assistant", "content": reply.content}
+    others = [
+        dumped,
+        plain | idle | {"reasoning_content": "", "unheard_of": None},
+        plain | {"reasoning_content": "Hm."},
+    ]
+    texts = {
+        client.chat.completions.create(model=MODEL, messages=[*PLAIN, message, PLAIN[-1]], max_tokens=4, temperature=0)
+        .choices[0]
+        .message.content
+        for message in [plain, *others]
+    }
+    assert len(texts) == 1
+    silent = [*PLAIN, {"role": "assistant", "content": None}, PLAIN[-1]]
+    assert client.chat.completions.create(model=MODEL, messages=silent, max_tokens=1).usage.completion_tokens == 1
+
+
+def test_bytes_of_tokens_are_those_of_the_vocabulary(server: ServerProcess, two_ranks: LLM) -> None:
+    """Also of the parts of a character, which have no text of their own."""
+    smile = [token_id for token_id in two_ranks._tokenizer.encode("😊", add_special_tokens=False) if token_id > 5]
+    found = b""
+    for token_id in smile:
+        options: Any = {"max_tokens": 1, "logprobs": True, "top_logprobs": 1, "logit_bias": {str(token_id): 100}}
+        answer = server.client().chat.completions.create(model=MODEL, messages=PLAIN, temperature=0, **options)
+        (entry,) = answer.choices[0].logprobs.content
+        found += bytes(entry.bytes)
+        assert all(bytes(one.bytes).decode(errors="replace") == one.token for one in entry.top_logprobs)
+    assert len(smile) > 1 and found.endswith("😊".encode()) and found[-4] == 240
+
+
 def test_usage_comes_last_in_a_stream(server: ServerProcess) -> None:
     options: Any = {"max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
     chunks = list(server.client().chat.completions.create(model=MODEL, messages=PLAIN, **options))

@@ -209,6 +209,68 @@ def test_echo_with_logprobs(server: ServerProcess, two_ranks: LLM, stream: bool,
             assert choice.text[offset:].startswith(token)
 
 
+CHARACTERS = "Hi 😊 né 中 ok end"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_of_tokens_that_are_parts_of_characters(server: ServerProcess, stream: bool) -> None:
+    """A part of a character is where the character begins, and what follows it is where the text has it."""
+    params = {"prompt": CHARACTERS, "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 0}
+
+    async def ask() -> Completion:
+        async with server.async_client() as client:
+            answer = await client.completions.create(
+                model=MODEL, stream=stream, extra_body={"return_token_ids": True}, **params
+            )
+            return await read_stream(answer) if stream else answer
+
+    (choice,) = asyncio.run(ask()).choices
+    places = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
+    assert choice.text.startswith(CHARACTERS)
+    by_text = dict(places)
+    assert (by_text[" n"], by_text[" end"]) == (4, 12)
+    parts = [place for token, place in places if token == "\ufffd"]
+    assert parts == [3] * 4 + [6] * 2 + [8] * 3
+    for token, place in places:
+        assert token in ("\ufffd", "<|bos|>") or choice.text[place:].startswith(token), (token, place)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompt_ids_that_end_inside_a_character(server: ServerProcess, two_ranks: LLM, stream: bool) -> None:
+    """The output brings the rest of the character, so it is the output's, whole."""
+    whole = two_ranks._tokenizer.encode("Hello world 😊")
+    params = {"max_tokens": 1, "temperature": 0, "logit_bias": {str(whole[-1]): 100}, "logprobs": 0}
+
+    async def ask(**more: Any) -> Completion:
+        async with server.async_client() as client:
+            answer = await client.completions.create(
+                model=MODEL, prompt=whole[:-1], stream=stream, extra_body={"return_token_ids": True}, **params, **more
+            )
+            return await read_stream(answer) if stream else answer
+
+    (echoed,) = asyncio.run(ask(echo=True)).choices
+    assert echoed.text == "Hello world 😊" and echoed.logprobs.text_offset[-2:] == [12, 12]
+    (alone,) = asyncio.run(ask()).choices
+    assert (alone.text, alone.logprobs.text_offset) == ("😊", [12])
+    (output,) = two_ranks.generate([whole[:-1]], SamplingParams(max_tokens=1, logit_bias={whole[-1]: 100}))
+    assert (output.prompt, output.text) == ("Hello world ", "😊")
+
+
+def test_special_tokens_are_shown_if_they_are_wanted(server: ServerProcess) -> None:
+    options = {"prompt": [1, 3, 200], "max_tokens": 2, "temperature": 0, "logit_bias": {"3": 100}, "logprobs": 0}
+    answers = {}
+    for skip in (True, False):
+        for echo in (True, False):
+            extra = {"skip_special_tokens": skip}
+            (choice,) = server.client().completions.create(model=MODEL, echo=echo, extra_body=extra, **options).choices
+            answers[skip, echo] = (choice.text, choice.logprobs.text_offset[-2:])
+    letter = answers[True, True][0]
+    assert len(letter) == 1
+    assert answers[True, True] == (letter, [1, 1]) and answers[True, False] == ("", [1, 1])
+    assert answers[False, True] == (f"<|bos|><|user|>{letter}<|user|><|user|>", [16, 24])
+    assert answers[False, False] == ("<|user|><|user|>", [16, 24])
+
+
 def test_echo_alone_tells_only_the_prompt(server: ServerProcess) -> None:
     client = server.client()
     options = {"model": MODEL, "prompt": "The old man", "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
