@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import RequestError
+from antiphon.core.errors import OptionError, RequestError
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.chat import Message
 from antiphon.engine.client import Client, InProcessClient
@@ -123,6 +123,8 @@ class LLM:
         **foreign: Any,
     ) -> None:
         given = locals()
+        if on_start is not None and not callable(on_start):
+            raise OptionError(f"on_start={on_start!r} is no function; pass one that takes a text, such as print")
         self._turn = threading.RLock()  # `progress` may ask for statistics
         self._is_running = False
         options = make_config({name: given[name] for name in OPTION_DEFAULTS}, foreign)
@@ -172,6 +174,8 @@ class LLM:
         usable. Raises `EngineError` if a rank fails; the engine has ended then.
         """
         texts = prompt_list(prompts)
+        if progress is not None and not callable(progress):
+            raise RequestError(f"progress is a {type(progress).__name__}; pass a function of three numbers, or None")
         with self._turn:
             opened = self._open(self._requests.make(texts, params_for(texts, sampling_params)))
             self._run(opened, len(texts), progress)

@@ -101,6 +101,11 @@ class Tokenizer:
                 "continue_final_message and add_generation_prompt exclude each other: either the last message goes on, "
                 "or an answer begins; set one of them"
             )
+        if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
+            raise RequestError(
+                f"chat_template_kwargs is a {type(template_kwargs).__name__}; use a dict such as "
+                '{"enable_thinking": False}'
+            )
         variables = dict(template_kwargs or {})
         for name in variables:
             if name in _template_settings(self._tokenizer):

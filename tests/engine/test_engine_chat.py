@@ -124,6 +124,8 @@ def test_whatever_a_template_raises_is_an_error_of_ours(tmp_path: Path, template
         ({"template_kwargs": {"tokenize": True}}, "'tokenize', which is no variable"),
         ({"template_kwargs": {"messages": []}}, "'messages', which is no variable"),
         ({"template_kwargs": {"return_dict": True}}, "'return_dict', which is no variable"),
+        ({"template_kwargs": {7: True}}, "does not take them"),
+        ({"template_kwargs": ["enable_thinking"]}, "chat_template_kwargs is a list; use a dict"),
     ],
 )
 def test_wrong_settings_are_an_error_of_ours(thinking: Tokenizer, settings: dict[str, Any], words: str) -> None:
