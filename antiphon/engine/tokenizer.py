@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from antiphon.core.errors import ModelError, RequestError
+from antiphon.core.errors import ModelError, RequestError, first_line
 
 __all__ = ["NoTokenizer", "Tokenizer"]
 
@@ -29,10 +29,9 @@ class Tokenizer:
             self._decode = _plain_decode(self._tokenizer)
             self._anchor, self._num_anchor_chars = self._find_anchor()
         except Exception as error:  # tokenizers raises no narrower class for a format that it does not know
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
-                f"the tokenizer in {folder} cannot be loaded ({reason}); download it again, or upgrade tokenizers and "
-                "transformers"
+                f"the tokenizer in {folder} cannot be loaded ({first_line(error)}); download it again, or upgrade "
+                "tokenizers and transformers"
             ) from error
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -61,7 +60,7 @@ class Tokenizer:
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except ValueError as error:
-            raise ModelError(f"this checkpoint cannot format a chat ({str(error).splitlines()[0]})") from error
+            raise ModelError(f"this checkpoint cannot format a chat ({first_line(error)})") from error
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_anchor(self) -> tuple[list[int], int]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
-from antiphon.core.errors import EngineError, RequestError
+from antiphon.core.errors import EngineError, RequestError, first_line
 from antiphon.engine.async_engine import AsyncEngine
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.server.errors import ApiError
@@ -164,9 +164,8 @@ class Service:
                 return tokenizer.chat(messages)
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenizer.chat, messages)
         except Exception as error:  # templates are programs: they raise what they like
-            told = (str(error).splitlines() or [type(error).__name__])[0]
             raise ApiError(
-                400, f"the model's chat template does not take these messages ({told})", param="messages"
+                400, f"the model's chat template does not take these messages ({first_line(error)})", param="messages"
             ) from error
 
     async def statistics(self) -> list[dict[str, Any]] | None:
