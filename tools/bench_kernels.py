@@ -24,6 +24,7 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from antiphon.core.errors import first_line
 from antiphon.kernels.activation import gated_silu, gated_silu_reference
 from antiphon.kernels.fused.activation import launch_gated_silu
 from antiphon.kernels.fused.experts import add_up, place_pairs, spread_rows
@@ -110,7 +111,7 @@ class Timer:
                 torch.cuda.synchronize()
                 ready[name] = call
             except (RuntimeError, ValueError, TypeError) as error:
-                results[name] = {"failed": str(error).splitlines()[0][:120]}
+                results[name] = {"failed": first_line(error)[:120]}
                 print(f"{name:<44}  not possible: {results[name]['failed'][:60]}")
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
         for _ in range(REPEATS):

@@ -26,6 +26,7 @@ from matplotlib.patches import Patch
 from antiphon import LLM
 from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.bench.word_problems import word_problems
+from antiphon.core.lines import split_lines
 from antiphon.runtime import EventKind
 from antiphon.timeline import StepTimeline
 
@@ -91,7 +92,7 @@ def write_results(path: Path, arms: dict[str, Arm], transport: str) -> None:
 def processor_name() -> str:
     """Model and number of the processors."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = split_lines(info.read_text()) if info.exists() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     return f"{os.cpu_count()} x {', '.join(sorted(names)) or platform.processor()}"
 

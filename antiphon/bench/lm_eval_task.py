@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
 from antiphon.core.bundled import bundled_model
+from antiphon.core.lines import json_lines
 
 __all__ = ["load_word_problems"]
 
@@ -19,8 +19,8 @@ def load_word_problems(**_: Any) -> DatasetDict:
 
     lm_eval calls it, with the metadata of the task, for which there is no use here.
     """
-    lines = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8").splitlines()
-    problems = [json.loads(line) for line in lines]
+    text = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8")
+    problems = [problem for _, problem in json_lines(text)]
     return DatasetDict(
         {"examples": Dataset.from_list(problems[:_NUM_EXAMPLES]), "test": Dataset.from_list(problems[_NUM_EXAMPLES:])}
     )

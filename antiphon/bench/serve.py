@@ -264,6 +264,7 @@ def _tail(options: ServeOptions, answers: Sequence[Answered]) -> dict[str, Any]:
             "ttfts": [one.first_s for one in answers],
             "itls": [one.gaps_s for one in answers],
             "generated_texts": [one.text for one in answers],
+            "reasoning_texts": [one.reasoning for one in answers],
             "errors": [one.error for one in answers],
         }
     return tail

@@ -14,11 +14,14 @@ from typing import Any
 
 import httpx
 
+from antiphon.bench.event_stream import EventStream
 from antiphon.bench.serve_workload import Ask
 
 __all__ = ["Answered", "Target", "ask_server", "request_body"]
 
 _TOLD = 300  # characters of an answer that are kept of an error
+_PIECES = ("content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call")
+"""What tokens of a chat become: a chunk with one of these is a chunk of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,8 @@ class Answered:
     """What became of a request. Times in seconds; `start_s` and `end_s` by `time.perf_counter`.
 
     late_s: how much later than planned it was sent. num_input, num_output: tokens, as the server counts them; without
-    its count the ids sent (0 for texts) and the chunks received. error: empty if it was answered to its end.
+    its count the ids sent (0 for texts) and the chunks received. text, reasoning: the answer and, in a chat, what the
+    model thought before it; empty unless they are kept. error: empty if it was answered to its end.
     """
 
     start_s: float = 0.0
@@ -49,6 +53,7 @@ class Answered:
     num_input: int = 0
     num_output: int = 0
     text: str = ""
+    reasoning: str = ""
     error: str = ""
 
     @property
@@ -87,8 +92,9 @@ async def ask_server(client: httpx.AsyncClient, ask: Ask, target: Target, *, kee
                 told = (await response.aread()).decode(errors="replace")
                 found.error = f"HTTP {response.status_code}: {told[:_TOLD]}"
             else:
-                async for line in response.aiter_lines():
-                    reading.take(line)
+                async for part in response.aiter_bytes():
+                    reading.take(part)
+                reading.end()
     except httpx.HTTPError as error:
         found.error = found.error or f"{type(error).__name__}: {error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,23 +107,32 @@ async def ask_server(client: httpx.AsyncClient, ask: Ask, target: Target, *, kee
 
 
 class _Reading:
-    """Reads the lines of one stream of events into an `Answered`."""
+    """Reads the bytes of one stream of events into an `Answered`."""
 
     def __init__(self, found: Answered, is_chat: bool, keep_text: bool) -> None:
         self._found = found
         self._is_chat = is_chat
         self._keep_text = keep_text
+        self._stream = EventStream()
         self._last_s = 0.0
         self._done = self._counted = False
         self._num_chunks = 0
 
-    def take(self, line: str) -> None:
-        if not line.startswith("data:"):
-            return
+    def take(self, part: bytes) -> None:
+        """What has just come."""
         now = time.perf_counter()
-        data = line[5:].strip()
+        for data in self._stream.feed(part):
+            self._event(data.strip(), now)
+
+    def end(self) -> None:
+        """Some servers end with [DONE] and no blank line after it."""
+        if self._stream.unfinished().strip() == "[DONE]":
+            self._done = True
+
+    def _event(self, data: str, now: float) -> None:
         if data == "[DONE]":
             self._done = True
+        if data in ("", "[DONE]"):
             return
         event = json.loads(data)
         if not isinstance(event, dict):
@@ -126,30 +141,36 @@ class _Reading:
             self._found.error = f"an event of the stream: {str(event['error'])[:_TOLD]}"
             return
         if event.get("choices"):
-            self._token(event["choices"][0], now)
+            self._choice(event["choices"][0], now)
         if usage := event.get("usage"):
             self._counted = True
             self._found.num_input = usage.get("prompt_tokens") or self._found.num_input
             self._found.num_output = usage.get("completion_tokens") or 0
 
-    def _token(self, choice: dict[str, Any], now: float) -> None:
-        found = self._found
-        text = (choice.get("delta") or {}).get("content") if self._is_chat else choice.get("text")
+    def _choice(self, choice: dict[str, Any], now: float) -> None:
         # A chat begins with a chunk that names the role, perhaps before any token. A chunk without text may be a token
         # in a completion: a part of a character, or of dummy weights.
-        if self._is_chat and not text and choice.get("finish_reason") is None:
+        piece: dict[str, Any] = (choice.get("delta") or {}) if self._is_chat else {"content": choice.get("text")}
+        has_tokens = any(piece.get(name) for name in _PIECES)
+        ends = bool(choice.get("finish_reason"))
+        if self._is_chat and not has_tokens and not ends:
             return
-        closing = not text and choice.get("finish_reason") is not None and self._num_chunks > 0
+        closing = ends and not has_tokens and self._num_chunks > 0
         if not closing:
-            if self._num_chunks == 0:
-                found.first_s = now - found.start_s
-            else:
-                found.gaps_s.append(now - self._last_s)
-            self._last_s = now
-            self._num_chunks += 1
-        if self._keep_text and text:
-            found.text += text
-        found.end_s = now
+            self._tokens(now)
+        if self._keep_text:
+            self._found.text += piece.get("content") or ""
+            # Servers call it the one or the other; some send both, with the same text.
+            self._found.reasoning += piece.get("reasoning") or piece.get("reasoning_content") or ""
+        self._found.end_s = now
+
+    def _tokens(self, now: float) -> None:
+        if self._num_chunks == 0:
+            self._found.first_s = now - self._found.start_s
+        else:
+            self._found.gaps_s.append(now - self._last_s)
+        self._last_s = now
+        self._num_chunks += 1
 
     def what_is_missing(self) -> str:
         """Empty for a stream that came to its end."""

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from antiphon.bench.conditions import check_writable
 from antiphon.bench.serve import METRICS, ServeOptions
+from antiphon.core.lines import JSON_ESCAPES
 
 __all__ = ["DETAILS", "check_result_path", "print_serve", "result_path", "without_details", "write_result"]
 
-DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors")
+DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "reasoning_texts", "errors")
 
 
 def result_path(result: dict[str, Any], folder: Path | None, name: str | None) -> Path:
@@ -42,7 +43,7 @@ def without_details(result: dict[str, Any]) -> dict[str, Any]:
 def write_result(result: dict[str, Any], path: Path) -> None:
     """Write it whole. Raises `OSError` if that cannot be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(result, allow_nan=False, ensure_ascii=False).translate(JSON_ESCAPES) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, cut off by a limit of tokens
 
 

@@ -7,6 +7,7 @@ what the server reports.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -15,9 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from antiphon.core.checks import is_whole
 from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.lines import json_lines
 
 __all__ = ["DATASETS", "Ask", "Workload", "arrival_times", "make_asks", "random_asks"]
+
+logger = logging.getLogger("antiphon")
 
 DATASETS = ("random", "sharegpt", "custom")
 
@@ -74,7 +79,7 @@ def make_asks(workload: Workload, num_extra: int = 0) -> list[Ask]:
     assert workload.path is not None
     found = (_sharegpt if workload.dataset == "sharegpt" else _custom)(workload.path, workload)
     if not found:
-        raise OptionError(f"--dataset-path {workload.path} holds no prompt that can be used")
+        raise OptionError(f"--dataset-path {workload.path} holds no prompt; write an object with one a line")
     return [found[place % len(found)] for place in range(num)]
 
 
@@ -101,44 +106,105 @@ def _lengths(random: np.random.Generator, length: int, ratio: float, num: int) -
 
 
 def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
-    """First questions of conversations; outputs as long as the first answers, by a rule of thumb, or as told."""
+    """First questions of conversations; outputs as long as the first answers, by a rule of thumb, or as told.
+
+    Such files have entries that are no conversations: they are skipped, and a warning says how many.
+    """
+    text = _text_of(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        talks = [[str(turn["value"]) for turn in row["conversations"][:2]] for row in rows if "conversations" in row]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptionError(f"--dataset-path {path} is no file of ShareGPT conversations ({error})") from error
-    asks = []
-    for talk in talks:
-        if len(talk) < 2:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(
+            f"--dataset-path {path} is no JSON ({error}); use a file of ShareGPT conversations"
+        ) from error
+    if not isinstance(rows, list):
+        raise OptionError(f"--dataset-path {path} is no JSON list of entries; use a file of ShareGPT conversations")
+    asks, odd = [], []
+    for place, row in enumerate(rows, start=1):
+        try:
+            question, answer = _first_turns(row)
+        except ValueError as error:
+            odd.append(f"entry {place} {error}")
             continue
-        question, answer = (len(text) // _CHARACTERS_A_TOKEN for text in talk)
-        length = workload.file_output_len or answer
+        num_question, num_answer = len(question) // _CHARACTERS_A_TOKEN, len(answer) // _CHARACTERS_A_TOKEN
+        length = workload.file_output_len or num_answer
         # As is usual with this file: neither very short nor very long ones.
-        if 4 <= question <= 1024 and length >= 4 and question + length <= 2048:
-            asks.append(Ask(prompt=talk[0], max_tokens=length))
+        if 4 <= num_question <= 1024 and length >= 4 and num_question + length <= 2048:
+            asks.append(Ask(prompt=question, max_tokens=length))
+    told = f"{len(odd)} of {len(rows)} entries are no conversations" + (f" (the first: {odd[0]})" if odd else "")
+    if not asks:
+        raise OptionError(
+            f"--dataset-path {path} holds no prompt that can be used: {told}, {len(rows) - len(odd)} are too short or "
+            'too long; use entries such as {"conversations": [{"value": "a question"}, {"value": "its answer"}]}'
+        )
+    if odd:
+        logger.warning("--dataset-path %s: %s and were skipped", path, told)
     order = np.random.default_rng(workload.seed).permutation(len(asks))
     return [asks[place] for place in order]
 
 
+def _first_turns(row: Any) -> tuple[str, str]:
+    """Question and answer. Raises `ValueError`: what is odd about the entry."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list):
+        raise ValueError("has no list of conversations")
+    if len(turns) < 2:
+        raise ValueError("has fewer than two turns")
+    return _text_of_turn(turns[0], "first"), _text_of_turn(turns[1], "second")
+
+
+def _text_of_turn(turn: Any, name: str) -> str:
+    value = turn.get("value") if isinstance(turn, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(f"has no text as value of its {name} turn")
+    if not _is_unicode(value):
+        raise ValueError(f"has half a character in its {name} turn")
+    return value
+
+
 def _custom(path: Path, workload: Workload) -> list[Ask]:
-    """JSON lines with a "prompt", text or token ids, and perhaps "output_tokens"."""
+    """JSON lines with a "prompt", text or token ids, and perhaps "output_tokens".
+
+    None is skipped: unlike a collection of conversations this is a load that the user wrote.
+    """
+    text = _text_of(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what else ends a line for Python
-        rows: list[Any] = [json.loads(line) for line in lines if line.strip()]
-        asks = [_custom_ask(row, workload) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [_custom_ask(row, number, workload) for number, row in json_lines(text)]
+    except ValueError as error:
         raise OptionError(
-            f'--dataset-path {path} is no file of JSON lines with a "prompt" each ({type(error).__name__}: {error})'
+            f'--dataset-path {path}, {error}; write an object such as {{"prompt": "text", "output_tokens": 64}} a line'
         ) from error
-    return asks
 
 
-def _custom_ask(row: dict[str, Any], workload: Workload) -> Ask:
-    prompt, output_len = row["prompt"], workload.file_output_len or row.get("output_tokens") or workload.output_len
-    is_ids = isinstance(prompt, list) and all(isinstance(number, int) for number in prompt)
-    if not prompt or not (isinstance(prompt, str) or is_ids) or int(output_len) < 1:
-        raise ValueError("a prompt is a text or a list of token ids, not empty, and output_tokens at least 1")
-    return Ask(prompt=prompt, max_tokens=int(output_len))
+def _custom_ask(row: Any, number: int, workload: Workload) -> Ask:
+    """Raises `ValueError`, which begins with the line."""
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is no object")
+    prompt, output_len = row.get("prompt"), row.get("output_tokens")
+    is_ids = isinstance(prompt, list) and all(is_whole(token_id) and token_id >= 0 for token_id in prompt)
+    if not prompt or not (isinstance(prompt, str) or is_ids):
+        raise ValueError(f'line {number} has no "prompt" that is a text or a list of token ids, and not empty')
+    if isinstance(prompt, str) and not _is_unicode(prompt):
+        raise ValueError(f'line {number} has half a character in its "prompt"')
+    if output_len is not None and not (is_whole(output_len) and output_len >= 1):
+        raise ValueError(f'line {number} has "output_tokens" that are no integer of at least 1')
+    return Ask(prompt=prompt, max_tokens=workload.file_output_len or output_len or workload.output_len)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--dataset-path {path} cannot be read ({error}); pass a text file in UTF-8") from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be sent: JSON's escapes can make half a character, which no server takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int = 0) -> list[float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 
 from antiphon.core.bundled import bundled_model
+from antiphon.core.lines import json_lines
 
 __all__ = ["WordProblem", "word_problems"]
 
@@ -32,9 +32,9 @@ class WordProblem:
 
 def word_problems() -> list[WordProblem]:
     """All 256, which the model was not trained on."""
-    lines = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8").splitlines()
+    text = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8")
     problems = []
-    for row in map(json.loads, lines):
+    for _, row in json_lines(text):
         found = _ANSWER.search(row["answer"])
         assert found is not None
         problems.append(WordProblem(row["question"], found[1]))

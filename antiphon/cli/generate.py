@@ -16,11 +16,14 @@ from rich.console import Console
 
 from antiphon.cli.start import say, started
 from antiphon.core.errors import OptionError
+from antiphon.core.lines import JSON_ESCAPES, json_lines, split_lines
 
 if TYPE_CHECKING:
     from antiphon.core.sampling import CompletionOutput, GeneratedOutput
 
 __all__ = ["generate"]
+
+_PROMPT_LINE = 'a JSON object with a text "prompt", or one of token ids'
 
 
 def generate(
@@ -109,27 +112,31 @@ def _logit_bias(text: str | None) -> Any:
 
 def _read_prompts(path: Path) -> list[str | list[int]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--prompts-file {path} cannot be read ({error}); pass a text file in UTF-8") from error
-    if not any(line.strip() for line in lines):
+    prompts: list[str | list[int]]
+    if path.suffix == ".jsonl":
+        prompts = _prompts_of_objects(text, path)
+    else:
+        prompts = [line for line in split_lines(text) if line.strip()]
+    if not prompts:
         raise OptionError(f"--prompts-file {path} holds no prompt; write one a line")
-    if path.suffix != ".jsonl":
-        return [line.rstrip("\r") for line in lines if line.strip()]
-    prompts: list[str | list[int]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str) and not (prompt and isinstance(prompt, list)):
-            raise OptionError(
-                f'--prompts-file {path}, line {number} is not a JSON object with a text "prompt", or one of token ids'
-            )
-        prompts.append(prompt)
     return prompts
+
+
+def _prompts_of_objects(text: str, path: Path) -> list[str | list[int]]:
+    try:
+        return [_prompt_of(row, number) for number, row in json_lines(text, _PROMPT_LINE)]
+    except ValueError as error:
+        raise OptionError(f"--prompts-file {path}, {error}") from error
+
+
+def _prompt_of(row: Any, number: int) -> str | list[int]:
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if isinstance(prompt, str) or (prompt and isinstance(prompt, list)):
+        return prompt
+    raise ValueError(f"line {number} is not {_PROMPT_LINE}")
 
 
 @contextmanager
@@ -163,7 +170,7 @@ def _print_json(outputs: list[GeneratedOutput], stats: dict[str, Any]) -> None:
         row = {"prompt": output.prompt} | _row(output.outputs[0])
         if len(output.outputs) > 1:
             row["outputs"] = [_row(one) for one in output.outputs]
-        print(json.dumps(row, ensure_ascii=not is_utf8))
+        print(json.dumps(row, ensure_ascii=not is_utf8).translate(JSON_ESCAPES))
     print(json.dumps({"stats": stats}))
 
 

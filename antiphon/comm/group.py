@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from antiphon.comm.device_watch import DeviceWatch
 from antiphon.comm.progress import ProgressBoard
-from antiphon.core.errors import OptionError, PeerError
+from antiphon.core.errors import OptionError, PeerError, first_line
 from antiphon.runtime import current_lane, num_lanes
 
 __all__ = ["Collective", "RankGroup", "located"]
@@ -293,8 +293,7 @@ def _missing(what: str, rank: int, board: ProgressBoard | None, error: Exception
 
 def _reason(error: Exception) -> str:
     """The fact in gloo's message, without its place in the source and its advice."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^\[\S+\] ", "", lines[0]).partition(" This is typically")[0].rstrip(".")
+    return re.sub(r"^\[\S+\] ", "", first_line(error)).partition(" This is typically")[0].rstrip(".")
 
 
 def located(label: str) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from antiphon.comm.machine_facts import Facts, Gpus, Versions
 from antiphon.comm.machine_host import numa_node_of, probe_host, probe_numa, run_limited
+from antiphon.core.lines import split_lines
 from antiphon.runtime.versions import installed, versions
 
 __all__ = ["examine_machine"]
@@ -134,7 +135,7 @@ def parse_gpu_list(printed: str) -> tuple[str | None, dict[str, int]]:
 
 def parse_topology(printed: str) -> dict[tuple[int, int], str]:
     """The links between GPUs in the table of `nvidia-smi topo -m`."""
-    rows = [line.split("\t") for line in re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()]
+    rows = [line.split("\t") for line in split_lines(re.sub(r"\x1b\[[0-9;]*m", "", printed))]
     heads = next((row for row in rows if "GPU0" in (cell.strip() for cell in row[1:])), [])
     columns = {place: int(found[1]) for place, cell in enumerate(heads) if (found := _gpu_name(cell))}
     links = {}

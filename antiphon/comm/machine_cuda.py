@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from antiphon.comm.machine_facts import Check, Device, Gpus, Peer
+from antiphon.core.errors import first_line
 
 __all__ = ["probe_gpus", "reaches"]
 
@@ -37,7 +38,7 @@ def probe_gpus(pinned_bytes: int) -> Gpus:
         count = torch.cuda.device_count()
         devices = tuple(_device(index) for index in range(count))
     except Exception as error:
-        return Gpus(problem=f"the CUDA driver failed: {_first_line(error)}")
+        return Gpus(problem=f"the CUDA driver failed: {first_line(error)}")
     pairs = [(source, target) for source in range(count) for target in range(count) if source != target]
     peers = tuple(Peer(source=s, target=t, access=_peer_access(s, t)) for s, t in pairs)
     return Gpus(devices=devices, peers=peers, pinned_memory=_pin(pinned_bytes), pinned_bytes=pinned_bytes)
@@ -110,7 +111,7 @@ def _stream_memory_operations(index: int) -> Check:
     try:
         memory = import_module("antiphon.comm.stream_memory")
     except ImportError as error:
-        return Check(ok=None, detail=f"cuda.bindings cannot be imported: {_first_line(error)}")
+        return Check(ok=None, detail=f"cuda.bindings cannot be imported: {first_line(error)}")
     device = torch.device("cuda", index)
     try:
         flush = memory.check_stream_memory_operations(device, "a transport without multiprocessors")
@@ -124,7 +125,7 @@ def _stream_memory_operations(index: int) -> Check:
             wait.queue(stream)
             torch.cuda.synchronize()
     except Exception as error:
-        return Check(ok=False, detail=_first_line(error))
+        return Check(ok=False, detail=first_line(error))
     return Check(ok=True, detail="a word was written and waited for by a stream")
 
 
@@ -141,22 +142,17 @@ def _pin(num_bytes: int) -> Check:
         memory = import_module("antiphon.comm.stream_memory")
         descriptor = os.memfd_create("antiphon-probe")
     except (ImportError, AttributeError, OSError) as error:
-        return Check(ok=None, detail=_first_line(error))
+        return Check(ok=None, detail=first_line(error))
     try:
         os.ftruncate(descriptor, num_bytes)
         tensor = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
         torch.cuda.synchronize(0)  # makes its context the current one
         memory.register_host_memory(tensor, "the trial")  # the end of the process takes it back
     except Exception as error:
-        return Check(ok=False, detail=_first_line(error))
+        return Check(ok=False, detail=first_line(error))
     finally:
         os.close(descriptor)
     return Check(ok=True, detail=f"{num_bytes >> 20} MiB of shared host memory were pinned")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

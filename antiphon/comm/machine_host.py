@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from antiphon.comm.machine_facts import UNLIMITED, Check, Host, Numa, NumaNode
+from antiphon.core.lines import split_lines
 
 __all__ = ["numa_node_of", "parse_cpu_list", "probe_host", "probe_numa", "read_text", "run_limited"]
 
@@ -84,7 +85,7 @@ def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
     if membership is None:
         return None, None
     tightest = (UNLIMITED, UNLIMITED)
-    for line in membership.splitlines():
+    for line in split_lines(membership):
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
             top, limit_name, used_name = root / "sys/fs/cgroup", "memory.max", "memory.current"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from antiphon.core.lines import split_lines
+
 __all__ = [
     "AntiphonError",
     "EngineError",
@@ -16,6 +18,7 @@ __all__ = [
     "OptionError",
     "PeerError",
     "RequestError",
+    "first_line",
     "unknown_value",
 ]
 
@@ -46,6 +49,11 @@ class PeerError(AntiphonError, RuntimeError):
 
 class EngineError(AntiphonError, RuntimeError):
     """The engine has ended; a new one must be created."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what another library's error says, to be quoted in one of ours; if it says nothing, the name of its class."""
+    return next((line.strip() for line in split_lines(str(error)) if line.strip()), type(error).__name__)
 
 
 def unknown_value(option: str, value: object, valid: Iterable[str]) -> OptionError:

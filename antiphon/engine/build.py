@@ -10,7 +10,7 @@ import torch
 from antiphon.comm import RankGroup, Transport, create_transport, parse_transport
 from antiphon.comm.machine import examine_machine
 from antiphon.comm.usable import Usability, slab_bytes, usable_transports
-from antiphon.core.errors import AntiphonError, OptionError
+from antiphon.core.errors import AntiphonError, OptionError, first_line
 from antiphon.engine.block_pool import BlockPool
 from antiphon.engine.cache_size import measured_cache
 from antiphon.engine.config import ResolvedConfig
@@ -141,9 +141,8 @@ def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -
         found = None if options.transport == "auto" else _unusable(config)  # auto has asked the devices
         if found is None:
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise OptionError(
-            f"transport {found.name!r} cannot be used on this machine: {found.reason} ({first_line}); "
+            f"transport {found.name!r} cannot be used on this machine: {found.reason} ({first_line(error)}); "
             f"{found.remedy or 'use another transport'}"
         ) from error
 
@@ -175,7 +174,7 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
     except torch.OutOfMemoryError as error:
         raise OptionError(
             f"the weights of one of {options.ranks} ranks are {_weight_gib(config):.1f} GiB and do not fit into the "
-            f"memory of {transport.streams.device} ({str(error).splitlines()[0]}); use more ranks or a lower num_layers"
+            f"memory of {transport.streams.device} ({first_line(error)}); use more ranks or a lower num_layers"
         ) from error
     if options.load_format == "dummy":
         fill_dummy_weights(model, seed=options.seed)

@@ -8,7 +8,7 @@ import torch
 
 from antiphon.comm import RankGroup
 from antiphon.core.batch import Batch, RequestSlice
-from antiphon.core.errors import OptionError
+from antiphon.core.errors import OptionError, first_line
 from antiphon.core.plan import Plan
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.kv_cache import CacheSize, allocate_cache, block_bytes
@@ -91,7 +91,7 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
     except torch.OutOfMemoryError as error:
         raise OptionError(
             f"a step of max_num_batched_tokens={num_tokens} tokens does not fit into the memory that the weights leave "
-            f"({str(error).splitlines()[0]}); use a lower max_num_batched_tokens or more ranks"
+            f"({first_line(error)}); use a lower max_num_batched_tokens or more ranks"
         ) from error
 
 

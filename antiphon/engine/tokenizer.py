@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any
 
-from antiphon.core.errors import AntiphonError, ModelError, RequestError
+from antiphon.core.errors import AntiphonError, ModelError, RequestError, first_line
 from antiphon.engine.chat import Message, chat_messages
 from antiphon.engine.token_bytes import bytes_reader
 from antiphon.engine.tokenizer_files import load_tokenizer
@@ -32,7 +32,7 @@ class Tokenizer:
             self._read_bytes = bytes_reader(backend)
         except Exception as error:
             raise ModelError(
-                f"the tokenizer in {folder} can be loaded, but not used ({_first_line(error)}); download it again, or "
+                f"the tokenizer in {folder} can be loaded, but not used ({first_line(error)}); download it again, or "
                 "upgrade tokenizers and transformers"
             ) from error
         added = self._tokenizer.added_tokens_decoder
@@ -125,7 +125,7 @@ class Tokenizer:
             raise
         except Exception as error:  # templates are programs: they raise what they like
             raise RequestError(
-                f"messages: the model's chat template does not take them ({_first_line(error)}); change them, or what "
+                f"messages: the model's chat template does not take them ({first_line(error)}); change them, or what "
                 "chat_template_kwargs say"
             ) from error
 
@@ -147,11 +147,6 @@ def _template_settings(tokenizer: Any) -> frozenset[str]:
     settings = signature(tokenizer.apply_chat_template).parameters.values()
     names = {setting.name for setting in settings if setting.kind is not Parameter.VAR_KEYWORD}
     return frozenset(names | {"messages", "conversations"})
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _plain_decode(tokenizer: Any) -> Callable[..., str]:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, first_line
 
 __all__ = ["load_tokenizer"]
 
@@ -41,9 +41,8 @@ def load_tokenizer(folder: str | Path) -> Any:
                 f"executed; put a {_WHOLE} into the folder, made where you trust that code: "
                 "AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(FOLDER)"
             ) from error
-        lines = str(error).strip().splitlines()
         raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded ({lines[0] if lines else type(error).__name__}); "
+            f"the tokenizer in {folder} cannot be loaded ({first_line(error)}); "
             f"download it again{'' if is_whole else f', with its {_WHOLE}'}, or upgrade tokenizers and transformers"
         ) from error
 

@@ -15,6 +15,7 @@ import msgspec
 
 from antiphon.comm import ProgressBoard
 from antiphon.core.folders import socket_folder
+from antiphon.core.lines import split_lines
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.messages import Failed
 from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, WorkerStart, read_report
@@ -120,7 +121,7 @@ class WorkerProcesses:
             text = self._log(rank).read_text(errors="replace")
         except OSError:  # somebody has tidied up
             return ""
-        lines = [line for line in text.splitlines() if line.strip() and " INFO " not in line]
+        lines = [line for line in split_lines(text) if line.strip() and " INFO " not in line]
         return f"; its last words: {lines[-1].strip()}" if lines else ""
 
     def _log(self, rank: int) -> Path:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, first_line
 from antiphon.models.presets import PRESETS
 from antiphon.models.weights import missing_files
 
@@ -77,7 +77,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
             raise _refused(name, revision, error, constants.ENDPOINT) from error
         hub_down = f"the hub {constants.ENDPOINT} answers {error.response.status_code}"
     except Exception as error:  # of the HTTP library, which the hub's library changes with its versions
-        hub_down = f"the hub {constants.ENDPOINT} cannot be reached ({_first_line(error)})"
+        hub_down = f"the hub {constants.ENDPOINT} cannot be reached ({_kind_and_line(error)})"
     try:
         folder = Path(
             snapshot_download(
@@ -129,11 +129,11 @@ def _refused(name: str, revision: str | None, error: Exception, endpoint: str) -
             f"model {name} is refused by the hub {endpoint} ({error.response.status_code}); check HF_TOKEN"
         )
     return ModelError(
-        f"model {name} cannot be downloaded from the hub {endpoint} ({_first_line(error)}); try again, what is "
+        f"model {name} cannot be downloaded from the hub {endpoint} ({_kind_and_line(error)}); try again, what is "
         "complete is kept"
     )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _kind_and_line(error: Exception) -> str:
+    kind, told = type(error).__name__, first_line(error)
+    return kind if told == kind else f"{kind}: {told}"

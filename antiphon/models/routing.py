@@ -12,7 +12,6 @@ Shapes: `T` tokens, `K` experts per token, `E` experts, `N` rows of a table.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +23,7 @@ from torch import nn
 from antiphon.comm import Routes
 from antiphon.core.batch import current_micro_batch
 from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.lines import json_lines
 from antiphon.models.layers import checkpoint_tensors
 from antiphon.models.router import Router
 
@@ -172,11 +172,9 @@ def _read_recording(file: Path, *, num_experts: int, top_k: int) -> dict[int, to
     """Lines of JSON, one a layer: `{"layer": 3, "ids": [[5, 17, ...], ...]}`, one row of K expert ids a token."""
     tables = {}
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                entry = json.loads(line)
-                tables[int(entry["layer"])] = torch.tensor(entry["ids"], dtype=torch.int64)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for _, entry in json_lines(file.read_text(encoding="utf-8-sig")):
+            tables[int(entry["layer"])] = torch.tensor(entry["ids"], dtype=torch.int64)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:  # torch: numbers too large
         raise OptionError(
             f"{file} cannot be read as a recording ({error!r}); "
             'each line is {"layer": number, "ids": [[expert, ...], ...]}'

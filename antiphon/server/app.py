@@ -20,10 +20,16 @@ from antiphon.server.completions import CompletionJob
 from antiphon.server.errors import ApiError, refusal
 from antiphon.server.generation import Generation
 from antiphon.server.guard import Guard
+from antiphon.server.jobs import to_json
 from antiphon.server.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from antiphon.server.service import Phase, Service
 
 __all__ = ["make_app"]
+
+
+class _JsonAnswer(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
 
 
 def make_app(service: Service) -> FastAPI:
@@ -33,6 +39,7 @@ def make_app(service: Service) -> FastAPI:
         version=antiphon.__version__,
         docs_url=None,
         redoc_url=None,
+        default_response_class=_JsonAnswer,
         exception_handlers={ApiError: _tell, HTTPException: _tell_http},
     )
     app.add_middleware(Guard, service=service)
@@ -99,7 +106,7 @@ def _phase(service: Service, *good: Phase) -> Response:
     content = {"status": "ok" if service.phase is Phase.SERVING else str(service.phase)}
     if service.detail:
         content["detail"] = service.detail
-    return JSONResponse(content, status_code=200 if service.phase in good else 503)
+    return _JsonAnswer(content, status_code=200 if service.phase in good else 503)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
@@ -148,7 +155,7 @@ async def _detokenize(service: Service, body: DetokenizeRequest) -> dict[str, st
 
 async def _tell(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+    return _JsonAnswer(error.body(), status_code=error.status, headers=error.headers)
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:

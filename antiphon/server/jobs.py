@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from antiphon.core.errors import OptionError, RequestError
+from antiphon.core.lines import escape_json_lines
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError, refusal
@@ -145,5 +146,5 @@ class Job(ABC):
 
 
 def to_json(content: object) -> bytes:
-    """As UTF-8; what JSON has no number for, as null."""
-    return msgspec.json.encode(content)
+    """As UTF-8; what JSON has no number for, as null. One line for every client, also one that splits at U+2028."""
+    return escape_json_lines(msgspec.json.encode(content))

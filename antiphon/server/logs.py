@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from antiphon.core.errors import EngineError, OptionError, unknown_value
+from antiphon.core.lines import one_line
 
 __all__ = ["LOG_FIELDS", "LOG_FORMATS", "LOG_LEVELS", "LineFormatter", "log_config", "log_event"]
 
@@ -71,7 +72,7 @@ class LineFormatter(logging.Formatter):
             words |= self._error(record.exc_info[1])
         if self._json:
             return json.dumps(words)
-        head = f"{words.pop('time')} {words.pop('level').upper():<7} {_one_line(words.pop('message'))}"
+        head = f"{words.pop('time')} {words.pop('level').upper():<7} {one_line(words.pop('message'))}"
         return " ".join([head, *(f"{name}={_quoted(value)}" for name, value in words.items() if name != "logger")])
 
     def _error(self, error: BaseException) -> dict[str, str]:
@@ -95,10 +96,6 @@ def _short(value: Any) -> Any:
 def _quoted(value: Any) -> str:
     text = str(value)
     return text if _BARE.fullmatch(text) else json.dumps(text)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines())
 
 
 def log_config(log_format: str = "text", log_level: str = "info") -> dict[str, Any]:

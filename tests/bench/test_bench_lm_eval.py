@@ -36,6 +36,17 @@ TEXTS = [
 ]
 
 
+def test_problems_may_hold_what_ends_lines_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = "a\u2028b\x85c\u2029"
+    rows = [{"question": question, "answer": "#### 7"}] * 33
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "word_problems.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    for module in ("word_problems", "lm_eval_task"):
+        monkeypatch.setattr(f"antiphon.bench.{module}.bundled_model", lambda: tmp_path)
+    assert [(one.question, one.number) for one in word_problems()] == [(question, "7")] * 33
+    assert list(load_word_problems()["examples"]) == rows[:32] and list(load_word_problems()["test"]) == rows[32:]
+
+
 @pytest.fixture(scope="module")
 def tasks() -> TaskManager:
     return TaskManager(include_path=str(command.TASKS), include_defaults=False)  # which are thousands

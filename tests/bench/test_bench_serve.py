@@ -69,32 +69,6 @@ def test_arrivals_that_have_no_times_are_refused(rate: float, burstiness: float)
         arrival_times(5, rate, burstiness=burstiness)
 
 
-def test_a_prompt_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
-    prompts = ["a\u2028b", "c\u0085d"]
-    lines = "\r\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
-    (tmp_path / "lines.jsonl").write_text(lines, encoding="utf-8-sig", newline="")
-    found = make_asks(Workload(dataset="custom", path=tmp_path / "lines.jsonl", num_prompts=2))
-    assert [ask.prompt for ask in found] == prompts
-
-
-def test_datasets_from_files(tmp_path: Path) -> None:
-    talk = [{"from": "human", "value": "question " * 10}, {"from": "gpt", "value": "answers " * 20}]
-    short = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "answers " * 20}]
-    (tmp_path / "talks.json").write_text(json.dumps([{"conversations": talk}, {"conversations": short}]))
-    found = make_asks(Workload(dataset="sharegpt", path=tmp_path / "talks.json", num_prompts=3))
-    assert found == [Ask(prompt=talk[0]["value"], max_tokens=40)] * 3
-    lines = [{"prompt": "one"}, {"prompt": [1, 2], "output_tokens": 9}]
-    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    custom = Workload(dataset="custom", path=tmp_path / "lines.jsonl", num_prompts=2, output_len=4)
-    assert make_asks(custom) == [Ask(prompt="one", max_tokens=4), Ask(prompt=[1, 2], max_tokens=9)]
-    assert [ask.max_tokens for ask in make_asks(replace(custom, file_output_len=3))] == [3, 3]
-    for wrong in ("{}", "[]", "x", '{"prompt": ""}', '{"prompt": ["a"]}', '{"prompt": "a", "output_tokens": -1}'):
-        (tmp_path / "bad.jsonl").write_text(wrong)
-        for dataset in ("custom", "sharegpt"):
-            with pytest.raises(OptionError, match=r"bad\.jsonl"):
-                make_asks(Workload(dataset=dataset, path=tmp_path / "bad.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -32,6 +32,15 @@ def test_an_obituary_needs_no_log(workers: WorkerProcesses) -> None:
     assert workers.obituary(0, "a test") == f"rank 0 (pid {process.pid}) ended with code 3 during a test"
 
 
+def test_last_words_are_a_whole_line(workers: WorkerProcesses) -> None:
+    process = subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)"])
+    workers._processes.append(process)
+    process.wait()
+    log = "Traceback:\r\nOSError: no file a\u2028b\x85c\r\n2026 INFO ended\n\n"
+    workers._log(0).write_text(log, encoding="utf-8", newline="")
+    assert workers.obituary(0, "a test").endswith("; its last words: OSError: no file a\u2028b\x85c")
+
+
 class NeverEnds:
     """A process that waits for a device, and that the system cannot end."""
 

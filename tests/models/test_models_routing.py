@@ -137,6 +137,17 @@ def test_a_recording_is_used_layer_by_layer(tmp_path: Path) -> None:
         assert tables[4].tolist() == rows[4]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_recording_may_hold_notes_with_what_ends_lines_elsewhere(tmp_path: Path, end: str) -> None:
+    lines = [
+        json.dumps({"layer": layer, "note": "a\u2028b\x85c", "ids": [[0, 5]]}, ensure_ascii=False) for layer in (3, 4)
+    ]
+    (tmp_path / "routes.jsonl").write_text("\ufeff" + end.join(lines), encoding="utf-8", newline="")
+    spec = parse_routing(f"recorded:{tmp_path / 'routes.jsonl'}")
+    tables = routing_tables(spec, num_experts=8, top_k=2, layers=[3, 4], rank=0, num_ranks=1)
+    assert [tables[layer].tolist() for layer in (3, 4)] == [[[0, 5]]] * 2
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -149,7 +160,9 @@ def test_a_recording_is_used_layer_by_layer(tmp_path: Path) -> None:
         ('{"layer": 3}', "cannot be read as a recording"),
         ('{"layer": 3, "ids": [["a", 1]]}', "cannot be read as a recording"),
         ("[3]", "cannot be read as a recording"),
-        ("routes", "cannot be read as a recording"),
+        ("routes", r"cannot be read as a recording .*line 1 is not JSON"),
+        ('{"layer": 1e999, "ids": [[0, 1]]}', "cannot be read as a recording"),
+        ('{"layer": 3, "ids": [[0, 1000000000000000000000]]}', "cannot be read as a recording"),
     ],
 )
 def test_a_recording_that_does_not_fit(tmp_path: Path, content: str, message: str) -> None:

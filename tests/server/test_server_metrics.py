@@ -221,6 +221,28 @@ def test_an_event_is_one_line_of_json_or_of_keys_and_values() -> None:
     assert lines_of("text", "warning", one_event) == []
 
 
+ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("end", ENDS)
+def test_no_value_ends_the_line(log_format: str, end: str) -> None:
+    """`lines_of` ends lines where Python does, which is everywhere that somebody might."""
+
+    def work() -> None:
+        log_event(f"a{end}b", request_id=f"c{end}d", path=f"/{end}", error=EngineError(f"e{end}f"))
+        logger.warning("of uvicorn, say: %s", f"{end}g{end}h{end}")
+
+    first, second = lines_of(log_format, "info", work)
+    if log_format == "json":
+        told = json.loads(first)
+        assert (told["message"], told["request_id"], told["path"]) == (f"a{end}b", f"c{end}d", f"/{end}")
+        assert json.loads(second)["message"] == f"of uvicorn, say: {end}g{end}h{end}"
+    else:
+        assert " a b request_id=" in first and second.endswith("g h")
+        assert json.loads(first.partition("request_id=")[2].partition(" path=")[0]) == f"c{end}d"
+
+
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_an_error_is_logged_without_what_it_quotes(log_format: str) -> None:
     def fail() -> None:

@@ -14,7 +14,10 @@ from typing import Any
 
 @dataclass
 class FakeServer:
-    """How it answers, and what it was asked. `fail`: by the number of the request, what goes wrong with it."""
+    """How it answers, and what it was asked. `fail`: by the number of the request, what goes wrong with it.
+
+    script: the parts of every stream instead of words, before [DONE]; sent_s: when they were sent, by `perf_counter`.
+    """
 
     first_s: float = 0.05
     gap_s: float = 0.01
@@ -22,6 +25,8 @@ class FakeServer:
     usage: bool = True
     takes_ids: bool = True
     fail: dict[int, str] = field(default_factory=dict)
+    script: list[bytes] = field(default_factory=list)
+    sent_s: list[float] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     most_at_once: int = 0
@@ -86,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(429, {"error": {"message": "too many"}})
             elif not fake.takes_ids and not isinstance(body.get("prompt", ""), str):
                 self._json(400, {"error": {"message": "prompt must be a string"}})
+            elif fake.script:
+                self._play(fake.script)
             else:
                 self._stream(body, fake.fail.get(number, ""))
         finally:
@@ -105,11 +112,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def _stream(self, body: dict[str, Any], fail: str) -> None:
-        fake = self.server_of_fakes
+    def _begin_stream(self) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
+
+    def _play(self, script: list[bytes]) -> None:
+        fake = self.server_of_fakes
+        self._begin_stream()
+        for place, part in enumerate(script):
+            time.sleep(fake.gap_s if place else fake.first_s)
+            fake.sent_s.append(time.perf_counter())
+            self.wfile.write(part)
+            self.wfile.flush()
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _stream(self, body: dict[str, Any], fail: str) -> None:
+        fake = self.server_of_fakes
+        self._begin_stream()
         is_chat = "messages" in body
         num = body.get("max_tokens") or body["max_completion_tokens"]
         if is_chat:

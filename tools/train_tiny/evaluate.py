@@ -67,7 +67,8 @@ def evaluate(out: Path, device: str, limit: int, full: bool = False) -> dict[str
 
     # 1. Texts: word problems alone and in groups of eight, and the held-out prose in passages.
     tok = AutoTokenizer.from_pretrained(out)
-    all_problems = [json.loads(line) for line in (out / "word_problems.jsonl").read_text().splitlines()]
+    with open(out / "word_problems.jsonl") as file:
+        all_problems = [json.loads(line) for line in file]
     problems = all_problems[:limit]
     groups = grouped(problems)
     heldout = (out / "heldout.txt").read_text() if (out / "heldout.txt").exists() else None

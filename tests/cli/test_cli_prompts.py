@@ -1,0 +1,80 @@
+"""`antiphon generate` reads prompts files and writes JSON lines; what a line is, is the same everywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antiphon import cli
+from antiphon.core.sampling import CompletionOutput, GeneratedOutput
+
+ODD = "a\u2028b\x85c\u2029d"
+NOT_IN_TEXT = "\f\v\x1c\x1d\x1e"  # and these, which JSON escapes
+
+
+class Echo:
+    """An engine that says what it is asked."""
+
+    def generate(self, prompts: list[Any], params: list[Any], progress: Any) -> list[GeneratedOutput]:
+        return [GeneratedOutput(prompt=prompt, prompt_token_ids=[], outputs=[output(prompt)]) for prompt in prompts]
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+
+def output(text: str) -> CompletionOutput:
+    return CompletionOutput(index=0, text=text, token_ids=[], finish_reason="stop")
+
+
+@pytest.fixture
+def echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def started(*_: Any) -> Iterator[Echo]:
+        yield Echo()
+
+    monkeypatch.setattr("antiphon.cli.generate.started", started)
+
+
+def generate(monkeypatch: pytest.MonkeyPatch, file: Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["antiphon", "generate", "--prompts-file", str(file), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def prompts_of(out: str) -> list[Any]:
+    """Split as the least careful reader does."""
+    *rows, last = map(json.loads, out.splitlines())
+    assert last == {"stats": {}} and all(row["text"] == row["prompt"] for row in rows)
+    return [row["prompt"] for row in rows]
+
+
+@pytest.mark.usefixtures("echo")
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_lines_of_a_prompts_file(
+    end: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [ODD + NOT_IN_TEXT, " two ", "three"]
+    lines = [json.dumps({"prompt": one}, ensure_ascii=False) for one in prompts] if suffix == "jsonl" else prompts
+    for text in (end.join(lines), "\ufeff" + 2 * end + (2 * end).join(lines) + end):
+        (tmp_path / f"prompts.{suffix}").write_text(text, encoding="utf-8", newline="")
+        assert generate(monkeypatch, tmp_path / f"prompts.{suffix}") == 0
+        assert prompts_of(capsys.readouterr().out) == prompts
+
+
+@pytest.mark.parametrize("wrong", ["\u2028", "1" * 5000, "[" * 100_000, '{"prompt": null}'], ids=range(4))
+def test_a_line_that_python_cannot_read_is_named_too(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "{ODD}"}}\n\n{wrong}\n', encoding="utf-8")
+    assert generate(monkeypatch, tmp_path / "prompts.jsonl") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --prompts-file ") and 'line 3 is not a JSON object with a text "prompt"' in told
+    assert len(told.splitlines()) == 1
