@@ -1,4 +1,6 @@
-"""The installed Triton's real launcher without a GPU: `python -m tests.kernels.launcher_checks FOLDER`, a process apart.
+"""The installed Triton's real launcher without a GPU, in a process of its own.
+
+    python -m tests.kernels.launcher_checks FOLDER
 
 Kernels are compiled for an H100 and loaded into a driver that runs nothing and writes down every launch (fake_cuda.c).
 Prints one JSON object: for each kernel what the driver got through Triton, and by the direct launches after it.

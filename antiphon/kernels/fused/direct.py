@@ -8,9 +8,9 @@ given has changed between versions of Triton; `_PROTOCOLS` says which version do
     "arguments packed"   launch(x, y, z, stream, function, cooperative, pdl, metadata, launch metadata,
                                 enter hook, exit hook, scratch, profile scratch, annotations, signature, arguments)
 
-The table is not trusted blindly. Before a kernel is launched directly, Triton's launcher is called with made-up arguments
-and a recorder in place of its C function: both ways must give that function the same. Whatever does not fit goes
-through Triton, and that is said once.
+The table is not trusted blindly. Before a kernel is launched directly, Triton's launcher is called with made-up
+arguments and a recorder in place of its C function: both ways must give that function the same. Whatever does not fit
+goes through Triton, and that is said once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ import torch
 import triton.knobs
 
 from antiphon.core.warn_once import warn_once
+from antiphon.kernels.slow import LAUNCH_COST, LAUNCH_REMEDY
 
 __all__ = ["Direct", "Driver", "Protocol", "find_driver", "find_protocol", "launch_obstacle"]
 
 _TORCH_NAMES = ("_cuda_getDevice", "_cuda_getCurrentRawStream")
-_COST = "a launch takes 35 to 45 us of the host instead of a few, so eager steps are host-bound sooner"
-_REMEDY = "use torch 2.11 to 2.14 with the Triton that it brings"
 
 Launcher = Callable[..., None]
 Queue = Callable[[tuple[int, int], int, tuple[Any, ...]], None]
@@ -103,7 +102,8 @@ def find_driver() -> Driver | None:
     if not torch.cuda.is_available() or triton.knobs.runtime.interpret:
         return None
     if obstacle := launch_obstacle():
-        warn_once(f"all kernels are launched by Triton's own call, because {obstacle}", cost=_COST, remedy=_REMEDY)
+        fact = f"all kernels are launched by Triton's own call, because {obstacle}"
+        warn_once(fact, cost=LAUNCH_COST, remedy=LAUNCH_REMEDY)
         return None
     return _make_driver()
 
@@ -120,7 +120,7 @@ def _make_driver() -> Driver:
     def direct(compiled: Any) -> Direct | None:
         if reason := _reason_against(protocol, compiled):
             fact = f"the kernel {compiled.name} is launched by Triton's own call, because {reason}"
-            warn_once(fact, cost=_COST, remedy=_REMEDY)
+            warn_once(fact, cost=LAUNCH_COST, remedy=LAUNCH_REMEDY)
             return None
         return Direct(queue=protocol.adapt(compiled, compiled.run.launch), compiled=compiled)
 
