@@ -116,6 +116,7 @@ def _gpu_lines(gpus: Gpus) -> Iterable[tuple[str, str]]:
     flush = _answer(flushes.pop()) if len(flushes) == 1 else "not on all"
     yield "stream flags", f"stream memory operations: {'; '.join(checks)}; waits can flush remote writes: {flush}"
     yield "pinned memory", _yes_or_no(gpus.pinned_memory, always=True)
+    yield "kernels", f"direct launches: {_yes_or_no(gpus.direct_launches)}"
 
 
 def _peer_line(gpus: Gpus) -> str:

@@ -41,7 +41,13 @@ def probe_gpus(pinned_bytes: int) -> Gpus:
         return Gpus(problem=f"the CUDA driver failed: {first_line(error)}")
     pairs = [(source, target) for source in range(count) for target in range(count) if source != target]
     peers = tuple(Peer(source=s, target=t, access=_peer_access(s, t)) for s, t in pairs)
-    return Gpus(devices=devices, peers=peers, pinned_memory=_pin(pinned_bytes), pinned_bytes=pinned_bytes)
+    return Gpus(
+        devices=devices,
+        peers=peers,
+        pinned_memory=_pin(pinned_bytes),
+        pinned_bytes=pinned_bytes,
+        direct_launches=_direct_launches(),
+    )
 
 
 def identity(index: int) -> tuple[int, str]:
@@ -153,6 +159,16 @@ def _pin(num_bytes: int) -> Check:
     finally:
         os.close(descriptor)
     return Check(ok=True, detail=f"{num_bytes >> 20} MiB of shared host memory were pinned")
+
+
+def _direct_launches() -> Check:
+    """Whether this Triton's launcher is known; no kernel is launched."""
+    try:
+        direct = import_module("antiphon.kernels.fused.direct")
+        obstacle = direct.launch_obstacle()
+    except Exception as error:
+        return Check(ok=None, detail=f"Triton cannot be asked: {first_line(error)}")
+    return Check(ok=not obstacle, detail=obstacle)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ class Gpus:
     peers: tuple[Peer, ...] = ()
     pinned_memory: Check = Check(ok=None)  # shared host memory was registered with the driver ...
     pinned_bytes: int = 0  # ... as much as this
+    direct_launches: Check = Check(ok=None)  # kernels are launched without Triton's own call
     problem: str = ""
 
 

@@ -19,10 +19,13 @@ from antiphon.comm.row_format import RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import OptionError
+from antiphon.core.warn_once import warn_once
 from antiphon.kernels.rank_sum import add_in_rank_order
 from antiphon.runtime import CudaStreams, Streams
 
 __all__ = ["NcclZeroCtaTransport"]
+
+_COPY_ENGINES_SINCE = (2, 28)
 
 
 class NcclZeroCtaTransport(Transport):
@@ -42,6 +45,7 @@ class NcclZeroCtaTransport(Transport):
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
         if not isinstance(streams, CudaStreams):
             raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
+        warn_of_kernels(torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
         self._format = RowFormat(shape)
         self._nccl = NcclGroup.of(group, streams, zero_cta=True)
         rows = group.size * max_tokens
@@ -110,3 +114,13 @@ class NcclZeroCtaTransport(Transport):
         """[W * padded, D] at the start of a buffer."""
         num_bytes = self.group.size * padded * self.shape.hidden_size * self.shape.dtype.itemsize
         return buffer[:num_bytes].view(self.shape.dtype).view(-1, self.shape.hidden_size)
+
+
+def warn_of_kernels(nccl: tuple[int, ...]) -> None:
+    """Say so if this NCCL has no collectives by copy engines, and silently launches its kernels instead."""
+    if nccl < _COPY_ENGINES_SINCE:
+        warn_once(
+            f"NCCL {'.'.join(map(str, nccl))} has no collectives by copy engines, so nccl-zero-cta launches kernels",
+            cost="it takes multiprocessors from compute, and is no baseline for copy-engine",
+            remedy=f"use a torch with NCCL {'.'.join(map(str, _COPY_ENGINES_SINCE))} or later",
+        )

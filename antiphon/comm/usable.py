@@ -16,6 +16,7 @@ from antiphon.comm.row_format import RowFormat
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS
 from antiphon.core.errors import OptionError, unknown_value
+from antiphon.kernels.slow import LAUNCH_COST, LAUNCH_REMEDY
 
 __all__ = ["Advice", "Usability", "advise", "format_bytes", "format_cpus", "slab_bytes", "usable_transports"]
 
@@ -87,6 +88,9 @@ def advise(facts: Facts, *, ranks: int, device_kind: str) -> list[Advice]:
                 remedy = f"start it by `numactl --cpunodebind={node}`"
                 remedy += _docker(facts, f"--cpuset-cpus={format_cpus(near)}")
                 advice.append(Advice(f"{fact}: copies through host memory cross the nodes", remedy))
+        if facts.gpus.direct_launches.ok is False:
+            fact = f"kernels are launched by Triton's own call, because {facts.gpus.direct_launches.detail}"
+            advice.append(Advice(f"{fact}: {LAUNCH_COST}", LAUNCH_REMEDY))
         settings = facts.environment.get("PYTORCH_ALLOC_CONF", "") + facts.environment.get(
             "PYTORCH_CUDA_ALLOC_CONF", ""
         )

@@ -213,6 +213,7 @@ class ResolvedConfig:
         if self.options.transport != "auto" or transport_name == self.transport.name:
             return started
         reason = f"not {self.transport}, for not all of these devices reach each other's memory"
+        logger.info("transport: auto -> %s (%s)", transport_name, reason)
         return replace(started, transport=TransportSpec(name=transport_name), transport_reason=reason)
 
     def with_tokenizer(self, tokenizer: Tokenizer | NoTokenizer) -> ResolvedConfig:

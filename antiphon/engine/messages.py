@@ -33,6 +33,7 @@ __all__ = [
     "Stop",
     "ToWorker",
     "Tokens",
+    "Warned",
     "Work",
     "decode_from_worker",
     "decode_to_worker",
@@ -132,6 +133,13 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     timeline: list[StepTimeline] = []
 
 
+class Warned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A warning that was logged on the rank. Other ranks may say the same, and the front says it once."""
+
+    logger: str
+    text: str
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The rank is about to end. `kind` is the class of the error, `traceback` is for the log."""
 
@@ -140,7 +148,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     traceback: str
 
 
-FromWorker = Starting | Loaded | Ready | Tokens | Answer | Failed
+FromWorker = Starting | Loaded | Ready | Tokens | Answer | Warned | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(AllLoaded | Work | Reconfigure | Ask | Stop).decode

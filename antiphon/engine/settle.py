@@ -7,12 +7,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from antiphon.comm import peers_forbidden
 from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import DBO_MODES, OverlapPolicy
+from antiphon.core.warn_once import warn_once
 from antiphon.models import PRESETS, RoutingSpec, parse_routing, resolve_model
-from antiphon.runtime.device import DEVICE_KINDS, num_devices
+from antiphon.runtime.device import DEVICE_KINDS, num_devices, nvidia_gpus
 
 __all__ = [
     "DBO_VARIABLE",
@@ -94,7 +97,10 @@ def check_layers(policy: OverlapPolicy, num_layers: int) -> None:
 
 
 def settle_device(device: str, ranks: int) -> tuple[str, str]:
-    """The kind of device, and why. Raises `OptionError` for an unknown one, and for more ranks than CUDA devices."""
+    """The kind of device, and why. Warns if `auto` leaves GPUs idle.
+
+    Raises `OptionError` for an unknown kind, and for more ranks than CUDA devices.
+    """
     name, where = device, "device"
     if device == "auto" and os.environ.get(DEVICE_VARIABLE):
         name, where = os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE
@@ -106,10 +112,31 @@ def settle_device(device: str, ranks: int) -> tuple[str, str]:
     if found >= ranks:
         return "cuda", f"CUDA devices: {found}, ranks: {ranks}"
     if name == "auto":
+        _warn_of_idle_gpus(found, ranks)
         return "cpu", f"CUDA devices: {found}, ranks: {ranks}"
     raise OptionError(
         f"{where}='cuda' needs one CUDA device a rank: ranks={ranks}, but {found} can be used here; "
         "use fewer ranks or device='cpu', or check the driver, CUDA_VISIBLE_DEVICES and torch's build"
+    )
+
+
+def _warn_of_idle_gpus(found: int, ranks: int) -> None:
+    """found: CUDA devices that can be used, fewer than the ranks."""
+    if found:
+        reason = f"{ranks} ranks need as many CUDA devices, and {found} can be used"
+        remedy = f"use {found} rank{'s' if found > 1 else ''}"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not (idle := nvidia_gpus()):
+        return  # somebody has hidden them, or there are none
+    elif torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA; the machine has NVIDIA GPUs: {idle}"
+        remedy = "install torch's CUDA build"
+    else:
+        reason = f"torch can use none of the machine's NVIDIA GPUs: {idle}"
+        remedy = "check the driver (antiphon doctor; in a container --gpus all)"
+    warn_once(
+        f"device='auto' takes CPUs, because {reason}",
+        cost="steps are slower by orders of magnitude",
+        remedy=f"{remedy}, or say device='cpu'",
     )
 
 

@@ -7,6 +7,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 from antiphon.core.errors import AntiphonError, ModelError, RequestError, first_line
+from antiphon.core.warn_once import warn_once
 from antiphon.engine.chat import Message, chat_messages
 from antiphon.engine.token_bytes import bytes_reader
 from antiphon.engine.tokenizer_files import load_tokenizer
@@ -155,6 +156,12 @@ def _plain_decode(tokenizer: Any) -> Callable[..., str]:
     The tokenizer's own `decode` where it does more than that.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        warn_once(
+            f"the tokenizer of this checkpoint ({type(tokenizer).__name__}) runs in Python",
+            cost="texts are encoded and decoded several times slower",
+            remedy="use a checkpoint that has a tokenizer.json",
+        )
     own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
     usual = all(getattr(method, "__module__", "").startswith("transformers.tokenization_utils") for method in own)
     found = backend if backend is not None and usual and not tokenizer.clean_up_tokenization_spaces else tokenizer

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -44,6 +45,7 @@ from antiphon.engine.messages import (
 )
 from antiphon.engine.starting import Starting, Throttle
 from antiphon.engine.step import StepEngine
+from antiphon.engine.worker_warnings import KeptWarnings
 
 __all__ = [
     "OPTIONS_FILE",
@@ -80,13 +82,22 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 class Worker:
     """The loop of one rank: take messages, step, send tokens.
 
-    sign_s: after so long without a token, as in a long prompt, the front gets a sign that steps go on.
+    sign_s: after so long without a token, as in a long prompt, the front gets a sign that steps go on. warnings: what
+    this process warns of, for the front to say.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: StepEngine, *, sign_s: float = _SIGN_S) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        engine: StepEngine,
+        *,
+        sign_s: float = _SIGN_S,
+        warnings: KeptWarnings | None = None,
+    ) -> None:
         self._socket = socket
         self._engine = engine
         self._sign_s = sign_s
+        self._warnings = KeptWarnings() if warnings is None else warnings
         self._stopped = False
 
     def run(self) -> None:
@@ -97,6 +108,7 @@ class Worker:
             self._take_messages(block=idle)
             result = self._engine.step()
             idle = result.plan.idle
+            _send_all(self._socket, self._warnings.take())
             now = time.monotonic()
             if result.outputs or (not idle and now > said_at + self._sign_s):
                 _send(self._socket, Tokens(outputs=result.outputs))
@@ -162,6 +174,8 @@ def main() -> int:
 def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
     start = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=WorkerStart)
     options, config = start.options, start.options.resolve().with_end_tokens(start.eos_token_ids)
+    warnings = KeptWarnings()
+    logging.getLogger("antiphon").addHandler(warnings)  # from here on: the front has resolved the same options
     torch.set_num_threads(_threads_per_rank(options.ranks))
     board = ProgressBoard(folder / PROGRESS_FILE, size=options.ranks)
     group = RankGroup.connect(
@@ -181,8 +195,8 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
 
     engine = build_engine(config, group, report=report, meet=partial(_wait_for_all, socket))
     board.mark(rank, "ready")
-    _send(socket, ready_message(engine))
-    Worker(socket, engine, sign_s=min(_SIGN_S, options.timeout_s / 4)).run()
+    _send_all(socket, [*warnings.take(), ready_message(engine)])
+    Worker(socket, engine, sign_s=min(_SIGN_S, options.timeout_s / 4), warnings=warnings).run()
     group.close()
 
 
@@ -238,6 +252,11 @@ def _end_with_front(folder: Path) -> None:
 
 def _send(socket: zmq.Socket[bytes], message: FromWorker) -> None:
     socket.send(encode(message))
+
+
+def _send_all(socket: zmq.Socket[bytes], messages: Iterable[FromWorker]) -> None:
+    for message in messages:
+        _send(socket, message)
 
 
 if __name__ == "__main__":

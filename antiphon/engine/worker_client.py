@@ -24,6 +24,7 @@ from antiphon.engine.messages import (
     Stop,
     Tokens,
     ToWorker,
+    Warned,
     Work,
     decode_from_worker,
     encode,
@@ -33,6 +34,7 @@ from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.starting import Starting, describe_start
 from antiphon.engine.worker import START_S
 from antiphon.engine.worker_processes import WorkerProcesses
+from antiphon.engine.worker_warnings import SaidOnce
 from antiphon.timeline import StepTimeline
 
 __all__ = ["WorkerClient"]
@@ -56,6 +58,7 @@ class WorkerClient:
         self._ended = ""
         self._failures: dict[int, Failed] = {}
         self._kept: list[TokenOutput] = []
+        self._warnings = SaidOnce()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -227,6 +230,9 @@ class WorkerClient:
             timeout_ms = 0
             identity, body = self._socket.recv_multipart()
             rank, message = int(identity), decode_from_worker(body)
+            if isinstance(message, Warned):
+                self._warnings.say(message)
+                continue
             if isinstance(message, Failed):
                 self._failures[rank] = message
             messages.append((rank, message))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
+from antiphon.core.warn_once import warn_once
+
 __all__ = ["causal_attention", "causal_attention_reference"]
 
 _MOST_MASKED = 1 << 22
@@ -38,6 +40,8 @@ def causal_attention(
             q_NHSQ, key_NGLQ, value_NGLV, 0.0, is_causal=True, return_debug_mask=False, scale=scale
         )[0]
         return out_NHSV
+    if q_NHSQ.is_cuda:
+        _warn_of_pieces(q_NHSQ.dtype, q_NHSQ.shape[3])
     return causal_attention_reference(q_NHSQ, key_NGLQ, value_NGLV, scale)
 
 
@@ -60,6 +64,17 @@ def causal_attention_reference(
         q_NHsQ, key_NGlQ, value_NGlV = q_NHSQ[:, :, start:stop], key_NGLQ[:, :, :seen], value_NGLV[:, :, :seen]
         pieces.append(_attend(q_NHsQ, key_NGlQ, value_NGlV, mask, scale))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _warn_of_pieces(dtype: torch.dtype, head_size: int) -> None:
+    kind = str(dtype).removeprefix("torch.")
+    other = "a GPU of compute capability 8 or later, and heads of a multiple of 8 dimensions, 256 at most"
+    warn_once(
+        f"prompts with context are attended to in pieces on a GPU, because torch's flash kernel does not take heads of "
+        f"{head_size} dimensions in {kind} here",
+        cost="masks are stored, and kernels are slower and more",
+        remedy=f"use {other if dtype in _FLASH_DTYPES else 'bfloat16 where speed matters'}",
+    )
 
 
 def _attend(

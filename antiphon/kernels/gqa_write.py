@@ -14,6 +14,7 @@ import torch
 
 from antiphon.kernels.gqa_attention import write_keys_values
 from antiphon.kernels.norm_rope import apply_rope_reference, rms_norm_reference
+from antiphon.kernels.slow import warn_of_reference
 
 __all__ = ["HeadNorms", "norm_rotate_write", "norm_rotate_write_reference"]
 
@@ -48,6 +49,8 @@ def norm_rotate_write(
 
         write = norm_rotate_write_fused
     else:
+        if qkv_TX.is_cuda:
+            warn_of_reference("norm_rotate_write", qkv_TX, cos_TP, sin_TP, cache_blocks)
         write = norm_rotate_write_reference
     return write(
         qkv_TX, cos_TP, sin_TP, cache_blocks, slots_T, num_kv_heads=num_kv_heads, head_size=head_size, norms=norms

@@ -6,9 +6,12 @@ Shapes: `R` rows, `K` experts per token, `E` experts of this rank, `D` hidden si
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
+from antiphon.core.warn_once import warn_once
 from antiphon.kernels.expert_workspace import ExpertWorkspace
 
 __all__ = [
@@ -20,6 +23,8 @@ __all__ = [
 ]
 
 _ALIGNMENT_BYTES = 16  # torch's grouped product needs it of the strides
+_GROUPED_KERNELS = (9, 10)  # major compute capabilities that torch has a grouped kernel for, up to 2.14
+_LOOP_COST = "one product after the other, and the host waits for the device in every layer"
 
 
 def grouped_experts(
@@ -97,10 +102,33 @@ def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.
     unaligned = x_XD.shape[1] * number_bytes % _ALIGNMENT_BYTES or weight_END.shape[1] * number_bytes % _ALIGNMENT_BYTES
     # On CUDA devices torch has a grouped kernel for bfloat16 only; what it does with other types has changed.
     in_a_loop = x_XD.dtype != torch.bfloat16 if x_XD.is_cuda else x_XD.dtype == torch.float64
+    if x_XD.is_cuda:
+        _warn_of_loop(x_XD.dtype, bool(unaligned), _major(x_XD.device))
     if in_a_loop or unaligned or x_XD.shape[0] == 0:
         return grouped_product_reference(x_XD, weight_END, ends_E)
     ends_E = ends_E if ends_E.dtype == torch.int32 else ends_E.to(torch.int32)
     return F.grouped_mm(x_XD.contiguous(), weight_END.transpose(1, 2), offs=ends_E)
+
+
+@lru_cache(maxsize=64)
+def _warn_of_loop(dtype: torch.dtype, unaligned: bool, major: int) -> None:
+    """On a GPU: say so if the experts run one by one there, in our loop or in torch's own."""
+    if dtype != torch.bfloat16:
+        kind = str(dtype).removeprefix("torch.")
+        warn_once(
+            f"experts run one by one on a GPU in {kind}", cost=_LOOP_COST, remedy="use bfloat16 where speed matters"
+        )
+    elif unaligned:
+        fact = f"experts run one by one on a GPU, because their widths are no multiples of {_ALIGNMENT_BYTES} bytes"
+        warn_once(fact, cost=_LOOP_COST, remedy="use a model with wider experts, or pad them with zeros")
+    elif major not in _GROUPED_KERNELS:
+        fact = f"experts run one by one on a GPU, because torch has no grouped product for compute capability {major}.x"
+        warn_once(fact, cost=_LOOP_COST, remedy="use a GPU of compute capability 9 or 10")
+
+
+@lru_cache(maxsize=64)
+def _major(device: torch.device) -> int:
+    return int(torch.cuda.get_device_capability(device)[0])
 
 
 def grouped_product_reference(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

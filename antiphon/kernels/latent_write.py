@@ -11,6 +11,7 @@ import torch
 
 from antiphon.kernels.mla_attention import write_latents
 from antiphon.kernels.norm_rope import apply_rope_reference, rms_norm_reference
+from antiphon.kernels.slow import warn_of_reference
 
 __all__ = ["norm_rotate_write_latents", "norm_rotate_write_latents_reference"]
 
@@ -37,6 +38,8 @@ def norm_rotate_write_latents(
 
         write = norm_rotate_write_latents_fused
     else:
+        if latent_TX.is_cuda:
+            warn_of_reference("norm_rotate_write_latents", latent_TX, weight_C, cos_TP, sin_TP, cache_blocks)
         write = norm_rotate_write_latents_reference
     return write(latent_TX, weight_C, eps, cos_TP, sin_TP, cache_blocks, slots_T, interleaved=interleaved)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.kernels.slow import warn_of_reference
+
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_reference",
@@ -26,6 +28,8 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
         from antiphon.kernels.fused.norm_rope import rms_norm_fused  # Triton comes with CUDA only
 
         return rms_norm_fused(x_TD, weight_D, eps)
+    if x_TD.is_cuda:
+        warn_of_reference("rms_norm", x_TD, weight_D)
     return rms_norm_reference(x_TD, weight_D, eps)
 
 
@@ -40,6 +44,8 @@ def add_rms_norm(
         from antiphon.kernels.fused.norm_rope import add_rms_norm_fused  # Triton comes with CUDA only
 
         return add_rms_norm_fused(x_TD, residual_TD, weight_D, eps)
+    if x_TD.is_cuda:
+        warn_of_reference("add_rms_norm", x_TD, residual_TD, weight_D)
     return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
 
 
@@ -57,6 +63,8 @@ def apply_rope(
         from antiphon.kernels.fused.norm_rope import apply_rope_fused  # Triton comes with CUDA only
 
         return apply_rope_fused(x, cos_TP, sin_TP, interleaved=interleaved, out=out)
+    if x.is_cuda:
+        warn_of_reference("apply_rope", x, cos_TP, sin_TP)
     rotated = apply_rope_reference(x, cos_TP, sin_TP, interleaved=interleaved)
     return rotated if out is None else out.copy_(rotated)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.kernels.slow import warn_of_reference
+
 __all__ = ["pack_rows", "pack_rows_reference"]
 
 
@@ -27,6 +29,8 @@ def pack_rows(
 
         pack_rows_fused(x_out_TD, weights_out_TK, ids_out_TK, x_TD, weights_TK, ids_TK)
     else:
+        if x_TD.is_cuda:
+            warn_of_reference("pack_rows", x_TD, x_out_TD)
         pack_rows_reference(x_out_TD, weights_out_TK, ids_out_TK, x_TD, weights_TK, ids_TK)
 
 

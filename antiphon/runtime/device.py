@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "device_for_rank",
     "memory",
     "num_devices",
+    "nvidia_gpus",
     "peak_bytes",
     "release_unused",
     "reset_peak",
@@ -33,6 +35,8 @@ __all__ = [
 ]
 
 DEVICE_KINDS = ("cpu", "cuda")
+
+_ROOT = Path("/")
 
 
 class DeviceMemory(NamedTuple):
@@ -49,6 +53,22 @@ def num_devices(kind: str) -> int:
     from antiphon.runtime import cuda_device
 
     return cuda_device.num_devices()
+
+
+def nvidia_gpus(root: Path = _ROOT) -> int:
+    """NVIDIA GPUs on this machine's PCI bus, whatever torch and the driver can do with them; 0 where nobody says.
+
+    root: of the file system that knows them.
+    """
+    return sum(_is_nvidia_gpu(device) for device in root.glob("sys/bus/pci/devices/*"))
+
+
+def _is_nvidia_gpu(device: Path) -> bool:
+    try:
+        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return vendor == "0x10de" and kind.startswith("0x03")  # a display controller, which those without a display are too
 
 
 def device_for_rank(kind: str, rank: int) -> torch.device:

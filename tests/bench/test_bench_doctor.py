@@ -53,6 +53,7 @@ TWO_GPUS = Facts(
         ),
         pinned_memory=Check(ok=True, detail="16 MiB of shared host memory were pinned"),
         pinned_bytes=16 << 20,
+        direct_launches=Check(ok=True),
     ),
     host=Host(
         container="docker",
@@ -97,6 +98,7 @@ def test_two_gpus_in_a_container() -> None:
         "peer access 0-1: yes (NV18)",
         "stream flags stream memory operations: yes; waits can flush remote writes: yes",
         "pinned memory yes (16 MiB of shared host memory were pinned)",
+        "kernels direct launches: yes",
         "host memory 250 GiB available of 256 GiB, control group limit 128 GiB (100 GiB left)",
         "locked memory limit 64 KiB",
         "/dev/shm: 64 MiB free of 64 MiB",
@@ -113,6 +115,16 @@ def test_two_gpus_in_a_container() -> None:
     assert any(line.startswith("host-staged yes ") for line in lines)
     (remedy_after_copy_engine,) = [lines[place + 1] for place, line in enumerate(lines) if line.startswith("copy-")]
     assert remedy_after_copy_engine == "remedy: unset that variable"
+
+
+def test_launches_through_triton_are_said_with_their_cost() -> None:
+    unknown = Check(ok=False, detail="the launcher of Triton 3.99.0 is not known, only those of 3.6")
+    code, text = printed(replace(TWO_GPUS, gpus=replace(TWO_GPUS.gpus, direct_launches=unknown)))
+    said = " ".join(text.split())
+    assert code == 0
+    assert "kernels direct launches: no (the launcher of Triton 3.99.0 is not known, only those of 3.6)" in said
+    assert "kernels are launched by Triton's own call, because the launcher of Triton 3.99.0 is not known" in said
+    assert "35 to 45 us of the host" in said and "remedy: use torch 2.11 to 2.14 with the Triton" in said
 
 
 def test_columns_are_aligned_and_nothing_is_cut_off() -> None:

@@ -290,12 +290,19 @@ def test_every_gpu_is_described_though_single_questions_fail(monkeypatch: pytest
     monkeypatch.setitem(
         sys.modules, "antiphon.comm.stream_memory", SimpleNamespace(check_stream_memory_operations=fail)
     )
+    monkeypatch.setitem(sys.modules, "antiphon.kernels.fused.direct", SimpleNamespace(launch_obstacle=fail))
     gpus = machine_cuda.probe_gpus(MIB)
     assert [device.index for device in gpus.devices] == [0, 1]
     assert gpus.devices[0].pci == "0000:18:01.0" and gpus.devices[0].memory_free_bytes is None
     assert gpus.devices[0].stream_memory_operations == Check(ok=False, detail="CUDA error: busy")
     assert {(peer.source, peer.target): peer.access for peer in gpus.peers} == {(0, 1): True, (1, 0): None}
     assert gpus.pinned_memory == Check(ok=False, detail="CUDA error: busy")
+    assert gpus.direct_launches == Check(ok=None, detail="Triton cannot be asked: CUDA error: busy")
+    direct = SimpleNamespace(launch_obstacle=lambda: "the launcher is not known")
+    monkeypatch.setitem(sys.modules, "antiphon.kernels.fused.direct", direct)
+    assert machine_cuda.probe_gpus(MIB).direct_launches == Check(ok=False, detail="the launcher is not known")
+    direct.launch_obstacle = lambda: ""
+    assert machine_cuda.probe_gpus(MIB).direct_launches == Check(ok=True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
     assert machine_cuda.probe_gpus(MIB) == Gpus(problem="the CUDA driver failed: CUDA error: busy")
 
@@ -335,6 +342,7 @@ def test_the_gpus_of_this_machine_answer() -> None:
         assert device.memory_free_bytes is not None and device.memory_free_bytes <= device.memory_total_bytes
         assert device.pci is not None
     assert gpus.pinned_memory.ok is True, gpus.pinned_memory.detail
+    assert gpus.direct_launches.ok is True, gpus.direct_launches.detail
     for peer in gpus.peers:
         assert peer.access == torch.cuda.can_device_access_peer(peer.source, peer.target)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -23,7 +24,9 @@ from antiphon.comm.alltoall import AllToAllTransport
 from antiphon.comm.local import LocalTransport
 from antiphon.comm.simulated import SimulatedTransport
 from antiphon.core.errors import OptionError
+from antiphon.core.warn_once import warn_once
 from antiphon.runtime import CpuStreams
+from tests.comm.protocol_checks import FakeDriver
 
 
 def make_shape(num_experts: int = 8, top_k: int = 2) -> ExpertShape:
@@ -240,3 +243,26 @@ def test_transports_that_the_devices_cannot_serve(name: str, options: dict[str, 
 def test_blocks_of_nccl() -> None:
     spec = parse_transport("allgather:16ctas")
     assert (spec.name, spec.ctas, str(spec)) == ("allgather", 16, "allgather:16ctas")
+
+
+@pytest.mark.parametrize(("version", "warned"), [((2, 27, 5), True), ((2, 28, 0), False), ((3, 0, 0), False)])
+def test_an_nccl_without_copy_engines_is_no_silent_baseline(
+    version: tuple[int, ...], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = FakeDriver().module()  # type: ignore[attr-defined]
+    with monkeypatch.context() as only_here:
+        for name in ("stream_memory", "nccl", "nccl_zero_cta"):
+            only_here.delitem(sys.modules, f"antiphon.comm.{name}", raising=False)
+        only_here.setitem(sys.modules, "cuda", ModuleType("cuda"))
+        only_here.setitem(sys.modules, "cuda.bindings", bindings)
+        before = set(sys.modules)
+        module = import_module("antiphon.comm.nccl_zero_cta")
+        for _ in range(2):
+            module.warn_of_kernels(version)
+        for name in set(sys.modules) - before:  # they are made of the stand-in
+            del sys.modules[name]
+    assert len(caplog.messages) == warned
+    if warned:
+        assert "NCCL 2.27.5 has no collectives by copy engines" in caplog.text and "NCCL 2.28 or later" in caplog.text

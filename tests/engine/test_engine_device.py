@@ -6,10 +6,12 @@ import logging
 import weakref
 
 import pytest
+import torch
 
 from antiphon import LLM, SamplingParams
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.policy import OverlapPolicy
+from antiphon.core.warn_once import warn_once
 from antiphon.engine import config as config_module
 from antiphon.engine import settle
 from antiphon.engine.config import EngineConfig
@@ -75,6 +77,46 @@ def test_a_device_that_cannot_be_had(
         monkeypatch.setenv(DEVICE_VARIABLE, variable)
     with pytest.raises(OptionError, match=pattern):
         settle_device(device, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_cuda", "ranks", "idle", "cuda", "visible", "said"),
+    [
+        (1, 2, 0, "13.0", None, ["2 ranks need as many CUDA devices, and 1 can be used", "use 1 rank, or say device"]),
+        (2, 4, 0, "13.0", None, ["4 ranks need as many CUDA devices, and 2 can be used", "use 2 ranks, or say"]),
+        (0, 2, 8, None, None, ["is built without CUDA; the machine has NVIDIA GPUs: 8", "install torch's CUDA build"]),
+        (0, 2, 8, "13.0", None, ["torch can use none of the machine's NVIDIA GPUs: 8", "check the driver"]),
+        (0, 2, 8, "13.0", "", []),
+        (0, 2, 8, "13.0", "-1", []),
+        (0, 2, 0, "13.0", None, []),
+        (0, 2, 0, None, None, []),
+        (2, 2, 8, "13.0", None, []),
+    ],
+)
+def test_auto_says_once_that_gpus_are_left_idle(
+    num_cuda: int,
+    ranks: int,
+    idle: int,
+    cuda: str | None,
+    visible: str | None,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    warn_once.cache_clear()
+    machine_with(monkeypatch, num_cuda)
+    monkeypatch.setattr(settle, "nvidia_gpus", lambda: idle)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for _ in range(2):
+        settle_device("auto", ranks)
+    settle_device("cpu", ranks)  # as asked
+    assert len(caplog.messages) == bool(said)
+    for part in [*said, "orders of magnitude"] if said else []:
+        assert part in caplog.messages[0]
 
 
 def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: pytest.MonkeyPatch) -> None:

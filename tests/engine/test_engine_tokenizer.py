@@ -11,8 +11,9 @@ import pytest
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import ModelError
 from antiphon.core.sampling import Logprob
+from antiphon.core.warn_once import warn_once
 from antiphon.engine.outputs import TextBefore
-from antiphon.engine.tokenizer import Tokenizer
+from antiphon.engine.tokenizer import Tokenizer, _plain_decode
 from antiphon.server.logprobs import TextPlaces, completion_logprobs
 from tests.support.tokenizers import marked_spaces
 
@@ -61,3 +62,20 @@ def test_a_tokenizer_of_another_format_is_a_model_error(tmp_path: Path, name: st
     with pytest.raises(ModelError, match="download it again, or upgrade tokenizers and transformers") as raised:
         Tokenizer(str(folder))
     assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+
+
+class InPython:
+    """A tokenizer that has no fast version."""
+
+    def decode(self, token_ids: list[int], **options: bool) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def test_a_tokenizer_in_python_is_used_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    for _ in range(2):
+        assert _plain_decode(InPython())([1, 2], skip_special_tokens=True) == "1 2"
+    (said,) = caplog.messages
+    assert "(InPython) runs in Python" in said and "tokenizer.json" in said
+    Tokenizer(str(bundled_model()))
+    assert len(caplog.messages) == 1

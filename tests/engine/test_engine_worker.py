@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import zmq
 
+from antiphon import LLM, SamplingParams
 from antiphon.core.plan import Plan
-from antiphon.engine.messages import Stop, Tokens, Work, decode_from_worker, encode
+from antiphon.engine.messages import Stop, Tokens, Warned, Work, decode_from_worker, encode
 from antiphon.engine.request import TokenOutput
 from antiphon.engine.sampled import NewToken
 from antiphon.engine.step import StepResult
 from antiphon.engine.worker import Worker
+from antiphon.engine.worker_warnings import KeptWarnings, SaidOnce
 
 BUSY = Plan(part_tokens=((3,),), reason="test")
 IDLE = Plan(part_tokens=((0,),), reason="test", idle=True)
@@ -71,3 +74,52 @@ def test_steps_without_a_token_give_a_sign_from_time_to_time(
         found.append(message.outputs)
     assert found == said
     assert engine.wave == 2
+
+
+# ---- warnings of the ranks
+
+
+def test_warnings_go_to_the_front_with_the_step_that_has_them(
+    sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]],
+) -> None:
+    front, socket = sockets
+    for message in (Work(wave=1), Stop(wave=2)):
+        front.send(encode(message))
+    kept = KeptWarnings()
+    logger = logging.Logger("antiphon.kernels")
+    logger.addHandler(kept)
+
+    class Warning(Engine):
+        def step(self) -> StepResult:
+            if self._outputs:
+                logger.warning("%d %% is slow", len(self._outputs))
+                logger.info("nothing")
+                logger.error("comes with Failed")
+            return super().step()
+
+    engine: Any = Warning([], [TOKEN])
+    Worker(socket, engine, sign_s=1000.0, warnings=kept).run()
+    found = []
+    while front.poll(0):
+        found.append(decode_from_worker(front.recv()))
+    warned = [Warned(logger="antiphon.kernels", text=f"{number} % is slow") for number in (2, 1)]
+    assert found == [*warned, Tokens(outputs=[TOKEN])]
+
+
+def test_the_front_says_once_what_all_ranks_say(caplog: pytest.LogCaptureFixture) -> None:
+    front = SaidOnce()
+    for text in ("100 % slow", "100 % slow", "and more", "100 % slow"):
+        front.say(Warned(logger="antiphon.kernels", text=text))
+    assert [(record.name, record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("antiphon.kernels", "WARNING", "100 % slow"),
+        ("antiphon.kernels", "WARNING", "and more"),
+    ]
+
+
+@pytest.mark.processes
+def test_what_ranks_warn_of_reaches_the_user_once(caplog: pytest.LogCaptureFixture) -> None:
+    with LLM(ranks=2, transport="tests.support.transports:Warns", dbo="off", device="cpu") as llm:
+        assert caplog.messages == ["this transport is slow: time; patience"]
+        llm.generate("Once upon a time", SamplingParams(max_tokens=3))
+        llm.stats()
+    assert caplog.messages == ["this transport is slow: time; patience", "rank 1 is tired"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,24 @@ def test_memory_of_the_host() -> None:
     assert 0 < free_bytes < total_bytes
     assert 0 < devices.peak_bytes(CPU) < total_bytes
     assert total_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_gpus_are_found_on_the_bus_whatever_torch_can_do_with_them(tmp_path: Path) -> None:
+    found = {
+        "0000:18:00.0": ("0x10de", "0x030200"),  # a GPU without a display
+        "0000:3b:00.0": ("0x10de", "0x030000"),  # one with a display
+        "0000:3b:00.1": ("0x10de", "0x040300"),  # its sound
+        "0000:05:00.0": ("0x10de", "0x068000"),  # an NVSwitch
+        "0000:00:02.0": ("0x8086", "0x030000"),  # somebody else's
+    }
+    for name, (vendor, kind) in found.items():
+        folder = tmp_path / "sys/bus/pci/devices" / name
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(f"{vendor}\n")
+        (folder / "class").write_text(f"{kind}\n")
+    (tmp_path / "sys/bus/pci/devices/0000:06:00.0").mkdir()  # nobody may read it
+    assert devices.nvidia_gpus(tmp_path) == 2
+    assert devices.nvidia_gpus(tmp_path / "nothing") == 0
 
 
 def test_ranks_take_cuda_devices_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from antiphon.comm import Flight, Routes, Rows
 from antiphon.comm.alltoall import AllToAllTransport
 from antiphon.comm.mailbox import Exchange, Phase
 from antiphon.comm.shared_memory import SharedMemoryTransport
+from antiphon.core.warn_once import warn_once
 from antiphon.engine.worker import report_and_exit
 
 
@@ -31,6 +33,22 @@ class NoGreenlets(AllToAllTransport):
         if getcurrent().parent is not None:
             raise ValueError(f"a greenlet reached {label} on lane {lane}")
         return super().send_tokens(lane, x_TD, routes, tokens_by_rank, label)
+
+
+class Warns(AllToAllTransport):
+    """All ranks warn of the same at the start, and rank 1 of something else in each of its steps."""
+
+    name = "warns"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        warn_once("this transport is slow", cost="time", remedy="patience")
+
+    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
+        if self.group.rank == 1:
+            logging.getLogger("antiphon.comm").warning("rank %d is tired", self.group.rank)
+            logging.getLogger("antiphon.comm").info("and says so")
+        return super().send_partials(lane, partial_RD, label)
 
 
 class StopsInCombine(AllToAllTransport):

@@ -2,7 +2,8 @@
 
 Triton's own launch binds arguments, derives what they are specialised on, makes a key of it and asks the driver about
 every pointer: 35 to 45 us on a slow host. A `Launch` is one kernel for one shape: everything but the tensors is fixed.
-It launches through Triton once, keeps the compiled kernel that this returns, and afterwards calls its launcher itself.
+It launches through Triton once, keeps the compiled kernel that this returns, and afterwards calls its launcher itself
+(`direct`).
 
     @lru_cache(maxsize=NUM_SHAPES)
     def _copy(num_rows: int, size: int) -> Launch:
@@ -17,12 +18,12 @@ with pointers that are no multiple of 16 bytes, and with the device: these are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
+
+from antiphon.kernels.fused.direct import Direct, Driver, find_driver
 
 __all__ = [
     "NUM_SHAPES",
@@ -40,35 +41,17 @@ __all__ = [
 NUM_SHAPES = 1024
 """Launches that are kept of each kernel."""
 
-_KNOWN_VERSIONS = ("3.6.",)  # of Triton: those whose launcher takes arguments as below
 _POINTER_ALIGNMENT = 16
 _MAX_COLUMN_BLOCK = 1024
 _LARGEST_UNIT = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Direct:
-    """A compiled kernel as its C launcher takes it: `launch(x, y, z, stream, *head, *pointers, *tail)`."""
-
-    launch: Callable[..., None]
-    head: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Driver:
-    """What launches of our own need of Triton and torch."""
-
-    device: Callable[[], int]  # the current one
-    stream: Callable[[int], int]  # the current one of a device, as the driver names it
-    hooked: Callable[[], bool]  # whether a profiler wants to see every launch
-    direct: Callable[[Any], Direct | None]  # None: this kernel needs more than a launcher does alone
 
 
 class Launch:
     """A kernel with its grid, integers and constants; a call adds the tensors and queues it on the current stream.
 
     The kernel's parameters are pointers, then integers, then constants. All tensors are on the current device:
-    Triton checks that in the first call only. Where its protocol is not the known one, every call goes through Triton.
+    Triton checks that in the first call only. Where `find_driver` has no driver, or it does not take the kernel, every
+    call goes through Triton.
     """
 
     __slots__ = ("_constants", "_direct", "_driver", "_grid", "_integers", "_kernel", "_num_warps", "_tail")
@@ -83,14 +66,14 @@ class Launch:
         num_warps: int = 4,
         driver: Driver | None = None,
     ) -> None:
-        """driver: another than Triton's, for tests."""
+        """driver: another one than `find_driver` has, for tests."""
         self._kernel = kernel
         self._grid = grid
         self._integers = integers
         self._constants = constants
         self._num_warps = num_warps
         self._driver = find_driver() if driver is None else driver
-        self._tail = (*integers, *constants.values())  # the launcher skips constants: their order is free
+        self._tail = (*integers, *constants.values())  # launchers skip constants: their order is free
         self._direct: dict[tuple[Any, ...], Direct | None] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> None:
@@ -107,7 +90,7 @@ class Launch:
             if key not in self._direct:
                 self._direct[key] = driver.direct(compiled)
             return
-        direct.launch(*self._grid, 1, driver.stream(device), *direct.head, *pointers, *self._tail)
+        direct.queue(self._grid, driver.stream(device), (*pointers, *self._tail))
 
     def _through_triton(self, tensors: tuple[torch.Tensor, ...]) -> Any:
         return self._kernel[self._grid](*tensors, *self._integers, **self._constants, num_warps=self._num_warps)
@@ -121,49 +104,6 @@ def _misaligned(pointers: list[int]) -> int:
     if together % _POINTER_ALIGNMENT == 0:
         return 0
     return sum(1 << i for i, pointer in enumerate(pointers) if pointer % _POINTER_ALIGNMENT)
-
-
-def find_driver() -> Driver | None:
-    """None where kernels are interpreted, or Triton's launcher may want other arguments than the known one."""
-    return _DRIVER
-
-
-def _make_driver() -> Driver | None:
-    if not triton.__version__.startswith(_KNOWN_VERSIONS) or not hasattr(torch._C, "_cuda_getCurrentRawStream"):
-        return None
-    try:
-        from triton import knobs
-        from triton.backends.nvidia.driver import CudaLauncher
-
-        runtime = knobs.runtime
-        if runtime.interpret:
-            return None
-        assert isinstance(runtime.launch_enter_hook.calls, list) and isinstance(runtime.launch_exit_hook.calls, list)
-    except (ImportError, AttributeError, AssertionError):
-        return None
-
-    def hooked() -> bool:
-        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
-
-    def direct(compiled: Any) -> Direct | None:
-        launcher = compiled.run
-        if type(launcher) is not CudaLauncher or launcher.global_scratch_size or launcher.profile_scratch_size:
-            return None
-        none = None  # scratch memory twice; metadata of the launch and hooks before and after it
-        options = (launcher.launch_cooperative_grid, launcher.launch_pdl, none, none)
-        return Direct(
-            launch=launcher.launch, head=(compiled.function, *options, compiled.packed_metadata, none, none, none)
-        )
-
-    return Driver(
-        device=torch._C._cuda_getDevice,
-        stream=torch._C._cuda_getCurrentRawStream,
-        hooked=hooked,
-        direct=direct,
-    )
-
-
-_DRIVER = _make_driver()
 
 
 def divide_up(number: int, by: int) -> int:

@@ -1,0 +1,218 @@
+"""Launches of compiled kernels without Triton's own call: how the launcher of each Triton takes its arguments.
+
+A compiled kernel has a `CudaLauncher`, whose C function `launch` queues the kernel on a stream. What that function is
+given has changed between versions of Triton; `_PROTOCOLS` says which version does it how.
+
+    "arguments behind"   launch(x, y, z, stream, function, cooperative, pdl, scratch, profile scratch,
+                                metadata, launch metadata, enter hook, exit hook, *arguments)
+    "arguments packed"   launch(x, y, z, stream, function, cooperative, pdl, metadata, launch metadata,
+                                enter hook, exit hook, scratch, profile scratch, annotations, signature, arguments)
+
+The table is not trusted blindly. Before a kernel is launched directly, Triton's launcher is called with made-up
+arguments and a recorder in place of its C function: both ways must give that function the same. Whatever does not fit
+goes through Triton, and that is said once.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton.knobs
+
+from antiphon.core.warn_once import warn_once
+from antiphon.kernels.slow import LAUNCH_COST, LAUNCH_REMEDY
+
+__all__ = ["Direct", "Driver", "Protocol", "find_driver", "find_protocol", "launch_obstacle"]
+
+_TORCH_NAMES = ("_cuda_getDevice", "_cuda_getCurrentRawStream")
+
+Launcher = Callable[..., None]
+Queue = Callable[[tuple[int, int], int, tuple[Any, ...]], None]
+"""Queues a kernel: its grid, the stream as the driver names it, all arguments as numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Direct:
+    """A compiled kernel that is queued without Triton's own call."""
+
+    queue: Queue
+    compiled: Any  # kept: from Triton 3.8 on the kernel leaves the device with it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """What launches of our own need of Triton and torch."""
+
+    device: Callable[[], int]  # the current one
+    stream: Callable[[int], int]  # the current one of a device, as the driver names it
+    hooked: Callable[[], bool]  # whether a profiler wants to see every launch
+    direct: Callable[[Any], Direct | None]  # None: this kernel goes through Triton
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """How the launchers of some versions of Triton take their arguments.
+
+    adapt: from a compiled kernel and the C function of its launcher to what queues the kernel.
+    """
+
+    name: str
+    versions: tuple[str, ...]
+    parameters: tuple[str, ...]  # of `CudaLauncher.__call__`
+    attributes: frozenset[str]  # that a launcher has; one more may be a new need
+    adapt: Callable[[Any, Launcher], Queue]
+
+
+def find_protocol(version: str) -> Protocol | None:
+    """Of a Triton; None if its launcher is not known."""
+    series = ".".join(version.split(".")[:2])
+    return next((protocol for protocol in _PROTOCOLS if series in protocol.versions), None)
+
+
+def launch_obstacle() -> str:
+    """Why no kernel can be launched directly on GPUs by this Triton and torch; "" if nothing is in the way."""
+    version = triton.__version__
+    protocol = find_protocol(version)
+    if protocol is None:
+        known = ", ".join(known for protocol in _PROTOCOLS for known in protocol.versions)
+        return f"the launcher of Triton {version} is not known, only those of {known}"
+    try:
+        parameters = tuple(inspect.signature(_launcher_class().__call__).parameters)
+        runtime = triton.knobs.runtime
+        hooks = (runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls)
+        fits = parameters == protocol.parameters and all(isinstance(calls, list) for calls in hooks)
+    except (ImportError, AttributeError):
+        fits = False
+    if not fits:
+        return f"the launcher of Triton {version} is not the one that this version had"
+    if missing := [name for name in _TORCH_NAMES if not hasattr(torch._C, name)]:
+        return f"torch {torch.__version__} has no {' and no '.join(missing)}"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def find_driver() -> Driver | None:
+    """None where kernels are interpreted, and where every launch goes through Triton, which is said once on a GPU."""
+    if not torch.cuda.is_available() or triton.knobs.runtime.interpret:
+        return None
+    if obstacle := launch_obstacle():
+        fact = f"all kernels are launched by Triton's own call, because {obstacle}"
+        warn_once(fact, cost=LAUNCH_COST, remedy=LAUNCH_REMEDY)
+        return None
+    return _make_driver()
+
+
+def _make_driver() -> Driver:
+    """Where there is no `launch_obstacle`."""
+    protocol = find_protocol(triton.__version__)
+    assert protocol is not None
+    runtime = triton.knobs.runtime
+
+    def hooked() -> bool:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+    def direct(compiled: Any) -> Direct | None:
+        if reason := _reason_against(protocol, compiled):
+            fact = f"the kernel {compiled.name} is launched by Triton's own call, because {reason}"
+            warn_once(fact, cost=LAUNCH_COST, remedy=LAUNCH_REMEDY)
+            return None
+        return Direct(queue=protocol.adapt(compiled, compiled.run.launch), compiled=compiled)
+
+    return Driver(
+        device=torch._C._cuda_getDevice,
+        stream=torch._C._cuda_getCurrentRawStream,
+        hooked=hooked,
+        direct=direct,
+    )
+
+
+def _reason_against(protocol: Protocol, compiled: Any) -> str:
+    """What the kernel needs of Triton's own call; "" if nothing."""
+    launcher = compiled.run
+    if type(launcher) is not _launcher_class():
+        return f"its launcher is a {type(launcher).__name__}"
+    if unknown := sorted(vars(launcher).keys() - protocol.attributes):
+        return f"its launcher has {', '.join(unknown)}, which is not known"
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return "it needs scratch memory"
+    if getattr(launcher, "gsan_enabled", False):
+        return "it is watched by Triton's sanitizer"
+    if not all(isinstance(kind, str) and not kind.startswith("tensordesc") for kind in compiled.src.signature.values()):
+        return "it takes tensor descriptors or tuples"
+    if not _agree(protocol, compiled):
+        return f"Triton {triton.__version__} does not give its launcher what is known of this version"
+    return ""
+
+
+def _agree(protocol: Protocol, compiled: Any) -> bool:
+    """Whether Triton gives the C function of the launcher the same as the protocol; neither launches anything."""
+    theirs: list[tuple[Any, ...]] = []
+    ours: list[tuple[Any, ...]] = []
+    grid, stream, arguments = (3, 5), 7, (11, 13, True)
+    recorded = copy.copy(compiled.run)
+    recorded.launch = lambda *given: theirs.append(given)
+    try:
+        recorded(*grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        protocol.adapt(compiled, lambda *given: ours.append(given))(grid, stream, arguments)
+    except Exception:  # of a launcher that takes other arguments
+        return False
+    return theirs == ours
+
+
+def _arguments_behind(compiled: Any, launch: Launcher) -> Queue:
+    launcher, none = compiled.run, None
+    options = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+    # Scratch memory twice; metadata of the launch and hooks before and after it.
+    head = (*options, none, none, compiled.packed_metadata, none, none, none)
+
+    def queue(grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+        launch(*grid, 1, stream, *head, *arguments)
+
+    return queue
+
+
+def _arguments_packed(compiled: Any, launch: Launcher) -> Queue:
+    launcher, none = compiled.run, None
+    options = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+    # Metadata of the launch and hooks before and after it; scratch memory twice.
+    rest = (none, none, none, none, none, launcher.arg_annotations, launcher.kernel_signature)
+    head = (*options, compiled.packed_metadata, *rest)
+
+    def queue(grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+        launch(*grid, 1, stream, *head, arguments)
+
+    return queue
+
+
+_PLACE = ("self", "gridX", "gridY", "gridZ", "stream", "function")
+_SCRATCH = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align")
+_ATTRIBUTES = frozenset(("launch", "num_ctas", "launch_cooperative_grid", "launch_pdl", *_SCRATCH))
+
+_PROTOCOLS = (
+    Protocol(
+        name="arguments behind",
+        versions=("3.6",),
+        parameters=(*_PLACE, "args"),
+        attributes=_ATTRIBUTES,
+        adapt=_arguments_behind,
+    ),
+    Protocol(
+        name="arguments packed",
+        versions=("3.7", "3.8", "3.9"),
+        parameters=(*_PLACE, "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook", "args"),
+        attributes=_ATTRIBUTES | {"arg_annotations", "kernel_signature", "gsan_enabled"},
+        adapt=_arguments_packed,
+    ),
+)
+
+
+def _launcher_class() -> Any:
+    from triton.backends.nvidia.driver import CudaLauncher  # not in every build of Triton
+
+    return CudaLauncher
