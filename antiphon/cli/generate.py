@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from antiphon.cli.arguments import json_object
+from antiphon.cli.prompts import Chat, Prompt, as_chats, format_prompts, read_prompts
 from antiphon.cli.start import say, started
 from antiphon.core.errors import OptionError
-from antiphon.core.lines import JSON_ESCAPES, json_lines, split_lines
+from antiphon.core.lines import JSON_ESCAPES
 
 if TYPE_CHECKING:
     from antiphon.core.sampling import CompletionOutput, GeneratedOutput
 
 __all__ = ["generate"]
-
-_PROMPT_LINE = 'a JSON object with a text "prompt", or one of token ids'
 
 
 def generate(
@@ -31,7 +31,10 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option(help='One prompt a line, or JSON lines if it ends in .jsonl, with a "prompt": text or token ids.'),
+        typer.Option(
+            help='One prompt a line. In a .jsonl file each line is an object with a "prompt", text or token ids, or '
+            'with the "messages" of a chat.'
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for a prompt.")] = 64,
     min_tokens: Annotated[int, typer.Option(help="No end before so many tokens.")] = 0,
@@ -53,6 +56,16 @@ def generate(
         list[int] | None, typer.Option(help="A token that ends the output; may be given several times.")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    skip_special_tokens: Annotated[bool, typer.Option(help="Leave special tokens out of the text.")] = True,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take prompts as what a user says, and format them by the chat template.")
+    ] = False,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="JSON: variables of the chat template, '{\"enable_thinking\": false}'.")
+    ] = None,
+    continue_final_message: Annotated[
+        bool, typer.Option("--continue-final-message", help="Continue the last message of each chat.")
+    ] = False,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: logprobs of the tokens and of so many likeliest.")
     ] = None,
@@ -63,11 +76,21 @@ def generate(
     """Continue prompts."""
     from antiphon.core.sampling import SamplingParams
 
-    prompts: list[str | list[int]] = [*(prompt or [])]
+    prompts: list[Prompt] = [*(prompt or [])]
     if prompts_file is not None:
-        prompts += _read_prompts(prompts_file)
+        prompts += read_prompts(prompts_file)
     if not prompts:
         raise OptionError("there is no prompt; use --prompt TEXT or --prompts-file FILE")
+    if chat:
+        prompts = [*as_chats(prompts)]
+    template = {
+        "chat_template_kwargs": json_object("chat_template_kwargs", chat_template_kwargs),
+        "continue_final_message": continue_final_message,
+    }
+    if any(template.values()) and not any(isinstance(one, Chat) for one in prompts):
+        raise OptionError(
+            "--chat-template-kwargs and --continue-final-message are for chats; add --chat, or leave them out"
+        )
     params = [
         SamplingParams(
             n=n,
@@ -85,6 +108,7 @@ def generate(
             stop=stop or None,
             stop_token_ids=stop_token_ids or None,
             ignore_eos=ignore_eos,
+            skip_special_tokens=skip_special_tokens,
             logprobs=logprobs,
         )
         for place in range(len(prompts))
@@ -93,13 +117,13 @@ def generate(
     with started(console, engine) as llm:
         start = time.perf_counter()
         with _progress_bar(console) as progress:
-            outputs = llm.generate(prompts, params, progress=progress)
+            outputs = llm.generate(format_prompts(prompts, llm, **template), params, progress=progress)
         seconds = time.perf_counter() - start
         stats = llm.stats()
     if as_json:
         _print_json(outputs, stats)
     else:
-        _print_texts(outputs)
+        _print_texts(outputs, prompts)
         say(console, _summary(outputs, stats, seconds))
 
 
@@ -108,35 +132,6 @@ def _logit_bias(text: str | None) -> Any:
         return None if text is None else json.loads(text)
     except json.JSONDecodeError:
         raise OptionError(f'--logit-bias {text!r} is not JSON; use an object such as {{"5": -100}}') from None
-
-
-def _read_prompts(path: Path) -> list[str | list[int]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--prompts-file {path} cannot be read ({error}); pass a text file in UTF-8") from error
-    prompts: list[str | list[int]]
-    if path.suffix == ".jsonl":
-        prompts = _prompts_of_objects(text, path)
-    else:
-        prompts = [line for line in split_lines(text) if line.strip()]
-    if not prompts:
-        raise OptionError(f"--prompts-file {path} holds no prompt; write one a line")
-    return prompts
-
-
-def _prompts_of_objects(text: str, path: Path) -> list[str | list[int]]:
-    try:
-        return [_prompt_of(row, number) for number, row in json_lines(text, _PROMPT_LINE)]
-    except ValueError as error:
-        raise OptionError(f"--prompts-file {path}, {error}") from error
-
-
-def _prompt_of(row: Any, number: int) -> str | list[int]:
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if isinstance(prompt, str) or (prompt and isinstance(prompt, list)):
-        return prompt
-    raise ValueError(f"line {number} is not {_PROMPT_LINE}")
 
 
 @contextmanager
@@ -186,10 +181,11 @@ def _row(output: CompletionOutput) -> dict[str, Any]:
     return row
 
 
-def _print_texts(outputs: list[GeneratedOutput]) -> None:
-    for output in outputs:
+def _print_texts(outputs: list[GeneratedOutput], prompts: list[Prompt]) -> None:
+    """Each prompt with what continues it; of a chat the answer."""
+    for output, prompt in zip(outputs, prompts, strict=True):
         for one in output.outputs:
-            text = f"{output.prompt}{one.text}"
+            text = one.text if isinstance(prompt, Chat) else f"{output.prompt}{one.text}"
             print(f"{text or ' '.join(map(str, one.token_ids))}\n")
 
 

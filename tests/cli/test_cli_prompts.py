@@ -24,6 +24,9 @@ class Echo:
     def generate(self, prompts: list[Any], params: list[Any], progress: Any) -> list[GeneratedOutput]:
         return [GeneratedOutput(prompt=prompt, prompt_token_ids=[], outputs=[output(prompt)]) for prompt in prompts]
 
+    def chat_prompt(self, messages: list[Any], **settings: Any) -> str:
+        return json.dumps([messages, settings])
+
     def stats(self) -> dict[str, Any]:
         return {}
 
@@ -78,3 +81,67 @@ def test_a_line_that_python_cannot_read_is_named_too(
     told = capsys.readouterr().err
     assert told.startswith("error: --prompts-file ") and 'line 3 is not a JSON object with a text "prompt"' in told
     assert len(told.splitlines()) == 1
+
+
+# ---- chats
+
+SAID = {"chat_template_kwargs": {}, "continue_final_message": False}
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["antiphon", "generate", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_prompt_as_what_a_user_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert asked(monkeypatch, "--chat", "--prompt", "Hello", "--json") == 0
+    (row, _) = map(json.loads, capsys.readouterr().out.split("\n")[:2])
+    assert json.loads(row["prompt"]) == [[{"role": "user", "content": "Hello"}], SAID]
+    stats = {"steps": 1, "steps_by_plan": {}, "serial_reasons": {}, "overlap": {}, "transport": "local"}
+    monkeypatch.setattr(Echo, "stats", lambda self: stats)
+    words = ("--chat-template-kwargs", '{"enable_thinking": false}', "--continue-final-message")
+    assert asked(monkeypatch, "--chat", "--prompt", "Hello", *words) == 0
+    settings = {"chat_template_kwargs": {"enable_thinking": False}, "continue_final_message": True}
+    answer = json.dumps([[{"role": "user", "content": "Hello"}], settings])
+    assert capsys.readouterr().out == f"{answer}\n\n", "of a chat only the answer is shown"
+
+
+@pytest.mark.usefixtures("echo")
+def test_messages_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside plain prompts, which stay what they are."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    rows = [{"messages": messages}, {"prompt": "Once"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert generate(monkeypatch, tmp_path / "prompts.jsonl") == 0
+    first, second = prompts_of(capsys.readouterr().out)
+    assert json.loads(first) == [messages, SAID] and second == "Once"
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "told"),
+    [
+        (["--chat"], [{"prompt": [1, 2]}], "--chat takes texts and messages, but a prompt has token ids"),
+        ([], [{"prompt": "a", "messages": [{}]}], "line 1 has a prompt and messages; leave one of them out"),
+        ([], [{"messages": []}], "line 1 is not a JSON object with"),
+        (["--continue-final-message"], [{"prompt": "a"}], "are for chats; add --chat"),
+        (["--chat", "--chat-template-kwargs", "5"], [{"prompt": "a"}], "'5' is no object of JSON; use one such as"),
+        (["--chat", "--chat-template-kwargs", "{"], [{"prompt": "a"}], "'{' is no object of JSON; use one such as"),
+    ],
+)
+def test_chats_that_cannot_be(
+    words: list[str],
+    rows: list[Any],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert asked(monkeypatch, "--prompts-file", str(tmp_path / "prompts.jsonl"), *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and told in error and len(error.splitlines()) == 1
