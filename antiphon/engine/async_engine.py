@@ -12,6 +12,7 @@ streams too, belongs to the event loop. When a rank fails, every open stream and
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -35,6 +36,8 @@ from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.engine.worker_client import WorkerClient
 
 __all__ = ["AsyncEngine"]
+
+logger = logging.getLogger("antiphon.engine")
 
 _WAKE = "inproc://antiphon-wake"
 
@@ -74,6 +77,8 @@ class AsyncEngine:
 
     def __init__(self, options: EngineConfig, *, on_start: Callable[[str], None] | None = None) -> None:
         config = options.resolve()
+        for sentence in config.checkpoint_notes:
+            logger.warning(sentence)
         options = config.options
         self.tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         self._client = WorkerClient(config, on_start)

@@ -181,7 +181,7 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
         fill_dummy_weights(model, seed=options.seed)
     else:
         load_weights(
-            Checkpoint(Path(options.model)),
+            Checkpoint(Path(options.model), single_file=config.single_file),
             model.checkpoint_tensors(),
             progress=lambda p: report(Starting(what=LOADING, bytes_read=p.bytes, num_bytes=p.num_bytes)),
         )

@@ -128,7 +128,7 @@ class LLM:
         self.config: ResolvedConfig = options.resolve()
         options = self.config.options
         self._asked_policy = options.policy
-        for sentence in self.config.without_effect():
+        for sentence in [*self.config.checkpoint_notes, *self.config.without_effect()]:
             logger.warning(sentence)
         self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         self._client: Client = (
