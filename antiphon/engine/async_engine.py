@@ -27,6 +27,7 @@ import zmq
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.config import EngineConfig, ResolvedConfig
+from antiphon.engine.memory import check_memory
 from antiphon.engine.messages import Answer, FromWorker, Tokens
 from antiphon.engine.open_request import OpenRequest
 from antiphon.engine.outputs import Collector
@@ -79,6 +80,7 @@ class AsyncEngine:
         config = options.resolve()
         for sentence in config.checkpoint_notes:
             logger.warning(sentence)
+        check_memory(config)
         options = config.options
         self.tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         self._client = WorkerClient(config, on_start)

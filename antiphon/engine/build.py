@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from antiphon.comm import RankGroup, Transport, create_transport, parse_transport
 from antiphon.comm.machine import examine_machine
 from antiphon.comm.usable import Usability, slab_bytes, usable_transports
@@ -16,6 +14,7 @@ from antiphon.engine.cache_size import measured_cache
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.expert_load import ExpertLoad
 from antiphon.engine.kv_cache import allocate_cache
+from antiphon.engine.memory import first_line, is_out_of_memory
 from antiphon.engine.messages import Ready
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampler import Sampler
@@ -138,12 +137,18 @@ def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -
     except AntiphonError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OptionError(
+                f"the buffers of transport {config.transport.name!r} for steps of max_num_batched_tokens="
+                f"{config.max_num_batched_tokens} tokens do not fit into the memory of this rank "
+                f"({first_line(error)}); use a lower max_num_batched_tokens, which by default follows "
+                "max_model_len"
+            ) from error
         found = None if options.transport == "auto" else _unusable(config)  # auto has asked the devices
         if found is None:
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise OptionError(
-            f"transport {found.name!r} cannot be used on this machine: {found.reason} ({first_line}); "
+            f"transport {found.name!r} cannot be used on this machine: {found.reason} ({first_line(error)}); "
             f"{found.remedy or 'use another transport'}"
         ) from error
 
@@ -172,10 +177,12 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
     options = config.options
     try:
         model = build_model(config.model, transport, config.routing)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise OptionError(
             f"the weights of one of {options.ranks} ranks are {_weight_gib(config):.1f} GiB and do not fit into the "
-            f"memory of {transport.streams.device} ({str(error).splitlines()[0]}); use more ranks or a lower num_layers"
+            f"memory of {transport.streams.device} ({first_line(error)}); use more ranks or a lower num_layers"
         ) from error
     if options.load_format == "dummy":
         fill_dummy_weights(model, seed=options.seed)

@@ -18,6 +18,7 @@ from antiphon.core.errors import RequestError
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.memory import check_memory
 from antiphon.engine.options import OPTION_DEFAULTS, make_config
 from antiphon.engine.outputs import Collector
 from antiphon.engine.prompts import Prompt, RequestMaker, params_for, prompt_list
@@ -130,6 +131,7 @@ class LLM:
         self._asked_policy = options.policy
         for sentence in [*self.config.checkpoint_notes, *self.config.without_effect()]:
             logger.warning(sentence)
+        check_memory(self.config)
         self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         self._client: Client = (
             InProcessClient(self.config, on_start) if options.ranks == 1 else WorkerClient(self.config, on_start)
