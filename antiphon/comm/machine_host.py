@@ -19,7 +19,15 @@ from pathlib import Path
 from antiphon.comm.machine_facts import UNLIMITED, Check, Host, Numa, NumaNode
 from antiphon.core.lines import split_lines
 
-__all__ = ["numa_node_of", "parse_cpu_list", "probe_host", "probe_numa", "read_text", "run_limited"]
+__all__ = [
+    "numa_node_of",
+    "obtainable_memory",
+    "parse_cpu_list",
+    "probe_host",
+    "probe_numa",
+    "read_text",
+    "run_limited",
+]
 
 _ROOT = Path("/")
 _CHILD_LIMIT_S = 10.0
@@ -55,6 +63,15 @@ def probe_host(root: Path = _ROOT) -> Host:
         pidfd_getfd=probe_pidfd_getfd(),
         ptrace_scope=int(scope) if scope and scope.strip().isdigit() else None,
     )
+
+
+def obtainable_memory(root: Path = _ROOT) -> int | None:
+    """Bytes that processes here can still be given; `None` where the system does not say. Starts nothing.
+
+    Of a control group it is the limit: what it has in use is mostly files in the page cache, which give way.
+    """
+    limits = (_memory_info(root).get("MemAvailable"), _cgroup_memory(root)[0])
+    return min((limit for limit in limits if limit is not None and limit != UNLIMITED), default=None)
 
 
 def _locked_memory() -> int | None:

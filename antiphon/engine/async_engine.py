@@ -12,6 +12,7 @@ streams too, belongs to the event loop. When a rank fails, every open stream and
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -26,6 +27,7 @@ import zmq
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.config import EngineConfig, ResolvedConfig
+from antiphon.engine.memory import check_memory
 from antiphon.engine.messages import Answer, FromWorker, Tokens
 from antiphon.engine.open_request import OpenRequest
 from antiphon.engine.outputs import Collector
@@ -35,6 +37,8 @@ from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.engine.worker_client import WorkerClient
 
 __all__ = ["AsyncEngine"]
+
+logger = logging.getLogger("antiphon.engine")
 
 _WAKE = "inproc://antiphon-wake"
 
@@ -74,6 +78,9 @@ class AsyncEngine:
 
     def __init__(self, options: EngineConfig, *, on_start: Callable[[str], None] | None = None) -> None:
         config = options.resolve()
+        for sentence in config.checkpoint_notes:
+            logger.warning(sentence)
+        check_memory(config)
         options = config.options
         self.tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         config = config.with_tokenizer(self.tokenizer)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from antiphon.comm import RankGroup, Transport, create_transport, parse_transport
 from antiphon.comm.machine import examine_machine
 from antiphon.comm.usable import Usability, slab_bytes, usable_transports
@@ -16,6 +14,7 @@ from antiphon.engine.cache_size import measured_cache
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.expert_load import ExpertLoad
 from antiphon.engine.kv_cache import allocate_cache
+from antiphon.engine.memory import is_out_of_memory
 from antiphon.engine.messages import Ready
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampler import Sampler
@@ -138,6 +137,13 @@ def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -
     except AntiphonError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OptionError(
+                f"the buffers of transport {config.transport.name!r} for steps of max_num_batched_tokens="
+                f"{config.max_num_batched_tokens} tokens do not fit into the memory of this rank "
+                f"({first_line(error)}); use a lower max_num_batched_tokens, which by default follows "
+                "max_model_len"
+            ) from error
         found = None if options.transport == "auto" else _unusable(config)  # auto has asked the devices
         if found is None:
             raise
@@ -171,7 +177,9 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
     options = config.options
     try:
         model = build_model(config.model, transport, config.routing)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise OptionError(
             f"the weights of one of {options.ranks} ranks are {_weight_gib(config):.1f} GiB and do not fit into the "
             f"memory of {transport.streams.device} ({first_line(error)}); use more ranks or a lower num_layers"
@@ -180,7 +188,7 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
         fill_dummy_weights(model, seed=options.seed)
     else:
         load_weights(
-            Checkpoint(Path(options.model)),
+            Checkpoint(Path(options.model), single_file=config.single_file),
             model.checkpoint_tensors(),
             progress=lambda p: report(Starting(what=LOADING, bytes_read=p.bytes, num_bytes=p.num_bytes)),
         )

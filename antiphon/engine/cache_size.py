@@ -73,7 +73,7 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
     )
     model.bind_kv_cache(cache)
     plan = Plan(part_tokens=((num_tokens,),) * options.ranks, reason="the largest step, to measure its memory")
-    runner, longest = Runner(model, streams=streams), config.max_model_len
+    runner, longest = Runner(model, streams=streams), _longest_text(config, streams)
     contexts = [0] if longest <= num_tokens else [0, longest - num_tokens]
     try:
         for context_len in contexts:
@@ -88,11 +88,20 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
             hidden_TD = join(runner.run(split(batch, plan, block_size=options.block_size)))
             logits_NV = model.logits(hidden_TD[: options.max_num_seqs])
             logits_NV.clone()  # what the sampler makes of them
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        behind = f" behind a text of {context_len}" if context_len else ""
+        lower = "a lower max_model_len (--max-model-len), " if context_len else ""
         raise OptionError(
-            f"a step of max_num_batched_tokens={num_tokens} tokens does not fit into the memory that the weights leave "
-            f"({first_line(error)}); use a lower max_num_batched_tokens or more ranks"
+            f"a step of max_num_batched_tokens={num_tokens} tokens{behind} does not fit into the memory that the "
+            f"weights leave ({first_line(error)}); use {lower}a lower max_num_batched_tokens or more ranks"
         ) from error
+
+
+def _longest_text(config: ResolvedConfig, streams: Streams) -> int:
+    """No text is longer than the cache, and no cache is larger than the device, whatever the model allows."""
+    block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
+    in_memory = memory(streams.device).total_bytes // block * config.options.block_size
+    return min(config.max_model_len, max(in_memory, config.max_num_batched_tokens))
 
 
 def largest_batch(

@@ -30,15 +30,7 @@ from antiphon.engine.settle import (
     settle_routing,
 )
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
-from antiphon.models import (
-    Checkpoint,
-    ModelConfig,
-    RoutingSpec,
-    check_checkpoint,
-    expert_shape,
-    read_config,
-    skeleton,
-)
+from antiphon.models import ModelConfig, RoutingSpec, expert_shape, match_checkpoint, read_config
 
 __all__ = ["DTYPES", "EngineConfig", "ResolvedConfig"]
 
@@ -132,8 +124,7 @@ class EngineConfig:
             requested, shape, self.ranks, device_kind=device_kind, peer_access=peer_access
         )
         load_transport(transport, device_kind)
-        if self.load_format != "dummy":
-            check_checkpoint(Checkpoint(Path(source)), skeleton(model).checkpoint_tensors())
+        matched = None if self.load_format == "dummy" else match_checkpoint(model, Path(source))
 
         max_model_len = _limit("max_model_len", self.max_model_len, model.max_positions, "the model's positions")
         max_batched = self.max_num_batched_tokens
@@ -152,7 +143,9 @@ class EngineConfig:
                 policy=policy,
             ),
             dbo_source=dbo_source,
-            model=model,
+            model=model if matched is None else matched.config,
+            single_file=matched is not None and matched.checkpoint.single_file,
+            checkpoint_notes=() if matched is None else matched.notes,
             routing=routing,
             device_kind=device_kind,
             device_reason=device_reason,
@@ -194,6 +187,8 @@ class ResolvedConfig:
 
     options: EngineConfig
     model: ModelConfig
+    single_file: bool  # the checkpoint is model.safetensors, whatever index is beside it
+    checkpoint_notes: tuple[str, ...]  # sentences for the user
     routing: RoutingSpec
     dbo_source: str  # the environment's setting that decided, if one did
     device_kind: str

@@ -36,6 +36,9 @@ def allocate_cache(
     """[layers, num_blocks, block_size, kv_width], zeros, by default on the CPU. It never grows."""
     try:
         return torch.zeros(config.num_layers, num_blocks, block_size, config.kv_width, dtype=dtype, device=device)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # the last two: not even a size in 64 bits
         size = num_blocks * block_bytes(config, block_size=block_size, dtype=dtype)
-        raise OptionError(f"kv_cache_memory: {size} bytes cannot be allocated on this rank; use less") from error
+        raise OptionError(
+            f"a KV cache of {size} bytes cannot be allocated on this rank; use a lower kv_cache_memory "
+            "(--kv-cache-memory), or a lower max_model_len (--max-model-len), if it is made for one text"
+        ) from error

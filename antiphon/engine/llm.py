@@ -19,6 +19,7 @@ from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.chat import Message
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.memory import check_memory
 from antiphon.engine.options import OPTION_DEFAULTS, make_config
 from antiphon.engine.outputs import Collector, whole_characters
 from antiphon.engine.prompts import Prompt, RequestMaker, params_for, prompt_list
@@ -131,8 +132,9 @@ class LLM:
         self.config: ResolvedConfig = options.resolve()
         options = self.config.options
         self._asked_policy = options.policy
-        for sentence in self.config.without_effect():
+        for sentence in [*self.config.checkpoint_notes, *self.config.without_effect()]:
             logger.warning(sentence)
+        check_memory(self.config)
         self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         self.config = self.config.with_tokenizer(self._tokenizer)
         self._client: Client = (

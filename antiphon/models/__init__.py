@@ -1,9 +1,11 @@
 """Models: straight-line code, in which overlap is two `finish` calls of the MoE layer, and their checkpoints."""
 
 from antiphon.models.causal_lm import CausalLM, LayerState
+from antiphon.models.checkpoint import Checkpoint
 from antiphon.models.config import ModelConfig
 from antiphon.models.dummy import fill_dummy_weights
 from antiphon.models.hub import resolve_model
+from antiphon.models.match import MatchedCheckpoint, match_checkpoint
 from antiphon.models.presets import PRESETS, preset_file
 from antiphon.models.registry import (
     KNOWN_ARCHITECTURES,
@@ -15,7 +17,7 @@ from antiphon.models.registry import (
     weight_bytes,
 )
 from antiphon.models.routing import RoutingSpec, parse_routing
-from antiphon.models.weights import Checkpoint, LoadProgress, check_checkpoint, load_weights
+from antiphon.models.weights import LoadProgress, check_checkpoint, load_weights
 
 __all__ = [
     "KNOWN_ARCHITECTURES",
@@ -24,6 +26,7 @@ __all__ = [
     "Checkpoint",
     "LayerState",
     "LoadProgress",
+    "MatchedCheckpoint",
     "ModelConfig",
     "RoutingSpec",
     "build_model",
@@ -31,6 +34,7 @@ __all__ = [
     "expert_shape",
     "fill_dummy_weights",
     "load_weights",
+    "match_checkpoint",
     "num_parameters",
     "parse_routing",
     "preset_file",

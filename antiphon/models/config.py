@@ -11,9 +11,14 @@ from typing import Any
 from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import ModelError
 
-__all__ = ["ConfigFile", "ModelConfig", "read_json"]
+__all__ = ["LARGEST_POSITION", "ConfigFile", "ModelConfig", "read_json"]
 
 logger = logging.getLogger("antiphon.models")
+
+LARGEST_POSITION = 2**62
+
+_LARGEST_SIZE = 2**31 - 1
+"""Of what is a dimension of tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +66,20 @@ class ConfigFile:
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(key, default)
 
-    def count(self, key: str, *, minimum: int = 1) -> int:
+    def count(self, key: str, *, minimum: int = 1, maximum: int = _LARGEST_SIZE) -> int:
         """A required integer."""
         value = self._values.get(key)
         if not is_whole(value) or value < minimum:
             raise ModelError(f"{self.path} has {key}={value!r}; an integer of at least {minimum} is needed")
+        if value > maximum:
+            raise ModelError(
+                f"{self.path} has {key}={value}; at most {maximum} is possible, so use the model's own file"
+            )
         return value
+
+    def positions(self) -> int:
+        """The longest text of the model, as far as the file says. Not a dimension: no tensor is as long."""
+        return self.count("max_position_embeddings", maximum=LARGEST_POSITION)
 
     def number(self, key: str, default: float) -> float:
         value = self._values.get(key, default)

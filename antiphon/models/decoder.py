@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Transport
+from antiphon.core.errors import ModelError
 from antiphon.kernels.grouped_experts import ExpertWorkspace
 from antiphon.models.causal_lm import LayerState
 from antiphon.models.config import ConfigFile, ModelConfig
@@ -26,7 +27,15 @@ from antiphon.models.moe import Experts, MoELayer, MoENames
 from antiphon.models.rope import rope_angles, rope_tables
 from antiphon.models.router import Router, RoutingConfig, check_groups
 
-__all__ = ["Decoder", "DecoderConfig", "DecoderLayer"]
+__all__ = ["DEFAULT_EPS", "EMBEDDING_NAME", "HEAD_NAME", "Decoder", "DecoderConfig", "DecoderLayer"]
+
+EMBEDDING_NAME = "model.embed_tokens.weight"
+HEAD_NAME = "lm_head.weight"
+
+DEFAULT_EPS = 1e-6
+"""Of norms, for most architectures."""
+
+_MOST_LAYERS = 10_000  # a hundred times more than there are; each takes time to make, even without memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,8 @@ class DecoderConfig(ModelConfig):
     norm_eps: float
     tied_embeddings: bool
     moe_names: MoENames
+    # set by `match_checkpoint`
+    embedding_name: str = EMBEDDING_NAME  # of a tied one, which a checkpoint may hold under the name of the head
 
     @staticmethod
     def read(
@@ -52,18 +63,23 @@ class DecoderConfig(ModelConfig):
         num_dense_layers: int,
         num_shared_experts: int,
         expert_width_key: str = "moe_intermediate_size",
+        default_eps: float = DEFAULT_EPS,
         moe_names: MoENames | None = None,
     ) -> DecoderConfig:
-        """The keys that all architectures name alike. Raises `ModelError` for those that are missing or wrong."""
+        """The keys that all architectures name alike. Raises `ModelError` for those that are missing or wrong.
+
+        default_eps: of norms, where the file does not say.
+        """
         check_groups(file, routing)
         file.require("hidden_act", ("silu",), "silu")
+        _require_full_attention(file)
         return DecoderConfig(
             architecture=file.architecture,
-            num_layers=file.count("num_hidden_layers"),
+            num_layers=file.count("num_hidden_layers", maximum=_MOST_LAYERS),
             hidden_size=attention.hidden_size,
             vocab_size=file.count("vocab_size"),
             # Some checkpoints leave the length of the training there when yarn stretches it.
-            max_positions=max(file.count("max_position_embeddings"), attention.rope.stretched_positions),
+            max_positions=max(file.positions(), attention.rope.stretched_positions),
             num_experts=routing.num_experts,
             top_k=routing.top_k,
             kv_width=attention.kv_width,
@@ -74,9 +90,17 @@ class DecoderConfig(ModelConfig):
             dense_width=file.count("intermediate_size"),
             expert_width=file.count(expert_width_key),
             num_shared_experts=num_shared_experts,
-            norm_eps=file.number("rms_norm_eps", 1e-6),
+            norm_eps=file.number("rms_norm_eps", default_eps),
             tied_embeddings=file.flag("tie_word_embeddings", False),
             moe_names=moe_names or MoENames(),
+        )
+
+
+def _require_full_attention(file: ConfigFile) -> None:
+    kinds = file.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ModelError(
+            f"{file.path} has layer_types={kinds!r}, which is not supported; only null, or 'full_attention' for all"
         )
 
 
@@ -176,8 +200,11 @@ class Decoder(nn.Module):
             layer.self_attn.cache_blocks = cache_blocks
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, child in self.named_children():
-            yield from checkpoint_tensors(child, f"{name}." if name == "lm_head" else f"model.{name}.")
+        yield self.config.embedding_name, self.embed_tokens.weight
+        yield from checkpoint_tensors(self.layers, "model.layers.")
+        yield from checkpoint_tensors(self.norm, "model.norm.")
+        if self.lm_head is not None:
+            yield HEAD_NAME, self.lm_head.weight
 
     def decoder_layers(self, layers: range | None = None) -> Iterator[DecoderLayer]:
         """The layers, or those of a range, by their type."""

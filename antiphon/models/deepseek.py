@@ -27,7 +27,7 @@ def read_deepseek_v3(file: ConfigFile) -> DecoderConfig:
         num_groups=file.count("n_group"),
         top_groups=file.count("topk_group"),
         normalize=file.flag("norm_topk_prob", True),
-        scale=file.number("routed_scaling_factor", 1.0),
+        scale=file.number("routed_scaling_factor", 2.5),
     )
     return _read(file, attention, routing)
 

@@ -13,6 +13,8 @@ from antiphon.models.router import RoutingConfig
 
 __all__ = ["read_glm4_moe"]
 
+_DEFAULT_EPS = 1e-5
+
 
 def read_glm4_moe(file: ConfigFile) -> DecoderConfig:
     """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
@@ -25,11 +27,19 @@ def read_glm4_moe(file: ConfigFile) -> DecoderConfig:
         normalize=file.flag("norm_topk_prob", True),
         scale=file.number("routed_scaling_factor", 1.0),
     )
-    attention = GroupedQueryConfig.read(file, qk_norm=file.flag("use_qk_norm", False), out_bias=False, rotary_share=0.5)
+    qk_norm = file.flag("use_qk_norm", False)
+    attention = GroupedQueryConfig.read(
+        file,
+        with_bias=file.flag("attention_bias", False),
+        out_bias=False,
+        qk_norm_eps=file.number("rms_norm_eps", _DEFAULT_EPS) if qk_norm else None,
+        default_share=0.5,
+    )
     return DecoderConfig.read(
         file,
         attention=attention,
         routing=routing,
         num_dense_layers=file.count("first_k_dense_replace", minimum=0),
         num_shared_experts=file.count("n_shared_experts", minimum=0),
+        default_eps=_DEFAULT_EPS,
     )

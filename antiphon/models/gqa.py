@@ -18,7 +18,7 @@ from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import Linear, MergedLinear, RMSNorm
 from antiphon.models.prefill_runs import prefill_runs
-from antiphon.models.rope import RopeConfig, rotary_size
+from antiphon.models.rope import DEFAULT_THETA, RopeConfig, rotary_size
 from antiphon.runtime import order_point
 
 __all__ = ["GroupedQueryAttention", "GroupedQueryConfig"]
@@ -42,8 +42,16 @@ class GroupedQueryConfig:
         return 2 * self.num_kv_heads * self.head_size
 
     @staticmethod
-    def read(file: ConfigFile, *, qk_norm: bool, out_bias: bool, rotary_share: float) -> GroupedQueryConfig:
-        """rotary_share: of the dimensions of a head, where the file does not say. Raises `ModelError`."""
+    def read(
+        file: ConfigFile,
+        *,
+        with_bias: bool,
+        out_bias: bool,
+        qk_norm_eps: float | None = None,
+        default_share: float = 1.0,
+        default_theta: float = DEFAULT_THETA,
+    ) -> GroupedQueryConfig:
+        """default_share, default_theta: of rotary dimensions, where the file does not say. Raises `ModelError`."""
         hidden_size, num_heads = file.count("hidden_size"), file.count("num_attention_heads")
         num_kv_heads = file.count("num_key_value_heads")
         if num_heads % num_kv_heads:
@@ -52,16 +60,16 @@ class GroupedQueryConfig:
                 "the first must be a multiple of the second"
             )
         head_size = hidden_size // num_heads if file.get("head_dim") is None else file.count("head_dim")
-        size = rotary_size(file, head_size, default_share=rotary_share)
+        size = rotary_size(file, head_size, default_share=default_share)
         return GroupedQueryConfig(
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_size=head_size,
-            bias=file.flag("attention_bias", False),
+            bias=with_bias,
             out_bias=out_bias,
-            qk_norm_eps=file.number("rms_norm_eps", 1e-6) if qk_norm else None,
-            rope=RopeConfig.read(file, size=size, interleaved=False),
+            qk_norm_eps=qk_norm_eps,
+            rope=RopeConfig.read(file, size=size, interleaved=False, default_theta=default_theta),
         )
 
     def refuse_partial_rotation(self, file: ConfigFile) -> None:

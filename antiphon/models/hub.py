@@ -12,8 +12,8 @@ from pathlib import Path
 
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import ModelError, first_line
+from antiphon.models.checkpoint import missing_files
 from antiphon.models.presets import PRESETS
-from antiphon.models.weights import missing_files
 
 __all__ = ["is_hub_id", "resolve_model"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from antiphon.kernels.router import Scoring
 from antiphon.models.config import ConfigFile
-from antiphon.models.decoder import DecoderConfig
+from antiphon.models.decoder import DEFAULT_EPS, DecoderConfig
 from antiphon.models.gqa import GroupedQueryConfig
 from antiphon.models.router import RoutingConfig
 
@@ -27,8 +27,9 @@ def read_qwen3_moe(file: ConfigFile) -> DecoderConfig:
         normalize=file.flag("norm_topk_prob", False),
         narrow=True,
     )
+    bias = file.flag("attention_bias", False)
     attention = GroupedQueryConfig.read(
-        file, qk_norm=True, out_bias=file.flag("attention_bias", False), rotary_share=1.0
+        file, with_bias=bias, out_bias=bias, qk_norm_eps=file.number("rms_norm_eps", DEFAULT_EPS)
     )
     attention.refuse_partial_rotation(file)
     return DecoderConfig.read(file, attention=attention, routing=routing, num_dense_layers=0, num_shared_experts=0)

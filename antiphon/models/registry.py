@@ -11,7 +11,7 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Transport, create_transport
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, first_line
 from antiphon.models.block_fp8 import BlockFp8
 from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.decoder import Decoder, DecoderConfig
@@ -124,13 +124,22 @@ def _route_by_table(model: Decoder, routing: RoutingSpec, transport: Transport) 
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The whole model without memory behind it: for the names and shapes that a checkpoint must have."""
+    """The whole model without memory behind it: for the names and shapes that a checkpoint must have.
+
+    Raises `ModelError` for sizes that tensors cannot have, wherever they are.
+    """
     group = RankGroup(rank=0, size=1)
-    with torch.device("meta"):
-        transport = create_transport(
-            "local", expert_shape(config, dtype), group=group, streams=CpuStreams(), num_lanes=1
-        )
-        return Decoder(_decoder_config(config), transport)
+    try:
+        with torch.device("meta"):
+            transport = create_transport(
+                "local", expert_shape(config, dtype), group=group, streams=CpuStreams(), num_lanes=1
+            )
+            return Decoder(_decoder_config(config), transport)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the sizes in config.json make tensors that cannot be ({first_line(error)}); use the file that "
+            f"was published with the weights of this {config.architecture}"
+        ) from error
 
 
 def num_parameters(config: ModelConfig) -> int:

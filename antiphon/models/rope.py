@@ -13,9 +13,12 @@ import torch
 
 from antiphon.core.checks import is_number
 from antiphon.core.errors import ModelError
-from antiphon.models.config import ConfigFile
+from antiphon.models.config import LARGEST_POSITION, ConfigFile
 
-__all__ = ["RopeConfig", "rope_angles", "rope_tables", "rotary_size", "score_scale"]
+__all__ = ["DEFAULT_THETA", "RopeConfig", "rope_angles", "rope_tables", "rotary_size", "score_scale"]
+
+DEFAULT_THETA = 10_000.0
+"""Base of the rotary angles where a file does not say, for most architectures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +50,13 @@ class RopeConfig:
         return 0 if self.yarn is None else int(self.yarn.factor * self.yarn.original_positions)
 
     @staticmethod
-    def read(file: ConfigFile, *, size: int, interleaved: bool) -> RopeConfig:
+    def read(file: ConfigFile, *, size: int, interleaved: bool, default_theta: float = DEFAULT_THETA) -> RopeConfig:
         """From `rope_parameters`, or `rope_theta` and `rope_scaling` of older checkpoints."""
         parameters = _parameters(file)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "yarn"):
             raise ModelError(f"{file.path} has rope_type={kind!r}, which is not supported; only 'default' or 'yarn'")
-        theta = parameters.get("rope_theta", file.get("rope_theta", 10_000.0))
+        theta = parameters.get("rope_theta", file.get("rope_theta", default_theta))
         if not is_number(theta) or theta <= 1:
             raise ModelError(f"{file.path} has rope_theta={theta!r}; a number above 1 is needed")
         yarn = None if kind == "default" else _read_yarn(file, parameters)
@@ -78,9 +81,15 @@ def rotary_size(file: ConfigFile, head_size: int, *, default_share: float) -> in
 
 
 def _parameters(file: ConfigFile) -> dict[str, Any]:
-    parameters = file.get("rope_parameters") or file.get("rope_scaling") or {}
+    parameters = file.get("rope_scaling") or file.get("rope_parameters") or {}  # in this order in transformers too
     if not isinstance(parameters, dict):
         raise ModelError(f"{file.path} has rope parameters {parameters!r}; an object is needed")
+    for key, value in parameters.items():
+        if isinstance(value, dict):
+            raise ModelError(
+                f"{file.path} has rope parameters of their own for {key!r}, which is not supported; only one kind of "
+                "rotary embedding for all layers"
+            )
     return parameters
 
 
@@ -89,9 +98,7 @@ def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
     try:
         yarn = Yarn(
             factor=float(parameters["factor"]),
-            original_positions=int(
-                parameters.get("original_max_position_embeddings") or file.count("max_position_embeddings")
-            ),
+            original_positions=int(parameters.get("original_max_position_embeddings") or file.positions()),
             beta_fast=float(parameters.get("beta_fast") or 32),
             beta_slow=float(parameters.get("beta_slow") or 1),
             mscale=float(parameters.get("mscale") or 0),
@@ -105,6 +112,11 @@ def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
         raise ModelError(
             f"{file.path} has yarn with factor={yarn.factor} and {yarn.original_positions} original positions; "
             "both must be at least 1"
+        )
+    if yarn.original_positions > LARGEST_POSITION / yarn.factor:
+        raise ModelError(
+            f"{file.path} has yarn with factor={yarn.factor} and {yarn.original_positions} original positions, which "
+            "makes texts longer than any; use the model's own file"
         )
     return yarn
 

@@ -112,6 +112,21 @@ def test_memory_and_ptrace_scope_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("available_kib", "limit", "expected"),
+    [(512, None, 512 * 1024), (512, "1000", 1000), (512, "9000000", 512 * 1024), (512, "max", 512 * 1024)],
+)
+def test_memory_that_can_still_be_had(tmp_path: Path, available_kib: int, limit: str | None, expected: int) -> None:
+    files = {"proc/meminfo": f"MemTotal: 9999 kB\nMemAvailable: {available_kib} kB\n", "proc/self/cgroup": "0::/\n"}
+    if limit is not None:  # what is in use there may be files, which give way
+        files |= {"sys/fs/cgroup/memory.max": limit, "sys/fs/cgroup/memory.current": "900"}
+    assert machine_host.obtainable_memory(tree(tmp_path, files)) == expected
+
+
+def test_memory_of_an_unknown_system(tmp_path: Path) -> None:
+    assert machine_host.obtainable_memory(tmp_path) is None
+
+
+@pytest.mark.parametrize(
     ("files", "container"),
     [
         ({".dockerenv": ""}, "docker"),

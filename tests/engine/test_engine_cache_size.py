@@ -147,6 +147,27 @@ def test_a_step_that_does_not_fit_names_the_option(
         measure(engine, config)
 
 
+def test_a_text_is_never_longer_than_the_memory_of_the_device(
+    engine: StepEngine, config: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that allows 2**40 positions is measured with a text that a cache could hold."""
+    lengths: list[int] = []
+
+    def run_out(token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+        lengths.append(int(positions_T.max()) + 1)
+        if lengths[-1] > 96:
+            raise torch.OutOfMemoryError("no room for that")
+        return torch.zeros(token_ids_T.shape[0], config.model.hidden_size)
+
+    block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
+    endless = replace(config, max_model_len=2**40)
+    monkeypatch.setattr(cache_size, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(engine.runner.model, "forward", run_out)
+    with pytest.raises(OptionError, match=r"tokens behind a text of 1504 does not fit .* use a lower max_model_len"):
+        measure(engine, endless)
+    assert lengths == [96, 1600]
+
+
 def test_on_the_cpu_the_size_is_known_before_anything_runs(config: ResolvedConfig) -> None:
     assert config.cache is not None
     assert config.cache.source == "the default for CPUs"

@@ -297,7 +297,10 @@ def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, pattern: str
         ({"timeout_s": float("inf")}, "timeout_s=inf"),
         ({"timeout_s": "x"}, "timeout_s='x'"),
         ({"seed": "x"}, "seed='x'"),
-        ({"kv_cache_memory": 10**18}, "cannot be allocated on this rank; use less"),
+        (
+            {"kv_cache_memory": 10**18},
+            r"\(set by kv_cache_memory\) .* use a lower kv_cache_memory",
+        ),
         ({"dbo_prefill_token_threshold": -1}, "dbo_prefill_token_threshold=-1"),
         ({"prefix_caching": "no"}, "prefix_caching='no' is not True or False"),
         ({"chunked_prefill": 1}, "chunked_prefill=1 is not True or False"),

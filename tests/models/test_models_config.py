@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from antiphon.core.errors import ModelError
-from antiphon.models import KNOWN_ARCHITECTURES, read_config
+from antiphon.models import KNOWN_ARCHITECTURES, read_config, skeleton
 from antiphon.models.decoder import DecoderConfig
+from antiphon.models.gqa import GroupedQueryConfig
 from tests.models.twin import rewrite_config, tiny_config
 
 
@@ -82,6 +83,13 @@ def test_sizes_of_zero(folder: Path, key: str) -> None:
         ({"norm_topk_prob": 1}, "norm_topk_prob=1; true or false is needed"),
         ({"routed_scaling_factor": "2"}, "routed_scaling_factor='2'; a number is needed"),
         ({"rms_norm_eps": None}, "rms_norm_eps=None; a number is needed"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings=None; true or false is needed"),
+        ({"tie_word_embeddings": "true"}, "tie_word_embeddings='true'; true or false is needed"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types=['full_attention', 'sliding_attention']",
+        ),
+        ({"layer_types": "full_attention"}, "layer_types='full_attention', which is not supported; only null, or"),
         ({"q_lora_rank": 0}, "q_lora_rank=0"),
         ({"n_shared_experts": -1}, "n_shared_experts=-1"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', which is not supported; only 'silu'"),
@@ -119,6 +127,9 @@ def test_what_is_not_supported(folder: Path, changes: dict[str, Any], message: s
         ({"rope_type": "yarn", "factor": 2.0, "attention_factor": "big"}, "yarn parameters that cannot be read"),
         ({"rope_type": "default", "rope_theta": "large"}, "rope_theta='large'"),
         ({"rope_type": "default", "rope_theta": None}, "rope_theta=None"),
+        ({"rope_type": "yarn", "factor": 1e308}, "makes texts longer than any; use the model's own file"),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2**61}, "longer than any"),
+        ({"full_attention": {"rope_type": "yarn", "factor": 4.0}}, "rope parameters of their own for 'full_attention'"),
         (["yarn"], "rope"),
         ("yarn", "rope"),
     ],
@@ -126,6 +137,45 @@ def test_what_is_not_supported(folder: Path, changes: dict[str, Any], message: s
 def test_rope_that_is_not_supported(folder: Path, parameters: Any, message: str) -> None:
     rewrite_config(folder, rope_parameters=parameters)
     assert message in error_of(folder)
+
+
+def test_older_rope_parameters_win_as_in_transformers(folder: Path) -> None:
+    rewrite_config(folder, rope_scaling={"type": "llama3"}, rope_parameters={"rope_type": "default"})
+    assert "rope_type='llama3'" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("vocab_size", 2**31 - 1),
+        ("hidden_size", 2**31 - 1),
+        ("n_routed_experts", 2**31 - 1),
+        ("moe_intermediate_size", 2**31 - 1),
+        ("num_hidden_layers", 10_000),
+        ("max_position_embeddings", 2**62),
+    ],
+)
+@pytest.mark.parametrize("factor", [1, 10**30])
+def test_sizes_that_nothing_can_have(folder: Path, key: str, most: int, factor: int) -> None:
+    rewrite_config(folder, **{key: (most + 1) * factor})
+    assert f"{key}={(most + 1) * factor}; at most {most} is possible, so use" in error_of(folder)
+
+
+def test_sizes_that_make_tensors_that_cannot_be(folder: Path) -> None:
+    rewrite_config(folder, hidden_size=2**31 - 1, moe_intermediate_size=2**31 - 1)
+    config = read_config(folder)
+    with pytest.raises(
+        ModelError, match=r"make tensors that cannot be \(.*overflow.*\); use the file that was published"
+    ):
+        skeleton(config)
+
+
+@pytest.mark.parametrize("positions", [10**7, 2 * 10**9, 2**40])
+def test_positions_are_no_size_of_a_tensor(folder: Path, positions: int) -> None:
+    rewrite_config(folder, max_position_embeddings=positions)
+    config = read_config(folder)
+    assert config.max_positions == positions
+    assert max(tensor.numel() for _, tensor in skeleton(config).checkpoint_tensors()) < 10**5
 
 
 def test_an_odd_number_of_rotary_dimensions(folder: Path) -> None:
@@ -266,6 +316,25 @@ def test_what_other_architectures_do_not_support(
     rope = {key: value for key, value in config.rope_parameters.items() if key not in changes}
     rewrite_config(tmp_path, rope_parameters=rope, **changes)
     assert message in error_of(tmp_path)
+
+
+def test_a_window_must_reach_as_far_as_yarn_does(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    tiny_config("mixtral", rope_parameters=yarn).save_pretrained(tmp_path)
+    rewrite_config(tmp_path, sliding_window=511)
+    assert "sliding_window=511, which is not supported; only null, or at least its" in error_of(tmp_path)
+    rewrite_config(tmp_path, sliding_window=512)
+    assert read_config(tmp_path).max_positions == 512
+
+
+def test_mixtral_has_no_biases_whatever_its_file_says(tmp_path: Path) -> None:
+    """As in transformers; tensors of biases are refused then."""
+    tiny_config("mixtral").save_pretrained(tmp_path)
+    rewrite_config(tmp_path, attention_bias=True)
+    config = read_config(tmp_path)
+    assert isinstance(config, DecoderConfig)
+    assert isinstance(config.attention, GroupedQueryConfig)
+    assert not config.attention.bias
 
 
 def test_older_checkpoints_name_rotary_parameters_at_the_top(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from antiphon.core.errors import ModelError
 from antiphon.models import num_parameters, read_config
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.rope import Yarn
@@ -320,6 +321,35 @@ def test_as_transformers_writes_it_again(name: str, tmp_path: Path) -> None:
     assert "rope_parameters" in values
     assert "rope_scaling" not in values
     assert read(again) == published
+
+
+# What decides by itself whether tensors are needed: without it the tensors of the file do not fit. And what only ends
+# texts, or tells transformers which class to use.
+_NOT_A_DEFAULT = {"n_shared_experts", "q_lora_rank", "eos_token_id", "model_type"}
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3", "qwen3-30b-a3b", "glm-4.5", "mixtral-8x7b"])
+def test_a_key_that_is_missing_means_what_it_means_to_transformers(name: str, tmp_path: Path) -> None:
+    """Or is asked for: no value of ours where theirs is another."""
+    values = PUBLISHED[name][1]
+    refused = set()
+    for key in values.keys() - _NOT_A_DEFAULT:
+        (tmp_path / "config.json").write_text(json.dumps({other: values[other] for other in values if other != key}))
+        try:
+            ours = read(tmp_path)
+        except ModelError:
+            refused.add(key)
+            continue
+        AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+        assert read(tmp_path / "again") == ours, key
+    assert {"hidden_size", "num_hidden_layers", "max_position_embeddings"} <= refused
+    assert not refused & {
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "attention_bias",
+        "routed_scaling_factor",
+    }
 
 
 def test_yarn_of_deepseek(tmp_path: Path) -> None:

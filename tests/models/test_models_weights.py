@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from antiphon.comm import RankGroup, create_transport
 from antiphon.core.errors import ModelError
@@ -25,7 +25,7 @@ from antiphon.models import (
 )
 from antiphon.models.decoder import Decoder
 from antiphon.runtime import CpuStreams
-from tests.models.twin import random_checkpoint
+from tests.models.twin import change_tensors, random_checkpoint, stored_tensors
 
 NUM_RANKS = 4
 NUM_EXPERTS = 12
@@ -64,16 +64,6 @@ def model_of_rank(folder: Path, rank: int, size: int, dtype: torch.dtype = torch
     group = RankGroup(rank=rank, size=size, process_group=object())  # type: ignore[arg-type]
     transport = create_transport("auto", expert_shape(config, dtype), group=group, streams=CpuStreams(), num_lanes=1)
     return build_model(config, transport)
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Write the single file again with some tensors replaced or (`None`) left out."""
-    tensors = stored_tensors(folder) | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
 
 
 def change_index(folder: Path, **changes: str | None) -> None:

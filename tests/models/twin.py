@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -31,20 +32,23 @@ from transformers import (
 from antiphon.comm import RankGroup, create_transport
 from antiphon.core.batch import Batch, MicroBatch, RequestSlice, use_micro_batch
 from antiphon.core.plan import Plan
-from antiphon.models import (
-    Checkpoint,
-    build_model,
-    check_checkpoint,
-    expert_shape,
-    load_weights,
-    read_config,
-    skeleton,
-)
+from antiphon.models import build_model, expert_shape, load_weights, match_checkpoint, read_config
 from antiphon.models.decoder import Decoder
 from antiphon.runtime import CpuStreams, Streams, run_lanes, streams_for
 from antiphon.splitting import join, split
 
-__all__ = ["KINDS", "Twin", "random_checkpoint", "random_ids", "relative_error", "rewrite_config", "tiny_config"]
+__all__ = [
+    "KINDS",
+    "Twin",
+    "change_tensors",
+    "load_theirs",
+    "random_checkpoint",
+    "random_ids",
+    "relative_error",
+    "rewrite_config",
+    "stored_tensors",
+    "tiny_config",
+]
 
 BLOCK_SIZE = 4
 _NUM_BLOCKS = 40
@@ -164,6 +168,23 @@ def random_checkpoint(
     return model
 
 
+def load_theirs(folder: Path, kind: str) -> PreTrainedModel:
+    """What transformers makes of the files in `folder`."""
+    return _KINDS[kind].model.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Of all safetensors files."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Write the single file again with some tensors replaced or (`None`) left out."""
+    tensors = load_file(folder / "model.safetensors") | changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     values = torch.randn(shape, generator=generator)
     if "norm" in name:
@@ -210,15 +231,15 @@ class Twin:
     ) -> Twin:
         group = group or RankGroup(rank=0, size=1)
         streams = streams_for(torch.device(device))
-        config, checkpoint = read_config(folder), Checkpoint(folder)
-        check_checkpoint(checkpoint, skeleton(config).checkpoint_tensors())
+        matched = match_checkpoint(read_config(folder), folder)
+        config = matched.config
         ours = build_model(
             config,
             create_transport(
                 transport, expert_shape(config, dtype), group=group, streams=streams, num_lanes=_MAX_LANES
             ),
         )
-        load_weights(checkpoint, ours.checkpoint_tensors())
+        load_weights(matched.checkpoint, ours.checkpoint_tensors())
         twin = Twin(theirs, ours, streams, group.rank)
         twin.empty_cache()
         return twin
