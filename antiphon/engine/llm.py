@@ -128,8 +128,7 @@ class LLM:
         self.config: ResolvedConfig = options.resolve()
         options = self.config.options
         self._asked_policy = options.policy
-        for sentence in self.config.without_effect():
-            logger.warning(sentence)
+        warned = self._warn(but_not=())
         self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         self._client: Client = (
             InProcessClient(self.config, on_start) if options.ranks == 1 else WorkerClient(self.config, on_start)
@@ -137,9 +136,13 @@ class LLM:
         self._close = weakref.finalize(self, self._client.close)
         ready = self._client.ready
         self.config = self.config.started(
-            device_name=ready.device_name, transport_name=ready.transport_name, cache=ready.cache
+            device_name=ready.device_name,
+            transport_name=ready.transport_name,
+            data_path=ready.data_path,
+            cache=ready.cache,
         )
-        self._policy = self.config.policy
+        self._warn(but_not=warned)
+        self._settled = self.config.settled_policy
         self._requests = RequestMaker(self.config, self._tokenizer)
 
     def __enter__(self) -> Self:
@@ -187,9 +190,9 @@ class LLM:
         with self._turn:
             asked = self._asked_policy
             asked = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)
-            policy = self.config.settle(asked)
-            self._client.reconfigure(policy)
-            self._asked_policy, self._policy = asked, policy
+            settled = self.config.settle(asked)
+            self._client.reconfigure(settled.policy)
+            self._asked_policy, self._settled = asked, settled
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start.
@@ -221,7 +224,8 @@ class LLM:
             "ranks": self.config.options.ranks,
             "device": self.config.device_name,
             "transport": str(self.config.transport),
-            "dbo": self._policy.dbo,
+            "dbo": self._settled.policy.dbo,
+            "dbo_reason": self._settled.reason,
             "last_plan": first["last_plan"],
         }
 
@@ -229,6 +233,14 @@ class LLM:
         """The last steps of every rank with all their events, oldest first."""
         with self._turn:
             return self._client.timelines()
+
+    def _warn(self, *, but_not: Sequence[str]) -> list[str]:
+        """Say which options change nothing, but for what was said before; what `auto` is is known late."""
+        sentences = self.config.without_effect()
+        for sentence in sentences:
+            if sentence not in but_not:
+                logger.warning(sentence)
+        return sentences
 
     # ---- requests
 
