@@ -11,6 +11,7 @@ Contract, for every implementation and tested for each:
 - Sources: `x_TD` is read before `dispatch` returns, or after an event on the compute stream that it records.
 - Results: `Rows` belong to the transport and are valid until their combine is sent; the result of `combine`
   [T, D] is new and the caller's. Both are safe on the compute stream once finished.
+- Way: `through_host` says if data goes through host memory where devices reach each other, too.
 - Sums: over experts of one rank in float32 at least (by the caller), over ranks as the transport says.
 
 Shapes: `T` tokens of this rank, `D` hidden size, `K` experts per token, `R` rows received, `W` ranks.
