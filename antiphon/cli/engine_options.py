@@ -25,8 +25,8 @@ logger = logging.getLogger("antiphon")
 
 _FOREIGN = "antiphon.foreign"
 _AUTO = (
-    "auto: split from 4096 tokens a rank on GPUs without peer access (or over host-staged), from 512 in prefill and 32 in "
-    "decode over a simulated link, else off; the start-up block says why."
+    "auto: split from 4096 tokens a rank on GPUs without peer access (or over host-staged), from 512 in prefill and 32 "
+    "in decode over a simulated link, else off; the start-up block says why."
 )
 _EPILOG = (
     "Options of vLLM and vLLM-Ascend are accepted with their meaning here, or refused with what to use instead; "
