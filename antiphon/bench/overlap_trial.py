@@ -63,6 +63,7 @@ def tuned_link(llm: LLM, prompts: Sequence[str], *, repeats: int = 5) -> Link:
         num_bytes = overlap.num_bytes
         num_messages = sum(event.num_messages for event in step.events if event.kind.value == "sent")
         if repeat:  # the first one warms up
+            assert overlap.exposed_s is not None, "only CPUs can be tuned to: on GPUs nothing is observed"
             computing_s.append(overlap.time_s - overlap.exposed_s)
     on_wire_s = statistics.median(computing_s) - num_messages * LINK_LATENCY_S
     return Link(bytes_per_s=num_bytes / max(on_wire_s, 1e-3), latency_s=LINK_LATENCY_S)

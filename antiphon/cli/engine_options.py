@@ -24,6 +24,10 @@ __all__ = ["engine_command"]
 logger = logging.getLogger("antiphon")
 
 _FOREIGN = "antiphon.foreign"
+_AUTO = (
+    "auto: split from 4096 tokens a rank on GPUs without peer access (or over host-staged), from 512 in prefill and 32 "
+    "in decode over a simulated link, else off; the start-up block says why."
+)
 _EPILOG = (
     "Options of vLLM and vLLM-Ascend are accepted with their meaning here, or refused with what to use instead; "
     "docs/options.md lists them. --enable-dbo is --dbo on from 512 tokens a rank in prefill and 32 in decode."
@@ -48,7 +52,7 @@ def _declared(
     device: Annotated[
         str, typer.Option(help="auto, cpu, or cuda: one device a rank. auto: cuda if there are enough.")
     ] = "auto",
-    dbo: Annotated[str, typer.Option(help=f"Dual-batch overlap: {', '.join(DBO_MODES)}.")] = "auto",
+    dbo: Annotated[str, typer.Option(help=f"Dual-batch overlap: {', '.join(DBO_MODES)}. {_AUTO}")] = "auto",
     transport: Annotated[
         str,
         typer.Option(
@@ -63,13 +67,17 @@ def _declared(
     split: Annotated[str, typer.Option(help=f"Where a batch is cut: {', '.join(SPLIT_RULES)}.")] = "token",
     micro_batches: Annotated[int, typer.Option(help="Parts of a split step.")] = 2,
     dbo_prefill_token_threshold: Annotated[
-        int | None, typer.Option(help="Tokens on the busiest rank from which prefill is split.")
+        int | None, typer.Option(help="Tokens on the busiest rank from which prefill is split, under auto too.")
     ] = None,
     dbo_decode_token_threshold: Annotated[
-        int | None, typer.Option(help="Tokens on the busiest rank from which decode is split.")
+        int | None, typer.Option(help="Tokens on the busiest rank from which decode is split, under auto too.")
     ] = None,
     imbalance_ratio: Annotated[
-        float, typer.Option(help="How far from the middle a request boundary may lie, as a share of the tokens.")
+        float,
+        typer.Option(
+            help="How far from the middle a request boundary may lie, as a share of the tokens; lanes may be longer "
+            "than a serial step by twice this share."
+        ),
     ] = 0.1,
     min_total_tokens_to_split: Annotated[
         int, typer.Option(help="Steps with fewer tokens on the busiest rank are not split.")

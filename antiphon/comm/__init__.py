@@ -21,9 +21,10 @@ from antiphon.comm.registry import (
     parse_transport,
 )
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import Flight, Transport, TransportPart
+from antiphon.comm.transport import DataPath, Flight, Transport, TransportPart
 
 __all__ = [
+    "DataPath",
     "ExpertShape",
     "Flight",
     "Link",

@@ -272,5 +272,6 @@ class HostStagedTransport(CudaSlabTransport):
     """The slab protocol through pinned host memory, by copy engines."""
 
     name = "host-staged"
+    through_host = True
     medium = HostStagedMailbox
     instead = "shared-memory"

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from antiphon.comm.group import RankGroup
 from antiphon.comm.link import Link, parse_link
 from antiphon.comm.machine_facts import peers_forbidden
@@ -161,21 +163,30 @@ def create_transport(
     """
     spec = parse_transport(spec) if isinstance(spec, str) else spec
     device_kind = streams.device.type
-    peer_access = peer_access and not peers_forbidden(os.environ)
-    if spec.name == "auto" and device_kind == "cuda" and group.size > 1:
-        from antiphon.comm.machine_cuda import identity, reaches  # only where there are such devices
-
-        devices = group.all_gather_object(identity(streams.device.index))
-        peer_access = all(group.all_gather_object(peer_access and reaches(streams.device, devices)))
+    allowed = peer_access and not peers_forbidden(os.environ)
+    reached = _peers_reach(group, streams.device, allowed=allowed)
+    # A transport that was named is tried, whatever the driver says: its error says what the machine lacks.
+    peer_access = reached if spec.name == "auto" else allowed
     spec, _ = choose_transport(spec, shape, group.size, device_kind=device_kind, peer_access=peer_access)
     kind = load_transport(spec, device_kind)
     settings: dict[str, Any] = {} if spec.ctas is None else {"max_ctas": spec.ctas}
     transport = kind(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens, **settings)
+    transport.peers_reach = reached
     if spec.link is None:
         return transport
     from antiphon.comm.simulated import SimulatedTransport  # only where it is asked for
 
     return SimulatedTransport(transport, spec.link)
+
+
+def _peers_reach(group: RankGroup, device: torch.device, *, allowed: bool) -> bool:
+    """Whether all devices may and can access each other's memory, asked on every rank: each sees its own side only."""
+    if device.type != "cuda" or group.size == 1:
+        return False
+    from antiphon.comm.machine_cuda import identity, reaches  # only where there are such devices
+
+    devices = group.all_gather_object(identity(device.index))
+    return all(group.all_gather_object(allowed and reaches(device, devices)))
 
 
 def load_transport(spec: TransportSpec, device_type: str = "cpu") -> type[Transport]:

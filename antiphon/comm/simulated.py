@@ -15,7 +15,7 @@ import torch
 
 from antiphon.comm.link import Link
 from antiphon.comm.tokens import Routes, Rows
-from antiphon.comm.transport import Flight, Transport, TransportPart
+from antiphon.comm.transport import DataPath, Flight, Transport, TransportPart
 
 __all__ = ["SimulatedTransport"]
 
@@ -38,6 +38,10 @@ class SimulatedTransport(Transport):
         self.inner = inner
         self.link = link
         self._busy_until_ns = 0
+
+    @property
+    def data_path(self) -> DataPath:
+        return DataPath.NONE if self.group.size == 1 else DataPath.SIMULATED
 
     def reset(self) -> None:
         super().reset()

@@ -11,6 +11,7 @@ Contract, for every implementation and tested for each:
 - Sources: `x_TD` is read before `dispatch` returns, or after an event on the compute stream that it records.
 - Results: `Rows` belong to the transport and are valid until their combine is sent; the result of `combine`
   [T, D] is new and the caller's. Both are safe on the compute stream once finished.
+- Way: `through_host` says if data goes through host memory where devices reach each other, too.
 - Sums: over experts of one rank in float32 at least (by the caller), over ranks as the transport says.
 
 Shapes: `T` tokens of this rank, `D` hidden size, `K` experts per token, `R` rows received, `W` ranks.
@@ -32,6 +33,7 @@ from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import Pending, Streams, current_lane
 
 __all__ = [
+    "DataPath",
     "Flight",
     "Transport",
     "TransportPart",
@@ -57,6 +59,15 @@ class Flight(Generic[T]):
     num_messages: int = 1
 
 
+class DataPath(Enum):
+    """How a transport's data gets from the device of one rank to that of another."""
+
+    NONE = "none"  # one rank: nothing is sent
+    PEERS = "peers"  # straight into a peer's memory, by peer access: NVLink, or PCIe with it
+    HOST = "host"  # through host memory; on CPUs always
+    SIMULATED = "simulated"  # over a simulated link
+
+
 class TransportPart(Enum):
     """What of a transport runs: all of it, or only one part, to be measured alone with whatever the buffers hold."""
 
@@ -77,6 +88,8 @@ class Transport(ABC):
 
     name: ClassVar[str]
     num_sms: int = 0  # multiprocessors that computation had better leave to the transport's kernels, if that is known
+    through_host: ClassVar[bool] = False  # whether data goes through host memory also where devices reach each other
+    peers_reach: bool = False  # whether all devices may and can access each other's memory; set by `create_transport`
 
     def __init__(
         self,
@@ -96,6 +109,13 @@ class Transport(ABC):
         self.experts_per_rank = shape.experts_per_rank(group.size)
         self._phases = [_Phase.IDLE] * num_lanes
         self._num_rows = [0] * num_lanes  # received last
+
+    @property
+    def data_path(self) -> DataPath:
+        """How the data travels; the same on all ranks."""
+        if self.group.size == 1:
+            return DataPath.NONE
+        return DataPath.PEERS if self.peers_reach and not self.through_host else DataPath.HOST
 
     def dispatch(
         self,

@@ -9,7 +9,7 @@ from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.plan import MAX_LANES
 
-__all__ = ["DBO_MODES", "OPTION_NAMES", "SPLIT_RULES", "OverlapPolicy"]
+__all__ = ["DBO_MODES", "NEVER", "OPTION_NAMES", "SPLIT_RULES", "OverlapPolicy"]
 
 DBO_MODES = ("auto", "on", "off")
 
@@ -18,6 +18,9 @@ SPLIT_RULES = ("token", "request-boundary")
 
 DEFAULT_PREFILL_THRESHOLD = 512
 DEFAULT_DECODE_THRESHOLD = 32
+
+NEVER = 2**62
+"""A threshold that no step reaches."""
 
 OPTION_NAMES = {
     "dbo": "dbo",
@@ -46,11 +49,13 @@ class OverlapPolicy:
     """Dual-batch overlap: whether, from which size on, and where to cut.
 
     dbo: `on` splits every step that can be cut (from the thresholds on, if they are given), `off` none, `auto` from
-        the thresholds on.
+        the thresholds on, which `planning.settle_policy` chooses where they are not given.
     split: the cut rule, `token` or `request-boundary`. micro_batches: lanes of a split step, 2 to `MAX_LANES`.
-    prefill_threshold, decode_threshold: tokens on the busiest rank from which a step is split; `None` takes 512 and
-        32 under `auto` and no threshold under `on`. The decode threshold holds where that rank only decodes.
-    imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens.
+    prefill_threshold, decode_threshold: tokens on the busiest rank from which a step is split, or `NEVER`; `None` is no
+        threshold under `on`, and 512 and 32 under an `auto` that nobody settled. The decode threshold holds where that
+        rank only decodes.
+    imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens. The lanes of a split
+        step, one after another, may be longer than the serial step by twice this share, else it is not split.
     min_total_tokens, min_prefill_tokens: a step with fewer tokens on the busiest rank is not split, nor is one with
         prefill there, but with fewer tokens of it. They hold under `on` too, beside the thresholds.
     start_layer, end_layer: layers from the first up to, but not including, the last run split, the others whole;
@@ -104,14 +109,14 @@ class OverlapPolicy:
         values = asdict(self) | {"imbalance_ratio": float(self.imbalance_ratio)}
         return zlib.crc32(repr(sorted(values.items())).encode())
 
-    def without_effect(self) -> list[str]:
-        """One sentence for each option that this policy does not use."""
+    def without_effect(self, off: str = "dbo='off'") -> list[str]:
+        """One sentence for each option that this policy does not use. off: what switches it off, where it is off."""
         if self.dbo != "off":
             if self.split == "token" and self.imbalance_ratio != _DEFAULTS["imbalance_ratio"]:
                 return [f"imbalance_ratio={self.imbalance_ratio} has no effect with split='token', which cuts anywhere"]
             return []
         return [
-            f"{option}={getattr(self, name)} has no effect with dbo='off': no step is split"
+            f"{option}={getattr(self, name)} has no effect with {off}: no step is split"
             for name, option in OPTION_NAMES.items()
             if name not in ("dbo", "split", "micro_batches") and getattr(self, name) != _DEFAULTS[name]
         ]
@@ -120,14 +125,23 @@ class OverlapPolicy:
         """One line for the start-up block."""
         if self.dbo == "off":
             return "off: every step is serial"
-        prefill, decode = self.threshold(decode_only=False), self.threshold(decode_only=True)
-        limits = f"from {prefill} tokens a rank in prefill and {decode} in decode" if prefill or decode else "always"
+        limits = self.describe_thresholds()
         if self.min_total_tokens or self.min_prefill_tokens:
             limits += f", at least {self.min_total_tokens} in all and {self.min_prefill_tokens} of prompts"
         if self.start_layer or self.end_layer is not None:
             limits += f", layers {self.start_layer} to {'the last' if self.end_layer is None else self.end_layer - 1}"
-        note = ", by fixed thresholds: no calibration exists yet" if self.dbo == "auto" else ""
-        return f"{self.dbo}: {self.micro_batches} micro-batches, cut by {self.split}, {limits}{note}"
+        return f"{self.dbo}: {self.micro_batches} micro-batches, cut by {self.split}, {limits}"
+
+    def describe_thresholds(self) -> str:
+        """From when on steps are split, in words."""
+        prefill, decode = self.threshold(decode_only=False), self.threshold(decode_only=True)
+        if not prefill and not decode:
+            return "always"
+        if decode >= NEVER:
+            return f"from {prefill} tokens a rank in prefill, never in decode"
+        if prefill >= NEVER:
+            return f"from {decode} tokens a rank in decode, never in prefill"
+        return f"from {prefill} tokens a rank in prefill and {decode} in decode"
 
 
 _DEFAULTS = {field.name: field.default for field in fields(OverlapPolicy)}

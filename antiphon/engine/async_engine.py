@@ -87,7 +87,10 @@ class AsyncEngine:
         self._client = WorkerClient(config, on_start)
         ready = self._client.ready
         self.config: ResolvedConfig = config.started(
-            device_name=ready.device_name, transport_name=ready.transport_name, cache=ready.cache
+            device_name=ready.device_name,
+            transport_name=ready.transport_name,
+            data_path=ready.data_path,
+            cache=ready.cache,
         )
         self.error: EngineError | None = None
         self.on_failure: Callable[[EngineError], None] | None = None
@@ -160,7 +163,7 @@ class AsyncEngine:
         """Change `dbo` of all ranks while nothing is under way. Raises `OptionError` for another value, or if not."""
         if self._running:
             raise OptionError(f"{self.num_open} results are under way; change dbo when they have finished")
-        policy = self.config.settle(replace(self.config.options.policy, dbo=dbo))
+        policy = self.config.settle(replace(self.config.options.policy, dbo=dbo)).policy
         await self._ask(lambda: self._client.send_policy(policy))
 
     async def close(self) -> None:

@@ -19,7 +19,6 @@ from antiphon.engine.messages import Ready
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampler import Sampler
 from antiphon.engine.scheduler import Scheduler
-from antiphon.engine.settle import settle_policy
 from antiphon.engine.starting import LOADING, Starting
 from antiphon.engine.stats import StepStats
 from antiphon.engine.step import StepEngine
@@ -32,7 +31,7 @@ from antiphon.models import (
     load_weights,
     weight_bytes,
 )
-from antiphon.planning import Planner
+from antiphon.planning import Conditions, Planner, settle_policy
 from antiphon.runtime import Streams, streams_for
 from antiphon.runtime.device import activate, describe, device_for_rank
 from antiphon.timeline import StepRecorder
@@ -90,12 +89,11 @@ def build_engine(
     recorder = StepRecorder()
     runner = Runner(model, streams=streams, recorder=recorder)
     runner.reserved_sms = transport.num_sms
+    conditions = Conditions(device_kind=config.device_kind, data_path=transport.data_path)
     return StepEngine(
         group=group,
         scheduler=scheduler,
-        planner=Planner(
-            settle_policy(options.policy, options.ranks, device_kind=config.device_kind, transport=transport.name)
-        ),
+        planner=Planner(settle_policy(options.policy, conditions).policy),
         runner=runner,
         sampler=Sampler(
             model.logits,
@@ -114,7 +112,12 @@ def build_engine(
 def ready_message(engine: StepEngine) -> Ready:
     """What a rank tells the front when `build_engine` is done."""
     transport = engine.transport
-    return Ready(device_name=describe(transport.streams.device), transport_name=transport.name, cache=engine.cache)
+    return Ready(
+        device_name=describe(transport.streams.device),
+        transport_name=transport.name,
+        data_path=transport.data_path,
+        cache=engine.cache,
+    )
 
 
 def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -> Transport:

@@ -13,24 +13,23 @@ from typing import Any
 
 import torch
 
-from antiphon.comm import TransportSpec, choose_transport, load_transport, parse_transport
+from antiphon.comm import DataPath, TransportSpec, choose_transport, load_transport, parse_transport
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.kv_cache import CacheSize, block_bytes
 from antiphon.engine.settle import (
-    ONE_RANK_HIDES_NOTHING,
     check_layers,
     settle_dbo,
     settle_device,
     settle_model,
     settle_peer_access,
-    settle_policy,
     settle_routing,
 )
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 from antiphon.models import ModelConfig, RoutingSpec, expert_shape, match_checkpoint, read_config
+from antiphon.planning import Conditions, SettledPolicy, settle_policy
 
 __all__ = ["DTYPES", "EngineConfig", "ResolvedConfig"]
 
@@ -155,6 +154,7 @@ class EngineConfig:
             max_model_len=max_model_len,
             max_num_batched_tokens=max_batched,
             cache=self._cache(model, max_model_len, DTYPES[dtype_name], device_kind),
+            data_path=DataPath.NONE if self.ranks == 1 else None,
         )
         for name, value, reason in resolved.settled():
             logger.info("%s: auto -> %s (%s)", name, value, reason)
@@ -201,10 +201,15 @@ class ResolvedConfig:
     cache: CacheSize | None  # None: measured when the weights are loaded
     # set when the ranks have started
     device_name: str = ""
+    data_path: DataPath | None = None
 
-    def started(self, *, device_name: str, transport_name: str, cache: CacheSize) -> ResolvedConfig:
+    def started(
+        self, *, device_name: str, transport_name: str, data_path: DataPath, cache: CacheSize
+    ) -> ResolvedConfig:
         """With what only the ranks could tell: whether their devices reach each other is seen on the devices."""
-        started = replace(self, device_name=device_name, cache=cache)
+        started = replace(self, device_name=device_name, data_path=data_path, cache=cache)
+        if self.options.policy.dbo == "auto" and self.data_path is None:
+            logger.info("dbo: auto -> %s", started.settled_policy.reason)
         if self.options.transport != "auto" or transport_name == self.transport.name:
             return started
         reason = f"not {self.transport}, for not all of these devices reach each other's memory"
@@ -239,11 +244,19 @@ class ResolvedConfig:
     @property
     def policy(self) -> OverlapPolicy:
         """The policy that was asked for, settled."""
+        return self.settled_policy.policy
+
+    @property
+    def settled_policy(self) -> SettledPolicy:
+        """The same with the reason."""
         return self.settle(self.options.policy)
 
-    def settle(self, policy: OverlapPolicy) -> OverlapPolicy:
-        """Another policy for these devices and the transport, as far as it is known."""
-        return settle_policy(policy, self.options.ranks, device_kind=self.device_kind, transport=self.transport.name)
+    def settle(self, policy: OverlapPolicy) -> SettledPolicy:
+        """Another policy for these devices and the way between them; `auto` stays open until the ranks have started."""
+        if self.data_path is None:
+            cause = "settled when the ranks know whether their devices reach each other"
+            return SettledPolicy(policy, cause if policy.dbo == "auto" else "")
+        return settle_policy(policy, Conditions(device_kind=self.device_kind, data_path=self.data_path))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -257,8 +270,12 @@ class ResolvedConfig:
 
     def without_effect(self) -> list[str]:
         """One sentence for each option that changes nothing here."""
-        options, sentences = self.options, self.options.policy.without_effect()
-        if options.gpu_memory_utilization != _DEFAULT_UTILIZATION and self.cache is not None:
+        options, policy = self.options, self.policy
+        off = "dbo='off'" if options.policy.dbo == "off" else "dbo='auto', which is off here"
+        sentences = policy.without_effect(off)
+        is_measured = options.kv_cache_memory is None and self.device_kind != "cpu"
+        if options.gpu_memory_utilization != _DEFAULT_UTILIZATION and not is_measured:
+            assert self.cache is not None
             sentences.append(
                 f"gpu_memory_utilization={options.gpu_memory_utilization} has no effect: the size of the KV cache is "
                 f"{self.cache.source}"
@@ -278,7 +295,7 @@ class ResolvedConfig:
         if "auto" in self.options.transport or self.options.transport == "simulated":
             settled.append(("transport", str(self.transport), self.transport_reason))
         if self.options.policy.dbo != self.policy.dbo:
-            settled.append(("dbo", self.policy.dbo, ONE_RANK_HIDES_NOTHING))
+            settled.append(("dbo", self.policy.dbo, self.settled_policy.cause))
         if self.options.dtype == "auto":
             reason = "exact and fast on CPUs" if self.device_kind == "cpu" else "what GPUs compute fastest"
             settled.append(("dtype", self.dtype_name, reason))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from antiphon.core.policy import NEVER
 from antiphon.engine.config import ResolvedConfig
 from antiphon.engine.kv_cache import block_bytes
-from antiphon.engine.settle import ONE_RANK_HIDES_NOTHING
 
 __all__ = ["describe_config"]
 
@@ -54,10 +54,14 @@ def _steps(config: ResolvedConfig) -> str:
 
 
 def _dbo(config: ResolvedConfig) -> str:
-    asked, policy = config.options.policy.dbo, config.policy
+    asked, settled = config.options.policy.dbo, config.settled_policy
+    policy = settled.policy
     if asked != policy.dbo:
-        return f"{asked}: {policy.dbo}, {ONE_RANK_HIDES_NOTHING}"
-    most, prefill = config.max_num_batched_tokens, policy.threshold(decode_only=False)
-    limit = f"; a step has at most {most} tokens" if policy.dbo != "off" and prefill >= most else ""
-    source = f", by {config.dbo_source}" if config.dbo_source else ""
-    return policy.describe() + limit + source
+        return f"{asked}: {policy.dbo}, {settled.cause}"
+    if config.data_path is None and asked == "auto":
+        text = f"{asked}: {settled.cause}"
+    else:
+        text = policy.describe() + (f": {settled.cause}" if settled.cause else "")
+        most, prefill = config.max_num_batched_tokens, policy.threshold(decode_only=False)
+        text += f"; a step has at most {most} tokens" if policy.dbo != "off" and most <= prefill < NEVER else ""
+    return text + (f", by {config.dbo_source}" if config.dbo_source else "")

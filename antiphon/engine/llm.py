@@ -54,14 +54,17 @@ class LLM:
     ranks: processes that share the experts; they must divide the number of experts. With one rank no process is
         started. device: "cpu", "cuda" (one device a rank), or "auto": what the environment variable ANTIPHON_DEVICE
         says, else "cuda" if there are as many devices as ranks.
-    dbo: dual-batch overlap, "auto", "on" or "off". transport: "auto", "copy-engine" and "host-staged" (GPUs),
+    dbo: dual-batch overlap, "auto", "on" or "off"; "auto" is off but on GPUs without peer access and over a simulated
+        link, and `stats` says why. transport: "auto", "copy-engine" and "host-staged" (GPUs),
         "shared-memory" (CPUs), "allgather", "alltoall", "local", or others in docs/options.md. dtype: "auto" (bfloat16
         on GPUs, float32 on CPUs), "float32", "bfloat16", "float64". peer_access: whether GPUs may read each other's
         memory; the environment variable NCCL_P2P_DISABLE=1 forbids it too.
     split: where a batch is cut, "token" or "request-boundary". micro_batches: parts of a split step, 2 to 8.
     dbo_prefill_token_threshold, dbo_decode_token_threshold: tokens on the busiest rank from which a step is split;
-        by default 512 and 32 under "auto" (on GPUs 4096, with peer access 8192, for both) and none under "on".
-    imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens.
+        by default what "auto" chooses (4096 on GPUs without peer access, for both; 512 and 32 over a simulated link),
+        and none under "on".
+    imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens. A step whose lanes
+        together are longer than the serial step by more than twice this share is not split, under "on" either.
     min_total_tokens_to_split, min_prefill_tokens_to_split: a step with fewer tokens on the busiest rank, or with fewer
         tokens of prompts among them, is not split; they hold under "on" too. dbo_start_layer, dbo_end_layer: only these
         layers run split, the last one excluded.
@@ -132,8 +135,9 @@ class LLM:
         self.config: ResolvedConfig = options.resolve()
         options = self.config.options
         self._asked_policy = options.policy
-        for sentence in [*self.config.checkpoint_notes, *self.config.without_effect()]:
+        for sentence in self.config.checkpoint_notes:
             logger.warning(sentence)
+        warned = self._warn(but_not=())
         check_memory(self.config)
         self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
         self.config = self.config.with_tokenizer(self._tokenizer)
@@ -143,9 +147,13 @@ class LLM:
         self._close = weakref.finalize(self, self._client.close)
         ready = self._client.ready
         self.config = self.config.started(
-            device_name=ready.device_name, transport_name=ready.transport_name, cache=ready.cache
+            device_name=ready.device_name,
+            transport_name=ready.transport_name,
+            data_path=ready.data_path,
+            cache=ready.cache,
         )
-        self._policy = self.config.policy
+        self._warn(but_not=warned)
+        self._settled = self.config.settled_policy
         self._requests = RequestMaker(self.config, self._tokenizer)
 
     def __enter__(self) -> Self:
@@ -215,19 +223,20 @@ class LLM:
         with self._turn:
             asked = self._asked_policy
             asked = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)
-            policy = self.config.settle(asked)
-            self._client.reconfigure(policy)
-            self._asked_policy, self._policy = asked, policy
+            settled = self.config.settle(asked)
+            self._client.reconfigure(settled.policy)
+            self._asked_policy, self._settled = asked, settled
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start.
 
         `steps`, `steps_by_plan` (plan -> steps), `serial_reasons` (reason -> steps), which are the same on all ranks;
-        `overlap` (plan -> seconds of rank 0: `time_s`, `communication_s`, `hidden_s`, `exposed_s`, and `num_bytes`);
+        `overlap` (plan -> seconds of rank 0: `time_s`, `communication_s`, `hidden_s`, `exposed_s`, and `num_bytes`; on
+        GPUs, where the host only queues and sees no arrival, the middle three are `None`);
         `last_plan`, in words and with its numbers; `kv_cache` (tokens of a rank, and where the size comes from);
         summed over ranks: `kv_blocks`, `unfinished` and `running` requests, `preemptions`, `prefix_cache` (tokens of
         texts that were admitted, and how many of them were found, once more after a preemption); and `ranks`,
-        `device`, `transport`, `dbo`.
+        `device`, `transport`, `dbo`, and `dbo_reason` (what "auto" chose and why).
         """
         with self._turn:
             by_rank = self._client.statistics()
@@ -249,14 +258,23 @@ class LLM:
             "ranks": self.config.options.ranks,
             "device": self.config.device_name,
             "transport": str(self.config.transport),
-            "dbo": self._policy.dbo,
+            "dbo": self._settled.policy.dbo,
+            "dbo_reason": self._settled.reason,
             "last_plan": first["last_plan"],
         }
 
     def timelines(self) -> list[list[StepTimeline]]:
-        """The last steps of every rank with all their events, oldest first."""
+        """The last steps of every rank with all their events, oldest first; times are the host's (`StepTimeline`)."""
         with self._turn:
             return self._client.timelines()
+
+    def _warn(self, *, but_not: Sequence[str]) -> list[str]:
+        """Say which options change nothing, but for what was said before; what `auto` is is known late."""
+        sentences = self.config.without_effect()
+        for sentence in sentences:
+            if sentence not in but_not:
+                logger.warning(sentence)
+        return sentences
 
     # ---- requests
 

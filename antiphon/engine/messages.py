@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from antiphon.comm import DataPath
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.kv_cache import CacheSize
@@ -116,6 +117,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     device_name: str
     transport_name: str
+    data_path: DataPath
     cache: CacheSize
 
 

@@ -21,13 +21,11 @@ __all__ = [
     "DBO_VARIABLE",
     "DEVICE_VARIABLE",
     "LOAD_FORMATS",
-    "ONE_RANK_HIDES_NOTHING",
     "check_layers",
     "settle_dbo",
     "settle_device",
     "settle_model",
     "settle_peer_access",
-    "settle_policy",
     "settle_routing",
 ]
 
@@ -42,35 +40,6 @@ DBO_VARIABLE = "ANTIPHON_DBO"
 LOAD_FORMATS = ("auto", "dummy")
 
 _DBO_WORDS = {**{mode: mode for mode in DBO_MODES}, "1": "on", "0": "off"}
-
-_PEER_TRANSPORTS = ("copy-engine", "nccl-zero-cta")
-_CUDA_THRESHOLD = 4096
-_CUDA_THRESHOLD_WITH_PEERS = 8192
-"""Tokens on the busiest rank from which a step of two H200s gained by overlap, or lost a few percent (NVLink)."""
-
-ONE_RANK_HIDES_NOTHING = "one rank has no communication to hide"
-
-
-def settle_policy(
-    policy: OverlapPolicy, ranks: int, *, device_kind: str = "cpu", transport: str = "alltoall"
-) -> OverlapPolicy:
-    """`auto` is `off` on one rank, where there is nothing to hide; on GPUs it gets thresholds that were measured there.
-
-    Below them two eager lanes keep the host busy for longer than the devices (docs/performance.md), decode steps too.
-    """
-    if policy.dbo != "auto":
-        return policy
-    if ranks == 1:
-        return replace(policy, dbo="off")
-    if device_kind != "cuda":
-        return policy
-    tokens = _CUDA_THRESHOLD_WITH_PEERS if transport in _PEER_TRANSPORTS else _CUDA_THRESHOLD
-    prefill, decode = policy.prefill_threshold, policy.decode_threshold
-    return replace(
-        policy,
-        prefill_threshold=tokens if prefill is None else prefill,
-        decode_threshold=tokens if decode is None else decode,
-    )
 
 
 def settle_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:

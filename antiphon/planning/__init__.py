@@ -1,6 +1,7 @@
 """What a step does: the proposal of one rank, and the decision that all ranks make from all proposals."""
 
+from antiphon.planning.auto import Conditions, SettledPolicy, settle_policy
 from antiphon.planning.decision import decide
 from antiphon.planning.planner import Planner
 
-__all__ = ["Planner", "decide"]
+__all__ = ["Conditions", "Planner", "SettledPolicy", "decide", "settle_policy"]

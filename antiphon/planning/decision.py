@@ -1,7 +1,15 @@
 """The decision: a pure function from all ranks' proposals to one plan.
 
-The rank with the most tokens sets the pace of a step, so it alone decides whether to split. A smaller rank never
-switches overlap off: it cuts what it has, or runs it whole in the first lane and a dummy in the others.
+The rank with the most tokens sets the pace of a serial step, so its size decides whether to split. A smaller rank cuts
+what it has, or runs it whole in one lane and dummies in the others.
+
+In a split step every lane waits for the rank that has most in it, so the pace is the sum of the lanes' longest parts:
+
+             lane 0   lane 1
+    rank 0    4,096    4,096
+    rank 1    8,000        0        12,096 one after another, and 8,192 in a serial step: not split
+
+An idle rank, or one that fits into a lane whole, adds nothing and never switches overlap off.
 """
 
 from __future__ import annotations
@@ -9,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from antiphon.core.plan import Plan, Proposal, plan_kind
-from antiphon.core.policy import OverlapPolicy
+from antiphon.core.policy import NEVER, OverlapPolicy
 
 __all__ = ["decide"]
 
@@ -31,26 +39,64 @@ def decide(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Plan:
         return _serial(proposals, *too_small)
     threshold = policy.threshold(decode_only=busiest.decode_only)
     if busiest.num_tokens < threshold:
-        kind = "decode" if busiest.decode_only else "prefill"
-        return _serial(
-            proposals,
-            f"below the {kind} threshold",
-            f"{busiest.num_tokens} tokens on rank {rank}, {kind} is split from {threshold}",
-        )
+        return _serial(proposals, *_below_threshold(busiest, rank, threshold))
     if not busiest.can_split:
         return _serial(
             proposals, busiest.refusal.text, f"{busiest.refusal.text} ({busiest.num_tokens} tokens on rank {rank})"
         )
     num_lanes = len(busiest.part_tokens)
+    parts = _parts(proposals, num_lanes)
+    if too_long := _too_long(parts, busiest, rank, policy):
+        return _serial(proposals, *too_long)
     smallest = max(threshold, policy.min_total_tokens, num_lanes)
     return Plan(
-        part_tokens=tuple(
-            proposal.part_tokens if proposal.can_split else (proposal.num_tokens, *[0] * (num_lanes - 1))
-            for proposal in proposals
-        ),
+        part_tokens=parts,
         reason=f"{plan_kind(num_lanes)} allowed",
         detail=f"{busiest.num_tokens} tokens on rank {rank}, split from {smallest}",
     )
+
+
+def _parts(proposals: Sequence[Proposal], num_lanes: int) -> tuple[tuple[int, ...], ...]:
+    """The tokens of every lane of every rank. A batch that cannot be cut runs in the longest lane, where it adds least.
+
+    The first of those that are equally long, so that all ranks choose the same.
+    """
+    cut = [proposal.part_tokens for proposal in proposals if proposal.can_split]
+    longest = [max(parts) for parts in zip(*cut, strict=True)]
+    lane = longest.index(max(longest))
+    return tuple(
+        proposal.part_tokens
+        if proposal.can_split
+        else tuple(proposal.num_tokens if other == lane else 0 for other in range(num_lanes))
+        for proposal in proposals
+    )
+
+
+def _too_long(
+    parts: Sequence[Sequence[int]], busiest: Proposal, rank: int, policy: OverlapPolicy
+) -> tuple[str, str] | None:
+    """Reason and numbers, if the lanes one after another are so much longer than the serial step that splitting loses.
+
+    Two ranks that are each cut `imbalance_ratio` off the middle, at opposite sides, make lanes longer by twice that
+    share: what the cut rule may do is not refused. Nor is what rounding does, at most a token a lane.
+    """
+    lanes = [max(tokens) for tokens in zip(*parts, strict=True)]
+    serial = busiest.num_tokens
+    if sum(lanes) - serial <= max(len(lanes), 2 * policy.imbalance_ratio * serial):
+        return None
+    return (
+        "lanes are uneven across ranks",
+        f"{sum(lanes)} tokens in lanes of {' and '.join(map(str, lanes))}, one after another, against {serial} tokens "
+        f"on rank {rank} in a serial step",
+    )
+
+
+def _below_threshold(busiest: Proposal, rank: int, threshold: int) -> tuple[str, str]:
+    kind = "decode" if busiest.decode_only else "prefill"
+    if threshold >= NEVER:
+        return f"{kind} is not split", f"{busiest.num_tokens} tokens on rank {rank}, {kind} is not split"
+    detail = f"{busiest.num_tokens} tokens on rank {rank}, {kind} is split from {threshold}"
+    return f"below the {kind} threshold", detail
 
 
 def _too_small(busiest: Proposal, rank: int, policy: OverlapPolicy) -> tuple[str, str] | None:

@@ -212,8 +212,9 @@ class _EngineCollector(Collector):
         self._counters["prefix_cache_queries"].set(label, cache["admitted_tokens"])
         self._counters["prefix_cache_hits"].set(label, cache["hit_tokens"])
         for plan, sums in stats["overlap"].items():
-            self._counters["communication_seconds"].set((rank, plan, "hidden"), sums["hidden_s"])
-            self._counters["communication_seconds"].set((rank, plan, "exposed"), sums["exposed_s"])
+            for what in ("hidden", "exposed"):
+                if sums[f"{what}_s"] is not None:  # on GPUs it is not observed: no metric, rather than 0
+                    self._counters["communication_seconds"].set((rank, plan, what), sums[f"{what}_s"])
             self._counters["communication_bytes"].set((rank, plan), sums["num_bytes"])
             self._step_s.set((rank, plan), sums["time_s"])
             self._step_count.set((rank, plan), stats["steps_by_plan"].get(plan, 0))

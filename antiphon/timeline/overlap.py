@@ -4,12 +4,13 @@
     exposed         time in which a lane blocked the host to wait for one
     hidden          communication - exposed: what compute covered
 
-A communication whose transport cannot tell when its data was there (none was sent: `local`) does not count.
+Where nothing is sent (`local`), all three are 0. Where the transport cannot tell when data was there, because a GPU's
+stream waits for it and not the host, nothing is observed, and all three are `None`: `antiphon bench overlap` measures
+there what is hidden.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,12 +22,12 @@ __all__ = ["OverlapTotals", "StepOverlap", "measure_overlap"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOverlap:
-    """The overlap of one step on one rank."""
+    """The overlap of one step on one rank; `None` for what was not observed."""
 
     time_s: float
-    communication_s: float
-    exposed_s: float
-    hidden_s: float
+    communication_s: float | None
+    exposed_s: float | None
+    hidden_s: float | None
     num_bytes: int
 
 
@@ -35,16 +36,23 @@ def measure_overlap(step: StepTimeline) -> StepOverlap:
     launched_ns: dict[int, int] = {}
     wait_start_ns: dict[int, int] = {}
     intervals: list[tuple[int, int]] = []
-    exposed_ns = num_bytes = 0
+    exposed_ns = num_bytes = num_sent = num_observed = 0
     for event in step.events:
         if event.kind in (EventKind.SENT, EventKind.LAUNCHED):
             launched_ns[event.pending] = event.time_ns
         elif event.kind is EventKind.WAIT:
             wait_start_ns[event.pending] = event.time_ns
-        elif event.kind is EventKind.ARRIVED and event.ready_ns is not None:
-            intervals.append((launched_ns[event.pending], min(event.ready_ns, event.time_ns)))
-            exposed_ns += max(0, min(event.ready_ns, event.time_ns) - wait_start_ns[event.pending])
+        elif event.kind is EventKind.ARRIVED and (event.ready_ns is not None or event.num_messages):
             num_bytes += event.num_bytes
+            num_sent += bool(event.num_messages)
+            if event.ready_ns is not None:
+                num_observed += bool(event.num_messages)
+                intervals.append((launched_ns[event.pending], min(event.ready_ns, event.time_ns)))
+                exposed_ns += max(0, min(event.ready_ns, event.time_ns) - wait_start_ns[event.pending])
+    if num_sent and not num_observed:  # the counts that a dispatch may wait for are no message of their own
+        return StepOverlap(
+            time_s=step.duration_s, communication_s=None, exposed_s=None, hidden_s=None, num_bytes=num_bytes
+        )
     communication_ns = _union_ns(intervals)
     return StepOverlap(
         time_s=step.duration_s,
@@ -67,12 +75,15 @@ class OverlapTotals:
     """Sums of step overlaps by kind of plan."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Counter[str]] = defaultdict(Counter)
+        self._sums: dict[str, dict[str, Any]] = {}
 
     def add(self, kind: str, overlap: StepOverlap) -> None:
-        for name, value in asdict(overlap).items():
-            self._sums[kind][name] += value  # floats but for num_bytes
+        added = asdict(overlap)
+        sums = self._sums.setdefault(kind, dict.fromkeys(added))
+        for name, value in added.items():
+            if value is not None:
+                sums[name] = (sums[name] or 0) + value
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`."""
+        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`; `None` where no step was observed."""
         return {kind: dict(sums) for kind, sums in self._sums.items()}

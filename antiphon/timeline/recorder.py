@@ -15,7 +15,10 @@ __all__ = ["StepRecorder", "StepTimeline"]
 
 @dataclass(slots=True, kw_only=True)
 class StepTimeline:
-    """One step of one rank. Times are `time.perf_counter_ns` of the rank's process."""
+    """One step of one rank. Times are `time.perf_counter_ns` of the rank's process: the host's.
+
+    On a GPU the host only queues: the step's time is how long that took, and no event says when data arrived.
+    """
 
     number: int
     kind: str  # the plan's

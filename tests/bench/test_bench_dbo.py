@@ -34,6 +34,14 @@ def runs_of(options: DboOptions) -> tuple[dict[str, Any], list[str]]:
 
 
 @pytest.mark.processes
+def test_what_auto_chose_is_said_before_it_is_measured() -> None:
+    result, said = runs_of(DboOptions(workload=SMALL, repeats=1, modes=("off", "auto")))
+    (chosen,) = [line for line in said if line.startswith("dbo auto: off: ")]
+    assert chosen.endswith("too small a part of a step to be worth hiding")
+    assert result["steps_by_plan"]["auto"].keys() == {"serial"}
+
+
+@pytest.mark.processes
 def test_off_and_on_by_turns_in_one_engine() -> None:
     result, said = runs_of(DboOptions(workload=SMALL, repeats=2, capacity_share=1.5))
     json.dumps(result, allow_nan=False)

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from antiphon import LLM, SamplingParams, cli
+from antiphon.cli import generate as generate_module
 from antiphon.cli.start import say
 
 
@@ -59,6 +60,30 @@ def test_generate_prints_texts_and_a_summary(
     assert printed.out.startswith("Once upon a time")
     assert "auto: off, one rank has no communication to hide" in printed.err
     assert "8 steps: 8 serial (serial because dbo is off: 8)" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("by_plan", "expected"),
+    [
+        ({}, []),
+        ({"serial": {"communication_s": 0, "hidden_s": 0}}, []),
+        (
+            {"serial": {"communication_s": 1.0, "hidden_s": 0.25}, "dual": {"communication_s": 3.0, "hidden_s": 2.75}},
+            ["communication over host-staged: 4.00 s, of which hidden 3.00 s (75%)"],
+        ),
+        (
+            {"dual": {"communication_s": None, "hidden_s": None}},
+            [
+                "communication over host-staged: not observed, for the host does not see when a GPU's data arrives; "
+                "antiphon bench overlap measures how much is hidden"
+            ],
+        ),
+    ],
+)
+def test_the_summary_claims_nothing_that_was_not_observed(by_plan: dict[str, Any], expected: list[str]) -> None:
+    stats = {"steps": 3, "steps_by_plan": {"dual": 3}, "serial_reasons": {}, "transport": "host-staged"}
+    summary = generate_module._summary([], {**stats, "overlap": by_plan}, 1.0)
+    assert summary.splitlines()[2:] == expected
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])

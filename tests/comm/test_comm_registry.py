@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from antiphon.comm import (
+    DataPath,
     ExpertShape,
     Link,
     RankGroup,
@@ -19,6 +21,7 @@ from antiphon.comm import (
     create_transport,
     load_transport,
     parse_transport,
+    registry,
 )
 from antiphon.comm.alltoall import AllToAllTransport
 from antiphon.comm.local import LocalTransport
@@ -266,3 +269,82 @@ def test_an_nccl_without_copy_engines_is_no_silent_baseline(
     assert len(caplog.messages) == warned
     if warned:
         assert "NCCL 2.27.5 has no collectives by copy engines" in caplog.text and "NCCL 2.28 or later" in caplog.text
+
+
+# ---- the way of the data
+
+
+class Anything(Transport):
+    name = "anything"
+
+    def send_tokens(self, *arguments: Any) -> Any: ...
+
+    def send_partials(self, *arguments: Any) -> Any: ...
+
+
+class ThroughHost(Anything):
+    through_host = True
+
+
+def path_of(kind: type[Transport], *, ranks: int, peers_reach: bool, link: Link | None = None) -> DataPath:
+    group: Any = SimpleNamespace(rank=0, size=ranks)
+    transport = kind(make_shape(), group=group, streams=CpuStreams(), num_lanes=1)
+    transport.peers_reach = peers_reach
+    return transport.data_path if link is None else SimulatedTransport(transport, link).data_path
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "peers_reach", "link", "expected"),
+    [
+        (Anything, 1, False, None, DataPath.NONE),
+        (Anything, 2, False, None, DataPath.HOST),
+        (Anything, 2, True, None, DataPath.PEERS),
+        (ThroughHost, 2, True, None, DataPath.HOST),
+        (Anything, 2, False, Link(), DataPath.SIMULATED),
+        (Anything, 2, True, Link(), DataPath.SIMULATED),
+        (Anything, 1, False, Link(), DataPath.NONE),
+    ],
+)
+def test_how_data_travels(
+    kind: type[Transport], ranks: int, peers_reach: bool, link: Link | None, expected: DataPath
+) -> None:
+    assert path_of(kind, ranks=ranks, peers_reach=peers_reach, link=link) is expected
+
+
+@pytest.mark.parametrize("name", ["allgather", "copy-engine"])
+@pytest.mark.parametrize(
+    ("allowed", "variable", "reaches", "others", "expected"),
+    [
+        (True, "0", True, True, DataPath.PEERS),
+        (True, "0", True, False, DataPath.HOST),  # the other rank does not reach this one
+        (True, "0", False, True, DataPath.HOST),
+        (False, "0", True, True, DataPath.HOST),
+        (True, "1", True, True, DataPath.HOST),
+    ],
+)
+def test_all_devices_are_asked_whatever_the_transport(
+    name: str,
+    allowed: bool,
+    variable: str,
+    reaches: bool,
+    others: bool,
+    expected: DataPath,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", variable)
+    monkeypatch.setattr("antiphon.comm.machine_cuda.identity", lambda index: (index, f"GPU-{index}"))
+    monkeypatch.setattr("antiphon.comm.machine_cuda.reaches", lambda device, devices: reaches)
+    monkeypatch.setattr(registry, "_check_fit", lambda *arguments: None)
+    monkeypatch.setattr(registry, "load_transport", lambda *arguments: Anything)
+    gathered = iter([[(0, "GPU-0"), (1, "GPU-1")], None])
+
+    def all_gather(mine: Any) -> list[Any]:
+        return next(gathered) or [mine, others]
+
+    group: Any = SimpleNamespace(rank=0, size=2, all_gather_object=all_gather)
+    streams: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    transport = create_transport(
+        name, make_shape(), group=group, streams=streams, num_lanes=1, max_tokens=4, peer_access=allowed
+    )
+    assert transport.data_path is expected
+    assert next(gathered, "asked twice") == "asked twice"

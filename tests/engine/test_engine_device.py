@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import weakref
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from antiphon import LLM, SamplingParams
+from antiphon.comm import DataPath
 from antiphon.core.errors import EngineError, OptionError
-from antiphon.core.policy import OverlapPolicy
+from antiphon.core.policy import NEVER, OverlapPolicy
 from antiphon.core.warn_once import warn_once
 from antiphon.engine import config as config_module
 from antiphon.engine import settle
-from antiphon.engine.config import EngineConfig
+from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.describe import describe_config
 from antiphon.engine.kv_cache import CacheSize
 from antiphon.engine.messages import Ready, decode_from_worker, encode
-from antiphon.engine.settle import DEVICE_VARIABLE, settle_device, settle_peer_access, settle_policy
+from antiphon.engine.settle import DEVICE_VARIABLE, settle_device, settle_peer_access
 from antiphon.engine.worker_processes import _environment
 
 
@@ -132,7 +135,10 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
         _ = config.kv_capacity_tokens
 
     started = config.started(
-        device_name="Some GPU", transport_name="local", cache=CacheSize(num_blocks=101, source="90% of it")
+        device_name="Some GPU",
+        transport_name="local",
+        data_path=DataPath.NONE,
+        cache=CacheSize(num_blocks=101, source="90% of it"),
     )
     assert started.kv_capacity_tokens == 1600
     described = dict(describe_config(started))
@@ -174,7 +180,12 @@ def test_the_largest_step(
 
 
 def test_the_ready_message_carries_the_cache() -> None:
-    ready = Ready(device_name="Some GPU", transport_name="host-staged", cache=CacheSize(num_blocks=7, source="why"))
+    ready = Ready(
+        device_name="Some GPU",
+        transport_name="host-staged",
+        data_path=DataPath.HOST,
+        cache=CacheSize(num_blocks=7, source="why"),
+    )
     assert decode_from_worker(encode(ready)) == ready
 
 
@@ -235,7 +246,8 @@ def test_the_transport_on_gpus(
     machine_with(monkeypatch, 2)
     monkeypatch.setattr("antiphon.engine.config.load_transport", lambda *_: None)
     config = EngineConfig(ranks=2, transport=transport, peer_access=peer_access).resolve()
-    started = config.started(device_name="GPU", transport_name=found, cache=CacheSize(num_blocks=3, source=""))
+    cache = CacheSize(num_blocks=3, source="")
+    started = config.started(device_name="GPU", transport_name=found, data_path=DataPath.HOST, cache=cache)
     assert started.transport.name == expected
     assert reason in started.transport_reason
 
@@ -248,37 +260,92 @@ def test_peer_copies_that_are_forbidden_cannot_be_asked_for(monkeypatch: pytest.
         EngineConfig(ranks=2, transport="copy-engine", device="cpu").resolve()
 
 
-@pytest.mark.parametrize(
-    ("transport", "asked", "expected"),
-    [
-        ("host-staged", {}, (4096, 4096)),
-        ("alltoall", {}, (4096, 4096)),
-        ("copy-engine", {}, (8192, 8192)),
-        ("copy-engine", {"prefill_threshold": 100}, (100, 8192)),
-        ("host-staged", {"decode_threshold": 7}, (4096, 7)),
-        ("host-staged", {"dbo": "on"}, (0, 0)),
-    ],
-)
-def test_thresholds_on_gpus(transport: str, asked: dict[str, object], expected: tuple[int, int]) -> None:
-    policy = settle_policy(OverlapPolicy(**asked), 2, device_kind="cuda", transport=transport)
-    assert (policy.threshold(decode_only=False), policy.threshold(decode_only=True)) == expected
-    assert settle_policy(policy, 2, device_kind="cuda", transport=transport) == policy
-
-
-def test_thresholds_on_cpus_and_on_one_rank() -> None:
-    assert settle_policy(OverlapPolicy(), 2) == OverlapPolicy()
-    assert settle_policy(OverlapPolicy(), 1, device_kind="cuda", transport="local").dbo == "off"
-
-
-def test_the_policy_follows_the_transport_that_the_devices_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The front takes peers for granted; the ranks have looked."""
+def started_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, data_path: DataPath, policy: OverlapPolicy, *, transport: str = "alltoall"
+) -> ResolvedConfig:
+    """What the front makes of what two ranks on GPUs have found."""
     machine_with(monkeypatch, 2)
     monkeypatch.setattr(config_module, "load_transport", lambda spec, kind: None)  # it needs CUDA's bindings
-    config = EngineConfig(ranks=2).resolve()
-    assert (config.transport.name, config.policy.threshold(decode_only=False)) == ("copy-engine", 8192)
+    config = EngineConfig(ranks=2, transport=transport, policy=policy).resolve()
     cache = CacheSize(num_blocks=10, source="a test")
-    with_peers = config.started(device_name="a GPU", transport_name="copy-engine", cache=cache)
-    assert "a step has at most" in dict(describe_config(with_peers))["dbo"]
-    started = config.started(device_name="a GPU", transport_name="host-staged", cache=cache)
-    assert (started.transport.name, started.policy.threshold(decode_only=False)) == ("host-staged", 4096)
-    assert "from 4096 tokens a rank" in dict(describe_config(started))["dbo"]
+    return config.started(device_name="a GPU", transport_name=transport, data_path=data_path, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("data_path", "asked", "expected"),
+    [
+        (DataPath.PEERS, {}, "auto: off, peer access is in use, where overlap has not paid"),
+        (
+            DataPath.PEERS,
+            {"prefill_threshold": 100},
+            "auto: 2 micro-batches, cut by token, from 100 tokens a rank in prefill, never in decode: prefill as "
+            "asked, and peer access is in use, where overlap has not paid",
+        ),
+        (
+            DataPath.HOST,
+            {},
+            "auto: 2 micro-batches, cut by token, from 4096 tokens a rank in prefill and 4096 in decode: data goes "
+            "through host memory, where overlap has paid; a step has at most 4096 tokens",
+        ),
+        (DataPath.PEERS, {"dbo": "on"}, "on: 2 micro-batches, cut by token, always"),
+        (DataPath.PEERS, {"dbo": "off"}, "off: every step is serial"),
+    ],
+)
+def test_the_start_up_block_says_what_auto_chose_on_gpus_and_why(
+    data_path: DataPath, asked: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = started_on_gpus(monkeypatch, data_path, OverlapPolicy(**asked))
+    assert dict(describe_config(started))["dbo"] == expected
+
+
+@pytest.mark.parametrize("transport", ["alltoall", "allgather", "nccl-zero-cta", "copy-engine", "some.module:Class"])
+def test_the_transports_name_does_not_decide(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = started_on_gpus(monkeypatch, DataPath.PEERS, OverlapPolicy(), transport=transport)
+    assert peers.policy.dbo == "off"
+    through_host = started_on_gpus(monkeypatch, DataPath.HOST, OverlapPolicy(), transport=transport)
+    assert through_host.policy.threshold(decode_only=True) == 4096
+
+
+def test_auto_is_open_until_the_ranks_have_looked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine_with(monkeypatch, 2)
+    monkeypatch.setattr(config_module, "load_transport", lambda spec, kind: None)
+    config = EngineConfig(ranks=2).resolve()
+    assert config.policy == OverlapPolicy()
+    assert dict(describe_config(config))["dbo"] == (
+        "auto: settled when the ranks know whether their devices reach each other"
+    )
+    cache = CacheSize(num_blocks=10, source="a test")
+    with caplog.at_level(logging.INFO):
+        config.started(device_name="GPU", transport_name="copy-engine", data_path=DataPath.PEERS, cache=cache)
+    assert "dbo: auto -> off: peer access is in use, where overlap has not paid" in caplog.messages
+
+
+def test_a_threshold_that_no_step_reaches_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_with(monkeypatch, 2)
+    monkeypatch.setattr(config_module, "load_transport", lambda spec, kind: None)
+    config = EngineConfig(ranks=2, peer_access=False, max_num_batched_tokens=2048).resolve()
+    cache = CacheSize(num_blocks=10, source="a test")
+    started = config.started(device_name="GPU", transport_name="host-staged", data_path=DataPath.HOST, cache=cache)
+    assert dict(describe_config(started))["dbo"].endswith("; a step has at most 2048 tokens")
+    never = replace(started, options=replace(started.options, policy=OverlapPolicy(prefill_threshold=NEVER)))
+    assert "a step has at most" not in dict(describe_config(never))["dbo"]
+
+
+@pytest.mark.parametrize(("dbo", "off"), [("auto", "dbo='auto', which is off here"), ("off", "dbo='off'")])
+def test_options_that_overlap_being_off_makes_void_are_named(
+    dbo: str, off: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = OverlapPolicy(dbo=dbo, min_total_tokens=256)
+    expected = [f"min_total_tokens_to_split=256 has no effect with {off}: no step is split"]
+    assert started_on_gpus(monkeypatch, DataPath.PEERS, policy).without_effect() == expected
+    assert started_on_gpus(monkeypatch, DataPath.HOST, policy).without_effect() == (expected if dbo == "off" else [])
+
+
+def test_a_share_of_the_memory_that_sizes_the_cache_is_not_called_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_with(monkeypatch, 1)
+    config = EngineConfig(gpu_memory_utilization=0.5).resolve()
+    cache = CacheSize(num_blocks=10, source="50% of 80 GiB")
+    started = config.started(device_name="GPU", transport_name="local", data_path=DataPath.NONE, cache=cache)
+    assert config.without_effect() == started.without_effect() == []

@@ -1,4 +1,8 @@
-"""The engine on GPUs: the bundled model against transformers and the CPU, and the KV cache that is measured there."""
+"""The engine on GPUs: the bundled model against transformers and the CPU, and the KV cache that is measured there.
+
+Where these tests count dual steps, they see that the code under test ran, and no more: such small steps hide nothing.
+What is hidden is measured in test_engine_overlap_gpu.py and in tests/bench/test_bench_overlap_gpu.py.
+"""
 
 from __future__ import annotations
 

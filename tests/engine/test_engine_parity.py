@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +130,34 @@ def test_three_lanes_equal_one(two_ranks: LLM) -> None:
     with LLM(ranks=2, dbo="on", micro_batches=3, transport="allgather") as llm:
         assert [output.token_ids for output in llm.generate(prompts, params)] == expected
         assert llm.stats()["steps_by_plan"] == {"serial": 0, "3-lane": 12}
+
+
+def prompts_of(*sizes: int) -> list[list[int]]:
+    """Token ids; the first goes to rank 0, then each to the rank that has fewer tokens to come."""
+    numbers = random.Random(5)
+    return [[numbers.randrange(300, 2000) for _ in range(size)] for size in sizes]
+
+
+@pytest.mark.processes
+def test_cut_between_requests_lanes_follow_all_ranks() -> None:
+    """490 tokens of one prompt beside 16 prompts of 31: 490 + 248 in two lanes, where a serial step has 496."""
+    one_token, four_tokens = (SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 4))
+    options: dict[str, Any] = {"split": "request-boundary", "imbalance_ratio": 0.24, "debug_order": True}
+    with LLM(ranks=2, dbo="on", prefix_caching=False, **options) as llm:
+        llm.generate(prompts_of(490, *[31] * 16), one_token)
+        stats = llm.stats()
+        assert stats["steps_by_plan"] == {"serial": 1, "dual": 0}
+        assert stats["serial_reasons"] == {"lanes are uneven across ranks": 1}
+        assert stats["last_plan"] == (
+            "serial: 738 tokens in lanes of 490 and 248, one after another, against 496 tokens on rank 1 in a serial "
+            "step"
+        )
+        # 250 tokens that cannot be cut run in lane 1, beside 300, and lane 0 of their rank is a dummy.
+        prompts = prompts_of(250, 200, 300)
+        dual = [output.token_ids for output in llm.generate(prompts, four_tokens)]
+        assert llm.stats()["steps_by_plan"] == {"serial": 1, "dual": 4}
+        llm.reconfigure(dbo="off")
+        assert [output.token_ids for output in llm.generate(prompts, four_tokens)] == dual
 
 
 @pytest.mark.slow

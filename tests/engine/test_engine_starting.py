@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from antiphon import LLM, SamplingParams
+from antiphon.comm import DataPath
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import ModelError
 from antiphon.engine.config import EngineConfig
@@ -114,7 +115,12 @@ class Script(WorkerClient):
 
 
 def test_the_ranks_go_on_together_when_the_last_one_has_loaded() -> None:
-    ready = Ready(device_name="CPU", transport_name="alltoall", cache=CacheSize(num_blocks=2, source="why"))
+    ready = Ready(
+        device_name="CPU",
+        transport_name="alltoall",
+        data_path=DataPath.HOST,
+        cache=CacheSize(num_blocks=2, source="why"),
+    )
     loading = Starting(what=LOADING, bytes_read=1, num_bytes=2)
     script: list[tuple[int, FromWorker]] = [(0, loading), (0, Loaded()), (1, loading), (1, Loaded())]
     script += [(0, ready), (1, Starting(what="making the KV cache")), (1, ready)]

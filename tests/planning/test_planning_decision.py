@@ -1,4 +1,4 @@
-"""The decision: a pure function of all ranks' proposals, paced by the busiest rank."""
+"""The decision: a pure function of all ranks' proposals, paced by the busiest rank of each lane."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from antiphon.core.plan import MAX_LANES, Plan, Proposal, Refusal
-from antiphon.core.policy import DBO_MODES, OverlapPolicy
+from antiphon.core.policy import DBO_MODES, NEVER, OverlapPolicy
 from antiphon.planning import decide
 
 ON, OFF, AUTO = (OverlapPolicy(dbo=mode) for mode in ("on", "off", "auto"))
@@ -103,7 +103,7 @@ def test_the_order_of_the_ranks_does_not_matter(case, chance):
 
 @settings(deadline=None)
 @given(decisions())
-def test_the_busiest_rank_alone_decides(case):
+def test_the_busiest_rank_decides_but_where_lanes_are_uneven(case):
     proposals, policy = case
     tokens = [proposal.num_tokens for proposal in proposals]
     assume(any(tokens))
@@ -115,7 +115,17 @@ def test_the_busiest_rank_alone_decides(case):
         and busiest.num_tokens >= policy.min_total_tokens
         and not 0 < busiest.num_prefill_tokens < policy.min_prefill_tokens
     )
-    assert (decide(proposals, policy).num_lanes > 1) is allowed
+    plan = decide(proposals, policy)
+    if plan.num_lanes > 1:
+        assert allowed
+        assert lane_tokens(plan) - max(tokens) <= max(plan.num_lanes, 2 * policy.imbalance_ratio * max(tokens))
+    else:
+        assert (plan.reason == "lanes are uneven across ranks") is allowed
+
+
+def lane_tokens(plan: Plan) -> int:
+    """The tokens of the rank that has most in a lane, over all lanes: what a split step does one after another."""
+    return sum(max(plan.tokens_by_rank(lane)) for lane in range(plan.num_lanes))
 
 
 def test_off_is_serial_with_its_reason():
@@ -258,8 +268,71 @@ def test_with_work_the_group_is_never_idle(policy):
 
 
 def test_of_equally_busy_ranks_the_first_decides():
-    assert decide([offer(300, 300), refused(600)], AUTO).kind == "dual"
-    assert decide([refused(600), offer(300, 300)], AUTO).kind == "serial"
+    few = replace(offer(300, 300), num_prefill_tokens=10)
+    many = replace(offer(300, 300), num_prefill_tokens=600)
+    policy = replace(ON, min_prefill_tokens=100)
+    assert decide([many, few], policy).kind == "dual"
+    assert decide([few, many], policy).kind == "serial"
+    assert decide([refused(600), offer(300, 300)], AUTO).reason == Refusal.NO_BOUNDARY.text
+
+
+@pytest.mark.parametrize("policy", [ON, AUTO])
+@pytest.mark.parametrize("order", [1, -1])
+def test_lanes_that_are_longer_than_the_serial_step_are_not_run(policy, order):
+    """(4096, 4096) beside (8000, 0): every lane waits for the rank that has most in it."""
+    plan = decide([offer(4096, 4096), refused(8000)][::order], policy)
+    assert plan.part_tokens == ((8192,), (8000,))[::order]
+    assert plan.reason == "lanes are uneven across ranks"
+    rank = 0 if order == 1 else 1
+    assert str(plan) == (
+        f"serial: 12096 tokens in lanes of 8000 and 4096, one after another, against 8192 tokens on rank {rank} "
+        "in a serial step"
+    )
+
+
+@pytest.mark.parametrize(
+    ("whole", "ratio", "kind"),
+    [
+        (4096, 0.0, "dual"),
+        (4098, 0.0, "dual"),  # two lanes, two tokens: rounding
+        (4099, 0.0, "serial"),
+        (5734, 0.1, "dual"),  # 1,638 more than 4,096: a fifth of 8,192
+        (5735, 0.1, "serial"),
+        (8000, 0.24, "dual"),
+        (8000, 0.23, "serial"),
+    ],
+)
+def test_lanes_may_be_longer_by_twice_the_imbalance_ratio(whole, ratio, kind):
+    assert decide([offer(4096, 4096), refused(whole)], replace(ON, imbalance_ratio=ratio)).kind == kind
+
+
+@pytest.mark.parametrize(("parts", "place"), [((300, 212), (250, 0)), ((212, 300), (0, 250)), ((256, 256), (250, 0))])
+def test_what_cannot_be_cut_runs_whole_in_the_longest_lane(parts, place):
+    plan = decide([refused(250), offer(*parts), IDLE], ON)
+    assert plan.part_tokens == (place, parts, (0, 0))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=2, max_size=MAX_LANES), st.data())
+def test_idle_and_small_ranks_never_switch_overlap_off(parts, data):
+    """Small: what fits into the longest lane whole."""
+    busiest = offer(*parts)
+    others = data.draw(st.lists(st.integers(0, max(parts)).map(refused), max_size=5))
+    place = data.draw(st.integers(0, len(others)))
+    policy = replace(ON, micro_batches=len(parts), imbalance_ratio=data.draw(st.floats(0, 1)))
+    plan = decide([*others[:place], busiest, *others[place:]], policy)
+    assert plan.part_tokens[place] == tuple(parts)
+    assert lane_tokens(plan) == sum(parts)
+
+
+def test_a_kind_of_step_that_is_never_split_is_said_to_be_so():
+    policy = replace(AUTO, prefill_threshold=100, decode_threshold=NEVER)
+    assert decide([offer(50, 50)], policy).kind == "dual"
+    plan = decide([offer(5000, 5000, decode_only=True)], policy)
+    assert (plan.kind, plan.reason) == ("serial", "decode is not split")
+    assert str(plan) == "serial: 10000 tokens on rank 0, decode is not split"
+    plan = decide([offer(5000, 5000)], replace(AUTO, prefill_threshold=NEVER, decode_threshold=100))
+    assert str(plan) == "serial: 10000 tokens on rank 0, prefill is not split"
 
 
 @settings(deadline=None)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.core.batch import Batch, RequestSlice
-from antiphon.core.plan import Refusal
+from antiphon.core.plan import Plan, Refusal
 from antiphon.core.policy import DBO_MODES, SPLIT_RULES, OverlapPolicy
 from antiphon.planning import Planner, decide
 from antiphon.splitting import split
@@ -118,3 +118,37 @@ def test_every_plan_can_be_split_on_every_rank(shapes_by_rank, policy):
             assert any(tokens)
             assert all(parts[lane].tokens_by_rank == tokens for parts in parts_by_rank)
     assert plan.idle is not any(shapes_by_rank)
+
+
+def plan_of(shapes_by_rank: list[list[tuple[int, int]]], policy: OverlapPolicy) -> Plan:
+    planner = Planner(policy)
+    batches = [batch_of(*rank_shapes, rank=rank) for rank, rank_shapes in enumerate(shapes_by_rank)]
+    return planner.decide([planner.propose(batch) for batch in batches])
+
+
+@pytest.mark.parametrize("dbo", ["on", "auto"])
+def test_many_prompts_beside_a_long_one_are_not_split_between_requests(dbo):
+    """Cut between requests, rank 1 cannot be cut: 8,000 + 4,096 tokens one after another, where serial has 8,192."""
+    shapes_by_rank = [[(512, 0)] * 16, [(8000, 0)]]
+    plan = plan_of(shapes_by_rank, OverlapPolicy(dbo=dbo, split="request-boundary"))
+    assert (plan.kind, plan.reason) == ("serial", "lanes are uneven across ranks")
+    assert "12096 tokens" in str(plan) and "8192 tokens on rank 0" in str(plan)
+    anywhere = plan_of(shapes_by_rank, OverlapPolicy(dbo=dbo, split="token"))
+    assert anywhere.part_tokens == ((4096, 4096), (4000, 4000))
+
+
+@settings(deadline=None)
+@given(st.lists(shapes, min_size=1, max_size=4), st.integers(2, 8), st.floats(0, 1))
+def test_cut_anywhere_lanes_are_never_uneven(shapes_by_rank, lanes, ratio):
+    """So `imbalance_ratio` has no effect there, as `OverlapPolicy.without_effect` says."""
+    policy = OverlapPolicy(dbo="on", micro_batches=lanes, imbalance_ratio=ratio)
+    assert plan_of(shapes_by_rank, policy).reason != "lanes are uneven across ranks"
+
+
+@settings(deadline=None)
+@given(st.lists(shapes, min_size=1, max_size=4), st.floats(0, 0.5))
+def test_what_the_rule_may_cut_is_never_refused_as_uneven(shapes_by_rank, ratio):
+    policy = OverlapPolicy(dbo="on", split="request-boundary", imbalance_ratio=ratio)
+    offers = [Planner(policy).propose(batch_of(*rank_shapes)) for rank_shapes in shapes_by_rank]
+    if all(offer.can_split for offer in offers):
+        assert decide(offers, policy).kind == "dual"

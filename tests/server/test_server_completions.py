@@ -141,7 +141,7 @@ def test_every_parameter_gives_what_generate_gives(server: ServerProcess, expect
     for name, answer in zip(CASES, asyncio.run(ask_all()), strict=True):
         assert answer.object == "text_completion" and answer.model == MODEL and answer.id.startswith("cmpl-")
         assert_equal(answer, expected[name], asked(name)[1])
-    assert server.metric("antiphon:steps_total", plan="dual") > steps_before, "overlap was not engaged"
+    assert server.metric("antiphon:steps_total", plan="dual") > steps_before, "no step was split"
 
 
 def test_streams_give_what_generate_gives(server: ServerProcess, expected: dict[str, GeneratedOutput]) -> None:

@@ -107,6 +107,15 @@ def test_what_the_ranks_count_is_mirrored() -> None:
     assert found["step_seconds_count", ("dual", "0")] == 7
 
 
+def test_communication_that_nobody_observed_is_not_mirrored_as_zero() -> None:
+    stats = stats_of_rank()
+    stats["overlap"]["dual"] |= {"communication_s": None, "exposed_s": None, "hidden_s": None}
+    found = values(ServerMetrics("m").render([stats]))
+    assert not [name for name, _ in found if name == "communication_seconds_total"]
+    assert found["communication_bytes_total", ("dual", "0")] == 100
+    assert found["step_seconds_sum", ("dual", "0")] == 4
+
+
 def test_counts_never_fall_and_gauges_are_of_now() -> None:
     metrics = ServerMetrics("m")
     before = values(metrics.render([stats_of_rank(factor=3)]))

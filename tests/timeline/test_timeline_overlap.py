@@ -12,14 +12,23 @@ from antiphon.timeline import OverlapTotals, StepOverlap, StepRecorder, StepTime
 
 
 def communication(
-    pending: int, *, sent: int, wait: int, ready: int | None, arrived: int, lane: int = 0, num_bytes: int = 0
+    pending: int,
+    *,
+    sent: int,
+    wait: int,
+    ready: int | None,
+    arrived: int,
+    lane: int = 0,
+    num_bytes: int = 0,
+    num_messages: int = 0,
 ) -> list[LaneEvent]:
     """The three events of one pending; times in ns."""
     name = f"dispatch {pending}"
+    sizes = {"pending": pending, "num_bytes": num_bytes, "num_messages": num_messages}
     return [
-        LaneEvent(EventKind.SENT, lane, name, sent, pending=pending, num_bytes=num_bytes),
-        LaneEvent(EventKind.WAIT, lane, name, wait, pending=pending, num_bytes=num_bytes),
-        LaneEvent(EventKind.ARRIVED, lane, name, arrived, pending=pending, num_bytes=num_bytes, ready_ns=ready),
+        LaneEvent(EventKind.SENT, lane, name, sent, **sizes),
+        LaneEvent(EventKind.WAIT, lane, name, wait, **sizes),
+        LaneEvent(EventKind.ARRIVED, lane, name, arrived, **sizes, ready_ns=ready),
     ]
 
 
@@ -97,6 +106,30 @@ def test_a_transport_that_sends_nothing_counts_nothing():
     overlap = measure_overlap(step)
     assert measured_ns(step) == (0, 0, 0)
     assert overlap.num_bytes == 0
+
+
+def unobserved(pending: int, **times: int) -> list[LaneEvent]:
+    """As over a GPU's transport: messages whose arrival the host does not see."""
+    return communication(pending, **times, ready=None, num_bytes=4096, num_messages=1)
+
+
+def test_what_the_host_cannot_see_is_not_called_zero():
+    """A GPU's stream waits for the data: whether it was hidden is not known. The counts of `alltoall` are seen."""
+    counts = communication(0, sent=100, wait=100, ready=200, arrived=200, num_bytes=64)
+    step = step_of(
+        counts, unobserved(1, sent=200, wait=300, arrived=301), unobserved(2, sent=400, wait=400, arrived=401)
+    )
+    assert measure_overlap(step) == StepOverlap(
+        time_s=step.duration_s, communication_s=None, exposed_s=None, hidden_s=None, num_bytes=64 + 2 * 4096
+    )
+
+
+def test_one_arrival_that_was_missed_hides_not_the_others():
+    step = step_of(
+        communication(0, sent=100, wait=100, ready=300, arrived=300, num_messages=1),
+        unobserved(1, sent=400, wait=500, arrived=501),
+    )
+    assert measured_ns(step) == (200, 200, 0)
 
 
 def test_a_ready_time_after_the_arrival_is_cut_to_it():
@@ -238,6 +271,18 @@ def test_totals_add_up_by_kind_of_plan():
     assert totals.to_dict() == {
         "dual": {"time_s": 3.0, "communication_s": 1.5, "exposed_s": 0.5, "hidden_s": 1.0, "num_bytes": 30},
         "serial": {"time_s": 1.0, "communication_s": 0.5, "exposed_s": 0.25, "hidden_s": 0.25, "num_bytes": 10},
+    }
+
+
+def test_totals_of_what_was_not_observed_are_none():
+    totals = OverlapTotals()
+    unseen = StepOverlap(time_s=1.0, communication_s=None, exposed_s=None, hidden_s=None, num_bytes=10)
+    seen = StepOverlap(time_s=2.0, communication_s=1.0, exposed_s=0.25, hidden_s=0.75, num_bytes=20)
+    for kind, overlap in (("dual", unseen), ("dual", unseen), ("serial", unseen), ("serial", seen)):
+        totals.add(kind, overlap)
+    assert totals.to_dict() == {
+        "dual": {"time_s": 2.0, "communication_s": None, "exposed_s": None, "hidden_s": None, "num_bytes": 20},
+        "serial": {"time_s": 3.0, "communication_s": 1.0, "exposed_s": 0.25, "hidden_s": 0.75, "num_bytes": 30},
     }
 
 

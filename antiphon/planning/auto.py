@@ -1,0 +1,88 @@
+"""What `dbo="auto"` means until calibration exists: a rule from facts about the devices and the way between them.
+
+    one rank                              off: nothing is sent
+    GPUs, data goes by peer access        off
+    GPUs, data goes through host memory   split from 4,096 tokens on the busiest rank, prefill and decode alike
+    CPUs                                  off
+    CPUs, the link is simulated           split from 512 tokens in prefill and 32 in decode
+
+tests/planning/test_planning_auto.py has what the rule loses against the better of serial and split, over all step times
+in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from antiphon.comm import DataPath
+from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRESHOLD, NEVER, OverlapPolicy
+
+__all__ = ["Conditions", "SettledPolicy", "settle_policy"]
+
+_CUDA_THRESHOLD = 4096
+"""Below it two eager lanes keep the host busy for longer than the devices (docs/performance.md), decode steps too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """Where steps run; the same on all ranks. device_kind: "cpu" or "cuda"."""
+
+    device_kind: str
+    data_path: DataPath
+
+
+@dataclass(frozen=True, slots=True)
+class SettledPolicy:
+    """A policy of which `auto` leaves nothing open. cause: why `auto` chose so; "" if it was not asked."""
+
+    policy: OverlapPolicy
+    cause: str = ""
+
+    @property
+    def reason(self) -> str:
+        """What was chosen and why, in one sentence."""
+        if not self.cause:
+            return "as asked"
+        return f"{'off' if self.policy.dbo == 'off' else self.policy.describe_thresholds()}: {self.cause}"
+
+
+def settle_policy(policy: OverlapPolicy, conditions: Conditions) -> SettledPolicy:
+    """What `auto` is under these conditions; other policies stay as they are.
+
+    A threshold that the user gives holds for its kind of step, prefill or decode, and `auto` decides about the other.
+    """
+    if policy.dbo != "auto":
+        return SettledPolicy(policy)
+    if conditions.data_path is DataPath.NONE:
+        return SettledPolicy(replace(policy, dbo="off"), "one rank has no communication to hide")
+    prefill, decode, cause = _rule(conditions)
+    asked = [
+        kind
+        for kind, threshold in (("prefill", policy.prefill_threshold), ("decode", policy.decode_threshold))
+        if threshold is not None
+    ]
+    if not asked and prefill == decode == NEVER:
+        return SettledPolicy(replace(policy, dbo="off"), cause)
+    settled = replace(
+        policy,
+        prefill_threshold=prefill if policy.prefill_threshold is None else policy.prefill_threshold,
+        decode_threshold=decode if policy.decode_threshold is None else policy.decode_threshold,
+    )
+    if len(asked) == 2:
+        cause = "as asked"
+    elif asked:
+        cause = f"{asked[0]} as asked, and {cause}"
+    return SettledPolicy(settled, cause)
+
+
+def _rule(conditions: Conditions) -> tuple[int, int, str]:
+    """The thresholds of prefill and decode, and why."""
+    is_simulated = conditions.data_path is DataPath.SIMULATED
+    if conditions.device_kind == "cuda":
+        if conditions.data_path is DataPath.PEERS:
+            return NEVER, NEVER, "peer access is in use, where overlap has not paid"
+        where = "the link is simulated" if is_simulated else "data goes through host memory"
+        return _CUDA_THRESHOLD, _CUDA_THRESHOLD, f"{where}, where overlap has paid"
+    if is_simulated:
+        return DEFAULT_PREFILL_THRESHOLD, DEFAULT_DECODE_THRESHOLD, "the link is simulated"
+    return NEVER, NEVER, "between processes on CPUs communication is too small a part of a step to be worth hiding"
