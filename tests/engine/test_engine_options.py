@@ -130,7 +130,8 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ("chat_template", "x", "the chat template is that of the checkpoint; leave it out"),
     ("tool_call_parser", "x", NO_PARSERS),
     ("enable_auto_tool_choice", True, NO_PARSERS),
-    ("reasoning_parser", "x", NO_PARSERS),
+    ("reasoning_parser", "x", SERVER),
+    ("default_chat_template_kwargs", {"enable_thinking": False}, SERVER),
 ]
 
 
