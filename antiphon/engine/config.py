@@ -21,6 +21,7 @@ from antiphon.engine.kv_cache import CacheSize, block_bytes
 from antiphon.engine.settle import (
     ONE_RANK_HIDES_NOTHING,
     check_layers,
+    overruled_dbo,
     settle_dbo,
     settle_device,
     settle_model,
@@ -231,7 +232,8 @@ class ResolvedConfig:
 
     def without_effect(self) -> list[str]:
         """One sentence for each option that changes nothing here."""
-        options, sentences = self.options, self.options.policy.without_effect()
+        options = self.options
+        sentences = options.policy.without_effect() + overruled_dbo(options.policy, self.dbo_source)
         if options.gpu_memory_utilization != _DEFAULT_UTILIZATION and self.cache is not None:
             sentences.append(
                 f"gpu_memory_utilization={options.gpu_memory_utilization} has no effect: the size of the KV cache is "

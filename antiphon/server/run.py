@@ -90,7 +90,7 @@ async def _serve(
             return signals.exit_code
         for heading, text in describe_config(engine.config):
             say(f"{heading + ':':<11}{text}")
-        for sentence in engine.config.without_effect():
+        for sentence in [*engine.config.without_effect(), *options.without_effect()]:
             logger.warning(sentence)
         service.serve(engine)
         gc.collect()
