@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,16 @@ def test_what_does_not_exist_is_refused(config: dict[str, Any], message: str) ->
     with pytest.raises(OptionError) as refused:
         additional_config("c", config)
     assert message in str(refused.value)
+
+
+def test_every_key_is_in_the_documents() -> None:
+    page = (Path(__file__).parents[2] / "docs/options.md").read_text()
+    section = page.partition("### vLLM-Ascend's additional config\n")[2].partition("\n## ")[0]
+    with pytest.raises(OptionError) as unknown:
+        additional_config("c", {"?": 1})
+    known = str(unknown.value).partition("known here are ")[2].split(", ")
+    assert len(known) > 20
+    assert [key for key in known if f"`{key}`" not in section] == []
 
 
 # ---- whole command lines
