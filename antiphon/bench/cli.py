@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from antiphon.bench.size_option import size_option
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, unknown_value
 
@@ -104,7 +105,7 @@ def overlap(
     routing: Annotated[str, typer.Option(help="uniform, zipf:A, recorded:FILE, or model.")] = "uniform",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float64.")] = "auto",
     num_layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers.")] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a text; a step prefills whole texts.")] = 2048,
+    seq_len: Annotated[int, size_option("Tokens of a text; a step prefills whole texts.", least=1)] = 2048,
     micro_batches: Annotated[int, typer.Option(min=2, help="Parts of a split step.")] = 2,
     repeats: Repeats = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, tokens and routing.")] = 0,
@@ -166,23 +167,23 @@ def serve(
     dataset_path: Annotated[
         Path | None, typer.Option(help='File of the dataset; custom: JSON lines with a "prompt" each.')
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Requests.")] = 1000,
-    random_input_len: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 1024,
-    random_output_len: Annotated[int, typer.Option(min=1, help="Most tokens to generate for it.")] = 128,
+    num_prompts: Annotated[int, size_option("Requests.", least=1)] = 1000,
+    random_input_len: Annotated[int, size_option("Tokens of a random prompt.", least=1)] = 1024,
+    random_output_len: Annotated[int, size_option("Most tokens to generate for it.", least=1)] = 128,
     random_range_ratio: Annotated[
         float, typer.Option(help="How far lengths may lie from these, as a share; 0: all are equal.")
     ] = 0.0,
-    random_vocab_size: Annotated[int, typer.Option(help="Random prompts have token ids below.")] = 4000,
+    random_vocab_size: Annotated[int, size_option("Random prompts have token ids below.")] = 4000,
     random_as_text: Annotated[
         bool, typer.Option("--random-as-text", help="Random words: for servers that take no ids. Always so in chats.")
     ] = False,
     output_len: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens to generate for a prompt from a file, whatever it says.")
+        int | None, size_option("Most tokens to generate for a prompt from a file, whatever it says.", least=1)
     ] = None,
     request_rate: Annotated[float, typer.Option(help="Requests a second; inf: all at once.")] = float("inf"),
     burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less is burstier, more is more even.")] = 1.0,
-    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests under way at once.")] = None,
-    num_warmups: Annotated[int, typer.Option(min=0, help="Requests before, one by one, which do not count.")] = 0,
+    max_concurrency: Annotated[int | None, size_option("Most requests under way at once.", least=1)] = None,
+    num_warmups: Annotated[int, size_option("Requests before, one by one, which do not count.", least=0)] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always generate all tokens.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     percentile_metrics: Annotated[str, typer.Option(help="Latencies to print: some of the default.")] = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from antiphon.comm import parse_transport
 from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.sizes import parse_size
 
 __all__ = [
     "check_ranks",
@@ -25,7 +25,6 @@ __all__ = [
     "write_json",
 ]
 
-_SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _RANGE_STEP = 4
 _NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
 
@@ -79,10 +78,10 @@ def parse_names(text: str, option: str, valid: Sequence[str] | None = None) -> l
 
 def parse_counts(text: str, option: str) -> list[int]:
     """Integers of at least 1 between commas. Raises `OptionError`."""
-    names = parse_names(text, option)
-    if not all(name.isdecimal() and int(name) > 0 for name in names):
-        raise OptionError(f"--{option} {text!r} is not a list of counts; write integers such as 512,2048")
-    return [int(name) for name in names]
+    counts = [parse_size(name, shown=f"--{option}: {name!r}") for name in parse_names(text, option)]
+    if min(counts) < 1:
+        raise OptionError(f"--{option} {text!r} is not a list of counts; write integers such as 512,2k")
+    return counts
 
 
 def parse_numbers(text: str, option: str) -> list[float]:
@@ -109,10 +108,10 @@ def parse_sizes(text: str, option: str = "sizes") -> list[int]:
 
 
 def _size(text: str, option: str) -> int:
-    found = re.fullmatch(r"(\d+)([KMG]?)", text.strip())
-    if found is None or int(found[1]) == 0:
+    size = parse_size(text, shown=f"--{option}: {text!r}", of_bytes=True)
+    if size < 1:
         raise OptionError(f"--{option}: {text!r} is not a size; write bytes, or such as 4K, 16M, 1G")
-    return int(found[1]) * _SIZE_UNITS[found[2]]
+    return size
 
 
 def conditions(results: Sequence[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """What a command line and a YAML file say, before typer sees it.
 
 It parts options of other engines from ours, names the nearest option for one that is not known, and reads the file of
-`--config`. What typer says of our own options stays typer's. Knows options only by their kind: flag, whole, number,
-text, json; texts and wholes for those that may be given several times.
+`--config`. What typer says of our own options stays typer's. Knows options only by their kind: flag, whole, count or
+bytes (a whole number that may be written as 32k), number, text, json; texts and wholes for those that may be given
+several times, words for those that also take several texts at once.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +19,38 @@ import yaml
 
 from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError
+from antiphon.core.sizes import parse_size
 from antiphon.engine.foreign_options import foreign_option, unknown_option
 
-__all__ = ["CONFIG_FLAG", "Arguments", "ConfigFile", "OwnOption", "json_object", "read_config_file", "separate"]
+__all__ = [
+    "CONFIG_FLAG",
+    "SEVERAL_WORDS",
+    "Arguments",
+    "ConfigFile",
+    "OwnOption",
+    "json_object",
+    "read_config_file",
+    "separate",
+]
 
 CONFIG_FLAG = "--config"
 
+SEVERAL_WORDS = "several words"
+"""In the annotation of a list of texts: all words up to the next option are its, `--served-model-name a b`."""
+
 _NEGATION = "no_"
+_SIZES = ("count", "bytes")
+_LISTS = {"texts": "text", "words": "text", "wholes": "whole"}
 _WHAT = {
     "flag": "true or false",
     "whole": "an integer",
+    "count": "an integer or such as 32k",
+    "bytes": "an integer or such as 20GiB",
     "number": "a number",
     "text": "a text",
     "json": "JSON",
     "texts": "a text",
+    "words": "texts",
     "wholes": "an integer",
 }
 
@@ -76,18 +96,24 @@ def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
     by_flag = {flag: option for option in options for flag in (*option.flags, *option.negative)}
     found = Arguments()
     left = list(words)
+    has_argument = False
     while left:
         word = left.pop(0)
         if word == "--":
             found.ours += [word, *left]
             break
         if not word.startswith("-") or word == "-" or word == "--help":
+            has_argument |= word != "--help"
             found.ours.append(word)
             continue
-        flag, equals, text = word.partition("=")
-        flag = flag.replace("_", "-")
+        flag, equals, text = _parts(word)
         if flag in by_flag:
             kind = by_flag[flag].kind
+            if kind == "words":
+                # As argparse has it, a word after `--name=a` is the MODEL, unless that is known already.
+                more = _words(left) if has_argument or not equals else []
+                found.ours += [f"{flag}={one}" for one in _texts(flag, [text] * bool(equals) + more)]
+                continue
             values = [] if equals or kind == "flag" else [_next(flag, kind, left)]
             _check(flag, kind, values[0] if values else text)
             found.ours += [flag + equals + text, *values]
@@ -104,8 +130,40 @@ def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
         if option.kind == "flag":
             found.foreign[name] = value if not equals else _from_text(flag, "flag", text.lower()) is value
             continue
+        if option.kind == "words":
+            found.foreign[name] = _texts(flag, [text] if equals else _words(left))
+            continue
         found.foreign[name] = _from_text(flag, option.kind, text if equals else _next(flag, option.kind, left))
     return found
+
+
+def _parts(word: str) -> tuple[str, str, str]:
+    """Flag, "=" if there is one, and what is behind it. `-O0` is vLLM's `-O=0`."""
+    if re.fullmatch(r"-O\d+", word):
+        return "-O", "=", word[2:]
+    flag, equals, text = word.partition("=")
+    return flag.replace("_", "-"), equals, text
+
+
+def _words(left: list[str]) -> list[str]:
+    """Take those up to the next option."""
+    count = next((place for place, word in enumerate(left) if word.startswith("-")), len(left))
+    taken, left[:] = left[:count], left[count:]
+    return taken
+
+
+def _texts(flag: str, words: Sequence[str]) -> list[str]:
+    """The words, where one that is a JSON list stands for its items."""
+    if not words:
+        raise OptionError(f"{flag} needs a value; use {flag} and {_WHAT['words']}")
+    texts = []
+    for word in words:
+        try:
+            items = json.loads(word) if word.startswith("[") else [word]
+        except json.JSONDecodeError as error:
+            raise OptionError(f"{flag} {word!r} is not a JSON list ({error}); use {flag} a b") from None
+        texts += [_value(f"{flag} {word!r}", "text", item) for item in items]
+    return texts
 
 
 def _names(options: Sequence[OwnOption]) -> list[str]:
@@ -120,6 +178,8 @@ def _next(flag: str, kind: str, left: list[str]) -> str:
 
 def _check(flag: str, kind: str, text: str) -> None:
     """Typer reads the value, but says in five lines what it is not."""
+    if kind in _SIZES:
+        parse_size(text, shown=f"{flag} {text!r}", of_bytes=kind == "bytes")
     try:
         {"whole": int, "wholes": int, "number": float}.get(kind, str)(text)
     except ValueError:
@@ -129,6 +189,8 @@ def _check(flag: str, kind: str, text: str) -> None:
 def _from_text(flag: str, kind: str, text: str) -> Any:
     if kind == "text":
         return text
+    if kind in _SIZES:
+        return parse_size(text, shown=f"{flag} {text!r}", of_bytes=kind == "bytes")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -162,7 +224,7 @@ def read_config_file(path: str, options: Sequence[OwnOption]) -> ConfigFile:
         if name in known and name != CONFIG_FLAG.lstrip("-"):
             option, positive = known[name]
             # What is a text is taken as it stands: YAML makes a bool of `dbo: on`, and a number of `revision: 1`.
-            plain = option.kind in ("text", "texts") and isinstance(node, yaml.ScalarNode)
+            plain = option.kind in ("text", "texts", "words") and isinstance(node, yaml.ScalarNode)
             value = _value(f"{where}, {name}", option.kind, node.value if plain else value)
             found.own[option.name] = value if positive else not value
         elif (foreign := foreign_option(name)) is not None:
@@ -220,11 +282,15 @@ def _constructed(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
 
 def _value(where: str, kind: str, value: Any) -> Any:
     """The value, if it is of that kind; for those that may be given several times always a list."""
-    if kind in ("texts", "wholes"):
-        return [_value(where, kind.removesuffix("s"), item) for item in (value if isinstance(value, list) else [value])]
+    if kind in _LISTS:
+        return [_value(where, _LISTS[kind], item) for item in (value if isinstance(value, list) else [value])]
+    if kind in _SIZES and isinstance(value, str):
+        return parse_size(value, shown=f"{where}={value!r}", of_bytes=kind == "bytes")
     right = {
         "flag": isinstance(value, bool),
         "whole": is_whole(value),
+        "count": is_whole(value),
+        "bytes": is_whole(value),
         "number": is_number(value),
         "text": isinstance(value, str),
         "json": isinstance(value, Mapping) or is_whole(value),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from antiphon.bench.size_option import size_option
 from antiphon.cli.start import say
 from antiphon.core.errors import OptionError
 
@@ -21,9 +22,9 @@ def dbo(
     modes: Annotated[str, typer.Option(help="Of --dbo, with commas between; all are compared with the first.")] = (
         "off,on"
     ),
-    num_prompts: Annotated[int, typer.Option(min=1, help="Requests of a run.")] = 64,
-    random_input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    random_output_len: Annotated[int, typer.Option(min=1, help="Tokens to generate for it.")] = 32,
+    num_prompts: Annotated[int, size_option("Requests of a run.", least=1)] = 64,
+    random_input_len: Annotated[int, size_option("Tokens of a prompt.", least=1)] = 512,
+    random_output_len: Annotated[int, size_option("Tokens to generate for it.", least=1)] = 32,
     random_range_ratio: Annotated[
         float, typer.Option(help="How far lengths may lie from these, as a share; 0: all are equal.")
     ] = 0.0,
@@ -33,7 +34,7 @@ def dbo(
         typer.Option(help="Instead of a rate: this share of what the first mode answers when all are sent at once."),
     ] = None,
     burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less is burstier.")] = 1.0,
-    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests under way at once.")] = None,
+    max_concurrency: Annotated[int | None, size_option("Most requests under way at once.", least=1)] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each mode, after one to warm up.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there too.")] = None,
 ) -> None:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 import typer
 from typer.core import TyperCommand
 
-from antiphon.cli.arguments import Arguments, OwnOption, read_config_file, separate
+from antiphon.bench.size_option import Size, size_option
+from antiphon.cli.arguments import SEVERAL_WORDS, Arguments, OwnOption, read_config_file, separate
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError
 from antiphon.core.policy import DBO_MODES, SPLIT_RULES
@@ -67,10 +68,10 @@ def _declared(
     split: Annotated[str, typer.Option(help=f"Where a batch is cut: {', '.join(SPLIT_RULES)}.")] = "token",
     micro_batches: Annotated[int, typer.Option(help="Parts of a split step.")] = 2,
     dbo_prefill_token_threshold: Annotated[
-        int | None, typer.Option(help="Tokens on the busiest rank from which prefill is split, under auto too.")
+        int | None, size_option("Tokens on the busiest rank from which prefill is split, under auto too.")
     ] = None,
     dbo_decode_token_threshold: Annotated[
-        int | None, typer.Option(help="Tokens on the busiest rank from which decode is split, under auto too.")
+        int | None, size_option("Tokens on the busiest rank from which decode is split, under auto too.")
     ] = None,
     imbalance_ratio: Annotated[
         float,
@@ -80,18 +81,20 @@ def _declared(
         ),
     ] = 0.1,
     min_total_tokens_to_split: Annotated[
-        int, typer.Option(help="Steps with fewer tokens on the busiest rank are not split.")
+        int, size_option("Steps with fewer tokens on the busiest rank are not split.")
     ] = 0,
     min_prefill_tokens_to_split: Annotated[
-        int, typer.Option(help="Steps with prompts, but with fewer tokens of them there, are not split.")
+        int, size_option("Steps with prompts, but with fewer tokens of them there, are not split.")
     ] = 0,
     dbo_start_layer: Annotated[int, typer.Option(help="First layer that runs split.")] = 0,
     dbo_end_layer: Annotated[int | None, typer.Option(help="First layer after it that does not.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step on one rank.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once on one rank.")] = 256,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest text, prompt and output together.")] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens of a block of the KV cache.")] = 16,
-    kv_cache_memory: Annotated[int | None, typer.Option(help="Bytes of the KV cache of one rank.")] = None,
+    max_num_batched_tokens: Annotated[int | None, size_option("Tokens of one step on one rank.")] = None,
+    max_num_seqs: Annotated[int, size_option("Requests that run at once on one rank.")] = 256,
+    max_model_len: Annotated[int | None, size_option("Longest text, prompt and output together, such as 32k.")] = None,
+    block_size: Annotated[int, size_option("Tokens of a block of the KV cache.")] = 16,
+    kv_cache_memory: Annotated[
+        int | None, size_option("Bytes of the KV cache of one rank, such as 20G.", of_bytes=True)
+    ] = None,
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Share of a GPU's memory to use; the KV cache gets what is left of it.")
     ] = 0.9,
@@ -194,7 +197,11 @@ def _from_file(found: Arguments, options: list[OwnOption], own_names: list[str])
 
 def _kind(annotation: Any) -> str:
     """Of the option with this annotation: `Annotated[int | None, ...]` is a whole number."""
-    plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    plain, *marks = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+    if SEVERAL_WORDS in marks:
+        return "words"
+    for size in (mark.parser for mark in marks if isinstance(getattr(mark, "parser", None), Size)):
+        return "bytes" if size.of_bytes else "count"
     if get_origin(plain) in (Union, UnionType):
         (plain,) = [one for one in get_args(plain) if one is not type(None)]
     if get_origin(plain) is list:

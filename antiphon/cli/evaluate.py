@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from antiphon.bench.size_option import size_option
 from antiphon.cli.start import say, started
 
 __all__ = ["word_problems"]
@@ -16,7 +17,7 @@ __all__ = ["word_problems"]
 def word_problems(
     engine: dict[str, Any],
     num: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the 256.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens for an answer.")] = 100,
+    max_tokens: Annotated[int, size_option("Most tokens for an answer.", least=1)] = 100,
     compare: Annotated[
         bool, typer.Option("--compare", help="Solve them with overlap off, then on, and compare the answers.")
     ] = False,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from antiphon.bench.size_option import size_option
 from antiphon.cli.arguments import json_object
 from antiphon.cli.prompts import Chat, Prompt, as_chats, format_prompts, read_prompts
 from antiphon.cli.start import say, started
@@ -36,8 +37,8 @@ def generate(
             'with the "messages" of a chat.'
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for a prompt.")] = 64,
-    min_tokens: Annotated[int, typer.Option(help="No end before so many tokens.")] = 0,
+    max_tokens: Annotated[int, size_option("Most tokens to generate for a prompt.")] = 64,
+    min_tokens: Annotated[int, size_option("No end before so many tokens.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among so many likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this probability.")] = 1.0,

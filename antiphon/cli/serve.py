@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from antiphon.cli.arguments import json_object
+from antiphon.bench.size_option import size_option
+from antiphon.cli.arguments import SEVERAL_WORDS, json_object
 from antiphon.cli.start import say
 
 __all__ = ["serve"]
@@ -28,12 +29,28 @@ def serve(
         ),
     ] = None,
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name of the model in requests; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Names of the model in requests, a b; may be given several times too."),
+        SEVERAL_WORDS,
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Results under way at once; more get 429.")] = 1024,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Origins of web pages whose scripts may read answers (CORS), or '*'. Default: none."),
+        SEVERAL_WORDS,
+    ] = None,
+    allowed_methods: Annotated[
+        list[str] | None, typer.Option(help="HTTP methods that they may use. Default: all."), SEVERAL_WORDS
+    ] = None,
+    allowed_headers: Annotated[
+        list[str] | None, typer.Option(help="Headers that they may send. Default: all."), SEVERAL_WORDS
+    ] = None,
+    allow_credentials: Annotated[
+        bool, typer.Option("--allow-credentials", help="Their browsers may send cookies; not with the origin '*'.")
+    ] = False,
+    max_queue: Annotated[int, size_option("Results under way at once; more get 429.")] = 1024,
     request_timeout_s: Annotated[float, typer.Option(help="Longest time for one request.")] = 600.0,
     drain_s: Annotated[float, typer.Option(help="How long open requests may go on after SIGTERM.")] = 30.0,
-    max_body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = 8 * 2**20,
+    max_body_bytes: Annotated[int, size_option("Longest body of a request.", of_bytes=True)] = 8 * 2**20,
     reasoning_parser: Annotated[
         str | None,
         typer.Option(help="Tells reasoning apart from the answer in chats: deepseek_r1, deepseek_v3, glm45 or qwen3."),
@@ -59,6 +76,10 @@ def serve(
         port=port,
         api_key=api_key,
         served_model_names=tuple(served_model_name or [str(engine["model"])]),
+        allowed_origins=tuple(allowed_origins or ()),
+        allowed_methods=tuple(allowed_methods or "*"),
+        allowed_headers=tuple(allowed_headers or "*"),
+        allow_credentials=allow_credentials,
         max_queue=max_queue,
         request_timeout_s=request_timeout_s,
         drain_s=drain_s,

@@ -21,6 +21,7 @@ from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.kv_cache import CacheSize, block_bytes
 from antiphon.engine.settle import (
     check_layers,
+    overruled_dbo,
     settle_dbo,
     settle_device,
     settle_model,
@@ -272,7 +273,7 @@ class ResolvedConfig:
         """One sentence for each option that changes nothing here."""
         options, policy = self.options, self.policy
         off = "dbo='off'" if options.policy.dbo == "off" else "dbo='auto', which is off here"
-        sentences = policy.without_effect(off)
+        sentences = policy.without_effect(off) + overruled_dbo(options.policy, self.dbo_source)
         is_measured = options.kv_cache_memory is None and self.device_kind != "cpu"
         if options.gpu_memory_utilization != _DEFAULT_UTILIZATION and not is_measured:
             assert self.cache is not None

@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from antiphon.core.errors import OptionError
+from antiphon.core.sizes import parse_size
+from antiphon.engine.ascend_options import NO_GRAPHS, additional_config, as_object
 
 __all__ = [
     "FOREIGN_OPTIONS",
@@ -43,7 +45,7 @@ class ForeignOption:
     """One option of another engine.
 
     names: as keyword arguments, the usual one first; on the command line with dashes, single letters with one.
-    kind: what its value is there: flag, whole, number, text or json.
+    kind: what its value is there: flag, whole, count, bytes, number, text, words or json.
     meaning: gets the name that was used, and the value. Raises `OptionError` if it is refused.
     """
 
@@ -120,6 +122,15 @@ def _same_as(ours: str) -> Callable[[str, Any], Meaning]:
     return lambda name, value: Meaning(own={ours: value})
 
 
+def _same_size(ours: str, *, of_bytes: bool = False) -> Callable[[str, Any], Meaning]:
+    def meaning(name: str, value: Any) -> Meaning:
+        if isinstance(value, str):
+            value = parse_size(value, shown=f"{name}={value!r}", of_bytes=of_bytes)
+        return Meaning(own={ours: value})
+
+    return meaning
+
+
 def _is_so(*accepted: object, fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
     """Accepted where it says how things are here anyway."""
 
@@ -165,21 +176,18 @@ def _all2all_backend(name: str, value: object) -> Meaning:
     raise OptionError(f"{name}={value!r}: tokens travel by Antiphon's own transports; use {remedy}")
 
 
-_NO_GRAPHS = "steps are eager, there are no CUDA graphs yet"
-
-
 def _compilation_config(name: str, value: object) -> Meaning:
-    config = {"mode": value} if isinstance(value, int) else _object(name, value)
+    config = {"mode": value} if isinstance(value, int) else as_object(name, value)
     for key, item in config.items():
         text = str(item).lower()
         if key in ("cudagraph_mode", "mode", "level"):
             if text in ("none", "0"):
                 continue
-            fact = _NO_GRAPHS if key == "cudagraph_mode" else "nothing is compiled by torch.compile"
+            fact = NO_GRAPHS if key == "cudagraph_mode" else "nothing is compiled by torch.compile"
             raise OptionError(f'{name}: {key}={item!r}: {fact}; leave it out, or use {{"{key}": {_NONE[key]}}}')
         if key in ("cudagraph_capture_sizes", "compile_sizes") and not item:
             continue
-        raise OptionError(f"{name}: {key!r} is not known here: {_NO_GRAPHS}; leave it out")
+        raise OptionError(f"{name}: {key!r} is not known here: {NO_GRAPHS}; leave it out")
     return Meaning()
 
 
@@ -187,36 +195,17 @@ _NONE = {"cudagraph_mode": '"none"', "mode": "0", "level": "0"}
 
 
 def _additional_config(name: str, value: object) -> Meaning:
-    own: dict[str, Any] = {}
-    notes = []
-    for key, item in _object(name, value).items():
-        if key in _ASCEND_OPTIONS:
-            own[_ASCEND_OPTIONS[key]] = item
-        elif key == "torchair_graph_config":
-            if _object(f"{name}: {key}", item).get("enabled", False):
-                raise OptionError(f"{name}: {key!r} is enabled, but {_NO_GRAPHS}; leave it out")
-        elif key in ("ascend_scheduler_config", "refresh"):
-            notes.append(f"{name}: {key!r} has no effect: there is one scheduler, and nothing to refresh")
-        else:
-            known = [*_ASCEND_OPTIONS, "torchair_graph_config", "ascend_scheduler_config", "refresh"]
-            near = get_close_matches(str(key), known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(known)}"
-            raise OptionError(f"{name}: {key!r} is not known here; {hint}")
+    own, notes = additional_config(name, value)
     return Meaning(own=own, note="; ".join(notes))
 
 
-_ASCEND_OPTIONS = {
-    "min_total_tokens_to_split": "min_total_tokens_to_split",
-    "min_prefill_tokens_to_split": "min_prefill_tokens_to_split",
-    "imbalance_ratio": "imbalance_ratio",
-    "num_micro_batches": "micro_batches",
-}
-
-
-def _object(name: str, value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise OptionError(f'{name}={value!r} is not an object; use one such as {{"key": "value"}}')
-    return value
+def _hf_overrides(name: str, value: object) -> Meaning:
+    """The architecture with overlap, by which vLLM-Ascend's first version of it was switched on."""
+    if isinstance(value, dict) and value.keys() == {"architectures"}:
+        names = value["architectures"]
+        if names in (["DeepseekDBOForCausalLM"], ["CustomDeepseekDBOForCausalLM"]):
+            return Meaning(own={"dbo": "on"})
+    return _refused(*_OWN_CONFIG)(name, value)
 
 
 # ---- the table
@@ -231,6 +220,7 @@ _NOT_QUANTISED = (
 )
 _OWN_TOKENIZER = ("the tokenizer is that of the checkpoint", "leave it out, or put other files into the model's folder")
 _OWN_CONFIG = ("what config.json says holds", "leave it out, or change config.json in a copy of the checkpoint")
+_NO_ADAPTERS = ("there are no adapters", "merge them into the checkpoint")
 _PREEMPTION = "requests that are preempted are computed again, nothing is swapped"
 
 
@@ -241,7 +231,7 @@ def _option(names: str, kind: str, meaning: Callable[[str, Any], Meaning]) -> Fo
 FOREIGN_OPTIONS = (
     # overlap
     _option("enable_dbo enable_microbatching enable_two_batch_overlap", "flag", _enable_dbo),
-    _option("microbatching_token_threshold", "whole", _same_as("dbo_decode_token_threshold")),
+    _option("microbatching_token_threshold", "count", _same_size("dbo_decode_token_threshold")),
     _option("num_ubatches ubatch_size", "whole", _num_ubatches),
     _option("additional_config", "json", _additional_config),
     # ranks
@@ -279,14 +269,15 @@ FOREIGN_OPTIONS = (
     _option("headless", "flag", _refused(*_ONE_HOST)),
     _option("disable_custom_all_reduce", "flag", _no_effect("nothing is all-reduced")),
     # steps
-    _option("enforce_eager", "flag", _is_so(True, fact=_NO_GRAPHS, remedy="leave it out")),
-    _option("compilation_config cc", "json", _compilation_config),
+    _option("enforce_eager", "flag", _is_so(True, fact=NO_GRAPHS, remedy="leave it out")),
+    _option("compilation_config cc O", "json", _compilation_config),
+    _option("cudagraph_capture_sizes cuda_graph_sizes", "words", _refused(NO_GRAPHS, "leave it out")),
     _option("async_scheduling", "flag", _refused("a step is scheduled when the one before has ended", "leave it out")),
     _option("speculative_config", "json", _refused("there is no speculative decoding", "leave it out")),
     # cache and scheduling
     _option("enable_prefix_caching", "flag", _same_as("prefix_caching")),
     _option("enable_chunked_prefill", "flag", _same_as("chunked_prefill")),
-    _option("kv_cache_memory_bytes", "whole", _same_as("kv_cache_memory")),
+    _option("kv_cache_memory_bytes", "bytes", _same_size("kv_cache_memory", of_bytes=True)),
     _option("mem_fraction_static", "number", _same_as("gpu_memory_utilization")),
     _option(
         "kv_cache_dtype",
@@ -308,7 +299,7 @@ FOREIGN_OPTIONS = (
     _option("tokenizer_mode", "text", _is_so("auto", fact="there is one kind of tokenizer", remedy="use 'auto'")),
     _option("tokenizer_revision", "text", _refused(*_OWN_TOKENIZER)),
     _option("code_revision", "text", _no_effect("nothing that a checkpoint brings is executed")),
-    _option("hf_overrides", "json", _refused(*_OWN_CONFIG)),
+    _option("hf_overrides", "json", _hf_overrides),
     _option("rope_scaling", "json", _refused(*_OWN_CONFIG)),
     _option(
         "generation_config",
@@ -325,7 +316,8 @@ FOREIGN_OPTIONS = (
         "text",
         _refused_secret("the hub's library reads the token", "use the environment variable HF_TOKEN"),
     ),
-    _option("enable_lora", "flag", _refused("there are no adapters", "merge them into the checkpoint")),
+    _option("enable_lora", "flag", _refused(*_NO_ADAPTERS)),
+    _option("lora_modules", "words", _refused(*_NO_ADAPTERS)),
     _option("task runner", "text", _is_so("generate", "auto", fact="text is all it generates", remedy="leave it out")),
     # logs
     _option("disable_log_requests", "flag", _is_so(True, fact="what is asked is never logged", remedy="leave it out")),
@@ -334,8 +326,13 @@ FOREIGN_OPTIONS = (
     # serving
     _option("host", "text", _refused(*_OF_THE_SERVER)),
     _option("port", "whole", _refused(*_OF_THE_SERVER)),
-    _option("served_model_name", "text", _refused(*_OF_THE_SERVER)),
+    _option("served_model_name", "words", _refused(*_OF_THE_SERVER)),
     _option("api_key", "text", _refused_secret(*_OF_THE_SERVER)),
+    _option("allowed_origins", "words", _refused(*_OF_THE_SERVER)),
+    _option("allowed_methods", "words", _refused(*_OF_THE_SERVER)),
+    _option("allowed_headers", "words", _refused(*_OF_THE_SERVER)),
+    _option("allow_credentials", "flag", _refused(*_OF_THE_SERVER)),
+    _option("middleware", "words", _refused("the server runs no code of others", "put a proxy in front")),
     _option("chat_template", "text", _refused("the chat template is that of the checkpoint", "leave it out")),
     _option("tool_call_parser", "text", _refused(*_NO_PARSERS)),
     _option("enable_auto_tool_choice", "flag", _refused(*_NO_PARSERS)),

@@ -69,7 +69,8 @@ class LLM:
         tokens of prompts among them, is not split; they hold under "on" too. dbo_start_layer, dbo_end_layer: only these
         layers run split, the last one excluded.
     max_num_batched_tokens: tokens of one step on one rank. max_num_seqs: requests that run at once on one rank.
-    max_model_len: longest text, prompt and output together.
+    max_model_len: longest text, prompt and output together. It and other counts of tokens, requests and bytes may be
+        written as sizes, "32k" (docs/options.md).
     block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank; by default a fixed size on
         the CPU, and on a GPU what the share gpu_memory_utilization of its memory leaves beside the weights and the
         largest step, which is run once to measure it.
@@ -105,18 +106,18 @@ class LLM:
         dtype: str = "auto",
         split: str = "token",
         micro_batches: int = 2,
-        dbo_prefill_token_threshold: int | None = None,
-        dbo_decode_token_threshold: int | None = None,
+        dbo_prefill_token_threshold: int | str | None = None,
+        dbo_decode_token_threshold: int | str | None = None,
         imbalance_ratio: float = 0.1,
-        min_total_tokens_to_split: int = 0,
-        min_prefill_tokens_to_split: int = 0,
+        min_total_tokens_to_split: int | str = 0,
+        min_prefill_tokens_to_split: int | str = 0,
         dbo_start_layer: int = 0,
         dbo_end_layer: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        max_num_seqs: int = 256,
-        max_model_len: int | None = None,
-        block_size: int = 16,
-        kv_cache_memory: int | None = None,
+        max_num_batched_tokens: int | str | None = None,
+        max_num_seqs: int | str = 256,
+        max_model_len: int | str | None = None,
+        block_size: int | str = 16,
+        kv_cache_memory: int | str | None = None,
         gpu_memory_utilization: float = 0.9,
         prefix_caching: bool = True,
         chunked_prefill: bool = True,

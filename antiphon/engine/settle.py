@@ -18,10 +18,12 @@ from antiphon.models import PRESETS, RoutingSpec, parse_routing, resolve_model
 from antiphon.runtime.device import DEVICE_KINDS, num_devices, nvidia_gpus
 
 __all__ = [
+    "ASCEND_DBO_VARIABLE",
     "DBO_VARIABLE",
     "DEVICE_VARIABLE",
     "LOAD_FORMATS",
     "check_layers",
+    "overruled_dbo",
     "settle_dbo",
     "settle_device",
     "settle_model",
@@ -37,9 +39,13 @@ DEVICE_VARIABLE = "ANTIPHON_DEVICE"
 DBO_VARIABLE = "ANTIPHON_DBO"
 """The environment variable that says what `dbo="auto"` is."""
 
+ASCEND_DBO_VARIABLE = "VLLM_ASCEND_ENABLE_DBO"
+"""vLLM-Ascend's: 1 is `ANTIPHON_DBO=on`, where that is not set; 0, its default, asks for nothing."""
+
 LOAD_FORMATS = ("auto", "dummy")
 
-_DBO_WORDS = {**{mode: mode for mode in DBO_MODES}, "1": "on", "0": "off"}
+_DBO_WORDS: dict[str, str | None] = {**{mode: mode for mode in DBO_MODES}, "1": "on", "0": "off"}
+_ASCEND_DBO_WORDS: dict[str, str | None] = {"1": "on", "0": None}
 
 
 def settle_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
@@ -47,12 +53,34 @@ def settle_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
 
     Raises `OptionError` for a setting that is not known.
     """
-    asked = os.environ.get(DBO_VARIABLE)
-    if policy.dbo != "auto" or not asked:
+    settings = _dbo_settings()
+    if policy.dbo != "auto" or not settings:
         return policy, ""
-    if asked not in _DBO_WORDS:
-        raise unknown_value(DBO_VARIABLE, asked, _DBO_WORDS)
-    return replace(policy, dbo=_DBO_WORDS[asked]), f"{DBO_VARIABLE}={asked}"
+    setting, dbo = settings[0]
+    return replace(policy, dbo=dbo), setting
+
+
+def overruled_dbo(policy: OverlapPolicy, source: str) -> list[str]:
+    """A sentence for each setting of the environment that asks for another `dbo` than what `settle_dbo` returned."""
+    return [
+        f"{setting} has no effect: {source or 'the option'} asks for dbo={policy.dbo!r}, and comes first"
+        for setting, dbo in _dbo_settings()
+        if dbo != policy.dbo
+    ]
+
+
+def _dbo_settings() -> list[tuple[str, str]]:
+    """(setting, what `dbo` is by it) of the environment; the first one wins."""
+    found = []
+    for variable, words in ((DBO_VARIABLE, _DBO_WORDS), (ASCEND_DBO_VARIABLE, _ASCEND_DBO_WORDS)):
+        asked = os.environ.get(variable)
+        if not asked:
+            continue
+        if asked not in words:
+            raise unknown_value(variable, asked, words)
+        if (dbo := words[asked]) is not None:
+            found.append((f"{variable}={asked}", dbo))
+    return found
 
 
 def check_layers(policy: OverlapPolicy, num_layers: int) -> None:

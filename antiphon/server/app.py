@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 import antiphon
@@ -21,10 +22,13 @@ from antiphon.server.errors import ApiError, refusal
 from antiphon.server.generation import Generation
 from antiphon.server.guard import Guard
 from antiphon.server.jobs import to_json
+from antiphon.server.options import ServerOptions
 from antiphon.server.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from antiphon.server.service import Phase, Service
 
 __all__ = ["make_app"]
+
+_EXPOSED_HEADERS = ("x-request-id", "retry-after")  # others than the usual ones scripts of web pages do not see
 
 
 class _JsonAnswer(JSONResponse):
@@ -43,6 +47,9 @@ def make_app(service: Service) -> FastAPI:
         exception_handlers={ApiError: _tell, HTTPException: _tell_http},
     )
     app.add_middleware(Guard, service=service)
+    if service.options.allowed_origins:
+        # Outside the guard, so that preflight requests need no key, and refusals can be read too.
+        app.add_middleware(CORSMiddleware, **_cors(service.options))
     most_bytes = service.options.max_body_bytes
 
     @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
@@ -96,6 +103,16 @@ def make_app(service: Service) -> FastAPI:
 
     app.openapi = _document(app)  # type: ignore[method-assign]
     return app
+
+
+def _cors(options: ServerOptions) -> dict[str, Any]:
+    return {
+        "allow_origins": options.allowed_origins,
+        "allow_methods": options.allowed_methods,
+        "allow_headers": options.allowed_headers,
+        "allow_credentials": options.allow_credentials,
+        "expose_headers": _EXPOSED_HEADERS,
+    }
 
 
 def _generation(job: CompletionJob | ChatJob, service: Service, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,10 @@ from antiphon.core.errors import OptionError
 from antiphon.server.reasoning import reasoning_tags
 
 __all__ = ["ServerOptions"]
+
+_ALL = ("*",)
+_TOKEN = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +29,8 @@ class ServerOptions:
     max_body_bytes: longest body of a request; longer ones get 413.
     reasoning_parser: by which reasoning is told apart from the answer in chats; `None` for not at all.
     chat_template_kwargs: variables of the chat template, where a request does not set them.
+    allowed_origins: of web pages whose scripts may read answers (CORS), or "*" for all; none: browsers keep them out.
+    allowed_methods, allowed_headers: what such scripts may send, or "*". allow_credentials: cookies too.
 
     Raises `OptionError` for values that cannot work.
     """
@@ -38,6 +45,10 @@ class ServerOptions:
     max_body_bytes: int = 8 * 2**20
     reasoning_parser: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = _ALL
+    allowed_headers: tuple[str, ...] = _ALL
+    allow_credentials: bool = False
 
     def __post_init__(self) -> None:
         if not is_whole(self.port) or not 0 <= self.port < 2**16:
@@ -60,3 +71,26 @@ class ServerOptions:
             raise OptionError("api_key is empty or has unprintable characters; use another one, or none")
         if not self.served_model_names or not all(self.served_model_names):
             raise OptionError("served_model_names has an empty name; give at least one that is not")
+        for origin in self.allowed_origins:
+            if origin not in ("*", "null") and (not _ORIGIN.fullmatch(origin) or origin != origin.lower()):
+                raise OptionError(
+                    f"allowed_origins has {origin!r}, which no browser sends; use scheme://host or scheme://host:port "
+                    "in small letters, without a path, or *"
+                )
+        for name in ("allowed_methods", "allowed_headers"):
+            for word in getattr(self, name):
+                if not _TOKEN.fullmatch(word):
+                    raise OptionError(f"{name} has {word!r}, which is no name of HTTP; use one, or * for all")
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise OptionError(
+                "allow_credentials with allowed_origins '*' would let every web page use its visitors' cookies here, "
+                "and browsers refuse it; name the origins"
+            )
+
+    def without_effect(self) -> list[str]:
+        """One sentence for each option that changes nothing."""
+        if self.allowed_origins:
+            return []
+        set_ones = [name for name in ("allowed_methods", "allowed_headers") if getattr(self, name) != _ALL]
+        set_ones += ["allow_credentials"] * self.allow_credentials
+        return [f"{name} has no effect without allowed_origins" for name in set_ones]

@@ -90,7 +90,7 @@ async def _serve(
             return signals.exit_code
         for heading, text in describe_config(engine.config):
             say(f"{heading + ':':<11}{text}")
-        for sentence in engine.config.without_effect():
+        for sentence in [*engine.config.without_effect(), *options.without_effect()]:
             logger.warning(sentence)
         service.serve(engine)
         gc.collect()
@@ -182,9 +182,15 @@ async def _first(*waits: object) -> None:
 
 
 def _listen(options: ServerOptions) -> socket.socket:
+    """A listening socket that says that it is TCP: only then asyncio sets TCP_NODELAY on what it accepts.
+
+    Without it a kept-alive connection waits 40 ms for every answer: its body is a second write, which Nagle's algorithm
+    holds back until the client acknowledges the head.
+    """
     host, port = options.host, options.port
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        family, kind, protocol, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.socket(family, kind, protocol, fileno=listening.detach())
     except (OSError, UnicodeError) as error:
         raise OptionError(f"nothing can listen on {host} port {port} ({error}); use another --host or --port") from None

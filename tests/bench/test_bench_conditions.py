@@ -33,13 +33,14 @@ from antiphon.core.errors import OptionError
         ("4K..100K", [4096, 16384, 65536, 102400]),
         ("1M..1M", [2**20]),
         ("4K..16K,1M", [4096, 16384, 2**20]),
+        ("4k,1.5KiB,2MB", [4000, 1536, 2_000_000]),
     ],
 )
 def test_sizes(text: str, sizes: list[int]) -> None:
     assert parse_sizes(text) == sizes
 
 
-@pytest.mark.parametrize("text", ["", "4k", "K", "0", "-4K", "4K...8K", "1M..4K", "4K,4K", "4 KB"])
+@pytest.mark.parametrize("text", ["", "4q", "K", "0", "-4K", "4K...8K", "1M..4K", "4K,4K", "4 KB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(OptionError, match="--sizes"):
         parse_sizes(text)
@@ -47,6 +48,7 @@ def test_sizes_that_are_none(text: str) -> None:
 
 def test_counts() -> None:
     assert parse_counts("512, 2048", "tokens") == [512, 2048]
+    assert parse_counts("2k,2K", "tokens") == [2000, 2048]
     for text in ("0", "5.5", "-1", "a", "", "1,1"):
         with pytest.raises(OptionError, match="--tokens"):
             parse_counts(text, "tokens")

@@ -17,7 +17,7 @@ from antiphon.engine.config import EngineConfig
 from antiphon.engine.describe import describe_config
 from antiphon.engine.foreign_options import FOREIGN_OPTIONS
 from antiphon.engine.options import OPTION_DEFAULTS, make_config
-from antiphon.engine.settle import DBO_VARIABLE
+from antiphon.engine.settle import ASCEND_DBO_VARIABLE, DBO_VARIABLE
 from tests.support.asked import AskedError, run_command, stop_before_start
 
 SAME: dict[str, Any] = {}
@@ -35,6 +35,7 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ("enable_microbatching", True, {"dbo": "on", "dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512}),
     ("enable_two_batch_overlap", False, {"dbo": "off"}),
     ("microbatching_token_threshold", 40, {"dbo_decode_token_threshold": 40}),
+    ("microbatching_token_threshold", "4k", {"dbo_decode_token_threshold": 4000}),
     ("num_ubatches", 3, {"micro_batches": 3}),
     ("ubatch_size", 4, {"micro_batches": 4}),
     ("ubatch_size", 0, SAME),
@@ -44,7 +45,7 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     (
         "additional_config",
         {"torchair_graph_config": {"enabled": True}},
-        f"'torchair_graph_config' is enabled, but {GRAPHS}",
+        f"torchair_graph_config is enabled, but {GRAPHS}",
     ),
     ("additional_config", {"ascend_scheduler_config": {"enabled": True}}, "note: there is one scheduler"),
     (
@@ -54,7 +55,7 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ),
     ("additional_config", {"num_micro_batches": 3}, {"micro_batches": 3}),
     ("additional_config", {"min_total_tokens_to_splt": 1}, "did you mean 'min_total_tokens_to_split'?"),
-    ("additional_config", {"expert_map_path": "x"}, "'expert_map_path' is not known here; known here are "),
+    ("additional_config", {"zzz": "x"}, "'zzz' is not known here; known here are "),
     ("additional_config", 3, "additional_config=3 is not an object"),
     ("data_parallel_size", 2, {"ranks": 2}),
     ("data_parallel_size", 0, "ranks=0 is not a count"),
@@ -90,12 +91,15 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ("compilation_config", 3, "mode=3: nothing is compiled by torch.compile"),
     ("compilation_config", {"splitting_ops": ["x"]}, "'splitting_ops' is not known here"),
     ("cc", {"cudagraph_mode": "full"}, GRAPHS),
+    ("cudagraph_capture_sizes", ["1", "2"], f"{GRAPHS}; leave it out"),
     ("async_scheduling", True, "a step is scheduled when the one before has ended; leave it out"),
     ("speculative_config", {"method": "mtp"}, "there is no speculative decoding; leave it out"),
     ("enable_prefix_caching", False, {"prefix_caching": False}),
     ("enable_prefix_caching", True, SAME),
     ("enable_chunked_prefill", False, {"chunked_prefill": False}),
     ("kv_cache_memory_bytes", 2**26, {"kv_cache_memory": 2**26}),
+    ("kv_cache_memory_bytes", "64MiB", {"kv_cache_memory": 2**26}),
+    ("kv_cache_memory_bytes", "64Q", "'64Q' is not a number of bytes; use a number such as "),
     ("mem_fraction_static", 0.8, {"gpu_memory_utilization": 0.8}),
     ("kv_cache_dtype", "auto", SAME),
     ("kv_cache_dtype", "fp8", "the KV cache has the dtype of the computation; use 'auto'"),
@@ -112,11 +116,14 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ("tokenizer_revision", "main", TOKENIZER),
     ("code_revision", "main", "note: nothing that a checkpoint brings is executed"),
     ("hf_overrides", {"a": 1}, CONFIG),
+    ("hf_overrides", {"architectures": ["DeepseekDBOForCausalLM"]}, {"dbo": "on"}),
+    ("hf_overrides", {"architectures": ["DeepseekV2ForCausalLM"]}, CONFIG),
     ("rope_scaling", {"factor": 2}, CONFIG),
     ("generation_config", "vllm", "note: only the end-of-sequence tokens are read from it"),
     ("download_dir", "/data", "downloads go into the hub library's cache; use the environment variable HF_HUB_CACHE"),
     ("hf_token", "secret", "use the environment variable HF_TOKEN"),
     ("enable_lora", True, "there are no adapters; merge them into the checkpoint"),
+    ("lora_modules", ["a=b", "c=d"], "there are no adapters; merge them into the checkpoint"),
     ("task", "generate", SAME),
     ("runner", "pooling", "text is all it generates; leave it out"),
     ("disable_log_requests", True, SAME),
@@ -125,7 +132,12 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ("disable_log_stats", True, SAME),
     ("host", "0.0.0.0", SERVER),
     ("port", 8000, SERVER),
-    ("served_model_name", "x", SERVER),
+    ("served_model_name", ["x", "y"], SERVER),
+    ("allowed_origins", ["*"], SERVER),
+    ("allowed_methods", ["GET"], SERVER),
+    ("allowed_headers", ["authorization"], SERVER),
+    ("allow_credentials", True, SERVER),
+    ("middleware", ["a.B"], "the server runs no code of others; put a proxy in front"),
     ("api_key", "x", SERVER),
     ("chat_template", "x", "the chat template is that of the checkpoint; leave it out"),
     ("tool_call_parser", "x", NO_PARSERS),
@@ -146,7 +158,8 @@ def as_words(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     dashes = "-" if len(name) == 2 else "--"
-    return [f"{dashes}{flag}", value if isinstance(value, str) else json.dumps(value)]
+    words = value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)]
+    return [f"{dashes}{flag}", *words]
 
 
 def by_command_line(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
@@ -302,9 +315,68 @@ def test_the_environment_says_what_auto_is(setting: str, dbo: str, monkeypatch: 
     assert EngineConfig(policy=OverlapPolicy(dbo="on")).resolve().dbo_source == ""
 
 
-def test_an_unknown_setting_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DBO_VARIABLE, "yes")
-    with pytest.raises(OptionError, match="ANTIPHON_DBO='yes' is not known; use one of 0, 1, auto, off, on"):
+@pytest.mark.parametrize(
+    ("dbo", "ours", "ascend", "expected", "source", "told"),
+    [
+        ("auto", None, "1", "on", "VLLM_ASCEND_ENABLE_DBO=1", []),
+        ("auto", None, "0", "auto", "", []),
+        ("auto", "off", "0", "off", "ANTIPHON_DBO=off", []),
+        ("auto", "1", "1", "on", "ANTIPHON_DBO=1", []),
+        (
+            "auto",
+            "off",
+            "1",
+            "off",
+            "ANTIPHON_DBO=off",
+            ["VLLM_ASCEND_ENABLE_DBO=1 has no effect: ANTIPHON_DBO=off asks for dbo='off', and comes first"],
+        ),
+        ("on", None, "1", "on", "", []),
+        (
+            "off",
+            None,
+            "1",
+            "off",
+            "",
+            ["VLLM_ASCEND_ENABLE_DBO=1 has no effect: the option asks for dbo='off', and comes first"],
+        ),
+        (
+            "off",
+            "on",
+            None,
+            "off",
+            "",
+            ["ANTIPHON_DBO=on has no effect: the option asks for dbo='off', and comes first"],
+        ),
+    ],
+)
+def test_vllm_ascends_variable_acts_as_ours_and_comes_last(
+    dbo: str,
+    ours: str | None,
+    ascend: str | None,
+    expected: str,
+    source: str,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, value in ((DBO_VARIABLE, ours), (ASCEND_DBO_VARIABLE, ascend)):
+        if value is None:
+            monkeypatch.delenv(variable, raising=False)
+        else:
+            monkeypatch.setenv(variable, value)
+    config = EngineConfig(ranks=2, policy=OverlapPolicy(dbo=dbo)).resolve()
+    assert (config.policy.dbo, config.dbo_source) == (expected, source)
+    assert dict(describe_config(config))["dbo"].endswith(f", by {source}") or not source
+    assert config.without_effect() == told
+
+
+@pytest.mark.parametrize(
+    ("variable", "known"), [("ANTIPHON_DBO", "0, 1, auto, off, on"), ("VLLM_ASCEND_ENABLE_DBO", "0, 1")]
+)
+def test_an_unknown_setting_of_the_environment_is_refused(
+    variable: str, known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "yes")
+    with pytest.raises(OptionError, match=f"{variable}='yes' is not known; use one of {known}"):
         EngineConfig().resolve()
 
 
@@ -312,12 +384,6 @@ def test_an_unknown_setting_of_the_environment_is_refused(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        (
-            "VLLM_ASCEND_ENABLE_DBO",
-            "1",
-            ["VLLM_ASCEND_ENABLE_DBO=1 is not obeyed here; use ANTIPHON_DBO=1, or dbo='on'"],
-        ),
-        ("VLLM_ASCEND_ENABLE_DBO", "0", []),
         ("VLLM_ALL2ALL_BACKEND", "pplx", ["VLLM_ALL2ALL_BACKEND=pplx is not obeyed here; use transport='auto' or "]),
     ],
 )

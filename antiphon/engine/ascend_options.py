@@ -1,0 +1,184 @@
+"""What the keys of vLLM-Ascend's `additional_config` mean here, or why one is refused and what to use.
+
+The names are those of all its versions that had dual-batch overlap, 0.8.5 to 0.11. What only made its graphs, its
+scheduler or its memory layout faster is passed over with a note; what asks for something that does not exist here is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from antiphon.core.errors import OptionError
+
+__all__ = ["NO_GRAPHS", "additional_config", "as_object"]
+
+NO_GRAPHS = "steps are eager, there are no CUDA graphs yet"
+
+_Result = tuple[Mapping[str, Any], list[str]]
+"""Our options, and notes for the user."""
+_Key = Callable[[str, Any], _Result]
+"""Gets where the key stands, and its value. Raises `OptionError` if it is refused."""
+
+
+def additional_config(name: str, value: object) -> _Result:
+    """Our options, and one sentence for what has no effect. Raises `OptionError` for a key that is refused."""
+    return _keys(name, as_object(name, value), _KEYS)
+
+
+def as_object(name: str, value: object) -> dict[str, Any]:
+    """Raises `OptionError` if it is no JSON object."""
+    if not isinstance(value, dict):
+        raise OptionError(f'{name}={value!r} is not an object; use one such as {{"key": "value"}}')
+    return value
+
+
+def _keys(name: str, config: Mapping[str, Any], known: Mapping[str, _Key]) -> _Result:
+    own: dict[str, Any] = {}
+    notes = []
+    for key, value in config.items():
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(known)}"
+            raise OptionError(f"{name}: {key!r} is not known here; {hint}")
+        meant, told = known[key](f"{name}: {key}", value)
+        for option, number in meant.items():
+            if own.setdefault(option, number) != number:
+                raise OptionError(f"{name} means both {option}={own[option]!r} and {number!r}; leave one of them out")
+        notes += told
+    return own, notes
+
+
+# ---- meanings
+
+
+def _same_as(ours: str) -> _Key:
+    return lambda where, value: ({} if value is None else {ours: value}, [])
+
+
+def _always_so(where: str, value: object) -> _Result:
+    """On is how things are here."""
+    return {}, [] if value else [f"{where}={value!r} has no effect: it is always on"]
+
+
+def _no_effect(reason: str) -> _Key:
+    """Off, zero and empty ask for nothing."""
+    return lambda where, value: ({}, [f"{where}={value!r} has no effect: {reason}"] if value else [])
+
+
+def _refused(*accepted: object, fact: str, remedy: str) -> _Key:
+    """Refused unless it is off, or says how things are anyway."""
+
+    def meaning(where: str, value: object) -> _Result:
+        if value and value not in accepted:
+            raise OptionError(f"{where}={value!r}: {fact}; {remedy}")
+        return {}, []
+
+    return meaning
+
+
+def _graphs(*known: str) -> _Key:
+    """The configuration of a kind of graph, which must not be enabled. known: its other keys."""
+
+    def meaning(where: str, value: object) -> _Result:
+        config = as_object(where, value)
+        if config.get("enabled", False):
+            raise OptionError(f"{where} is enabled, but {NO_GRAPHS}; leave it out")
+        return _keys(where, config, dict.fromkeys(("enabled", *known), _no_effect("there are no graphs")))
+
+    return meaning
+
+
+def _scheduler(where: str, value: object) -> _Result:
+    config = as_object(where, value)
+    if not config.get("enabled", True):
+        return {}, []
+    own, notes = _keys(where, config, _SCHEDULER_KEYS)
+    if config.get("enabled", False):
+        notes.append(
+            f"{where}: there is one scheduler, which serves requests in the order of their arrival; "
+            "chunked_prefill=False keeps prompts whole, as that one does"
+        )
+    return own, notes
+
+
+def _feature(reason: str) -> _Key:
+    """An object with a switch, for something that only makes an NPU faster."""
+
+    def meaning(where: str, value: object) -> _Result:
+        enabled = as_object(where, value).get("enabled", False)
+        return {}, [f"{where} has no effect: {reason}"] if enabled else []
+
+    return meaning
+
+
+# ---- the tables
+
+_NO_TENSOR_PARALLELISM = {"fact": "there is no tensor parallelism yet", "remedy": "leave it out, and use ranks=N"}
+_EXPERTS_STAY = {"fact": "experts lie in order and are not moved while running", "remedy": "leave it out"}
+_OF_DYNAMIC_EPLB = _no_effect("experts are not moved while running")
+_ONE_ORDER = {"fact": "requests are served in the order of their arrival", "remedy": "use 'fcfs'"}
+
+_TORCHAIR_KEYS = (
+    *("mode", "graph_batch_sizes", "graph_batch_sizes_init", "use_cached_graph", "enable_view_optimize"),
+    *("use_cached_kv_cache_bytes", "enable_frozen_parameter", "enable_multistream_mla", "enable_multistream_moe"),
+    *("enable_kv_nz", "enable_super_kernel"),
+)
+
+_SCHEDULER_KEYS: dict[str, _Key] = {
+    "enabled": lambda where, value: ({}, []),
+    "enable_chunked_prefill": _same_as("chunked_prefill"),
+    "chunked_prefill_enabled": _same_as("chunked_prefill"),
+    "max_num_batched_tokens": _same_as("max_num_batched_tokens"),
+    "max_num_seqs": _same_as("max_num_seqs"),
+    "max_model_len": _same_as("max_model_len"),
+    "policy": _refused("fcfs", **_ONE_ORDER),
+    "num_scheduler_steps": _refused(1, fact="a step is scheduled after the other", remedy="leave it out"),
+    "enable_pd_transfer": _refused(fact="prefill and decode run on the same ranks", remedy="leave it out"),
+    "long_prefill_token_threshold": _no_effect("a prompt may fill a step; use max_num_batched_tokens"),
+    "max_long_partial_prefills": _no_effect("a prompt may fill a step; use max_num_batched_tokens"),
+    "max_num_partial_prefills": _no_effect("a prompt may fill a step; use max_num_batched_tokens"),
+    "decode_max_num_seqs": _no_effect("max_num_seqs is the one limit"),
+}
+
+_KEYS: dict[str, _Key] = {
+    # overlap
+    "min_total_tokens_to_split": _same_as("min_total_tokens_to_split"),
+    "min_prefill_tokens_to_split": _same_as("min_prefill_tokens_to_split"),
+    "imbalance_ratio": _same_as("imbalance_ratio"),
+    "num_micro_batches": _same_as("micro_batches"),
+    "multistream_overlap_shared_expert": _always_so,
+    # ranks
+    "expert_tensor_parallel_size": _refused(
+        1, "0", "1", fact="experts are not cut, each lies whole on one rank", remedy="leave it out, and use ranks=N"
+    ),
+    "enable_inter_dp_scheduling": _always_so,
+    "enable_shared_expert_dp": _always_so,
+    "lmhead_tensor_parallel_size": _refused(1, **_NO_TENSOR_PARALLELISM),
+    "oproj_tensor_parallel_size": _refused(1, **_NO_TENSOR_PARALLELISM),
+    "expert_map_path": _refused(**_EXPERTS_STAY),
+    "dynamic_eplb": _refused(**_EXPERTS_STAY),
+    "init_redundancy_expert": _refused(fact="each expert lies on one rank", remedy="leave it out"),
+    "num_iterations_eplb_update": _OF_DYNAMIC_EPLB,
+    "num_wait_worker_iterations": _OF_DYNAMIC_EPLB,
+    "gate_eplb": _OF_DYNAMIC_EPLB,
+    "expert_map_record_path": _OF_DYNAMIC_EPLB,
+    # graphs
+    "torchair_graph_config": _graphs(*_TORCHAIR_KEYS),
+    "enable_graph_mode": _refused(fact=NO_GRAPHS, remedy="leave it out"),
+    "torchair_graph_batch_sizes": _no_effect("there are no graphs"),
+    "init_torchair_graph_batch_sizes": _no_effect("there are no graphs"),
+    "trace_recompiles": _no_effect("nothing is compiled by torch.compile"),
+    "xlite_graph_config": _graphs("full_mode"),
+    # the rest
+    "ascend_scheduler_config": _scheduler,
+    "kv_cache_dtype": _refused("auto", fact="the KV cache has the dtype of the computation", remedy="leave it out"),
+    "chunked_prefill_for_mla": _no_effect("there is one attention for each kind of model"),
+    "enable_prefill_optimizations": _no_effect("there is one attention for each kind of model"),
+    "weight_prefetch_config": _feature("weights lie on their device"),
+    "enable_weight_nz_layout": _no_effect("it is a memory layout of NPUs"),
+    "enable_cpu_binding": _no_effect("the system places processes"),
+    "refresh": _no_effect("there is nothing to refresh"),
+}
