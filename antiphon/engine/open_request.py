@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,9 @@ class OpenRequest:
         self._forget = forget
         self._by_id = collectors
         self._index = {request_id: index for index, request_id in enumerate(collectors)}
-        self._arrived: asyncio.Queue[tuple[float, TokenOutput] | EngineError] = asyncio.Queue()
+        self._num_unfinished = len(collectors)
+        self._arrived: deque[tuple[float, TokenOutput] | EngineError] = deque()
+        self._waiter: asyncio.Future[None] | None = None  # of the iterator, while nothing has arrived
 
     @property
     def collectors(self) -> list[Collector]:
@@ -62,8 +65,14 @@ class OpenRequest:
 
     async def __aiter__(self) -> AsyncIterator[StreamItem]:
         """Raises `EngineError` if the engine ends before all results have finished."""
-        while not self.finished:
-            arrived = await self._arrived.get()
+        while self._num_unfinished:
+            if not self._arrived:
+                self._waiter = asyncio.get_running_loop().create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            arrived = self._arrived.popleft()
             if isinstance(arrived, EngineError):
                 raise arrived
             at_s, output = arrived
@@ -72,10 +81,13 @@ class OpenRequest:
                 continue
             delta = collector.take(output)
             self.num_tokens += len(delta.token_ids)
+            self._num_unfinished -= collector.finished
             if collector.must_cancel:
                 self._forget([output.request_id])
             yield StreamItem(self._index[output.request_id], delta, at_s)
 
     def put(self, arrived: tuple[float, TokenOutput] | EngineError) -> None:
         """For the engine: an output and when it came, or what has ended it."""
-        self._arrived.put_nowait(arrived)
+        self._arrived.append(arrived)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -12,7 +12,6 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -108,9 +107,11 @@ class Generation(Response):
         async def pass_on(place: int, one: _Followed) -> None:
             async for item in one.opened:
                 one.saw(item)
-                large = job.is_large_piece(place, one.opened, item)
-                write = partial(_events_of, job, place, one.opened, item)
-                if events := await asyncio.to_thread(write) if large else write():
+                if job.is_large_piece(place, one.opened, item):
+                    events = await asyncio.to_thread(_events_of, job, place, one.opened, item)
+                else:
+                    events = _events_of(job, place, one.opened, item)
+                if events:
                     await send(_part(events))
 
         await _together([pass_on(place, one) for place, one in enumerate(followed)])
@@ -188,7 +189,7 @@ class _Followed:
 
 
 def _events_of(job: Job, place: int, opened: OpenRequest, item: StreamItem) -> bytes:
-    return b"".join(job.chunk(choice) for choice in job.pieces(place, opened, item))
+    return b"".join([job.chunk(choice) for choice in job.pieces(place, opened, item)])
 
 
 def _part(body: bytes, *, more: bool = True) -> Message:
