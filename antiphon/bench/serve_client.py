@@ -136,7 +136,7 @@ class _Reading:
             return
         event = json.loads(data)
         if not isinstance(event, dict):
-            raise ValueError("an event is no object")
+            raise ValueError("an event is not an object")
         if event.get("error"):
             self._found.error = f"an event of the stream: {str(event['error'])[:_TOLD]}"
             return

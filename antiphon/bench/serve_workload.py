@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from antiphon.core.checks import is_whole
+from antiphon.core.checks import is_whole, unicode_fault
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.lines import json_lines
 
@@ -108,17 +108,17 @@ def _lengths(random: np.random.Generator, length: int, ratio: float, num: int) -
 def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
     """First questions of conversations; outputs as long as the first answers, by a rule of thumb, or as told.
 
-    Such files have entries that are no conversations: they are skipped, and a warning says how many.
+    Such files have entries that are not conversations: they are skipped, and a warning says how many.
     """
     text = _text_of(path)
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise OptionError(
-            f"--dataset-path {path} is no JSON ({error}); use a file of ShareGPT conversations"
+            f"--dataset-path {path} is not JSON ({error}); use a file of ShareGPT conversations"
         ) from error
     if not isinstance(rows, list):
-        raise OptionError(f"--dataset-path {path} is no JSON list of entries; use a file of ShareGPT conversations")
+        raise OptionError(f"--dataset-path {path} is not a JSON list of entries; use a file of ShareGPT conversations")
     asks, odd = [], []
     for place, row in enumerate(rows, start=1):
         try:
@@ -131,7 +131,7 @@ def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
         # As is usual with this file: neither very short nor very long ones.
         if 4 <= num_question <= 1024 and length >= 4 and num_question + length <= 2048:
             asks.append(Ask(prompt=question, max_tokens=length))
-    told = f"{len(odd)} of {len(rows)} entries are no conversations" + (f" (the first: {odd[0]})" if odd else "")
+    told = f"{len(odd)} of {len(rows)} entries are not conversations" + (f" (the first: {odd[0]})" if odd else "")
     if not asks:
         raise OptionError(
             f"--dataset-path {path} holds no prompt that can be used: {told}, {len(rows) - len(odd)} are too short or "
@@ -157,7 +157,7 @@ def _text_of_turn(turn: Any, name: str) -> str:
     value = turn.get("value") if isinstance(turn, dict) else None
     if not isinstance(value, str):
         raise ValueError(f"has no text as value of its {name} turn")
-    if not _is_unicode(value):
+    if unicode_fault(value):
         raise ValueError(f"has half a character in its {name} turn")
     return value
 
@@ -179,15 +179,15 @@ def _custom(path: Path, workload: Workload) -> list[Ask]:
 def _custom_ask(row: Any, number: int, workload: Workload) -> Ask:
     """Raises `ValueError`, which begins with the line."""
     if not isinstance(row, dict):
-        raise ValueError(f"line {number} is no object")
+        raise ValueError(f"line {number} is not an object")
     prompt, output_len = row.get("prompt"), row.get("output_tokens")
     is_ids = isinstance(prompt, list) and all(is_whole(token_id) and token_id >= 0 for token_id in prompt)
     if not prompt or not (isinstance(prompt, str) or is_ids):
         raise ValueError(f'line {number} has no "prompt" that is a text or a list of token ids, and not empty')
-    if isinstance(prompt, str) and not _is_unicode(prompt):
+    if isinstance(prompt, str) and unicode_fault(prompt):
         raise ValueError(f'line {number} has half a character in its "prompt"')
     if output_len is not None and not (is_whole(output_len) and output_len >= 1):
-        raise ValueError(f'line {number} has "output_tokens" that are no integer of at least 1')
+        raise ValueError(f'line {number} has "output_tokens" that is not an integer of at least 1')
     return Ask(prompt=prompt, max_tokens=workload.file_output_len or output_len or workload.output_len)
 
 
@@ -196,15 +196,6 @@ def _text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--dataset-path {path} cannot be read ({error}); pass a text file in UTF-8") from error
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can be sent: JSON's escapes can make half a character, which no server takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int = 0) -> list[float]:

@@ -74,17 +74,14 @@ class Arguments:
     config: str | None = None
 
 
-def json_object(name: str, text: str | None) -> dict[str, Any]:
+def json_object(name: str, text: str | None, *, example: str) -> dict[str, Any]:
     """The object that an option holds as JSON; empty for `None`. Raises `OptionError` for anything else."""
     try:
         value = {} if text is None else json.loads(text)
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise OptionError(
-            f"--{name.replace('_', '-')} {text!r} is no object of JSON; use one such as "
-            """'{"enable_thinking": false}'"""
-        )
+        raise OptionError(f"--{name.replace('_', '-')} {text!r} is not a JSON object; use one such as '{example}'")
     return value
 
 
@@ -155,7 +152,7 @@ def _words(left: list[str]) -> list[str]:
 def _texts(flag: str, words: Sequence[str]) -> list[str]:
     """The words, where one that is a JSON list stands for its items."""
     if not words:
-        raise OptionError(f"{flag} needs a value; use {flag} and {_WHAT['words']}")
+        raise OptionError(f"{flag} needs at least one value; use {flag} NAME [NAME ...]")
     texts = []
     for word in words:
         try:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
+_NO_THINKING = '{"enable_thinking": false}'
+
 
 def generate(
     engine: dict[str, Any],
@@ -59,8 +61,12 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     skip_special_tokens: Annotated[bool, typer.Option(help="Leave special tokens out of the text.")] = True,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Take prompts as what a user says, and format them by the chat template.")
+        bool, typer.Option("--chat", help="Treat each prompt as a user message and apply the chat template.")
     ] = False,
+    add_generation_prompt: Annotated[
+        bool | None,
+        typer.Option(help="Whether the template begins an answer. Default: unless the last message is continued."),
+    ] = None,
     chat_template_kwargs: Annotated[
         str | None, typer.Option(help="JSON: variables of the chat template, '{\"enable_thinking\": false}'.")
     ] = None,
@@ -84,14 +90,18 @@ def generate(
         raise OptionError("there is no prompt; use --prompt TEXT or --prompts-file FILE")
     if chat:
         prompts = [*as_chats(prompts)]
-    template = {
-        "chat_template_kwargs": json_object("chat_template_kwargs", chat_template_kwargs),
+    template: dict[str, Any] = {
+        "chat_template_kwargs": json_object("chat_template_kwargs", chat_template_kwargs, example=_NO_THINKING),
         "continue_final_message": continue_final_message,
+        "add_generation_prompt": add_generation_prompt,
     }
-    if any(template.values()) and not any(isinstance(one, Chat) for one in prompts):
+    is_formatted = template["chat_template_kwargs"] or continue_final_message or add_generation_prompt is not None
+    if is_formatted and not any(isinstance(one, Chat) for one in prompts):
         raise OptionError(
-            "--chat-template-kwargs and --continue-final-message are for chats; add --chat, or leave them out"
+            "--chat-template-kwargs, --continue-final-message and --add-generation-prompt are for chats; add --chat, "
+            "or leave them out"
         )
+    bias: Any = json_object("logit_bias", logit_bias, example='{"5": -100}')  # SamplingParams checks its keys
     params = [
         SamplingParams(
             n=n,
@@ -104,7 +114,7 @@ def generate(
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             repetition_penalty=repetition_penalty,
-            logit_bias=_logit_bias(logit_bias),
+            logit_bias=bias or None,
             seed=engine["seed"] + place,
             stop=stop or None,
             stop_token_ids=stop_token_ids or None,
@@ -126,13 +136,6 @@ def generate(
     else:
         _print_texts(outputs, prompts)
         say(console, _summary(outputs, stats, seconds))
-
-
-def _logit_bias(text: str | None) -> Any:
-    try:
-        return None if text is None else json.loads(text)
-    except json.JSONDecodeError:
-        raise OptionError(f'--logit-bias {text!r} is not JSON; use an object such as {{"5": -100}}') from None
 
 
 @contextmanager

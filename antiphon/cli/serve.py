@@ -30,7 +30,7 @@ def serve(
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(help="Names of the model in requests, a b; may be given several times too."),
+        typer.Option(help="Names that requests may use for the model, separated by spaces; answers have the first."),
         SEVERAL_WORDS,
     ] = None,
     allowed_origins: Annotated[
@@ -39,13 +39,16 @@ def serve(
         SEVERAL_WORDS,
     ] = None,
     allowed_methods: Annotated[
-        list[str] | None, typer.Option(help="HTTP methods that they may use. Default: all."), SEVERAL_WORDS
+        list[str] | None,
+        typer.Option(help="HTTP methods allowed in cross-origin requests. Default: all."),
+        SEVERAL_WORDS,
     ] = None,
     allowed_headers: Annotated[
-        list[str] | None, typer.Option(help="Headers that they may send. Default: all."), SEVERAL_WORDS
+        list[str] | None, typer.Option(help="Request headers allowed in them. Default: all."), SEVERAL_WORDS
     ] = None,
     allow_credentials: Annotated[
-        bool, typer.Option("--allow-credentials", help="Their browsers may send cookies; not with the origin '*'.")
+        bool,
+        typer.Option("--allow-credentials", help="Allow cookies in cross-origin requests; not with '*'."),
     ] = False,
     max_queue: Annotated[int, size_option("Results under way at once; more get 429.")] = 1024,
     request_timeout_s: Annotated[float, typer.Option(help="Longest time for one request.")] = 600.0,
@@ -58,7 +61,8 @@ def serve(
     default_chat_template_kwargs: Annotated[
         str | None,
         typer.Option(
-            help="JSON: variables of the chat template, where a request sets none, '{\"enable_thinking\": false}'."
+            help="JSON: default variables of the chat template, which a request may override one by one, "
+            "'{\"enable_thinking\": false}'."
         ),
     ] = None,
     log_format: Annotated[str, typer.Option(help="text or json: one line an event, on stderr.")] = "text",
@@ -85,7 +89,9 @@ def serve(
         drain_s=drain_s,
         max_body_bytes=max_body_bytes,
         reasoning_parser=reasoning_parser,
-        chat_template_kwargs=json_object("default_chat_template_kwargs", default_chat_template_kwargs),
+        chat_template_kwargs=json_object(
+            "default_chat_template_kwargs", default_chat_template_kwargs, example='{"enable_thinking": false}'
+        ),
     )
     config = make_config(
         {name: engine[name] for name in OPTION_DEFAULTS},

@@ -1,10 +1,10 @@
-"""Of what type an option's value is."""
+"""Of what type an option's value is, and whether a text can be sent."""
 
 from __future__ import annotations
 
 from typing import TypeGuard
 
-__all__ = ["is_number", "is_whole"]
+__all__ = ["is_number", "is_whole", "unicode_fault"]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -15,3 +15,12 @@ def is_whole(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether an option's value is a number; `True` is not."""
     return is_whole(value) or isinstance(value, float)
+
+
+def unicode_fault(text: str) -> str:
+    """Why a text cannot be written as UTF-8: half a character, as JSON's escapes can make one. Empty if it can be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return str(error)
+    return ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from antiphon.core.checks import is_number, is_whole
+from antiphon.core.checks import is_number, is_whole, unicode_fault
 from antiphon.core.errors import OptionError
 
 __all__ = ["CompletionOutput", "GeneratedOutput", "Logprob", "SamplingParams"]
@@ -156,10 +156,8 @@ def _checked_stops(stop: object) -> tuple[str, ...] | None:
     for text in stops:
         if not isinstance(text, str) or not text:
             raise OptionError(f"stop has {text!r}, which is no text to look for; use texts of at least one character")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise OptionError(f"stop has {text!r}, which is not valid Unicode text ({error}); repair it") from None
+        if fault := unicode_fault(text):
+            raise OptionError(f"stop has {text!r}, which is not valid Unicode text ({fault}); repair it")
         if len(text) > _LONGEST_STOP:
             raise OptionError(
                 f"stop has a text of {len(text)} characters, but at most {_LONGEST_STOP} are looked for after every "

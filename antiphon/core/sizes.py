@@ -43,5 +43,5 @@ def parse_size(value: str | int, *, shown: str = "", of_bytes: bool = False) -> 
     binary = letter.isupper() if unit is None else len(unit) == len("iB")
     number = Fraction(digits) * (1024 if binary else 1000) ** _POWERS[letter.lower()]
     if number.denominator != 1:
-        raise OptionError(f"{shown} is {float(number):.15g}, which is no integer; use a number such as {examples}")
+        raise OptionError(f"{shown} is {float(number):.15g}, which is not an integer; use a number such as {examples}")
     return int(number)

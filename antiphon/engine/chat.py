@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from antiphon.core.checks import unicode_fault
 from antiphon.core.errors import RequestError
 
 __all__ = ["Message", "chat_messages", "joined_text"]
@@ -20,14 +21,15 @@ def joined_text(content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple) or not content:
-        raise ValueError("content is no text; use a text, or a list of parts of type text")
+        raise ValueError("content is not text; use a text, or a list of parts of type text")
     texts = []
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise ValueError('content has a part without a type; use {"type": "text", "text": "..."}')
         if part["type"] not in _TEXT_TYPES:
             raise ValueError(f"content has a part of type {part['type']!r}, which is not supported; use type text")
-        if not isinstance(part.get("text"), str) or not part.keys() <= {"type", "text"}:
+        said = {name for name, value in part.items() if value is not None}
+        if not isinstance(part.get("text"), str) or not said <= {"type", "text"}:
             raise ValueError('content has a part of type text that is not {"type": "text", "text": "..."}')
         texts.append(part["text"])
     return "".join(texts)
@@ -39,7 +41,7 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     Raises `RequestError` for what is no list of messages.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError('messages is no list of messages; use [{"role": "user", "content": "..."}]')
+        raise RequestError('messages is not a list of messages; use [{"role": "user", "content": "..."}]')
     return [_template_message(place, message) for place, message in enumerate(messages)]
 
 
@@ -49,9 +51,8 @@ def _template_message(place: int, message: Message) -> dict[str, Any]:
     role, content = message["role"], message.get("content")
     try:
         text = "" if content is None and role == "assistant" else joined_text(content)
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"messages.{place}.content is not valid Unicode text ({error}); repair it") from None
     except ValueError as error:
         raise RequestError(f"messages.{place}.{error}") from None
+    if fault := unicode_fault(text):
+        raise RequestError(f"messages.{place}.content is not valid Unicode text ({fault}); repair it")
     return {**message, "role": "system" if role == "developer" else role, "content": text}

@@ -81,7 +81,7 @@ class EngineConfig:
         """
         for name in ("model", "routing", "transport"):
             if not isinstance(getattr(self, name), str):
-                raise OptionError(f"{name}={getattr(self, name)!r} is no text; use a name of docs/options.md")
+                raise OptionError(f"{name}={getattr(self, name)!r} is not text; pass a string, see docs/options.md")
         for name in ("ranks", "max_num_seqs", "block_size"):
             _check_count(name, getattr(self, name))
         if self.num_layers is not None:

@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from antiphon.core.errors import OptionError
-from antiphon.core.sizes import parse_size
 from antiphon.engine.ascend_options import NO_GRAPHS, additional_config, as_object
+from antiphon.engine.option_sizes import as_number
 
 __all__ = [
     "FOREIGN_OPTIONS",
@@ -92,7 +92,8 @@ def translate(given: Mapping[str, Any], own_names: Iterable[str]) -> Translation
         if option is None:
             raise unknown_option(name, own_names)
         meaning = Meaning() if value is None else option.meaning(name, value)
-        for ours, meant in meaning.own.items():
+        for ours, value_meant in meaning.own.items():
+            meant = as_number(ours, value_meant, shown=f"{name}={value_meant!r}")
             found.check(ours, meant)
             found.own[ours] = meant
             found.said[ours] = f"{name}={value!r}"
@@ -120,15 +121,6 @@ def _dashed(name: str) -> str:
 
 def _same_as(ours: str) -> Callable[[str, Any], Meaning]:
     return lambda name, value: Meaning(own={ours: value})
-
-
-def _same_size(ours: str, *, of_bytes: bool = False) -> Callable[[str, Any], Meaning]:
-    def meaning(name: str, value: Any) -> Meaning:
-        if isinstance(value, str):
-            value = parse_size(value, shown=f"{name}={value!r}", of_bytes=of_bytes)
-        return Meaning(own={ours: value})
-
-    return meaning
 
 
 def _is_so(*accepted: object, fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
@@ -231,7 +223,7 @@ def _option(names: str, kind: str, meaning: Callable[[str, Any], Meaning]) -> Fo
 FOREIGN_OPTIONS = (
     # overlap
     _option("enable_dbo enable_microbatching enable_two_batch_overlap", "flag", _enable_dbo),
-    _option("microbatching_token_threshold", "count", _same_size("dbo_decode_token_threshold")),
+    _option("microbatching_token_threshold", "count", _same_as("dbo_decode_token_threshold")),
     _option("num_ubatches ubatch_size", "whole", _num_ubatches),
     _option("additional_config", "json", _additional_config),
     # ranks
@@ -277,7 +269,7 @@ FOREIGN_OPTIONS = (
     # cache and scheduling
     _option("enable_prefix_caching", "flag", _same_as("prefix_caching")),
     _option("enable_chunked_prefill", "flag", _same_as("chunked_prefill")),
-    _option("kv_cache_memory_bytes", "bytes", _same_size("kv_cache_memory", of_bytes=True)),
+    _option("kv_cache_memory_bytes", "bytes", _same_as("kv_cache_memory")),
     _option("mem_fraction_static", "number", _same_as("gpu_memory_utilization")),
     _option(
         "kv_cache_dtype",

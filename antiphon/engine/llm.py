@@ -19,9 +19,10 @@ from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.engine.chat import Message
 from antiphon.engine.client import Client, InProcessClient
 from antiphon.engine.config import ResolvedConfig
+from antiphon.engine.detokenizer import whole_characters
 from antiphon.engine.memory import check_memory
 from antiphon.engine.options import OPTION_DEFAULTS, make_config
-from antiphon.engine.outputs import Collector, whole_characters
+from antiphon.engine.outputs import Collector
 from antiphon.engine.prompts import Prompt, RequestMaker, params_for, prompt_list
 from antiphon.engine.request import Request
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
@@ -54,8 +55,8 @@ class LLM:
     ranks: processes that share the experts; they must divide the number of experts. With one rank no process is
         started. device: "cpu", "cuda" (one device a rank), or "auto": what the environment variable ANTIPHON_DEVICE
         says, else "cuda" if there are as many devices as ranks.
-    dbo: dual-batch overlap, "auto", "on" or "off"; "auto" is off but on GPUs without peer access and over a simulated
-        link, and `stats` says why. transport: "auto", "copy-engine" and "host-staged" (GPUs),
+    dbo: dual-batch overlap, "auto", "on" or "off"; "auto" is off except on GPUs without peer access and over a
+        simulated link, and `stats` says why. transport: "auto", "copy-engine" and "host-staged" (GPUs),
         "shared-memory" (CPUs), "allgather", "alltoall", "local", or others in docs/options.md. dtype: "auto" (bfloat16
         on GPUs, float32 on CPUs), "float32", "bfloat16", "float64". peer_access: whether GPUs may read each other's
         memory; the environment variable NCCL_P2P_DISABLE=1 forbids it too.
@@ -129,7 +130,9 @@ class LLM:
     ) -> None:
         given = locals()
         if on_start is not None and not callable(on_start):
-            raise OptionError(f"on_start={on_start!r} is no function; pass one that takes a text, such as print")
+            raise OptionError(
+                f"on_start={on_start!r} is not callable; pass a function that takes a text, such as print"
+            )
         self._turn = threading.RLock()  # `progress` may ask for statistics
         self._is_running = False
         options = make_config({name: given[name] for name in OPTION_DEFAULTS}, foreign)
@@ -331,8 +334,10 @@ class LLM:
     def _output(self, prompt: Prompt, results: list[_Open]) -> GeneratedOutput:
         first = results[0]
         prompt_ids = list(first.request.prompt_ids)
+        skips = first.request.params.skip_special_tokens
+        text = prompt if isinstance(prompt, str) else whole_characters(self._tokenizer, prompt_ids, skip_special=skips)
         return GeneratedOutput(
-            prompt=prompt if isinstance(prompt, str) else whole_characters(self._tokenizer, prompt_ids),
+            prompt=text,
             prompt_token_ids=prompt_ids,
             outputs=[one.collector.completion(index) for index, one in enumerate(results)],
             prompt_logits=first.collector.prompt_logits(),

@@ -27,7 +27,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def check_memory(config: ResolvedConfig) -> None:
-    """Before the ranks start. Raises `OptionError` if their weights and KV caches are more than the host can give,
+    """Before the ranks start. Raises `OptionError` if their weights and KV caches are more than the host has available,
     `ModelError` if no tensor can have such sizes.
     """
     weights = weight_bytes(config.model, config.dtype, config.options.ranks)
@@ -40,8 +40,8 @@ def check_memory(config: ResolvedConfig) -> None:
         narrower = "dtype='bfloat16', " if config.dtype.itemsize > torch.bfloat16.itemsize else ""
         raise OptionError(
             f"the weights of {config.options.model} take {format_bytes(weights)}{each} in {config.dtype_name}, and "
-            f"this host can give {format_bytes(limit)}; use {narrower}a lower num_layers (--num-layers), or a host "
-            "with more memory"
+            f"only {format_bytes(limit)} is available on this host; use {narrower}a lower num_layers (--num-layers), "
+            "or a host with more memory"
         )
     cache = config.cache.num_blocks * block_bytes(
         config.model, block_size=config.options.block_size, dtype=config.dtype
@@ -49,7 +49,7 @@ def check_memory(config: ResolvedConfig) -> None:
     if ranks * (weights + cache) > limit:
         raise OptionError(
             f"the KV cache takes {format_bytes(cache)}{each} ({_why_so_large(config)}) beside {format_bytes(weights)} "
-            f"of weights, and this host can give {format_bytes(limit)}; use {_remedy(config)}"
+            f"of weights, and only {format_bytes(limit)} is available on this host; use {_remedy(config)}"
         )
 
 
@@ -65,6 +65,6 @@ def _remedy(config: ResolvedConfig) -> str:
         return "a lower kv_cache_memory (--kv-cache-memory)"
     smaller_blocks = "a lower block_size (--block-size), " if config.options.block_size > config.max_model_len else ""
     return (
-        f"{smaller_blocks}a lower max_model_len (--max-model-len), or say with kv_cache_memory (--kv-cache-memory) how "
-        "many bytes it may have"
+        f"{smaller_blocks}a lower max_model_len (--max-model-len), or set kv_cache_memory "
+        "(--kv-cache-memory) to limit it"
     )

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from antiphon.core.policy import OPTION_NAMES, OverlapPolicy
-from antiphon.core.sizes import parse_size
 from antiphon.engine.config import EngineConfig
 from antiphon.engine.foreign_options import translate
+from antiphon.engine.option_sizes import as_number
 
-__all__ = ["BYTES_OPTIONS", "COUNT_OPTIONS", "OPTION_DEFAULTS", "make_config"]
+__all__ = ["OPTION_DEFAULTS", "make_config"]
 
 logger = logging.getLogger("antiphon")
 
@@ -30,16 +30,6 @@ OPTION_DEFAULTS: Mapping[str, Any] = {
 }
 """Every option of an engine by the name that users know, and its default."""
 
-COUNT_OPTIONS = frozenset(
-    {
-        *("dbo_prefill_token_threshold", "dbo_decode_token_threshold"),
-        *("min_total_tokens_to_split", "min_prefill_tokens_to_split"),
-        *("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size"),
-    }
-)
-BYTES_OPTIONS = frozenset({"kv_cache_memory"})
-"""Options that may be written as sizes, `max_model_len="32k"`."""
-
 
 def make_config(own: Mapping[str, Any], foreign: Mapping[str, Any]) -> EngineConfig:
     """The configuration that the options ask for; `foreign` are those that are not ours.
@@ -47,13 +37,13 @@ def make_config(own: Mapping[str, Any], foreign: Mapping[str, Any]) -> EngineCon
     Warns of what has no effect. Raises `OptionError` for an option that is not known, is refused, or contradicts
     another one; the nearest known name, or what to use instead, is in the message.
     """
-    options = {name: _number(name, value) for name, value in own.items()}
+    options = {name: as_number(name, value) for name, value in own.items()}
     meant = translate(foreign, OPTION_DEFAULTS)
     for name, value in (meant.unless_given | meant.own).items():
         if options[name] != OPTION_DEFAULTS[name]:
             meant.check(name, options[name])
         else:
-            options[name] = _number(name, value)
+            options[name] = value
     notes = list(meant.notes)
     for variable, remedy in _FOREIGN_VARIABLES.items():
         if os.environ.get(variable, "0") not in ("", "0"):
@@ -66,13 +56,3 @@ def make_config(own: Mapping[str, Any], foreign: Mapping[str, Any]) -> EngineCon
     options["device"] = str(options["device"])
     options["dtype"] = str(options["dtype"]).removeprefix("torch.")
     return EngineConfig(policy=policy, **options)
-
-
-def _number(name: str, value: Any) -> Any:
-    """What is meant by an option's value, if it counts something and is written as a size."""
-    shown = f"{name}={value!r}"
-    if name == "max_model_len" and value == -1:
-        value = "auto"  # in vLLM they are the same
-    if name not in COUNT_OPTIONS | BYTES_OPTIONS or not isinstance(value, str):
-        return value
-    return parse_size(value, shown=shown, of_bytes=name in BYTES_OPTIONS)

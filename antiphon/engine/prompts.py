@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from antiphon.core.checks import is_whole
+from antiphon.core.checks import is_whole, unicode_fault
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.config import ResolvedConfig
@@ -155,10 +155,8 @@ class RequestMaker:
     def _token_ids(self, place: int, prompt: Prompt) -> list[int]:
         vocab_size = self._config.model.vocab_size
         if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise RequestError(f"prompt {place} is not valid Unicode text ({error}); repair or drop it") from None
+            if fault := unicode_fault(prompt):
+                raise RequestError(f"prompt {place} is not valid Unicode text ({fault}); repair or drop it")
             ids = self._tokenizer.encode(prompt)
         else:
             ids = plain_ints(prompt)

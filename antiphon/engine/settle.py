@@ -125,7 +125,8 @@ def _warn_of_idle_gpus(found: int, ranks: int) -> None:
     elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not (idle := nvidia_gpus()):
         return  # somebody has hidden them, or there are none
     elif torch.version.cuda is None:
-        reason = f"torch {torch.__version__} is built without CUDA; the machine has NVIDIA GPUs: {idle}"
+        gpus = f"{idle} NVIDIA GPU{'s' if idle > 1 else ''}"
+        reason = f"torch {torch.__version__} is built without CUDA, and the machine has {gpus}"
         remedy = "install torch's CUDA build"
     else:
         reason = f"torch can use none of the machine's NVIDIA GPUs: {idle}"

@@ -96,23 +96,9 @@ class Tokenizer:
                 "this checkpoint cannot format a chat: it has no chat template; use a prompt instead, or put a "
                 "chat_template.jinja into a copy of its folder"
             )
+        _check_flags(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         adds = not continue_final_message if add_generation_prompt is None else add_generation_prompt
-        if adds and continue_final_message:
-            raise RequestError(
-                "continue_final_message and add_generation_prompt exclude each other: either the last message goes on, "
-                "or an answer begins; set one of them"
-            )
-        if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
-            raise RequestError(
-                f"chat_template_kwargs is a {type(template_kwargs).__name__}; use a dict such as "
-                '{"enable_thinking": False}'
-            )
-        variables = dict(template_kwargs or {})
-        for name in variables:
-            if name in _template_settings(self._tokenizer):
-                raise RequestError(
-                    f"chat_template_kwargs has {name!r}, which is no variable of a chat template; leave it out"
-                )
+        variables = self._template_variables({} if template_kwargs is None else template_kwargs)
         try:
             text = self._tokenizer.apply_chat_template(
                 chat_messages(messages),
@@ -130,6 +116,19 @@ class Tokenizer:
                 "chat_template_kwargs say"
             ) from error
 
+    def _template_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises `RequestError` for other settings of transformers and for special tokens, which are not variables."""
+        if not isinstance(given, Mapping):
+            raise RequestError(
+                f'chat_template_kwargs is a {type(given).__name__}; use a dict such as {{"enable_thinking": False}}'
+            )
+        for name in given:
+            if name in _template_settings(self._tokenizer) or name in self._tokenizer.special_tokens_map:
+                raise RequestError(
+                    f"chat_template_kwargs has {name!r}, which is not a variable of a chat template; leave it out"
+                )
+        return dict(given)
+
     def _find_anchor(self) -> tuple[list[int], int]:
         """A token that others are decoded after, as text before them, and how long its text is.
 
@@ -141,6 +140,19 @@ class Tokenizer:
         if self.decode(ids) == "".join(self.decode([token_id]) for token_id in ids):
             return [], 0
         return ids[-1:], len(self.decode(ids[-1:]))
+
+
+def _check_flags(*, add_generation_prompt: bool | None, continue_final_message: bool) -> None:
+    """Raises `RequestError` for what is not true or false, and for two that exclude each other."""
+    flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    for name, value in flags.items():
+        if not isinstance(value, bool) and (value is not None or name == "continue_final_message"):
+            raise RequestError(f"{name}={value!r} is not True or False; use one of them")
+    if add_generation_prompt and continue_final_message:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other: either the last message goes on, or "
+            "an answer begins; set one of them"
+        )
 
 
 def _template_settings(tokenizer: Any) -> frozenset[str]:

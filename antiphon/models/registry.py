@@ -137,7 +137,7 @@ def skeleton(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder
             return Decoder(_decoder_config(config), transport)
     except RuntimeError as error:
         raise ModelError(
-            f"the sizes in config.json make tensors that cannot be ({first_line(error)}); use the file that "
+            f"the sizes in config.json describe tensors that cannot exist ({first_line(error)}); use the file that "
             f"was published with the weights of this {config.architecture}"
         ) from error
 

@@ -1,7 +1,8 @@
 """Tensors of a checkpoint that no rank reads: passed over, listed once, or refused.
 
-What has no place in a layer, embedding, norm or head that is read would change results, had it one: a bias, a norm, an
-expert, a scale. It is refused. Harmless is what `_is_harmless` knows; of the rest one sentence says that it is there.
+A tensor inside a layer, embedding, norm or head that is read, but for which the model has no place (a bias, a norm, an
+expert, a scale), would change results, so it is refused. `_harmless` knows what can be passed over. One sentence lists
+the rest.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _refusal(names: list[str], checkpoint: Checkpoint, config: DecoderConfig) ->
     meaning = next(meaning for meaning in _MEANINGS if re.search(meaning.pattern, name))
     what, expert = meaning.what, _EXPERT.search(name)
     if expert is not None and int(expert[1]) >= config.num_experts:
-        what = f"a weight of an expert beyond the {config.num_experts}"
+        what = f"a weight of an expert numbered above the {config.num_experts} in config.json"
     return (
         f"checkpoint {checkpoint.folder} has {name!r}{others}, {what} that the model of its config.json does not have; "
         f"results without it would be wrong, so {meaning.remedy}"

@@ -7,8 +7,9 @@ from typing import Any
 
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import Logprob, SamplingParams
+from antiphon.engine.detokenizer import TextBefore, whole_characters
 from antiphon.engine.open_request import OpenRequest, StreamItem
-from antiphon.engine.outputs import Delta, TextBefore, whole_characters
+from antiphon.engine.outputs import Delta
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
 from antiphon.server.logprobs import TextPlaces, completion_logprobs, prompt_logprobs
@@ -153,7 +154,7 @@ class CompletionJob(Job):
     def _prompt_text(self, place: int, opened: OpenRequest) -> str:
         """As the output goes on with it: a character that token ids leave unfinished is the output's."""
         prompt, tokenizer, skips = self.request.prompt[place], self.service.tokenizer, self.request.skip_special_tokens
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and skips:
             return prompt
         if self._silent:
             return tokenizer.decode(opened.prompt_ids, skip_special=skips)

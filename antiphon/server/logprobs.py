@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from antiphon.core.sampling import Logprob
-from antiphon.engine.outputs import Detokenizer, TextBefore
+from antiphon.engine.detokenizer import Detokenizer, TextBefore
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
 
 __all__ = ["TextPlaces", "chat_logprobs", "completion_logprobs", "prompt_logprobs"]

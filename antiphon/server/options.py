@@ -64,7 +64,7 @@ class ServerOptions:
             reasoning_tags(self.reasoning_parser)
         if not isinstance(self.chat_template_kwargs, Mapping):
             raise OptionError(
-                f"default_chat_template_kwargs={self.chat_template_kwargs!r} is no object; use one such as "
+                f"default_chat_template_kwargs={self.chat_template_kwargs!r} is not an object; use one such as "
                 '{"enable_thinking": false}'
             )
         if self.api_key is not None and (not self.api_key or not self.api_key.isprintable()):
@@ -80,7 +80,7 @@ class ServerOptions:
         for name in ("allowed_methods", "allowed_headers"):
             for word in getattr(self, name):
                 if not _TOKEN.fullmatch(word):
-                    raise OptionError(f"{name} has {word!r}, which is no name of HTTP; use one, or * for all")
+                    raise OptionError(f"{name} has {word!r}, which is not a valid HTTP token; use one, or * for all")
         if self.allow_credentials and "*" in self.allowed_origins:
             raise OptionError(
                 "allow_credentials with allowed_origins '*' would let every web page use its visitors' cookies here, "

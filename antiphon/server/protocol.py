@@ -123,7 +123,7 @@ def _checked_prompts(value: object) -> list[str | list[int]]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
-        raise ValueError("prompt is no text and no list; use a text, token ids, or a list of texts or of token ids")
+        raise ValueError("prompt is neither text nor a list; use a text, token ids, or a list of texts or of token ids")
     kinds = {type(item) for item in value}
     if kinds == {int}:
         return [value]
@@ -236,7 +236,7 @@ class ChatRequest(SamplingFields, ChatFields):
 
 def _checked_ids(value: object) -> list[int]:
     if not isinstance(value, list) or not all(is_whole(item) for item in value):
-        raise ValueError("tokens is no list of token ids; use integers")
+        raise ValueError("tokens is not a list of token ids; use integers")
     return value
 
 

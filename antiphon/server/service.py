@@ -181,8 +181,10 @@ class Service:
             continue_final_message=fields.continue_final_message,
             template_kwargs={**self.options.chat_template_kwargs, **fields.chat_template_kwargs},
         )
+        num_characters = sum(len(str(text)) for message in templated for text in message.values())
         try:
-            if sum(len(str(text)) for message in templated for text in message.values()) < _LONG_CHAT:
+            # What a request's variables make the template do cannot be told from their length.
+            if num_characters < _LONG_CHAT and not fields.chat_template_kwargs:
                 return work()
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         except ModelError as error:

@@ -71,19 +71,29 @@ def _union_ns(intervals: list[tuple[int, int]]) -> int:
     return total
 
 
+_OBSERVED = ("communication_s", "exposed_s", "hidden_s")
+
+
 class OverlapTotals:
     """Sums of step overlaps by kind of plan."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Any]] = {}
+        self._unseen: set[str] = set()  # kinds of whose steps some were not observed, and none that sent something was
 
     def add(self, kind: str, overlap: StepOverlap) -> None:
+        """Steps that were not observed add to the time and the bytes only."""
         added = asdict(overlap)
-        sums = self._sums.setdefault(kind, dict.fromkeys(added))
+        sums = self._sums.setdefault(kind, dict.fromkeys(added, 0))
         for name, value in added.items():
-            if value is not None:
-                sums[name] = (sums[name] or 0) + value
+            sums[name] += value or 0
+        if overlap.communication_s is None:
+            if not sums["communication_s"]:
+                self._unseen.add(kind)
+        elif overlap.num_bytes:
+            self._unseen.discard(kind)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`; `None` where no step was observed."""
-        return {kind: dict(sums) for kind, sums in self._sums.items()}
+        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`; `None` for what no step has shown."""
+        unknown = dict.fromkeys(_OBSERVED)
+        return {kind: sums | (unknown if kind in self._unseen else {}) for kind, sums in self._sums.items()}

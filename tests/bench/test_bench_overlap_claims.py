@@ -66,6 +66,7 @@ def test_a_claim_says_what_is_unmet() -> None:
     assert Claim(most_ratio=1.1).unmet(step(D=100.0) | {"overlap_efficiency": None}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("micro_batches", [2, 1])
@@ -92,6 +93,7 @@ def test_on_cpus_a_simulated_link_is_hidden_if_and_only_if_steps_are_split(micro
         assert unmet() != []
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(300)
 def test_an_engine_whose_steps_auto_splits_is_faster_over_a_simulated_link() -> None:

@@ -165,7 +165,7 @@ def test_a_text_may_hold_what_ends_lines_elsewhere(monkeypatch: pytest.MonkeyPat
         (b"", "without [DONE]"),
         (b'data: {"choices": [{"te', "without [DONE]"),
         (b"data: {\n\n", "cannot be read"),
-        (b"data: []\n\n", "an event is no object"),
+        (b"data: []\n\n", "an event is not an object"),
     ],
 )
 def test_how_a_stream_ends(monkeypatch: pytest.MonkeyPatch, last: bytes, error: str) -> None:

@@ -68,7 +68,7 @@ def test_an_odd_entry_is_skipped_and_told(
     (record,) = caplog.records
     told = record.getMessage()
     assert record.levelno == logging.WARNING and "talks.json" in told
-    assert "1 of 3 entries are no conversations" in told and f"the first: entry 2 {reason}" in told
+    assert "1 of 3 entries are not conversations" in told and f"the first: entry 2 {reason}" in told
 
 
 def test_all_odd_entries_are_counted_in_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -81,11 +81,11 @@ def test_all_odd_entries_are_counted_in_one_warning(tmp_path: Path, caplog: pyte
 @pytest.mark.parametrize(
     ("entries", "facts"),
     [
-        ([None, {}], ["2 of 2 entries are no conversations", "the first: entry 1 has no list", "0 are too short"]),
+        ([None, {}], ["2 of 2 entries are not conversations", "the first: entry 1 has no list", "0 are too short"]),
         ([SHORT, 5], ["1 of 2 entries", "the first: entry 2", "1 are too short or too long"]),
         ([], ["0 of 0 entries"]),
-        ({"a": TALK}, ["is no JSON list of entries"]),
-        (7, ["is no JSON list of entries"]),
+        ({"a": TALK}, ["is not a JSON list of entries"]),
+        (7, ["is not a JSON list of entries"]),
     ],
 )
 def test_a_file_without_a_conversation_is_refused(
@@ -99,7 +99,9 @@ def test_a_file_without_a_conversation_is_refused(
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"1" * 5000], ids=range(4))
 def test_what_is_no_json_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "talks.json").write_bytes(content)
-    with pytest.raises(OptionError, match=r"^--dataset-path .*talks\.json (is no JSON|cannot be read) .*; (use|pass) "):
+    with pytest.raises(
+        OptionError, match=r"^--dataset-path .*talks\.json (is not JSON|cannot be read) .*; (use|pass) "
+    ):
         make_asks(Workload(dataset="sharegpt", path=tmp_path / "talks.json"))
     with pytest.raises(OptionError, match="cannot be read"):
         make_asks(Workload(dataset="sharegpt", path=tmp_path / "none.json"))
@@ -131,8 +133,8 @@ def test_a_prompt_may_hold_what_ends_lines_elsewhere(tmp_path: Path, end: str) -
         ('{"prompt": "a"', "is not JSON"),
         pytest.param("[" * 100_000, "is not JSON", id="too deep"),
         ("\u2028", "is not JSON"),
-        ("[]", "is no object"),
-        ("null", "is no object"),
+        ("[]", "is not an object"),
+        ("null", "is not an object"),
         ("{}", 'has no "prompt"'),
         ('{"prompt": null}', 'has no "prompt"'),
         ('{"prompt": ""}', 'has no "prompt"'),
@@ -142,9 +144,9 @@ def test_a_prompt_may_hold_what_ends_lines_elsewhere(tmp_path: Path, end: str) -
         ('{"prompt": [true]}', 'has no "prompt"'),
         ('{"prompt": [-1]}', 'has no "prompt"'),
         ('{"prompt": "a\\ud83d"}', "has half a character"),
-        ('{"prompt": "a", "output_tokens": -1}', 'has "output_tokens" that are no integer'),
-        ('{"prompt": "a", "output_tokens": 1e999}', 'has "output_tokens" that are no integer'),
-        ('{"prompt": "a", "output_tokens": "b"}', 'has "output_tokens" that are no integer'),
+        ('{"prompt": "a", "output_tokens": -1}', 'has "output_tokens" that is not an integer'),
+        ('{"prompt": "a", "output_tokens": 1e999}', 'has "output_tokens" that is not an integer'),
+        ('{"prompt": "a", "output_tokens": "b"}', 'has "output_tokens" that is not an integer'),
     ],
 )
 def test_a_wrong_line_of_ones_own_is_named(line: str, reason: str, tmp_path: Path) -> None:

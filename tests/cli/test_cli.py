@@ -128,8 +128,8 @@ def test_what_is_said_is_said_as_it_is() -> None:
         (["--dbo-end-layer", "7"], "error: dbo_end_layer=7 is beyond the model's 6 layers; use at most 6"),
         (["--min-total-tokens-to-split", "-1"], "error: min_total_tokens_to_split=-1 is not a count of tokens"),
         (["--dtype", "half"], "error: dtype='half': float16 is not supported, its range is too small for some models"),
-        (["--logit-bias", "5"], "error: logit_bias=5 is a int"),
-        (["--logit-bias", "{"], "error: --logit-bias '{' is not JSON"),
+        (["--logit-bias", "5"], "error: --logit-bias '5' is not a JSON object"),
+        (["--logit-bias", "{"], "error: --logit-bias '{' is not a JSON object; use one such as"),
     ],
 )
 def test_mistakes_give_one_clear_line(

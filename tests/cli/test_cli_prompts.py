@@ -85,7 +85,7 @@ def test_a_line_that_python_cannot_read_is_named_too(
 
 # ---- chats
 
-SAID = {"chat_template_kwargs": {}, "continue_final_message": False}
+SAID = {"chat_template_kwargs": {}, "continue_final_message": False, "add_generation_prompt": None}
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -102,9 +102,15 @@ def test_a_prompt_as_what_a_user_says(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert json.loads(row["prompt"]) == [[{"role": "user", "content": "Hello"}], SAID]
     stats = {"steps": 1, "steps_by_plan": {}, "serial_reasons": {}, "overlap": {}, "transport": "local"}
     monkeypatch.setattr(Echo, "stats", lambda self: stats)
-    words = ("--chat-template-kwargs", '{"enable_thinking": false}', "--continue-final-message")
+    words = (
+        "--chat-template-kwargs",
+        '{"enable_thinking": false}',
+        "--continue-final-message",
+        "--no-add-generation-prompt",
+    )
     assert asked(monkeypatch, "--chat", "--prompt", "Hello", *words) == 0
     settings = {"chat_template_kwargs": {"enable_thinking": False}, "continue_final_message": True}
+    settings["add_generation_prompt"] = False
     answer = json.dumps([[{"role": "user", "content": "Hello"}], settings])
     assert capsys.readouterr().out == f"{answer}\n\n", "of a chat only the answer is shown"
 
@@ -129,8 +135,9 @@ def test_messages_in_a_file(
         ([], [{"prompt": "a", "messages": [{}]}], "line 1 has a prompt and messages; leave one of them out"),
         ([], [{"messages": []}], "line 1 is not a JSON object with"),
         (["--continue-final-message"], [{"prompt": "a"}], "are for chats; add --chat"),
-        (["--chat", "--chat-template-kwargs", "5"], [{"prompt": "a"}], "'5' is no object of JSON; use one such as"),
-        (["--chat", "--chat-template-kwargs", "{"], [{"prompt": "a"}], "'{' is no object of JSON; use one such as"),
+        (["--no-add-generation-prompt"], [{"prompt": "a"}], "--add-generation-prompt are for chats; add --chat"),
+        (["--chat", "--chat-template-kwargs", "5"], [{"prompt": "a"}], "'5' is not a JSON object; use one such as"),
+        (["--chat", "--chat-template-kwargs", "{"], [{"prompt": "a"}], "'{' is not a JSON object; use one such as"),
     ],
 )
 def test_chats_that_cannot_be(

@@ -12,7 +12,8 @@ import pytest
 from antiphon.cli import engine_options
 from antiphon.core.errors import OptionError
 from antiphon.engine.config import EngineConfig
-from antiphon.engine.options import BYTES_OPTIONS, COUNT_OPTIONS, OPTION_DEFAULTS, make_config
+from antiphon.engine.option_sizes import BYTES_OPTIONS, COUNT_OPTIONS
+from antiphon.engine.options import OPTION_DEFAULTS, make_config
 from antiphon.server import run
 from antiphon.server.options import ServerOptions
 from tests.support.asked import AskedError, run_command, stop_before_start
@@ -94,17 +95,20 @@ def test_lists_and_sizes_of_a_file(asked: Any, tmp_path: Path) -> None:
     [
         (
             ["--served-model-name", "--port", "1"],
-            "--served-model-name needs a value; use --served-model-name and texts",
+            "--served-model-name needs at least one value; use --served-model-name NAME",
         ),
         (["--allowed-origins", "[1]"], r"--allowed-origins '\[1\]'=1 is not a text"),
         (["--allowed-origins", "[https://x]"], r"is not a JSON list \(.*\); use --allowed-origins a b"),
         (["--allowed-origins", "https://x.example/"], "which no browser sends; use scheme://host or .* without a path"),
         (["--allowed-origins", "x.example"], "which no browser sends"),
         (["--allowed-origins", "https://X.example"], "which no browser sends; .* in small letters"),
-        (["--allowed-methods", "GET,POST", "--allowed-origins", "*"], "'GET,POST', which is no name of HTTP; use one"),
+        (
+            ["--allowed-methods", "GET,POST", "--allowed-origins", "*"],
+            "'GET,POST', which is not a valid HTTP token; use one",
+        ),
         (["--allow-credentials", "--allowed-origins", "*"], "browsers refuse it; name the origins"),
         (["--max-model-len", "32,768"], "--max-model-len '32,768' is not a count; use a number such as 32768, 32K, or"),
-        (["--max-model-len", "1.2345k"], "is 1234.5, which is no integer"),
+        (["--max-model-len", "1.2345k"], "is 1234.5, which is not an integer"),
         (["--max-model-len", "auto"], "--max-model-len 'auto' asks for what fits, .*leave it out for its default"),
         (["--max-model-len", "-1"], "max_model_len=-1 asks for what fits, .*leave it out for its default"),
         (

@@ -64,8 +64,8 @@ def test_bytes(text: str, number: int) -> None:
         ("1e3", "is not a count"),
         ("20GiB", "is not a count"),
         ("9" * 5000 + "k", "is not a count"),
-        ("25.6K", "is 26214.4, which is no integer"),
-        ("1.2345k", "is 1234.5, which is no integer"),
+        ("25.6K", "is 26214.4, which is not an integer"),
+        ("1.2345k", "is 1234.5, which is not an integer"),
         ("auto", "asks for what fits, which is not looked for here; leave it out for its default, or"),
     ],
 )

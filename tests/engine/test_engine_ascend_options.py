@@ -94,6 +94,16 @@ def test_what_does_not_exist_is_refused(config: dict[str, Any], message: str) ->
     assert message in str(refused.value)
 
 
+def test_a_size_said_twice_is_no_contradiction() -> None:
+    config = {"ascend_scheduler_config": {"max_model_len": "2k"}}
+    for written in ("2k", 2000, "2000"):
+        made = make_config({**OPTION_DEFAULTS, "max_model_len": written}, {"additional_config": config})
+        assert made.max_model_len == 2000
+    with pytest.raises(OptionError, match="max_model_len=2000, but max_model_len=2048"):
+        make_config({**OPTION_DEFAULTS, "max_model_len": "2K"}, {"additional_config": config})
+    assert make_config({**OPTION_DEFAULTS, "kv_cache_memory": "20G"}, {"kv_cache_memory_bytes": "20GiB"})
+
+
 def test_every_key_is_in_the_documents() -> None:
     page = (Path(__file__).parents[2] / "docs/options.md").read_text()
     section = page.partition("### vLLM-Ascend's additional config\n")[2].partition("\n## ")[0]

@@ -65,7 +65,7 @@ def test_what_was_thought_before_reaches_the_template(thinking: Tokenizer) -> No
 
 
 def test_text_parts_are_joined_and_a_developer_is_the_system() -> None:
-    parts = [{"type": "text", "text": "Tell me "}, {"type": "input_text", "text": "a story."}]
+    parts = [{"type": "text", "text": "Tell me ", "cache_control": None}, {"type": "input_text", "text": "a story."}]
     messages = [{"role": "developer", "content": parts}, {"role": "assistant", "content": None}]
     assert chat_messages(messages) == [
         {"role": "system", "content": "Tell me a story."},
@@ -75,15 +75,15 @@ def test_text_parts_are_joined_and_a_developer_is_the_system() -> None:
 
 
 WRONG = [
-    ([], "messages is no list of messages; use"),
-    ("Hello", "messages is no list of messages"),
-    (HELLO[0], "messages is no list of messages"),
+    ([], "messages is not a list of messages; use"),
+    ("Hello", "messages is not a list of messages"),
+    (HELLO[0], "messages is not a list of messages"),
     ([*HELLO, "Hello"], "messages.1 has no role"),
     ([{"content": "Hello"}], "messages.0 has no role"),
     ([{"role": 1, "content": "Hello"}], "messages.0 has no role"),
-    ([{"role": "user"}], "messages.0.content is no text; use a text"),
-    ([{"role": "user", "content": 5}], "messages.0.content is no text"),
-    ([{"role": "user", "content": []}], "messages.0.content is no text"),
+    ([{"role": "user"}], "messages.0.content is not text; use a text"),
+    ([{"role": "user", "content": 5}], "messages.0.content is not text"),
+    ([{"role": "user", "content": []}], "messages.0.content is not text"),
     ([{"role": "user", "content": ["a"]}], "messages.0.content has a part without a type"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url', which is not supported; use type text"),
     ([{"role": "user", "content": [{"type": "text"}]}], 'content has a part of type text that is not {"type"'),
@@ -120,11 +120,18 @@ def test_whatever_a_template_raises_is_an_error_of_ours(tmp_path: Path, template
     ("settings", "words"),
     [
         ({"add_generation_prompt": True, "continue_final_message": True}, "exclude each other.*; set one of them"),
-        ({"template_kwargs": {"chat_template": "{{ 1 }}"}}, "'chat_template', which is no variable of a chat template"),
-        ({"template_kwargs": {"tokenize": True}}, "'tokenize', which is no variable"),
-        ({"template_kwargs": {"messages": []}}, "'messages', which is no variable"),
-        ({"template_kwargs": {"return_dict": True}}, "'return_dict', which is no variable"),
+        (
+            {"template_kwargs": {"chat_template": "{{ 1 }}"}},
+            "'chat_template', which is not a variable of a chat template",
+        ),
+        ({"template_kwargs": {"tokenize": True}}, "'tokenize', which is not a variable"),
+        ({"template_kwargs": {"messages": []}}, "'messages', which is not a variable"),
+        ({"template_kwargs": {"return_dict": True}}, "'return_dict', which is not a variable"),
+        ({"template_kwargs": {"bos_token": "X" * 100}}, "'bos_token', which is not a variable"),
         ({"template_kwargs": {7: True}}, "does not take them"),
+        ({"add_generation_prompt": "no"}, "add_generation_prompt='no' is not True or False"),
+        ({"continue_final_message": "yes"}, "continue_final_message='yes' is not True or False"),
+        ({"continue_final_message": None}, "continue_final_message=None is not True or False"),
         ({"template_kwargs": ["enable_thinking"]}, "chat_template_kwargs is a list; use a dict"),
     ],
 )

@@ -87,7 +87,14 @@ def test_a_device_that_cannot_be_had(
     [
         (1, 2, 0, "13.0", None, ["2 ranks need as many CUDA devices, and 1 can be used", "use 1 rank, or say device"]),
         (2, 4, 0, "13.0", None, ["4 ranks need as many CUDA devices, and 2 can be used", "use 2 ranks, or say"]),
-        (0, 2, 8, None, None, ["is built without CUDA; the machine has NVIDIA GPUs: 8", "install torch's CUDA build"]),
+        (
+            0,
+            2,
+            8,
+            None,
+            None,
+            ["is built without CUDA, and the machine has 8 NVIDIA GPUs", "install torch's CUDA build"],
+        ),
         (0, 2, 8, "13.0", None, ["torch can use none of the machine's NVIDIA GPUs: 8", "check the driver"]),
         (0, 2, 8, "13.0", "", []),
         (0, 2, 8, "13.0", "-1", []),

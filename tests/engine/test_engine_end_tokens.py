@@ -82,6 +82,9 @@ def test_special_tokens_in_the_text(one_rank: LLM) -> None:
     stopped = SamplingParams(max_tokens=3, logit_bias={USER: 100}, skip_special_tokens=False, stop="r|><|us")
     texts = [output.text for output in one_rank.generate(["Once"] * 3, [shown, hidden, stopped])]
     assert texts == ["<|user|>" * 3, "", "<|use"]
+    ids = one_rank.chat_prompt(QUESTION)[:2]
+    prompts = [output.prompt for output in one_rank.generate([ids] * 2, [shown, hidden])]
+    assert prompts == ["<|bos|><|user|>", ""]
     (ended,) = one_rank.generate(
         [one_rank.chat_prompt(QUESTION)], SamplingParams(max_tokens=400, skip_special_tokens=False)
     )

@@ -28,7 +28,7 @@ GIB = 2**30
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that can give 4 GiB, on which nothing may be allocated."""
+    """A host with 4 GiB available, on which nothing may be allocated."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something was started")
@@ -66,8 +66,10 @@ def test_a_cache_for_texts_without_end(
     message = error_of(model=folder, load_format=load_format, ranks=ranks, served=served)
     each = " on each of 2 ranks" if ranks == 2 else ""
     assert f"GiB{each} (made for one text of max_model_len, {positions} tokens in blocks of 16)" in message
-    assert "of weights, and this host can give 4 GiB; use a lower max_model_len (--max-model-len), or say" in message
-    assert "with kv_cache_memory (--kv-cache-memory) how many bytes it may have" in message
+    assert (
+        "of weights, and only 4 GiB is available on this host; use a lower max_model_len (--max-model-len)" in message
+    )
+    assert ", or set kv_cache_memory (--kv-cache-memory) to limit it" in message
 
 
 @pytest.mark.parametrize("options", [{"max_model_len": 256}, {"kv_cache_memory": 2**20}])
@@ -100,12 +102,15 @@ def test_a_cache_by_other_options(host: None, options: dict[str, Any], remedy: s
 )
 def test_dummy_weights_without_end(tmp_path: Path, host: None, changes: dict[str, Any], size: str) -> None:
     message = error_of(model=model(tmp_path / "model", **changes), load_format="dummy")
-    assert f"take {size} in float32, and this host can give 4 GiB; use dtype='bfloat16', a lower num_layers" in message
+    assert (
+        f"take {size} in float32, and only 4 GiB is available on this host; use dtype='bfloat16', a lower num_layers"
+        in message
+    )
 
 
 def test_weights_that_no_tensor_can_hold(tmp_path: Path, host: None) -> None:
     folder = model(tmp_path / "model", hidden_size=2**31 - 1, intermediate_size=2**31 - 1)
-    assert "make tensors that cannot be" in error_of(model=folder, load_format="dummy")
+    assert "describe tensors that cannot exist" in error_of(model=folder, load_format="dummy")
 
 
 def test_the_sum_decides_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from antiphon.core.bundled import bundled_model
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.outputs import Collector, Detokenizer, StopFinder
+from antiphon.engine.detokenizer import Detokenizer, TextBefore, whole_characters
+from antiphon.engine.outputs import Collector, StopFinder
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.sampled import NewToken, PromptPart
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
@@ -171,6 +172,24 @@ def test_without_stop_strings_and_streaming_a_text_is_decoded_once() -> None:
 def test_no_texts_with_dummy_weights() -> None:
     collector, texts = collect(NoTokenizer(), [7, 8, 9] * 30)
     assert (collector.completion().text, set(texts), len(collector.token_ids)) == ("", {""}, 90)
+
+
+@pytest.mark.parametrize("text", ["a 😊😊 b", "你你", "é😊 你a"])
+def test_a_prompt_may_end_anywhere_in_a_character(pieces: Tokenizer, text: str) -> None:
+    """What comes before and what follows add up, with tokens of bytes and with pieces of bytes."""
+    for tokenizer in (bundled(), pieces):
+        token_ids = tokenizer.encode(text)
+        for cut in range(1, len(token_ids) + 1):
+            prompt_ids, output_ids = token_ids[:cut], token_ids[cut:]
+            before = whole_characters(tokenizer, prompt_ids)
+            assert UNKNOWN not in before
+            detokenizer = Detokenizer(tokenizer, before=TextBefore.of(tokenizer, prompt_ids))
+            assert before + "".join(map(detokenizer.add, output_ids)) + detokenizer.flush() == text
+            if output_ids:
+                for streaming in (True, False):
+                    collector, texts = collect(tokenizer, output_ids, prompt_ids=prompt_ids, streaming=streaming)
+                    assert before + collector.completion().text == text
+                    assert not streaming or before + "".join(texts) == text
 
 
 # ---- the token that ends a text

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import antiphon
+from antiphon import LLM
+from antiphon.bench.lm_eval_model import AntiphonLM
 from antiphon.core.errors import ModelError
+from antiphon.engine.async_engine import AsyncEngine
+from antiphon.engine.config import EngineConfig
 from antiphon.engine.tokenizer import Tokenizer
 from tests.support.checkpoints import copy_bundled, rewrite_json
 
@@ -50,10 +56,12 @@ COMMANDS = {
     ("name", "whole"),
     [
         ("generate", True),
-        ("generate", False),
-        ("lm_eval", True),
-        *[pytest.param(name, whole, marks=pytest.mark.slow) for name in list(COMMANDS)[1:3] for whole in (True, False)],
-        pytest.param("lm_eval", False, marks=pytest.mark.slow),
+        *[
+            pytest.param(name, whole, marks=pytest.mark.slow)
+            for name in COMMANDS
+            for whole in (True, False)
+            if (name, whole) != ("generate", True)
+        ],
     ],
 )
 def test_a_yes_on_standard_input_executes_nothing(checkpoint: Path, marker: Path, name: str, whole: bool) -> None:
@@ -70,6 +78,44 @@ def test_a_yes_on_standard_input_executes_nothing(checkpoint: Path, marker: Path
     else:
         assert ended.returncode == 2, ended.stdout
         assert "tokenization_evil.Evil" in ended.stderr and "tokenizer.json" in ended.stderr
+
+
+class StartedError(Exception):
+    """Raised in place of a start: by then the tokenizer has been loaded."""
+
+
+def by_llm(checkpoint: Path) -> object:
+    return LLM(str(checkpoint), trust_remote_code=True)
+
+
+def by_the_server(checkpoint: Path) -> object:
+    return AsyncEngine(EngineConfig(model=str(checkpoint)))
+
+
+def by_lm_eval(checkpoint: Path) -> object:
+    return AntiphonLM(model=str(checkpoint), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("start", [by_llm, by_the_server, by_lm_eval])
+@pytest.mark.parametrize("whole", [True, False], ids=["with tokenizer.json", "without"])
+def test_whoever_starts_an_engine_executes_nothing(
+    checkpoint: Path, marker: Path, start: Callable[[Path], object], whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise StartedError
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("antiphon.engine.async_engine.WorkerClient", stop)
+    if not whole:
+        (checkpoint / "tokenizer.json").unlink()
+        with pytest.raises(ModelError, match=r"tokenization_evil\.Evil"):
+            start(checkpoint)
+    elif start is by_the_server:
+        with pytest.raises(StartedError):
+            start(checkpoint)
+    else:
+        start(checkpoint).close()  # type: ignore[attr-defined]
+    assert not marker.exists()
 
 
 def test_only_code_is_refused_with_what_to_do(checkpoint: Path, marker: Path) -> None:

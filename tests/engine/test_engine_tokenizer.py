@@ -12,7 +12,7 @@ from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import ModelError
 from antiphon.core.sampling import Logprob
 from antiphon.core.warn_once import warn_once
-from antiphon.engine.outputs import TextBefore
+from antiphon.engine.detokenizer import TextBefore
 from antiphon.engine.tokenizer import Tokenizer, _plain_decode
 from antiphon.server.logprobs import TextPlaces, completion_logprobs
 from tests.support.tokenizers import marked_spaces

@@ -165,7 +165,7 @@ def test_sizes_that_make_tensors_that_cannot_be(folder: Path) -> None:
     rewrite_config(folder, hidden_size=2**31 - 1, moe_intermediate_size=2**31 - 1)
     config = read_config(folder)
     with pytest.raises(
-        ModelError, match=r"make tensors that cannot be \(.*overflow.*\); use the file that was published"
+        ModelError, match=r"describe tensors that cannot exist \(.*overflow.*\); use the file that was published"
     ):
         skeleton(config)
 

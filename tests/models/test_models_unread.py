@@ -55,7 +55,7 @@ def add(folder: Path, *names: str, in_shards: bool = False) -> None:
         ("qwen3-moe", f"{LAYER}mlp.gate.bias", "a bias"),
         ("qwen3-moe", f"{LAYER}mlp.shared_expert.up_proj.weight", "a weight of shared experts"),
         ("qwen3-moe", f"{LAYER}mlp.experts.3.up_proj.bias", "a bias"),
-        ("qwen3-moe", f"{LAYER}mlp.experts.12.up_proj.weight", "a weight of an expert beyond the 12"),
+        ("qwen3-moe", f"{LAYER}mlp.experts.12.up_proj.weight", "a weight of an expert numbered above the 12"),
         ("qwen3-moe", f"{LAYER}mlp.experts.3.up_proj.weight_scale", "a part of quantised weights"),
         ("qwen3-moe", f"{LAYER}mlp.experts.3.up_proj.input_scale", "a part of quantised weights"),
         ("qwen3-moe", f"{LAYER}self_attn.k_proj.qweight", "a part of quantised weights"),
@@ -76,7 +76,7 @@ def add(folder: Path, *names: str, in_shards: bool = False) -> None:
         ("glm4-moe", f"{LAYER}self_attn.o_proj.bias", "a bias"),
         ("mixtral", f"{LAYER}self_attn.q_norm.weight", "a norm"),
         ("mixtral", f"{LAYER}self_attn.q_proj.bias", "a bias"),
-        ("mixtral", f"{LAYER}block_sparse_moe.experts.12.w1.weight", "an expert beyond the 12"),
+        ("mixtral", f"{LAYER}block_sparse_moe.experts.12.w1.weight", "an expert numbered above the 12"),
     ],
 )
 @pytest.mark.parametrize("in_shards", [False, True])

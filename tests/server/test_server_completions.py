@@ -269,6 +269,13 @@ def test_special_tokens_are_shown_if_they_are_wanted(server: ServerProcess) -> N
     assert answers[True, True] == (letter, [1, 1]) and answers[True, False] == ("", [1, 1])
     assert answers[False, True] == (f"<|bos|><|user|>{letter}<|user|><|user|>", [16, 24])
     assert answers[False, False] == ("<|user|><|user|>", [16, 24])
+    # A text is told as its tokens then, so that they are where the offsets say.
+    extra = {"skip_special_tokens": False}
+    texts = options | {"prompt": "Hello there", "echo": True}
+    (choice,) = server.client().completions.create(model=MODEL, extra_body=extra, **texts).choices
+    assert choice.text == "<|bos|>Hello there<|user|><|user|>"
+    for place, token in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True):
+        assert choice.text[place:].startswith(token)
 
 
 def test_echo_alone_tells_only_the_prompt(server: ServerProcess) -> None:

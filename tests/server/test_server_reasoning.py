@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,30 @@ def test_the_prompt_says_where_the_answer_begins(tmp_path: Path, thinking: Token
         choices, _ = answer(tokenizer, [text], stream=stream, **fields)
         found = streamed(choices) if stream else choices[0]["message"]
         assert {name: found[name] for name in ("reasoning_content", "content") if name in found} == expected
+
+
+def test_what_variables_make_a_template_do_happens_beside_the_event_loop(thinking: Tokenizer) -> None:
+    """Their effect cannot be told from their length: all other requests would wait for it."""
+    threads: list[str] = []
+
+    class Watched:
+        special_id = staticmethod(thinking.special_id)
+
+        def chat(self, messages: Any, **settings: Any) -> list[int]:
+            threads.append(threading.current_thread().name)
+            return thinking.chat(messages, **settings)
+
+    async def run() -> None:
+        service = Service(ServerOptions(chat_template_kwargs={"enable_thinking": False}))
+        service.serve(SimpleNamespace(tokenizer=Watched(), attach=lambda: None, on_failure=None))  # type: ignore[arg-type]
+        for variables in ({}, {"enable_thinking": True}):
+            body = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": variables}
+            request = parse_body(json.dumps(body).encode(), ChatRequest)
+            assert await service.encode_chat(request.messages, request)
+        service.close()
+
+    asyncio.run(run())
+    assert threads[0] == threading.current_thread().name and threads[1].startswith("tokenizer")
 
 
 def test_a_tag_that_answers_do_not_show_is_refused(tmp_path: Path) -> None:

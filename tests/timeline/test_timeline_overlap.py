@@ -278,8 +278,11 @@ def test_totals_of_what_was_not_observed_are_none():
     totals = OverlapTotals()
     unseen = StepOverlap(time_s=1.0, communication_s=None, exposed_s=None, hidden_s=None, num_bytes=10)
     seen = StepOverlap(time_s=2.0, communication_s=1.0, exposed_s=0.25, hidden_s=0.75, num_bytes=20)
-    for kind, overlap in (("dual", unseen), ("dual", unseen), ("serial", unseen), ("serial", seen)):
-        totals.add(kind, overlap)
+    silent = StepOverlap(time_s=0.0, communication_s=0.0, exposed_s=0.0, hidden_s=0.0, num_bytes=0)  # nothing was sent
+    for overlap in (silent, unseen, unseen, silent):
+        totals.add("dual", overlap)
+    for overlap in (unseen, seen):
+        totals.add("serial", overlap)
     assert totals.to_dict() == {
         "dual": {"time_s": 2.0, "communication_s": None, "exposed_s": None, "hidden_s": None, "num_bytes": 20},
         "serial": {"time_s": 3.0, "communication_s": 1.0, "exposed_s": 0.25, "hidden_s": 0.75, "num_bytes": 30},
