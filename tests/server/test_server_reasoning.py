@@ -89,7 +89,7 @@ def test_parsers_by_their_names() -> None:
     assert {"deepseek_r1", "deepseek_v3", "glm45", "qwen3"} == {*REASONING_PARSERS}
     with pytest.raises(OptionError, match="qwen3"):
         ServerOptions(reasoning_parser="qwen4")
-    with pytest.raises(OptionError, match="no object"):
+    with pytest.raises(OptionError, match="not an object"):
         ServerOptions(chat_template_kwargs=[1])  # type: ignore[arg-type]
 
 
