@@ -24,7 +24,6 @@ from antiphon.engine.stats import StepStats
 from antiphon.engine.step import StepEngine
 from antiphon.models import (
     CausalLM,
-    Checkpoint,
     build_model,
     expert_shape,
     fill_dummy_weights,
@@ -187,11 +186,11 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
             f"the weights of one of {options.ranks} ranks are {_weight_gib(config):.1f} GiB and do not fit into the "
             f"memory of {transport.streams.device} ({first_line(error)}); use more ranks or a lower num_layers"
         ) from error
-    if options.load_format == "dummy":
+    if config.matched is None:
         fill_dummy_weights(model, seed=options.seed)
     else:
         load_weights(
-            Checkpoint(Path(options.model), single_file=config.single_file),
+            config.matched.open(Path(options.model)),
             model.checkpoint_tensors(),
             progress=lambda p: report(Starting(what=LOADING, bytes_read=p.bytes, num_bytes=p.num_bytes)),
         )

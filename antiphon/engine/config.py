@@ -29,7 +29,7 @@ from antiphon.engine.settle import (
     settle_routing,
 )
 from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
-from antiphon.models import ModelConfig, RoutingSpec, expert_shape, match_checkpoint, read_config
+from antiphon.models import MatchedFiles, ModelConfig, RoutingSpec, expert_shape, match_checkpoint, read_config
 from antiphon.planning import Conditions, SettledPolicy, settle_policy
 
 __all__ = ["DTYPES", "EngineConfig", "ResolvedConfig"]
@@ -74,11 +74,70 @@ class EngineConfig:
     timeout_s: float = 120.0
     debug_order: bool = False
 
-    def resolve(self) -> ResolvedConfig:
+    def resolve(self, *, matched: MatchedFiles | None = None) -> ResolvedConfig:
         """Check everything that can be checked before a process starts, and settle every `auto`.
 
+        matched: what another process has found of the checkpoint, which is then not compared again.
         Raises `OptionError` for options, `ModelError` for the checkpoint.
         """
+        # 1 the options alone
+        self._check_values()
+        device_kind, device_reason = settle_device(self.device, self.ranks)
+        requested = parse_transport(self.transport)
+        # 2 the model
+        policy, dbo_source = settle_dbo(self.policy)
+        source = settle_model(self.model, self.load_format, revision=self.revision)
+        routing = settle_routing(self.routing, self.load_format)
+        model = read_config(source, num_layers=self.num_layers)
+        check_layers(policy, model.num_layers)
+        # 3 the way between the ranks
+        dtype_name = _DEFAULT_DTYPES[device_kind] if self.dtype == "auto" else self.dtype
+        shape = expert_shape(model, DTYPES[dtype_name])
+        shape.experts_per_rank(self.ranks)
+        peer_access = settle_peer_access(self.peer_access)
+        transport, transport_reason = choose_transport(
+            requested, shape, self.ranks, device_kind=device_kind, peer_access=peer_access
+        )
+        load_transport(transport, device_kind)
+        # 4 the checkpoint
+        notes: tuple[str, ...] = ()
+        if matched is None and self.load_format != "dummy":
+            found = match_checkpoint(model, Path(source))
+            matched, notes = found.files, found.notes
+        if matched is not None:
+            model = matched.settle(model)
+        # 5 sizes
+        max_model_len = _limit("max_model_len", self.max_model_len, model.max_positions, "the model's positions")
+        max_num_batched_tokens = self._max_num_batched_tokens(max_model_len, device_kind)
+        resolved = ResolvedConfig(
+            options=replace(
+                self,
+                model=str(source),
+                revision=None,  # the folder is that revision
+                peer_access=peer_access,
+                policy=policy,
+            ),
+            dbo_source=dbo_source,
+            model=model,
+            matched=matched,
+            checkpoint_notes=notes,
+            routing=routing,
+            device_kind=device_kind,
+            device_reason=device_reason,
+            dtype_name=dtype_name,
+            transport=transport,
+            transport_reason=transport_reason,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            cache=self._cache(model, max_model_len, DTYPES[dtype_name], device_kind),
+            data_path=DataPath.NONE if self.ranks == 1 else None,
+        )
+        for name, value, reason in resolved.settled():
+            logger.info("%s: auto -> %s (%s)", name, value, reason)
+        return resolved
+
+    def _check_values(self) -> None:
+        """Each by itself, whatever the model and the machine."""
         for name in ("model", "routing", "transport"):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not text; pass a string, see docs/options.md")
@@ -108,58 +167,16 @@ class EngineConfig:
             )
         if self.dtype not in ("auto", *DTYPES):
             raise unknown_value("dtype", self.dtype, ("auto", *DTYPES))
-        device_kind, device_reason = settle_device(self.device, self.ranks)
-        requested = parse_transport(self.transport)
 
-        policy, dbo_source = settle_dbo(self.policy)
-        source = settle_model(self.model, self.load_format, revision=self.revision)
-        routing = settle_routing(self.routing, self.load_format)
-        model = read_config(source, num_layers=self.num_layers)
-        check_layers(policy, model.num_layers)
-        dtype_name = _DEFAULT_DTYPES[device_kind] if self.dtype == "auto" else self.dtype
-        shape = expert_shape(model, DTYPES[dtype_name])
-        shape.experts_per_rank(self.ranks)
-        peer_access = settle_peer_access(self.peer_access)
-        transport, transport_reason = choose_transport(
-            requested, shape, self.ranks, device_kind=device_kind, peer_access=peer_access
-        )
-        load_transport(transport, device_kind)
-        matched = None if self.load_format == "dummy" else match_checkpoint(model, Path(source))
-
-        max_model_len = _limit("max_model_len", self.max_model_len, model.max_positions, "the model's positions")
-        max_batched = self.max_num_batched_tokens
-        if max_batched is None:
+    def _max_num_batched_tokens(self, max_model_len: int, device_kind: str) -> int:
+        most = self.max_num_batched_tokens
+        if most is None:
             longest = max_model_len
             if device_kind != "cpu" and self.max_model_len is None:
                 longest = min(longest, _MOST_DEFAULT_BATCHED_TOKENS)
-            max_batched = max(_MIN_BATCHED_TOKENS, longest)
-        _check_count("max_num_batched_tokens", max_batched)
-        resolved = ResolvedConfig(
-            options=replace(
-                self,
-                model=str(source),
-                revision=None,  # the folder is that revision
-                peer_access=peer_access,
-                policy=policy,
-            ),
-            dbo_source=dbo_source,
-            model=model if matched is None else matched.config,
-            single_file=matched is not None and matched.checkpoint.single_file,
-            checkpoint_notes=() if matched is None else matched.notes,
-            routing=routing,
-            device_kind=device_kind,
-            device_reason=device_reason,
-            dtype_name=dtype_name,
-            transport=transport,
-            transport_reason=transport_reason,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_batched,
-            cache=self._cache(model, max_model_len, DTYPES[dtype_name], device_kind),
-            data_path=DataPath.NONE if self.ranks == 1 else None,
-        )
-        for name, value, reason in resolved.settled():
-            logger.info("%s: auto -> %s (%s)", name, value, reason)
-        return resolved
+            most = max(_MIN_BATCHED_TOKENS, longest)
+        _check_count("max_num_batched_tokens", most)
+        return most
 
     def _cache(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device_kind: str) -> CacheSize | None:
         """`None` if it is measured on the device. One block more than can be used: block 0 is for padding."""
@@ -184,11 +201,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
-    """Options without `auto`, and the reasons. Workers get only the options and resolve them again."""
+    """Options without `auto`, and the reasons. Workers get the options and what `WorkerStart` has beside them."""
 
     options: EngineConfig
     model: ModelConfig
-    single_file: bool  # the checkpoint is model.safetensors, whatever index is beside it
+    matched: MatchedFiles | None  # None: dummy weights
     checkpoint_notes: tuple[str, ...]  # sentences for the user
     routing: RoutingSpec
     dbo_source: str  # the environment's setting that decided, if one did

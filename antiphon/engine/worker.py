@@ -26,7 +26,7 @@ import zmq
 from antiphon.comm import ProgressBoard, RankGroup
 from antiphon.core.errors import AntiphonError
 from antiphon.engine.build import build_engine, ready_message
-from antiphon.engine.config import EngineConfig
+from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.messages import (
     AllLoaded,
     Answer,
@@ -46,6 +46,7 @@ from antiphon.engine.messages import (
 from antiphon.engine.starting import Starting, Throttle
 from antiphon.engine.step import StepEngine
 from antiphon.engine.worker_warnings import KeptWarnings
+from antiphon.models import MatchedFiles
 
 __all__ = [
     "OPTIONS_FILE",
@@ -73,10 +74,20 @@ _SIGN_S = 1.0
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What the front tells its workers before they start: the options, and what they cannot find out from these."""
+    """What the front tells its workers before they start: the options, and what only the front finds out."""
 
     options: EngineConfig
     eos_token_ids: tuple[int, ...]  # the tokenizer's too, which only the front loads
+    matched: MatchedFiles | None  # the checkpoint, which only the front compares with the model; None: dummy weights
+
+    @classmethod
+    def of(cls, config: ResolvedConfig) -> WorkerStart:
+        """In the front."""
+        return cls(options=config.options, eos_token_ids=config.model.eos_token_ids, matched=config.matched)
+
+    def resolve(self) -> ResolvedConfig:
+        """In a worker: the front's configuration again, without a look at weights. Raises as `EngineConfig.resolve`."""
+        return self.options.resolve(matched=self.matched).with_end_tokens(self.eos_token_ids)
 
 
 class Worker:
@@ -173,7 +184,7 @@ def main() -> int:
 
 def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
     start = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=WorkerStart)
-    options, config = start.options, start.options.resolve().with_end_tokens(start.eos_token_ids)
+    options, config = start.options, start.resolve()
     warnings = KeptWarnings()
     logging.getLogger("antiphon").addHandler(warnings)  # from here on: the front has resolved the same options
     torch.set_num_threads(_threads_per_rank(options.ranks))

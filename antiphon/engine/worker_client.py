@@ -32,7 +32,7 @@ from antiphon.engine.messages import (
 )
 from antiphon.engine.request import Request, TokenOutput
 from antiphon.engine.starting import Starting, describe_start
-from antiphon.engine.worker import START_S
+from antiphon.engine.worker import START_S, WorkerStart
 from antiphon.engine.worker_processes import WorkerProcesses
 from antiphon.engine.worker_warnings import SaidOnce
 from antiphon.timeline import StepTimeline
@@ -64,7 +64,7 @@ class WorkerClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         keep_all(self._socket)
         try:
-            self._processes = WorkerProcesses(config.options, eos_token_ids=config.model.eos_token_ids)
+            self._processes = WorkerProcesses(WorkerStart.of(config))
         except BaseException:
             self._context.destroy()
             raise

@@ -33,15 +33,15 @@ class WorkerProcesses:
     board: what each rank was doing last.
     """
 
-    def __init__(self, options: EngineConfig, *, eos_token_ids: tuple[int, ...]) -> None:
-        """Makes the folder; `start` starts the processes. eos_token_ids: those of the model and of its tokenizer."""
+    def __init__(self, start: WorkerStart) -> None:
+        """Makes the folder; `start` starts the processes."""
+        options = start.options
         self._environment = _environment(options)
         self._folder = socket_folder("antiphon-")
         self._size = options.ranks
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             self.board = ProgressBoard(self._folder / PROGRESS_FILE, size=options.ranks)
-            start = WorkerStart(options=options, eos_token_ids=eos_token_ids)
             (self._folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(start))
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -5,7 +5,7 @@ from antiphon.models.checkpoint import Checkpoint
 from antiphon.models.config import ModelConfig
 from antiphon.models.dummy import fill_dummy_weights
 from antiphon.models.hub import resolve_model
-from antiphon.models.match import MatchedCheckpoint, match_checkpoint
+from antiphon.models.match import MatchedCheckpoint, MatchedFiles, match_checkpoint
 from antiphon.models.presets import PRESETS, preset_file
 from antiphon.models.registry import (
     KNOWN_ARCHITECTURES,
@@ -27,6 +27,7 @@ __all__ = [
     "LayerState",
     "LoadProgress",
     "MatchedCheckpoint",
+    "MatchedFiles",
     "ModelConfig",
     "RoutingSpec",
     "build_model",

@@ -79,6 +79,15 @@ def _find_files(folder: Path) -> _Files:
     return _Files(weight_map=weight_map, missing=missing)
 
 
+def _chosen_files(folder: Path, *, single_file: bool) -> _Files:
+    """Those that were chosen before, and no others in their place if they have gone since."""
+    if not single_file:
+        return _Files(weight_map=_weight_map(folder), missing=[])
+    if not (folder / _SINGLE).is_file():
+        raise ModelError(f"{folder / _SINGLE} does not exist; download it again")
+    return _Files(weight_map=None, missing=[])
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -96,18 +105,18 @@ def _weight_map(folder: Path) -> dict[str, str]:
 class Checkpoint:
     """The safetensors files of one folder. Opens files when they are needed and reads nothing before.
 
-    single_file: read `model.safetensors`, whatever an index says; it is read anyway if there is no index, or if shards
-    of the index are missing.
+    single_file: True to read `model.safetensors`, whatever an index says; False to read the shards of the index,
+    whatever is beside them. None reads the shards, or the single file if there is no index or if shards are missing.
     index_fault: why an index is passed over. has_other_file: whether there is a `model.safetensors` that is not read.
     Raises `ModelError` if there are none, or if the folder's config.json names a quantisation that is not supported.
     """
 
-    def __init__(self, folder: Path, *, single_file: bool = False) -> None:
+    def __init__(self, folder: Path, *, single_file: bool | None = None) -> None:
         self.folder = folder
         config = folder / "config.json"
         self.block_fp8 = BlockFp8.read(ConfigFile(config)) if config.exists() else None
         self._open_files: dict[str, tuple[Any, frozenset[str]]] = {}
-        files = _Files(weight_map=None, missing=[]) if single_file else _find_files(folder)
+        files = _find_files(folder) if single_file is None else _chosen_files(folder, single_file=single_file)
         self.index_fault = files.index_fault
         if files.weight_map is not None:
             self._file_of = files.weight_map
@@ -183,7 +192,8 @@ class Checkpoint:
         if file_name not in self._open_files:
             path = self.folder / file_name
             if not path.is_file():
-                missing, files = missing_files(self.folder), set(self._file_of.values())
+                files = set(self._file_of.values())
+                missing = [name for name in files if not (self.folder / name).is_file()]
                 raise ModelError(
                     f"{path} does not exist, though the index names it ({len(missing)} of {len(files)} files are "
                     "missing); download it again"

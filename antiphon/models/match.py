@@ -7,10 +7,12 @@ load_weights(matched.checkpoint, model.checkpoint_tensors())
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from antiphon.core.errors import ModelError
 from antiphon.models.checkpoint import Checkpoint
@@ -20,16 +22,47 @@ from antiphon.models.registry import skeleton
 from antiphon.models.unread import check_unread
 from antiphon.models.weights import check_checkpoint
 
-__all__ = ["MatchedCheckpoint", "match_checkpoint"]
+__all__ = ["MatchedCheckpoint", "MatchedFiles", "match_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchedFiles:
+    """What `match_checkpoint` has settled, in plain values: another process goes by it and compares nothing again.
+
+    single_file: the checkpoint is model.safetensors, whatever index is beside it. tied_embeddings, embedding_name: as
+    in `DecoderConfig`.
+    """
+
+    single_file: bool
+    tied_embeddings: bool
+    embedding_name: str
+
+    def settle(self, config: ModelConfig) -> DecoderConfig:
+        """The configuration that `read_config` gives, as the checkpoint has it."""
+        assert isinstance(config, DecoderConfig), "configs come from read_config"
+        return replace(config, tied_embeddings=self.tied_embeddings, embedding_name=self.embedding_name)
+
+    def open(self, folder: Path) -> Checkpoint:
+        """The files that were matched, never others in their place. Raises `ModelError` if they have gone since."""
+        return Checkpoint(folder, single_file=self.single_file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchedCheckpoint:
     """config: the model as the checkpoint has it. notes: sentences about what is not as one would think."""
 
-    config: ModelConfig
+    config: DecoderConfig
     checkpoint: Checkpoint
     notes: tuple[str, ...]
+
+    @property
+    def files(self) -> MatchedFiles:
+        """For whoever opens the checkpoint again."""
+        return MatchedFiles(
+            single_file=self.checkpoint.single_file,
+            tied_embeddings=self.config.tied_embeddings,
+            embedding_name=self.config.embedding_name,
+        )
 
 
 def match_checkpoint(config: ModelConfig, folder: Path) -> MatchedCheckpoint:
@@ -40,32 +73,31 @@ def match_checkpoint(config: ModelConfig, folder: Path) -> MatchedCheckpoint:
     they would change its results.
     """
     assert isinstance(config, DecoderConfig), "configs come from read_config"
-    checkpoint, files_note = _choose_files(config, folder)
+    checkpoint = Checkpoint(folder)
+    tensors = dict(skeleton(config).checkpoint_tensors())
+    checkpoint, files_note = _choose_files(checkpoint, tensors)
     config, head_note = _settle_head(config, checkpoint)
-    check_checkpoint(checkpoint, skeleton(config).checkpoint_tensors())
-    notes = (files_note, head_note, check_unread(checkpoint, config, set(_names(config))))
+    tensors = _with_settled_head(tensors, config)
+    check_checkpoint(checkpoint, tensors.items())
+    notes = (files_note, head_note, check_unread(checkpoint, config, tensors.keys()))
     return MatchedCheckpoint(config=config, checkpoint=checkpoint, notes=tuple(note for note in notes if note))
 
 
-def _choose_files(config: DecoderConfig, folder: Path) -> tuple[Checkpoint, str]:
+def _choose_files(checkpoint: Checkpoint, names: Collection[str]) -> tuple[Checkpoint, str]:
     """The index and its shards, unless only the single file beside them has everything; and a note where both exist."""
-    checkpoint = Checkpoint(folder)
+    folder = checkpoint.folder
     if checkpoint.single_file:
         fault = checkpoint.index_fault
         return checkpoint, f"{folder}: model.safetensors is read, not the index beside it: {fault}" if fault else ""
     if not checkpoint.has_other_file:
         return checkpoint, ""
-    lacking = next((name for name in _names(config) if name not in checkpoint), None)
+    lacking = next((name for name in names if name not in checkpoint), None)
     if lacking is not None:
         with suppress(ModelError):  # of a file that cannot be opened either
             single = Checkpoint(folder, single_file=True)
-            if all(name in single for name in _names(config)):
+            if all(name in single for name in names):
                 return single, f"{folder}: model.safetensors is read, not the index beside it, which lacks {lacking!r}"
     return checkpoint, f"{folder}: the files of model.safetensors.index.json are read, not model.safetensors beside it"
-
-
-def _names(config: DecoderConfig) -> Iterator[str]:
-    return (name for name, _ in skeleton(config).checkpoint_tensors())
 
 
 def _settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[DecoderConfig, str]:
@@ -84,3 +116,9 @@ def _settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[Decoder
         f"is not the same as {EMBEDDING_NAME!r}; set tie_word_embeddings to false if that is right"
     )
     return replace(config, tied_embeddings=False), note
+
+
+def _with_settled_head(tensors: Mapping[str, torch.Tensor], config: DecoderConfig) -> dict[str, torch.Tensor]:
+    """What the settled model reads: `tensors` are of the model as its config.json has it. The order is the same."""
+    settled = {config.embedding_name if name == EMBEDDING_NAME else name: tensor for name, tensor in tensors.items()}
+    return settled if config.tied_embeddings else {**settled, HEAD_NAME: settled[EMBEDDING_NAME]}

@@ -148,7 +148,20 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> int:
-    """Memory for the weights of one rank, which holds all of the model but only its share of the experts."""
+    """Memory for the weights of one rank, which holds all of the model but only its share of the experts.
+
+    Layers with experts are all of one size: two of them say what any number takes, without making each.
+    Raises as `skeleton` does.
+    """
+    num_first = min(config.num_layers, _decoder_config(config).num_dense_layers + 1)
+    first = _weight_bytes(replace(config, num_layers=num_first), dtype, num_ranks)
+    if num_first == config.num_layers:
+        return first
+    one_more = _weight_bytes(replace(config, num_layers=num_first + 1), dtype, num_ranks)
+    return first + (one_more - first) * (config.num_layers - num_first)
+
+
+def _weight_bytes(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> int:
     model = skeleton(config, dtype)
     everything = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     experts = sum(

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from antiphon.engine.config import EngineConfig
+from antiphon.engine.worker import WorkerStart
 from antiphon.engine.worker_processes import WorkerProcesses
 
 
 @pytest.fixture
 def workers() -> Iterator[WorkerProcesses]:
-    workers = WorkerProcesses(EngineConfig(ranks=1), eos_token_ids=(2,))
+    workers = WorkerProcesses(WorkerStart(options=EngineConfig(ranks=1), eos_token_ids=(2,), matched=None))
     try:
         yield workers
     finally:

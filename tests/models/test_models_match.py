@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from antiphon.core.errors import ModelError
-from antiphon.models import Checkpoint, MatchedCheckpoint, load_weights, match_checkpoint, read_config, skeleton
+from antiphon.models import (
+    Checkpoint,
+    MatchedCheckpoint,
+    MatchedFiles,
+    load_weights,
+    match_checkpoint,
+    read_config,
+    skeleton,
+)
 from antiphon.models.checkpoint import missing_files
+from antiphon.models.decoder import Decoder, DecoderConfig
 from antiphon.models.hub import _is_complete
 from tests.models.test_models_parity import NUM_TOKENS, TOLERANCE, part_of
 from tests.models.twin import (
@@ -127,6 +137,83 @@ def test_two_heads_are_compared_stripe_by_stripe(tmp_path: Path, monkeypatch: py
             head[row, 3] += 1e-3
         change_tensors(tmp_path, **{HEAD: head})
         assert Checkpoint(tmp_path).same(EMBEDDING, HEAD) is same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", [None, *CHANGES])
+def test_names_and_shapes_are_made_once(
+    tmp_path: Path, kind: str, case: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are those of the settled model, though they were made before the head was settled. case: None is not tied."""
+    random_checkpoint(tmp_path, kind=kind, tie_word_embeddings=case is not None)
+    if case is not None:
+        change_tensors(tmp_path, **CHANGES[case](load_file(tmp_path / SINGLE)[EMBEDDING]))
+    single = load_file(tmp_path / SINGLE)
+    if EMBEDDING in single:  # names are looked at for the choice of files, too
+        spread(tmp_path)
+        save_file(single, tmp_path / SINGLE, metadata={"format": "pt"})
+        write_index(tmp_path, {name: file for name, file in weight_map(tmp_path).items() if name != EMBEDDING})
+    made: list[Decoder] = []
+    checked: list[tuple[str, tuple[int, ...]]] = []
+
+    def counted(config: DecoderConfig) -> Decoder:
+        made.append(skeleton(config))
+        return made[-1]
+
+    def check(checkpoint: Checkpoint, expected: Iterable[tuple[str, torch.Tensor]]) -> None:
+        checked.extend((name, tuple(tensor.shape)) for name, tensor in expected)
+
+    monkeypatch.setattr("antiphon.models.match.skeleton", counted)
+    monkeypatch.setattr("antiphon.models.match.check_checkpoint", check)
+    matched = match(tmp_path)
+    assert matched.files.single_file
+    assert len(made) == 1
+    needed = skeleton(matched.config).checkpoint_tensors()
+    assert checked == [(name, tuple(tensor.shape)) for name, tensor in needed]
+
+
+# ---- what another process is told
+
+
+@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_another_process_goes_by_what_was_found(
+    tmp_path: Path, case: str, in_shards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_checkpoint(tmp_path, tie_word_embeddings=True)
+    change_tensors(tmp_path, **CHANGES[case](load_file(tmp_path / SINGLE)[EMBEDDING]))
+    if in_shards:
+        spread(tmp_path)
+    matched = match(tmp_path)
+    files = msgspec.json.decode(msgspec.json.encode(matched.files), type=MatchedFiles)
+    for name in ("same", "tensor"):
+        monkeypatch.setattr(Checkpoint, name, None)
+    assert files.single_file is not in_shards
+    assert files.settle(read_config(tmp_path)) == matched.config
+    assert files.open(tmp_path).names() == matched.checkpoint.names()
+
+
+def test_matched_files_that_have_gone_are_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    random_checkpoint(folder)
+    shutil.copytree(folder, tmp_path / "single")
+    spread(folder)
+    shards = match(folder).files
+    assert not shards.single_file
+    shutil.copy(tmp_path / "single" / SINGLE, folder)  # another checkpoint, for all that is known of it
+    gone = sorted(folder.glob("model-*"))[0]
+    gone.unlink()
+    model = skeleton(read_config(folder)).to_empty(device="cpu")
+    with pytest.raises(ModelError, match=r"does not exist, though the index names it \(1 of 2 files are missing\)"):
+        load_weights(shards.open(folder), model.checkpoint_tensors())
+    single = match(folder).files
+    assert single.single_file
+    (folder / SINGLE).unlink()
+    with pytest.raises(ModelError, match=rf"{SINGLE} does not exist; download it again"):
+        single.open(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(ModelError, match=rf"{INDEX} does not exist"):
+        shards.open(folder)
 
 
 def test_a_tied_head_of_another_shape(tmp_path: Path) -> None:

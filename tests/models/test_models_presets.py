@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from antiphon.core.errors import ModelError
-from antiphon.models import PRESETS, num_parameters, preset_file, read_config, skeleton, weight_bytes
-from antiphon.models.decoder import DecoderConfig
+from antiphon.models import PRESETS, ModelConfig, num_parameters, preset_file, read_config, skeleton, weight_bytes
+from antiphon.models.decoder import Decoder, DecoderConfig
 from tests.models.twin import KINDS, random_checkpoint, tiny_config
 
 PUBLISHED = {  # parameters, layers, of them dense, experts, experts a token, numbers in the cache a token and layer
@@ -78,6 +79,28 @@ def test_memory_of_a_rank(kind: str, tmp_path: Path) -> None:
     assert experts > others > 0
     for num_ranks in (1, 2, 4):
         assert weight_bytes(config, torch.bfloat16, num_ranks) == others + experts // num_ranks
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_memory_of_a_rank_at_any_depth(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of all layers, of which it makes only those that differ, and one more."""
+    whole = read_config(name)
+    assert isinstance(whole, DecoderConfig)
+    least = max(whole.num_dense_layers, 1)  # without any experts, where that can be
+    for num_layers in (least, least + 1, least + 2, whole.num_layers):
+        config = replace(whole, num_layers=num_layers)
+        every = skeleton(config, torch.bfloat16)
+        everything = sum(tensor.nbytes for _, tensor in every.checkpoint_tensors())
+        assert weight_bytes(config, torch.bfloat16, 1) == everything
+    made: list[int] = []
+
+    def counted(config: ModelConfig, dtype: torch.dtype) -> Decoder:
+        made.append(config.num_layers)
+        return skeleton(config, dtype)
+
+    monkeypatch.setattr("antiphon.models.registry.skeleton", counted)
+    weight_bytes(whole, torch.bfloat16, 1)
+    assert made == [whole.num_dense_layers + 1, whole.num_dense_layers + 2]
 
 
 def test_presets_are_plain_configs() -> None:
