@@ -125,7 +125,7 @@ class Tokenizer:
         for name in given:
             if name in _template_settings(self._tokenizer) or name in self._tokenizer.special_tokens_map:
                 raise RequestError(
-                    f"chat_template_kwargs has {name!r}, which is not a variable of a chat template; leave it out"
+                    f"chat_template_kwargs has {name!r}, which the tokenizer sets, not the caller; leave it out"
                 )
         return dict(given)
 
