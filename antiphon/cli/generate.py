@@ -39,8 +39,8 @@ def generate(
             'with the "messages" of a chat.'
         ),
     ] = None,
-    max_tokens: Annotated[int, size_option("Most tokens to generate for a prompt.")] = 64,
-    min_tokens: Annotated[int, size_option("No end before so many tokens.")] = 0,
+    max_tokens: Annotated[int, size_option("Maximum number of tokens to generate per prompt.")] = 64,
+    min_tokens: Annotated[int, size_option("Minimum number of tokens before an end-of-sequence token is allowed.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among so many likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this probability.")] = 1.0,

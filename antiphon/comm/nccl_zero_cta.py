@@ -121,6 +121,6 @@ def warn_of_kernels(nccl: tuple[int, ...]) -> None:
     if nccl < _COPY_ENGINES_SINCE:
         warn_once(
             f"NCCL {'.'.join(map(str, nccl))} has no collectives by copy engines, so nccl-zero-cta launches kernels",
-            cost="it takes multiprocessors from compute, and is no baseline for copy-engine",
+            cost="it takes SMs from compute, and is not a baseline for copy-engine",
             remedy=f"use a torch with NCCL {'.'.join(map(str, _COPY_ENGINES_SINCE))} or later",
         )

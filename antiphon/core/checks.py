@@ -1,4 +1,4 @@
-"""Of what type an option's value is, and whether a text can be sent."""
+"""Checks of a value's type, and whether a text can be sent."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class EngineError(AntiphonError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """Of what another library's error says, to be quoted in one of ours; if it says nothing, the name of its class."""
+    """The first line of another library's error, to be quoted in ours; its class's name if it says nothing."""
     return next((line.strip() for line in split_lines(str(error)) if line.strip()), type(error).__name__)
 
 

@@ -36,7 +36,7 @@ class TextBefore:
 
     @staticmethod
     def of(tokenizer: Tokenizer | NoTokenizer, token_ids: Sequence[int], *, skip_special: bool = True) -> TextBefore:
-        """Of all tokens before the text."""
+        """What the tokens before a text leave open."""
         hidden: frozenset[int] = tokenizer.special_ids if skip_special else frozenset()
         places: list[int] = []
         data = b""

@@ -9,7 +9,7 @@ from antiphon.core.warn_once import warn_once
 __all__ = ["LAUNCH_COST", "LAUNCH_REMEDY", "warn_of_reference"]
 
 LAUNCH_COST = "a launch takes 16 to 45 us of the host instead of 6, so eager steps are host-bound sooner"
-"""Of launches through Triton's own call (docs/facts.md)."""
+"""The cost of a launch through Triton's own call (docs/facts.md)."""
 
 LAUNCH_REMEDY = "use torch 2.11 to 2.14 with the Triton that it brings"
 

@@ -132,7 +132,7 @@ class Checkpoint:
         return name in self._file_of
 
     def names(self) -> set[str]:
-        """Of all tensors: those of the index, and those that its files hold without it. Opens all files that exist."""
+        """The names of all tensors, in the index or only in its files. Opens all files that exist."""
         found = set(self._file_of)
         for file_name in sorted(set(self._file_of.values())):
             if (self.folder / file_name).is_file():

@@ -18,7 +18,7 @@ logger = logging.getLogger("antiphon.models")
 LARGEST_POSITION = 2**62
 
 _LARGEST_SIZE = 2**31 - 1
-"""Of what is a dimension of tensors."""
+"""The largest dimension of a tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ EMBEDDING_NAME = "model.embed_tokens.weight"
 HEAD_NAME = "lm_head.weight"
 
 DEFAULT_EPS = 1e-6
-"""Of norms, for most architectures."""
+"""The epsilon of norms in most architectures."""
 
 _MOST_LAYERS = 10_000  # a hundred times more than there are; each takes time to make, even without memory
 

@@ -127,7 +127,7 @@ class ChatJob(Job):
         return {"content": said.content} | ({"reasoning_content": said.reasoning} if self._tells(said) else {})
 
     def _deltas(self, opened: OpenRequest, item: StreamItem) -> list[dict[str, str]]:
-        """Of one piece of a stream, the last one perhaps empty: where the reasoning ends, the answer may begin."""
+        """The deltas for one piece of a stream, the last perhaps empty: reasoning may end where the answer begins."""
         text, last = item.delta.text, item.delta.finish_reason is not None
         if self.service.reasoning is None:
             return [{"content": text} if text else {}]

@@ -49,7 +49,7 @@ def completion_logprobs(
     text_places: TextPlaces,
     as_ids: bool = False,
 ) -> dict[str, Any]:
-    """Of `token_ids`, one place each, which come next for `text_places`."""
+    """The logprobs of `token_ids`, one place each, which come next for `text_places`."""
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []

@@ -152,7 +152,7 @@ class CompletionRequest(SamplingFields):
 
 
 class Message(Body):
-    """Of a chat. A reply of this or of another server can be sent back as it is: what says nothing in it passes.
+    """A message of a chat. A reply of this or another server can be sent back as it is: its idle fields pass.
 
     reasoning_content: what an assistant thought before; the template decides what becomes of it.
     """

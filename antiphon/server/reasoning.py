@@ -52,7 +52,7 @@ class Said:
 
 
 class ReasoningSplitter:
-    """Of one answer. inside: whether its prompt has opened the reasoning."""
+    """Splits one answer. inside: whether its prompt has opened the reasoning."""
 
     def __init__(self, tags: ReasoningTags, *, inside: bool) -> None:
         self._tags = tags

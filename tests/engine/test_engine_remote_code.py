@@ -148,7 +148,7 @@ def test_a_tokenizer_json_is_loaded_as_it_is(tmp_path: Path) -> None:
 
 
 def test_every_call_that_loads_by_transformers_says_no() -> None:
-    """Of the product: `from_pretrained` is called in one place, which passes what forbids downloads and code."""
+    """The product calls `from_pretrained` in one place, which forbids downloads and code."""
     calls = []
     for path in sorted(Path(antiphon.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -174,7 +174,7 @@ def load_theirs(folder: Path, kind: str) -> PreTrainedModel:
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Of all safetensors files."""
+    """The names in all safetensors files."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 

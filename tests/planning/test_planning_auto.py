@@ -146,7 +146,7 @@ def test_other_options_are_kept(conditions: Conditions) -> None:
 
 
 def kind_of_step(policy: OverlapPolicy, num_tokens: int, *, decode_only: bool = False, ranks: int = 2) -> str:
-    """The plan for so many tokens on every rank."""
+    """The plan for this number of tokens on every rank."""
     half = num_tokens // 2
     proposal = Proposal(num_tokens=num_tokens, decode_only=decode_only, part_tokens=(half, num_tokens - half))
     return decide([proposal] * ranks, policy).kind

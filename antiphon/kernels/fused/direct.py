@@ -70,7 +70,7 @@ class Protocol:
 
 
 def find_protocol(version: str) -> Protocol | None:
-    """Of a Triton; None if its launcher is not known."""
+    """The protocol of a version of Triton; None if its launcher is not known."""
     series = ".".join(version.split(".")[:2])
     return next((protocol for protocol in _PROTOCOLS if series in protocol.versions), None)
 
