@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ _PROMPT_LINE = 'a JSON object with a text "prompt", or one of token ids, or with
 class Chat:
     """Messages, which the model's template makes a prompt of."""
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]]
 
 
 Prompt = str | list[int] | Chat

@@ -94,7 +94,7 @@ class Delta:
 
 
 class Collector:
-    """Of one request.
+    """Of one request. before: what its prompt leaves open of the text.
 
     logits_dtype: of the bytes in `NewToken.logits`. streaming: whether somebody wants the text piece by piece; if not,
     and without stop strings, it is decoded once, at the end. The texts of deltas add up to that of `completion` with
@@ -121,8 +121,8 @@ class Collector:
         self._logits_dtype = logits_dtype
         self._piecewise = streaming or bool(request.params.stops)
         self._skips = request.params.skip_special_tokens
-        self._before = TextBefore.of(tokenizer, request.prompt_ids, skip_special=self._skips)
-        self._detokenizer = Detokenizer(tokenizer, before=self._before, skip_special=self._skips)
+        self.before = TextBefore.of(tokenizer, request.prompt_ids, skip_special=self._skips)
+        self._detokenizer = Detokenizer(tokenizer, before=self.before, skip_special=self._skips)
         # Special tokens have no text in which their stop strings could be found.
         special = {tokenizer.special_id(stop): stop for stop in request.params.stops} if self._skips else {}
         self._special_stops = {token_id: stop for token_id, stop in special.items() if token_id is not None}
@@ -205,7 +205,7 @@ class Collector:
         return shown
 
     def _whole_text(self) -> str:
-        before = self._before
+        before = self.before
         ids = [*before.ids, *self._ids_of_text()]
         text = self._tokenizer.decode(ids, continues=before.continues, skip_special=self._skips)
         return text[len(before.text) :]

@@ -122,8 +122,9 @@ class Tokenizer:
             raise RequestError(
                 f'chat_template_kwargs is a {type(given).__name__}; use a dict such as {{"enable_thinking": False}}'
             )
+        taken = _template_settings(self._tokenizer) if given else frozenset()
         for name in given:
-            if name in _template_settings(self._tokenizer) or name in self._tokenizer.special_tokens_map:
+            if name in taken or name in self._tokenizer.special_tokens_map:
                 raise RequestError(
                     f"chat_template_kwargs has {name!r}, which the tokenizer sets, not the caller; leave it out"
                 )
@@ -135,7 +136,6 @@ class Tokenizer:
         None where the beginning of a text is decoded as the rest of it. With SentencePiece and what imitates it (Llama,
         Mixtral) it loses its space.
         """
-        self._anchor, self._num_anchor_chars = [], 0
         ids = self.encode("a a", add_special_tokens=False)
         if self.decode(ids) == "".join(self.decode([token_id]) for token_id in ids):
             return [], 0

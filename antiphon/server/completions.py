@@ -161,6 +161,6 @@ class CompletionJob(Job):
         return whole_characters(tokenizer, opened.prompt_ids, skip_special=skips)
 
     def _places_of(self, opened: OpenRequest, start: int) -> TextPlaces:
-        tokenizer, skips = self.service.tokenizer, self.request.skip_special_tokens
-        before = TextBefore.of(tokenizer, () if self.request.echo else opened.prompt_ids, skip_special=skips)
-        return TextPlaces(tokenizer, start=start, before=before, skip_special=skips)
+        before = TextBefore() if self.request.echo else opened.collectors[0].before
+        skips = self.request.skip_special_tokens
+        return TextPlaces(self.service.tokenizer, start=start, before=before, skip_special=skips)

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 HIDES = CLAIMS["host-staged", False]
 
 ON_CPUS = Claim(most_ratio=0.9, least_efficiency=0.35)
-"""Of processes on a machine that others may use. Shared experts hide some 0.1 in a serial step too."""
+"""Limits for processes on a machine that others may use. Shared experts hide about 0.1 in a serial step too."""
 
 LINK = "simulated:alltoall:20MB/s:100us"
 """Over it communication takes twice as long as computation, or more: on a busy machine they come nearer to balance."""

@@ -19,7 +19,7 @@ EIGHT = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
 def plans_of(llm: LLM, num_prompts: int) -> dict[str, int]:
-    """Steps by plan of so many prompts; of some 18 tokens each, half of them on each rank."""
+    """Steps by plan for this many prompts of about 18 tokens each, half of them on each rank."""
     before = llm.stats()["steps_by_plan"]
     llm.generate(mixed_prompts(num_prompts), EIGHT)
     return {plan: count - before[plan] for plan, count in llm.stats()["steps_by_plan"].items()}

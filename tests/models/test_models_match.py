@@ -312,7 +312,7 @@ def test_an_index_that_cannot_be_used(both: Path, content: str) -> None:
 
 
 def test_neither_has_everything(both: Path) -> None:
-    """Of a stale index and a partial file the error says why the file is read."""
+    """With a stale index and a partial file, the error says why the file is read."""
     change_tensors(both, **{A_WEIGHT: None})
     write_index(both, {name: file for name, file in weight_map(both).items() if name != A_WEIGHT})
     assert f"has no tensor {A_WEIGHT!r}; download it again" in error_of(both)

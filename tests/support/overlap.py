@@ -1,7 +1,7 @@
 """Overlap measured, not assumed: that steps were dual says which code ran, and not that it hid anything.
 
-S, D, C2 and M are those of `antiphon bench overlap`, all arms by turns, medians of the slowest rank. A whole engine is
-timed from `generate` to its return, with two settings of `dbo` by turns.
+S, D, C2 and M are those of `antiphon bench overlap`: interleaved runs, medians of the slowest rank. A whole engine is
+timed from `generate` to its return, alternating between two settings of `dbo`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure_steps(**options: Any) -> dict[str, dict[str, Any]]:
 
 
 def until_met(measure: Callable[[], list[str]], *, trials: int) -> list[str]:
-    """What is unmet in the last of at most so many trials: another program may disturb one."""
+    """What is unmet in the last trial; there are several, because another program may disturb one."""
     for _ in range(trials):
         problems = measure()
         if not problems:
@@ -85,7 +85,7 @@ def until_met(measure: Callable[[], list[str]], *, trials: int) -> list[str]:
 
 
 def engine_ratio(llm: LLM, prompts: Sequence[list[int]], *, modes: tuple[str, str], repeats: int) -> float:
-    """Median time of the prompts with the second mode of `dbo` to that with the first, by turns, after a warm-up."""
+    """Median time with the second mode of `dbo` over that with the first: interleaved runs after a warm-up."""
     times_s: dict[str, list[float]] = {mode: [] for mode in modes}
     for repeat in range(repeats + 1):
         for mode in modes:
