@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError, RequestError
     from antiphon.core.sampling import CompletionOutput, GeneratedOutput, Logprob, SamplingParams
-    from antiphon.engine.llm import LLM
+    from antiphon.frontend.llm import LLM
 
 __all__ = [
     "LLM",
@@ -30,7 +30,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "antiphon.engine.llm",
+    "LLM": "antiphon.frontend.llm",
     **dict.fromkeys(("CompletionOutput", "GeneratedOutput", "Logprob", "SamplingParams"), "antiphon.core.sampling"),
     **dict.fromkeys(
         ("AntiphonError", "EngineError", "ModelError", "OptionError", "RequestError"), "antiphon.core.errors"

@@ -28,10 +28,10 @@ from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts, g
 from antiphon.kernels.norm_rope import add_rms_norm, rms_norm
 from antiphon.kernels.pack import pack_rows, pack_rows_reference
 from antiphon.kernels.router import Scoring, choose_experts
-from antiphon.models.gqa import GroupedQueryAttention, GroupedQueryConfig
-from antiphon.models.rope import RopeConfig, rope_angles, rope_tables
+from antiphon.models.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
+from antiphon.models.attention.rope import RopeConfig, rope_angles, rope_tables
+from antiphon.models.checkpoint.dummy_routing import RouteTable, TableRouter
 from antiphon.models.router import Router, RoutingConfig
-from antiphon.models.routing import RouteTable, TableRouter
 
 # The shape of Qwen3-30B-A3B on two ranks, 4096 tokens a lane and rank
 TOKENS, HIDDEN, HEADS, KV_HEADS, HEAD, EXPERTS, LOCAL, TOP_K, WIDTH = 4096, 2048, 32, 4, 128, 128, 64, 8, 768

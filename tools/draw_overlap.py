@@ -24,8 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from antiphon import LLM
+from antiphon.accuracy.word_problems import word_problems
 from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
-from antiphon.bench.word_problems import word_problems
 from antiphon.core.lines import split_lines
 from antiphon.runtime import EventKind
 from antiphon.timeline import StepTimeline

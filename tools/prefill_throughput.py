@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from antiphon import LLM, SamplingParams
-from antiphon.runtime.device import describe, device_for_rank
-from antiphon.runtime.versions import versions
+from antiphon.device.device import describe, device_for_rank
+from antiphon.machine.versions import versions
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from antiphon.bench.conditions import check_writable, conditions, write_json
 from antiphon.bench.dbo import compare_modes
 from antiphon.bench.serve import ServeOptions, run_serve
 from antiphon.bench.serve_workload import Workload
-from antiphon.engine.settle import settle_device
-from antiphon.runtime.device import describe, device_for_rank
-from antiphon.runtime.versions import versions
+from antiphon.config.resolve import settle_device
+from antiphon.device.device import describe, device_for_rank
+from antiphon.machine.versions import versions
 
 MODES = ("off", "on")
 _START_S = 600.0

@@ -18,8 +18,8 @@ from typing import Generic, TypeVar
 import torch
 
 from antiphon.comm import RankGroup
-from antiphon.runtime.device import synchronize
-from antiphon.runtime.timing import timer_for
+from antiphon.device.device import synchronize
+from antiphon.device.timing import timer_for
 
 __all__ = ["ArmClock", "Timed", "meet", "tell"]
 

@@ -22,9 +22,9 @@ from antiphon.bench.compute_bodies import UNITS, Body, make_body
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport, TransportPart, create_transport
 from antiphon.comm.row_format import RowFormat
 from antiphon.core.errors import AntiphonError
+from antiphon.device.device import describe
+from antiphon.machine.versions import versions
 from antiphon.runtime import run_lanes, streams_for, switch
-from antiphon.runtime.device import describe
-from antiphon.runtime.versions import versions
 
 __all__ = ["measure_exchanges"]
 

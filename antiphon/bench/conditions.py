@@ -52,8 +52,8 @@ def settle_transports(text: str | None, *, device: str, ranks: int, peer_access:
 
 def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
     """What `antiphon doctor` calls usable, but for what only tests need."""
-    from antiphon.comm.machine import examine_machine  # asks the machine, for seconds
     from antiphon.comm.usable import usable_transports
+    from antiphon.machine.probe import examine_machine  # asks the machine, for seconds
 
     judged = usable_transports(examine_machine(), ranks=ranks, device_kind=device, peer_access=peer_access)
     names = [found.name for found in judged if found.usable and found.name not in ("local", "simulated")]

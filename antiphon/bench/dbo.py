@@ -25,13 +25,13 @@ from antiphon.bench.measures import Summary
 from antiphon.bench.serve import serve_figures, timed_load
 from antiphon.bench.serve_client import Answered
 from antiphon.bench.serve_workload import Ask, Workload, arrival_times, random_asks
+from antiphon.config.describe import describe_config
+from antiphon.config.engine_config import EngineConfig
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import DBO_MODES
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.async_engine import AsyncEngine
-from antiphon.engine.config import EngineConfig
-from antiphon.engine.describe import describe_config
-from antiphon.runtime.versions import versions
+from antiphon.frontend.async_engine import AsyncEngine
+from antiphon.machine.versions import versions
 
 __all__ = ["DboOptions", "compare_modes", "print_dbo", "run_dbo"]
 

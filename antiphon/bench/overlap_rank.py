@@ -23,18 +23,18 @@ from torch import nn
 
 from antiphon.bench.arm_clock import ArmClock, tell
 from antiphon.comm import RankGroup, Routes, Transport, TransportPart, create_transport
+from antiphon.config.engine_config import DTYPES
 from antiphon.core.batch import Batch, MicroBatch, RequestSlice
 from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
 from antiphon.core.errors import OptionError
 from antiphon.core.plan import Plan
-from antiphon.engine.config import DTYPES
-from antiphon.engine.kv_cache import allocate_cache
+from antiphon.device.device import describe
+from antiphon.engine.cache.kv_cache import allocate_cache
 from antiphon.engine.runner import Runner
+from antiphon.machine.versions import versions
 from antiphon.models import build_model, expert_shape, fill_dummy_weights, parse_routing, read_config
 from antiphon.models.moe import Experts, MoELayer
 from antiphon.runtime import finish, run_lanes, streams_for
-from antiphon.runtime.device import describe
-from antiphon.runtime.versions import versions
 from antiphon.splitting import find_cut, join, split
 
 __all__ = ["ARMS", "HasModules", "Trial", "measure_steps", "relative_errors", "use_transport"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from antiphon.comm import Link
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
-from antiphon.engine.llm import LLM
+from antiphon.frontend.llm import LLM
 from antiphon.timeline import StepOverlap, StepTimeline, measure_overlap
 
 __all__ = ["Arm", "interleaved_arms", "prefill_step", "simulated_transport", "tuned_link"]

@@ -167,7 +167,7 @@ def _call(rank: int, folder: Path) -> Any:
         ProgressBoard,
         RankGroup,
     )
-    from antiphon.runtime.device import activate, device_for_rank
+    from antiphon.device.device import activate, device_for_rank
 
     device = device_for_rank(task["device"], rank)
     activate(device)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 import antiphon
-from antiphon.bench.cli import bench_app
+from antiphon.cli.bench import bench_app
 from antiphon.cli.bench_dbo import dbo
 from antiphon.cli.engine_options import engine_command
 from antiphon.cli.evaluate import word_problems
@@ -75,7 +75,7 @@ def common(
 @app.command()
 def demo() -> None:
     """Solve word problems and tell a story on 2 ranks, and show what overlap wins over a simulated link."""
-    from antiphon.bench.demo import run_demo
+    from antiphon.cli.demo import run_demo
 
     run_demo(Console())
 
@@ -87,6 +87,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, facts and all.")] = False,
 ) -> None:
     """Say what this machine allows, which transports are usable, and what would help. Starts no ranks."""
-    from antiphon.bench.doctor import run_doctor
+    from antiphon.cli.doctor import run_doctor
 
     raise typer.Exit(run_doctor(Console(), ranks=ranks, peer_access=not no_peer_access, as_json=as_json))

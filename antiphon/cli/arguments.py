@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
+from antiphon.config.aliases import foreign_option, unknown_option
 from antiphon.core.checks import is_number, is_whole
 from antiphon.core.errors import OptionError
 from antiphon.core.sizes import parse_size
-from antiphon.engine.foreign_options import foreign_option, unknown_option
 
 __all__ = [
     "CONFIG_FLAG",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from antiphon.bench.size_option import size_option
+from antiphon.cli.size_option import size_option
 from antiphon.cli.start import say
 from antiphon.core.errors import OptionError
 
@@ -42,7 +42,7 @@ def dbo(
     from antiphon.bench.conditions import check_writable, parse_names, write_json
     from antiphon.bench.dbo import DboOptions, print_dbo, run_dbo
     from antiphon.bench.serve_workload import Workload
-    from antiphon.engine.options import OPTION_DEFAULTS, make_config
+    from antiphon.config.keywords import OPTION_DEFAULTS, make_config
 
     if engine["dbo"] != OPTION_DEFAULTS["dbo"]:
         raise OptionError(f"--dbo {engine['dbo']} is what this command varies; use --modes {engine['dbo']},...")

@@ -13,12 +13,12 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 import typer
 from typer.core import TyperCommand
 
-from antiphon.bench.size_option import Size, size_option
 from antiphon.cli.arguments import SEVERAL_WORDS, Arguments, OwnOption, read_config_file, separate
+from antiphon.cli.size_option import Size, size_option
+from antiphon.config.aliases import translate
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError
 from antiphon.core.policy import DBO_MODES, SPLIT_RULES
-from antiphon.engine.foreign_options import translate
 
 __all__ = ["engine_command"]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from antiphon.bench.size_option import size_option
+from antiphon.cli.size_option import size_option
 from antiphon.cli.start import say, started
 
 __all__ = ["word_problems"]
@@ -23,7 +23,7 @@ def word_problems(
     ] = False,
 ) -> None:
     """Solve the bundled word problems, greedily, and count the right answers. The last line is one JSON object."""
-    from antiphon.bench.evaluate import solve_word_problems
+    from antiphon.accuracy.evaluate import solve_word_problems
 
     console = Console(stderr=True)
     with started(console, engine) as llm:

@@ -11,7 +11,7 @@ from antiphon.core.errors import OptionError
 from antiphon.core.lines import json_lines, split_lines
 
 if TYPE_CHECKING:
-    from antiphon.engine.llm import LLM
+    from antiphon.frontend.llm import LLM
 
 __all__ = ["Chat", "Prompt", "as_chats", "format_prompts", "read_prompts"]
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from antiphon.bench.size_option import size_option
 from antiphon.cli.arguments import SEVERAL_WORDS, json_object
+from antiphon.cli.size_option import size_option
 from antiphon.cli.start import say
 
 __all__ = ["serve"]
@@ -69,7 +69,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model to clients of OpenAI's API."""
-    from antiphon.engine.options import OPTION_DEFAULTS, make_config
+    from antiphon.config.keywords import OPTION_DEFAULTS, make_config
     from antiphon.server.logs import log_config
     from antiphon.server.options import ServerOptions
     from antiphon.server.run import run_server

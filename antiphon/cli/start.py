@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from antiphon.engine.llm import LLM
+    from antiphon.frontend.llm import LLM
 
 __all__ = ["say", "started"]
 
@@ -18,8 +18,8 @@ __all__ = ["say", "started"]
 @contextmanager
 def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
     """An engine with these options of `LLM`, which ends with the block."""
-    from antiphon.engine.describe import describe_config
-    from antiphon.engine.llm import LLM  # it loads the tokenizers
+    from antiphon.config.describe import describe_config
+    from antiphon.frontend.llm import LLM  # it loads the tokenizers
 
     with ExitStack() as stack:
         status = console.status("starting")

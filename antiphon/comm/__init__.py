@@ -1,4 +1,4 @@
-"""Process groups, agreement, and the transports that move tokens to experts and back.
+"""Process groups, and the transports that move tokens to experts and back.
 
 Uses the streams that it is given and never switches lanes. The one place that calls `torch.distributed`.
 
@@ -8,10 +8,8 @@ Uses the streams that it is given and never switches lanes. The one place that c
     y_TD = finish(transport.combine(experts(rows)))
 """
 
-from antiphon.comm.agreement import exchange
 from antiphon.comm.group import RankGroup
 from antiphon.comm.link import Link
-from antiphon.comm.machine_facts import peers_forbidden
 from antiphon.comm.progress import ProgressBoard
 from antiphon.comm.registry import (
     TransportSpec,
@@ -22,6 +20,7 @@ from antiphon.comm.registry import (
 )
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DataPath, Flight, Transport, TransportPart
+from antiphon.machine.facts import peers_forbidden
 
 __all__ = [
     "DataPath",
@@ -37,7 +36,6 @@ __all__ = [
     "TransportSpec",
     "choose_transport",
     "create_transport",
-    "exchange",
     "load_transport",
     "parse_transport",
     "peers_forbidden",

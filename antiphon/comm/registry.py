@@ -19,26 +19,26 @@ import torch
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.link import Link, parse_link
-from antiphon.comm.machine_facts import peers_forbidden
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Transport
 from antiphon.core.errors import OptionError, unknown_value
+from antiphon.machine.facts import peers_forbidden
 from antiphon.runtime import Streams
 
 __all__ = ["TransportSpec", "choose_transport", "create_transport", "load_transport", "parse_transport"]
 
 _CLASSES = {
     "local": "antiphon.comm.local:LocalTransport",
-    "allgather": "antiphon.comm.allgather:AllGatherTransport",
-    "alltoall": "antiphon.comm.alltoall:AllToAllTransport",
-    "copy-engine": "antiphon.comm.copy_engine:CopyEngineTransport",
-    "nccl-zero-cta": "antiphon.comm.nccl_zero_cta:NcclZeroCtaTransport",
-    "host-staged": "antiphon.comm.host_staged:HostStagedTransport",
-    "shared-memory": "antiphon.comm.shared_memory:SharedMemoryTransport",
+    "allgather": "antiphon.comm.collective.allgather:AllGatherTransport",
+    "alltoall": "antiphon.comm.collective.alltoall:AllToAllTransport",
+    "copy-engine": "antiphon.comm.slab.copy_engine:CopyEngineTransport",
+    "nccl-zero-cta": "antiphon.comm.collective.nccl_zero_cta:NcclZeroCtaTransport",
+    "host-staged": "antiphon.comm.slab.host_staged:HostStagedTransport",
+    "shared-memory": "antiphon.comm.slab.shared_memory:SharedMemoryTransport",
 }
 _CUDA_CLASSES = {
-    "allgather": "antiphon.comm.allgather:NcclAllGatherTransport",
-    "alltoall": "antiphon.comm.nccl_alltoall:NcclAllToAllTransport",
+    "allgather": "antiphon.comm.collective.allgather:NcclAllGatherTransport",
+    "alltoall": "antiphon.comm.collective.nccl_alltoall:NcclAllToAllTransport",
 }
 """Where a GPU needs another implementation."""
 
@@ -183,7 +183,7 @@ def _peers_reach(group: RankGroup, device: torch.device, *, allowed: bool) -> bo
     """Whether all devices may and can access each other's memory, asked on every rank: each sees its own side only."""
     if device.type != "cuda" or group.size == 1:
         return False
-    from antiphon.comm.machine_cuda import identity, reaches  # only where there are such devices
+    from antiphon.machine.cuda import identity, reaches  # only where there are such devices
 
     devices = group.all_gather_object(identity(device.index))
     return all(group.all_gather_object(allowed and reaches(device, devices)))

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.comm.machine_facts import UNLIMITED, Check, Facts, Peer, peers_forbidden
 from antiphon.comm.row_format import RowFormat
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.kernels.slow import LAUNCH_COST, LAUNCH_REMEDY
+from antiphon.machine.facts import UNLIMITED, Check, Facts, Peer, peers_forbidden
 
 __all__ = ["Advice", "Usability", "advise", "format_bytes", "format_cpus", "slab_bytes", "usable_transports"]
 

@@ -1,7 +1,7 @@
 """What a line is in text files, records and messages: it ends at LF, CR LF or CR, and nowhere else.
 
 `str.splitlines` also ends a line at a form feed, U+0085, U+2028 and others. Texts hold these characters, and JSON may
-leave them as they are, so nothing in this project uses it, nor a reader that does (tests/core/test_core_lines.py).
+leave them as they are, so nothing in this project uses it, nor a reader that does (tests/core/test_lines.py).
 """
 
 from __future__ import annotations

@@ -6,22 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from antiphon.comm import RankGroup, Transport, create_transport, parse_transport
-from antiphon.comm.machine import examine_machine
 from antiphon.comm.usable import Usability, slab_bytes, usable_transports
+from antiphon.config.engine_config import ResolvedConfig
+from antiphon.config.memory import is_out_of_memory
 from antiphon.core.errors import AntiphonError, OptionError, first_line
-from antiphon.engine.block_pool import BlockPool
-from antiphon.engine.cache_size import measured_cache
-from antiphon.engine.config import ResolvedConfig
+from antiphon.device.device import activate, describe, device_for_rank
+from antiphon.engine.cache.block_pool import BlockPool
+from antiphon.engine.cache.cache_size import measured_cache
+from antiphon.engine.cache.kv_cache import allocate_cache
 from antiphon.engine.expert_load import ExpertLoad
-from antiphon.engine.kv_cache import allocate_cache
-from antiphon.engine.memory import is_out_of_memory
 from antiphon.engine.messages import Ready
 from antiphon.engine.runner import Runner
-from antiphon.engine.sampler import Sampler
-from antiphon.engine.scheduler import Scheduler
+from antiphon.engine.sampling.sampler import Sampler
+from antiphon.engine.scheduling.scheduler import Scheduler
 from antiphon.engine.starting import LOADING, Starting
 from antiphon.engine.stats import StepStats
 from antiphon.engine.step import StepEngine
+from antiphon.machine.probe import examine_machine
 from antiphon.models import (
     CausalLM,
     build_model,
@@ -32,7 +33,6 @@ from antiphon.models import (
 )
 from antiphon.planning import Conditions, Planner, settle_policy
 from antiphon.runtime import Streams, streams_for
-from antiphon.runtime.device import activate, describe, device_for_rank
 from antiphon.timeline import StepRecorder
 
 __all__ = ["build_engine", "make_transport", "ready_message"]

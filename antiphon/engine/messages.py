@@ -14,10 +14,10 @@ import msgspec
 import zmq
 
 from antiphon.comm import DataPath
+from antiphon.config.cache import CacheSize
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.kv_cache import CacheSize
-from antiphon.engine.request import Request, TokenOutput
+from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.engine.starting import Starting
 from antiphon.timeline import StepTimeline
 

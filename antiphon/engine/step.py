@@ -9,18 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from antiphon.comm import RankGroup, Transport, exchange
+from antiphon.comm import RankGroup, Transport
+from antiphon.config.cache import CacheSize
 from antiphon.core.batch import Batch, MicroBatch
 from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.expert_load import ExpertLoad
-from antiphon.engine.kv_cache import CacheSize
-from antiphon.engine.request import TokenOutput
 from antiphon.engine.runner import Runner
-from antiphon.engine.sampler import Sampler
-from antiphon.engine.scheduler import Scheduler
+from antiphon.engine.sampling.sampler import Sampler
+from antiphon.engine.scheduling.request import TokenOutput
+from antiphon.engine.scheduling.scheduler import Scheduler
 from antiphon.engine.stats import StepStats
-from antiphon.planning import Planner
+from antiphon.planning import Planner, exchange
 from antiphon.splitting import join, split
 from antiphon.timeline import StepRecorder
 

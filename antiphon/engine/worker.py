@@ -24,9 +24,9 @@ import torch
 import zmq
 
 from antiphon.comm import ProgressBoard, RankGroup
+from antiphon.config.engine_config import EngineConfig, ResolvedConfig
 from antiphon.core.errors import AntiphonError
 from antiphon.engine.build import build_engine, ready_message
-from antiphon.engine.config import EngineConfig, ResolvedConfig
 from antiphon.engine.messages import (
     AllLoaded,
     Answer,

@@ -1,13 +1,6 @@
 """Models: straight-line code, in which overlap is two `finish` calls of the MoE layer, and their checkpoints."""
 
-from antiphon.models.causal_lm import CausalLM, LayerState
-from antiphon.models.checkpoint import Checkpoint
-from antiphon.models.config import ModelConfig
-from antiphon.models.dummy import fill_dummy_weights
-from antiphon.models.hub import resolve_model
-from antiphon.models.match import MatchedCheckpoint, MatchedFiles, match_checkpoint
-from antiphon.models.presets import PRESETS, preset_file
-from antiphon.models.registry import (
+from antiphon.models.architectures.registry import (
     KNOWN_ARCHITECTURES,
     build_model,
     expert_shape,
@@ -16,8 +9,15 @@ from antiphon.models.registry import (
     skeleton,
     weight_bytes,
 )
-from antiphon.models.routing import RoutingSpec, parse_routing
-from antiphon.models.weights import LoadProgress, check_checkpoint, load_weights
+from antiphon.models.causal_lm import CausalLM, LayerState
+from antiphon.models.checkpoint.dummy import fill_dummy_weights
+from antiphon.models.checkpoint.dummy_routing import RoutingSpec, parse_routing
+from antiphon.models.checkpoint.files import Checkpoint
+from antiphon.models.checkpoint.hub import resolve_model
+from antiphon.models.checkpoint.presets import PRESETS, preset_file
+from antiphon.models.checkpoint.weights import LoadProgress, check_checkpoint, load_weights
+from antiphon.models.config import ModelConfig
+from antiphon.models.match import MatchedCheckpoint, MatchedFiles, match_checkpoint
 
 __all__ = [
     "KNOWN_ARCHITECTURES",

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from antiphon.core.errors import ModelError
-from antiphon.models.checkpoint import Checkpoint
+from antiphon.models.architectures.registry import skeleton
+from antiphon.models.checkpoint.files import Checkpoint
+from antiphon.models.checkpoint.weights import check_checkpoint
 from antiphon.models.config import ModelConfig
 from antiphon.models.decoder import EMBEDDING_NAME, HEAD_NAME, DecoderConfig
-from antiphon.models.registry import skeleton
 from antiphon.models.unread import check_unread
-from antiphon.models.weights import check_checkpoint
 
 __all__ = ["MatchedCheckpoint", "MatchedFiles", "match_checkpoint"]
 

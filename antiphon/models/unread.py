@@ -13,8 +13,8 @@ from collections.abc import Collection, Set
 from typing import NamedTuple
 
 from antiphon.core.errors import ModelError
-from antiphon.models.block_fp8 import scale_name
-from antiphon.models.checkpoint import Checkpoint
+from antiphon.models.checkpoint.block_fp8 import scale_name
+from antiphon.models.checkpoint.files import Checkpoint
 from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import HEAD_NAME, DecoderConfig
 

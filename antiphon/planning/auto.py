@@ -6,7 +6,7 @@
     CPUs                                  off
     CPUs, the link is simulated           split from 512 tokens in prefill and 32 in decode
 
-tests/planning/test_planning_auto.py has what the rule loses against the better of serial and split, over all step times
+tests/planning/test_settle_policy.py has what the rule loses against the better of serial and split, over all step times
 in benchmarks/results.
 """
 

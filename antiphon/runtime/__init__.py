@@ -19,11 +19,11 @@ One thread, two lanes; `=` computes, `.` is on the wire:
     time  ------------------------------------------------------->
 """
 
-from antiphon.runtime.cuda_streams import CudaStreams
+from antiphon.device.cuda_streams import CudaStreams
+from antiphon.device.streams import CpuStreams, Event, Streams, streams_for
 from antiphon.runtime.hook import EventKind, LaneEvent, Recorder
 from antiphon.runtime.lanes import run_lanes
 from antiphon.runtime.pending import Pending
-from antiphon.runtime.streams import CpuStreams, Event, Streams, streams_for
 from antiphon.runtime.traps import current_lane, finish, num_lanes, order_point, switch
 
 __all__ = [

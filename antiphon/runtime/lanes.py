@@ -16,9 +16,9 @@ from typing import TypeVar
 from greenlet import GreenletExit, greenlet
 
 from antiphon.core.errors import LaneError
+from antiphon.device.streams import CpuStreams, Streams
 from antiphon.runtime.hook import EventKind, Hook, Recorder
 from antiphon.runtime.lane import Lane, LaneCancelled, RunState, current, running_lane
-from antiphon.runtime.streams import CpuStreams, Streams
 from antiphon.runtime.torch_state import TorchState
 from antiphon.runtime.traps import check_lane_state
 

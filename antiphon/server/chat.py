@@ -7,7 +7,7 @@ from typing import Any
 
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.open_request import OpenRequest, StreamItem
+from antiphon.frontend.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
 from antiphon.server.logprobs import chat_logprobs, prompt_logprobs

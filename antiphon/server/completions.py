@@ -7,9 +7,9 @@ from typing import Any
 
 from antiphon.core.errors import RequestError
 from antiphon.core.sampling import Logprob, SamplingParams
-from antiphon.engine.detokenizer import TextBefore, whole_characters
-from antiphon.engine.open_request import OpenRequest, StreamItem
-from antiphon.engine.outputs import Delta
+from antiphon.frontend.detokenizer import TextBefore, whole_characters
+from antiphon.frontend.open_request import OpenRequest, StreamItem
+from antiphon.frontend.outputs import Delta
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
 from antiphon.server.logprobs import TextPlaces, completion_logprobs, prompt_logprobs

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from antiphon.core.errors import EngineError, OptionError, RequestError
-from antiphon.engine.open_request import OpenRequest, StreamItem
+from antiphon.frontend.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job, to_json
 from antiphon.server.service import Service

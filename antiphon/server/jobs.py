@@ -16,7 +16,7 @@ import msgspec
 from antiphon.core.errors import OptionError, RequestError
 from antiphon.core.lines import escape_json_lines
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.open_request import OpenRequest, StreamItem
+from antiphon.frontend.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError, refusal
 from antiphon.server.protocol import SamplingFields
 from antiphon.server.service import Service

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from antiphon.core.sampling import Logprob
-from antiphon.engine.detokenizer import Detokenizer, TextBefore
-from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
+from antiphon.frontend.detokenizer import Detokenizer, TextBefore
+from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
 __all__ = ["TextPlaces", "chat_logprobs", "completion_logprobs", "prompt_logprobs"]
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
 
 from antiphon.core.checks import is_whole
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.chat import joined_text
+from antiphon.frontend.chat import joined_text
 
 __all__ = [
     "Body",

@@ -19,10 +19,10 @@ from contextlib import contextmanager, suppress
 import uvicorn
 
 import antiphon
+from antiphon.config.describe import describe_config
+from antiphon.config.engine_config import EngineConfig
 from antiphon.core.errors import OptionError
-from antiphon.engine.async_engine import AsyncEngine
-from antiphon.engine.config import EngineConfig
-from antiphon.engine.describe import describe_config
+from antiphon.frontend.async_engine import AsyncEngine
 from antiphon.server.app import make_app
 from antiphon.server.logs import log_event
 from antiphon.server.options import ServerOptions

@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any
 
 from antiphon.core.errors import EngineError, ModelError, OptionError, RequestError
-from antiphon.engine.async_engine import AsyncEngine
-from antiphon.engine.tokenizer import NoTokenizer, Tokenizer
+from antiphon.frontend.async_engine import AsyncEngine
+from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 from antiphon.server.errors import ApiError
 from antiphon.server.metrics import ServerMetrics
 from antiphon.server.options import ServerOptions

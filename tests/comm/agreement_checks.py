@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm import exchange
 from antiphon.core.errors import PeerError
 from antiphon.core.plan import Proposal, Refusal
+from antiphon.planning import exchange
 from antiphon.runtime import finish
 from tests.comm.world import World, make_shape, make_tokens
 

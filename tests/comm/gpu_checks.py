@@ -8,9 +8,9 @@ import time
 import torch
 
 from antiphon.comm import RankGroup
-from antiphon.comm.mailbox import Phase
-from antiphon.comm.mailbox_log import LoggedEvent, MailboxLog
-from antiphon.comm.slab import SlabTransport
+from antiphon.comm.slab.log import LoggedEvent, MailboxLog
+from antiphon.comm.slab.mailbox import Phase
+from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import finish, run_lanes, streams_for
 from tests.comm.protocol_checks import run_layers
 from tests.comm.world import MAX_TOKENS, World, exact_sums, make_shape, poison_arrivals

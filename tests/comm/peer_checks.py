@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.comm import ProgressBoard, RankGroup, exchange
+from antiphon.comm import ProgressBoard, RankGroup
 from antiphon.core.errors import PeerError
 from antiphon.core.plan import Proposal
+from antiphon.planning import exchange
 from tests.support.ranks import Meeting
 
 __all__ = ["Failure", "misbehave"]

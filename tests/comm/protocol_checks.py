@@ -24,8 +24,8 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport
 from antiphon.comm.device_watch import WatchWord
-from antiphon.comm.mailbox_log import LoggedEvent, MailboxLog
-from antiphon.comm.slab import SlabTransport
+from antiphon.comm.slab.log import LoggedEvent, MailboxLog
+from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import CpuStreams, CudaStreams, Streams, current_lane, finish, run_lanes
 from tests.comm.world import MAX_TOKENS, World, make_shape
 
@@ -194,7 +194,7 @@ def protocol_world(
     with ExitStack() as stack:
         stack.enter_context(_fresh_media(driver))
         stack.enter_context(patch("torch.cuda.synchronize"))
-        stack.enter_context(patch.multiple("antiphon.comm.chunks", _SMALLEST_CHUNK=smallest_chunk, _ALIGNMENT=64))
+        stack.enter_context(patch.multiple("antiphon.comm.slab.chunks", _SMALLEST_CHUNK=smallest_chunk, _ALIGNMENT=64))
         memories: list[torch.Tensor] = []
         transports = []
         for rank in range(size):
@@ -209,7 +209,7 @@ def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> Sl
         "copy-engine": ("copy_engine", "CopyEngineTransport"),
         "host-staged": ("host_staged", "HostStagedTransport"),
     }[name]
-    kind = getattr(import_module(f"antiphon.comm.{module_name}"), class_name)
+    kind = getattr(import_module(f"antiphon.comm.slab.{module_name}"), class_name)
     streams: Streams = CpuStreams() if name == "shared-memory" else FakeStreams()
     transport: SlabTransport = kind(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=MAX_TOKENS)
     return transport
@@ -218,10 +218,10 @@ def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> Sl
 @contextmanager
 def _fresh_media(driver: FakeDriver) -> Iterator[None]:
     """Import the CUDA media anew over the fake driver, and leave nothing of it behind."""
-    package = vars(import_module("antiphon.comm"))
+    package = vars(import_module("antiphon.comm.slab"))
     bindings = ModuleType("cuda.bindings")
     bindings.driver = driver.module()  # type: ignore[attr-defined]
-    ours = {f"antiphon.comm.{name}": name for name in _FRESH_MODULES}
+    ours = {f"antiphon.comm.slab.{name}": name for name in _FRESH_MODULES}
     replaced = {name: sys.modules.pop(name, None) for name in (*ours, "cuda", "cuda.bindings")}
     attributes = {name: package.pop(name, None) for name in _FRESH_MODULES}
     sys.modules |= {"cuda": ModuleType("cuda"), "cuda.bindings": bindings}
@@ -254,10 +254,10 @@ def _shared_memories(rank: int, size: int, memories: list[torch.Tensor]) -> Iter
         rendezvous=lambda memory, group: SimpleNamespace(buffer_ptrs=[other.data_ptr() for other in memories]),
     )
     with (
-        patch("antiphon.comm.copy_engine.symmetric_memory", symmetric),
-        patch("antiphon.comm.host_staged.share_host_memory", share),
-        patch("antiphon.comm.host_staged.unregister_host_memory", lambda memories: None),
-        patch("antiphon.comm.shared_memory.share_host_memory", share),
+        patch("antiphon.comm.slab.copy_engine.symmetric_memory", symmetric),
+        patch("antiphon.comm.slab.host_staged.share_host_memory", share),
+        patch("antiphon.comm.slab.host_staged.unregister_host_memory", lambda memories: None),
+        patch("antiphon.comm.slab.shared_memory.share_host_memory", share),
     ):
         yield
 

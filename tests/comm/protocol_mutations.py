@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from antiphon.comm.mailbox import Exchange, Phase
-from antiphon.comm.mailbox_log import Action, MailboxLog, MemoryStep
-from antiphon.comm.slab import SlabTransport
+from antiphon.comm.slab.log import Action, MailboxLog, MemoryStep
+from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.transport import SlabTransport
 from tests.comm.protocol_checks import MEDIA, ProtocolWorld
 
 __all__ = ["MUTATIONS", "Mutation"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Rows, Transport, load_transport, parse_transport
-from antiphon.comm.mailbox import Exchange, Phase
 from antiphon.comm.simulated import SimulatedTransport
-from antiphon.comm.slab import SlabTransport
+from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import CpuStreams, Streams, current_lane, finish
 
 __all__ = [

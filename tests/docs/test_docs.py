@@ -17,10 +17,10 @@ import torch
 
 from antiphon import SamplingParams
 from antiphon.cli.arguments import OwnOption, read_config_file
-from antiphon.engine.foreign_options import FOREIGN_OPTIONS
-from antiphon.engine.options import OPTION_DEFAULTS
+from antiphon.config.aliases import FOREIGN_OPTIONS
+from antiphon.config.keywords import OPTION_DEFAULTS
 from antiphon.models import PRESETS
-from antiphon.models.registry import KNOWN_ARCHITECTURES
+from antiphon.models.architectures.registry import KNOWN_ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -219,7 +219,7 @@ def test_the_library_loads_nothing_of_the_engine() -> None:
         "print(sorted(rooms))\n"
         "assert 'transformers' not in sys.modules"
     )
-    assert run([sys.executable, "-c", code]).strip() == "['comm', 'core', 'runtime']"
+    assert run([sys.executable, "-c", code]).strip() == "['comm', 'core', 'device', 'machine', 'runtime']"
 
 
 def run(command: list[str], **settings: str) -> str:

@@ -1,7 +1,7 @@
 """The engine on GPUs: the bundled model against transformers and the CPU, and the KV cache that is measured there.
 
 Where these tests count dual steps, they see that the code under test ran, and no more: such small steps hide nothing.
-What is hidden is measured in test_engine_overlap_gpu.py and in tests/bench/test_bench_overlap_gpu.py.
+What is hidden is measured in test_engine_overlap_gpu.py and in tests/bench/test_overlap_gpu.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from antiphon import LLM, GeneratedOutput, SamplingParams
-from antiphon.bench.word_problems import word_problems
+from antiphon.accuracy.word_problems import word_problems
+from antiphon.config.cache import block_bytes
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import EngineError, OptionError
-from antiphon.engine.kv_cache import block_bytes
-from antiphon.engine.request import Request
-from antiphon.engine.sampler import Sampler
+from antiphon.engine.sampling.sampler import Sampler
+from antiphon.engine.scheduling.request import Request
 from antiphon.models import read_config
 from tests.support.processes import assert_no_new_workers, worker_pids
 from tests.support.prompts import mixed_prompts

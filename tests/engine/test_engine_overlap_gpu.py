@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from antiphon import LLM
-from antiphon.engine.describe import describe_config
+from antiphon.config.describe import describe_config
 from tests.support.overlap import ONE_TOKEN, engine_ratio, until_met
 
 pytestmark = [

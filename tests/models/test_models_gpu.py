@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from antiphon.models.block_fp8 import BlockFp8
+from antiphon.models.checkpoint.block_fp8 import BlockFp8
 from tests.models.quantise import quantised
-from tests.models.test_models_parity import CASES, NUM_TOKENS, TOLERANCE, part_of
+from tests.models.test_parity import CASES, NUM_TOKENS, TOLERANCE, part_of
 from tests.models.twin import Twin, random_checkpoint, random_ids, relative_error, scattered_blocks
 
 pytestmark = [

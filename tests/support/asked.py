@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from antiphon import cli
+from antiphon.config.engine_config import EngineConfig
 from antiphon.core.errors import OptionError
-from antiphon.engine.config import EngineConfig
 
 __all__ = ["AskedError", "run_command", "stop_before_start"]
 

@@ -10,10 +10,10 @@ import torch
 
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.request import Request
-from antiphon.engine.sampled import NewToken
-from antiphon.engine.sampler import Sampler
-from antiphon.engine.sampling_draw import draw_key
+from antiphon.engine.sampling.draw import draw_key
+from antiphon.engine.sampling.sampler import Sampler
+from antiphon.engine.scheduling.request import Request
+from antiphon.engine.scheduling.sampled import NewToken
 
 EOS = 2
 

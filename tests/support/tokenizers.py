@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from antiphon.engine.tokenizer import Tokenizer
+from antiphon.frontend.tokenizer import Tokenizer
 
 __all__ = ["marked_spaces"]
 

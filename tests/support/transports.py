@@ -15,9 +15,9 @@ import torch
 from greenlet import getcurrent
 
 from antiphon.comm import Flight, Routes, Rows
-from antiphon.comm.alltoall import AllToAllTransport
-from antiphon.comm.mailbox import Exchange, Phase
-from antiphon.comm.shared_memory import SharedMemoryTransport
+from antiphon.comm.collective.alltoall import AllToAllTransport
+from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.shared_memory import SharedMemoryTransport
 from antiphon.core.warn_once import warn_once
 from antiphon.engine.worker import report_and_exit
 

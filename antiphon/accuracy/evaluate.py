@@ -1,0 +1,54 @@
+"""Word problems, solved by an engine and counted; with overlap off and on, if asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from antiphon.accuracy.word_problems import word_problems
+from antiphon.core.sampling import SamplingParams
+from antiphon.frontend.llm import LLM
+
+__all__ = ["solve_word_problems"]
+
+
+def solve_word_problems(
+    llm: LLM, *, num: int | None = None, max_tokens: int = 100, compare: bool = False, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Solve the first `num` problems, all by default, greedily, and `say` the score of each run.
+
+    compare: once with overlap off and once on, beside what the engine was told; `equal` counts the answers with the
+    same tokens. The dict can be written as JSON.
+    """
+    problems = word_problems()[:num]
+    prompts = [problem.prompt for problem in problems]
+    runs: list[dict[str, Any]] = []
+    token_ids = []
+    for dbo in ("off", "on") if compare else (None,):
+        if dbo is not None:
+            llm.reconfigure(dbo=dbo)
+        steps_before = llm.stats()["steps_by_plan"]
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=max_tokens))
+        seconds = time.perf_counter() - start
+        stats = llm.stats()
+        steps = {plan: count - steps_before.get(plan, 0) for plan, count in stats["steps_by_plan"].items()}
+        solved = sum(problem.solved_by(output.text) for problem, output in zip(problems, outputs, strict=True))
+        runs.append({"dbo": stats["dbo"], "solved": solved, "seconds": round(seconds, 3), "steps_by_plan": steps})
+        token_ids.append([output.token_ids for output in outputs])
+        told = ", ".join(f"{count} {plan}" for plan, count in steps.items() if count)
+        say(f"dbo {stats['dbo']}: {solved} of {len(problems)} solved in {seconds:.1f} s; steps: {told}")
+    result = {
+        "problems": len(problems),
+        "model": llm.config.options.model,
+        "ranks": llm.config.options.ranks,
+        "device": llm.config.device_name or llm.config.device_kind,
+        "transport": str(llm.config.transport),
+        "dtype": llm.config.dtype_name,
+        "runs": runs,
+    }
+    if compare:
+        result["equal"] = sum(off == on for off, on in zip(*token_ids, strict=True))
+        say(f"{result['equal']} of {len(problems)} answers have the same tokens with overlap off and on")
+    return result

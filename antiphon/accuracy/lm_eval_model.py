@@ -1,0 +1,191 @@
+"""`antiphon` as a model of lm_eval (EleutherAI's lm-evaluation-harness): its requests go to one `LLM`.
+
+The harness asks three things: a text that goes on until a stop string, how likely a continuation is, and how likely a
+whole text is. What it asks at once goes to the engine at once, which makes its own batches.
+
+    lm = AntiphonLM(ranks=2, dbo="on")
+    results = lm_eval.simple_evaluate(lm, tasks=["word_problems"], task_manager=...)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.sampling import GeneratedOutput, SamplingParams
+from antiphon.frontend.llm import LLM
+from antiphon.frontend.tokenizer_files import load_tokenizer
+
+__all__ = ["AntiphonLM"]
+
+logger = logging.getLogger("antiphon")
+
+_DEVICE_OF_HARNESS = "cuda:0"
+_SETTABLE = frozenset(item.name for item in fields(SamplingParams)) - {"n", "logprobs", "prompt_logprobs"}
+
+
+@register_model("antiphon")
+class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
+    """All requests of a task go to one engine.
+
+    pretrained: the same as `model`, by the name that lm_eval's other models have for it. max_length: longest text,
+        prompt and output together; by default the engine's max_model_len. max_gen_toks: most tokens of an output, if
+        the task does not say. llm: an engine to use instead of a new one; the caller closes it.
+    Everything else is an option of `LLM`. The harness always gives batch_size, which means nothing here, and device:
+        "cuda:0", unless somebody says otherwise, is taken for "auto".
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        model: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str = "auto",
+        llm: LLM | None = None,
+        **engine: Any,
+    ) -> None:
+        super().__init__()
+        if pretrained is not None and model is not None and pretrained != model:
+            raise OptionError(f"pretrained={pretrained!r} and model={model!r} contradict each other; give one of them")
+        if str(batch_size) not in ("1", "auto") or max_batch_size is not None:
+            logger.warning("batch_size has no effect: the engine fills its steps itself; max_num_seqs bounds them")
+        self._owns_engine = llm is None
+        if llm is None:
+            device = "auto" if device == _DEVICE_OF_HARNESS else device
+            llm = LLM(model or pretrained or BUNDLED_MODEL, device=device, **engine)
+        self._llm = llm
+        self.tokenizer = load_tokenizer(self._llm.config.options.model)
+        self.max_length = min(max_length or self._llm.config.max_model_len, self._llm.config.max_model_len)
+        self.max_gen_toks = max_gen_toks
+
+    def close(self) -> None:
+        """End the engine, unless the caller brought it."""
+        if self._owns_engine:
+            self._llm.close()
+
+    # ---- what the harness asks
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The text of each request up to its first stop string, which is cut off."""
+        prompts, params = [], []
+        for context, asked in (request.args for request in requests):
+            prompt_ids, one = self.tok_encode(context), self._sampling(asked)
+            room = self.max_length - min(one.max_tokens or 1, self.max_length - 1)
+            prompts.append(_ending(prompt_ids, room, "prompt"))
+            params.append(one)
+        return [output.text for output in self._generate(prompts, params, disable_tqdm)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The logprob of each whole text. One that is too long is scored in windows, each token once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for place, (text,) in enumerate(request.args for request in requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 2,  # one token before them, and the one that the engine generates
+                context_len=1,
+            )
+            for context_ids, continuation_ids in map(make_disjoint_window, rolling):
+                windows.append((None, context_ids, continuation_ids))
+                owners.append(place)
+        totals = [0.0] * len(requests)
+        for place, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[place] += logprob
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (key, context, continuation): the logprob of the continuation, and whether greedy would write it."""
+        prompts, counts = [], []
+        for _key, context_ids, continuation_ids in requests:
+            counts.append(min(len(continuation_ids), self.max_length - 2))
+            prompts.append(_ending(context_ids + continuation_ids, self.max_length - 1, "context and continuation"))
+        found = []
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        for output, count in zip(self._generate(prompts, params, disable_tqdm), counts, strict=True):
+            assert output.prompt_logprobs is not None
+            first = len(output.prompt_token_ids) - count
+            scored = zip(output.prompt_token_ids[first:], output.prompt_logprobs[first:], strict=True)
+            tokens = [by_id[token_id] for token_id, by_id in scored if by_id is not None]
+            assert len(tokens) == count, "the first token of a text has no logprob"
+            found.append((sum(token.logprob for token in tokens), all(token.rank == 1 for token in tokens)))
+        return found
+
+    # ---- texts and tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self._llm.config.options.model).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids, with the checkpoint's special tokens unless the text, say of a chat template, has them."""
+        if add_special_tokens is None:
+            begin = self.tokenizer.bos_token
+            add_special_tokens = not (begin and string.startswith(begin))
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """By the checkpoint's template. Without add_generation_prompt the last message is left open."""
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
+
+    # ---- the engine
+
+    def _sampling(self, asked: dict[str, Any]) -> SamplingParams:
+        """What the task asks for; it is greedy unless it says `do_sample` or a temperature."""
+        values = dict(normalize_gen_kwargs(asked, default_max_gen_toks=self.max_gen_toks))
+        values.pop("do_sample")
+        stops, max_tokens = values.pop("until"), values.pop("max_gen_toks")
+        for name in values.keys() - _SETTABLE:
+            raise unknown_value("gen_kwargs", name, [*_SETTABLE, "do_sample", "until", "max_gen_toks"])
+        return SamplingParams(max_tokens=max_tokens, stop=[text for text in stops if text] or None, **values)
+
+    def _generate(
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], quiet: bool
+    ) -> list[GeneratedOutput]:
+        with tqdm(total=len(prompts), desc="Requests finished", disable=quiet) as bar:
+
+            def show(num_finished: int, _num: int, _num_tokens: int) -> None:
+                if num_finished > bar.n:
+                    bar.update(num_finished - bar.n)
+
+            return self._llm.generate(prompts, params, progress=show)
+
+
+def _ending(token_ids: list[int], room: int, what: str) -> list[int]:
+    """What there is room for: the end, because the beginning matters less."""
+    if len(token_ids) > room:
+        logger.warning("%s of %d tokens: only the last %d are used", what, len(token_ids), room)
+    return token_ids[-room:]

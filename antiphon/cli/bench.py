@@ -1,0 +1,262 @@
+"""The commands `antiphon bench ...`. Reads options, prints results; everything heavy is loaded when a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from antiphon.cli.size_option import size_option
+from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.errors import OptionError, unknown_value
+
+__all__ = ["bench_app"]
+
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Measure communication and overlap; the last line printed is one JSON object.",
+)
+
+_DEFAULT_SIZES = {"cpu": "4K..1M", "cuda": "4K..512M"}
+_DEFAULT_BESIDE_FROM = {"cpu": "64K", "cuda": "1M"}
+_DEFAULT_TOKENS = {"cpu": "128,512", "cuda": "512,2048,8192"}
+_NO_BODY = "none"
+
+_TABLE_WIDTH = 160
+
+Ranks = Annotated[int, typer.Option(help="Processes, one device each.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+Transports = Annotated[str | None, typer.Option(help="Names with commas between; left out: all that can be used here.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds, after two to warm up.")]
+NoPeerAccess = Annotated[
+    bool, typer.Option("--no-peer-access", help="Devices may not read each other's memory (NCCL_P2P_DISABLE=1).")
+]
+TimeoutS = Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result there too.")]
+
+
+@bench_app.command()
+def comm(
+    ranks: Ranks = 2,
+    device: Device = "auto",
+    sizes: Annotated[
+        str | None, typer.Option(help="Bytes a rank sends in a phase: 4K,1M or 4K..512M in steps of 4.")
+    ] = None,
+    transports: Transports = None,
+    beside: Annotated[
+        str, typer.Option(help="Computations to run beside: grouped, dense, attention, or none.")
+    ] = "grouped,dense,attention",
+    beside_from: Annotated[str | None, typer.Option(help="Smallest size that is measured beside computation.")] = None,
+    hidden_size: Annotated[int, typer.Option(min=8, help="Numbers of a token, in bfloat16.")] = 2048,
+    repeats: Repeats = 10,
+    no_peer_access: NoPeerAccess = False,
+    timeout_s: TimeoutS = 120.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Dispatch and combine alone, and beside computation of equal length, for every size and transport."""
+    from antiphon.bench.comm import CommOptions, print_exchanges, run_comm
+    from antiphon.bench.compute_bodies import BODY_NAMES
+    from antiphon.bench.conditions import (
+        check_ranks,
+        check_writable,
+        parse_names,
+        parse_sizes,
+        settle_transports,
+        write_json,
+    )
+    from antiphon.config.resolve import settle_device, settle_peer_access
+
+    check_ranks(ranks)
+    kind, _ = settle_device(device, ranks)
+    peer_access = settle_peer_access(not no_peer_access)
+    bodies = [name for name in parse_names(beside, "beside", (_NO_BODY, *BODY_NAMES)) if name != _NO_BODY]
+    options = CommOptions(
+        ranks=ranks,
+        device=kind,
+        transports=settle_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
+        sizes=parse_sizes(sizes or _DEFAULT_SIZES[kind]),
+        beside=bodies,
+        beside_from=parse_sizes(beside_from or _DEFAULT_BESIDE_FROM[kind], "beside-from")[0],
+        hidden_size=hidden_size,
+        repeats=repeats,
+        peer_access=peer_access,
+        timeout_s=timeout_s,
+    )
+    check_writable(json_file, "json")
+    result = run_comm(options)
+    print_exchanges(result, _console())
+    write_json(result, json_file)
+
+
+@bench_app.command()
+def overlap(
+    model: Annotated[
+        str, typer.Argument(help="Name of a preset, folder of a checkpoint, or the bundled model; weights are dummies.")
+    ] = BUNDLED_MODEL,
+    ranks: Ranks = 2,
+    device: Device = "auto",
+    tokens: Annotated[str | None, typer.Option(help="Tokens a rank of a step, with commas between.")] = None,
+    transports: Transports = None,
+    routing: Annotated[str, typer.Option(help="uniform, zipf:A, recorded:FILE, or model.")] = "uniform",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float64.")] = "auto",
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers.")] = None,
+    seq_len: Annotated[int, size_option("Tokens of a text; a step prefills whole texts.", least=1)] = 2048,
+    micro_batches: Annotated[int, typer.Option(min=2, help="Parts of a split step.")] = 2,
+    repeats: Repeats = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, tokens and routing.")] = 0,
+    no_peer_access: NoPeerAccess = False,
+    timeout_s: TimeoutS = 120.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Prefill steps, serial and with overlap, and their parts alone, over every transport by turns."""
+    from antiphon.bench.conditions import (
+        check_ranks,
+        check_writable,
+        parse_counts,
+        settle_transports,
+        write_json,
+    )
+    from antiphon.bench.overlap import OverlapOptions, check_outputs, print_steps, run_overlap
+    from antiphon.config.engine_config import DTYPES
+    from antiphon.config.resolve import settle_device, settle_peer_access
+
+    check_ranks(ranks)
+    kind, _ = settle_device(device, ranks)
+    peer_access = settle_peer_access(not no_peer_access)
+    if dtype not in ("auto", *DTYPES):
+        raise unknown_value("dtype", dtype, ("auto", *DTYPES))
+    options = OverlapOptions(
+        model=model,
+        ranks=ranks,
+        device=kind,
+        tokens=parse_counts(tokens or _DEFAULT_TOKENS[kind], "tokens"),
+        transports=settle_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
+        routing=routing,
+        dtype=dtype if dtype != "auto" else {"cpu": "float32", "cuda": "bfloat16"}[kind],
+        num_layers=num_layers,
+        seq_len=seq_len,
+        micro_batches=micro_batches,
+        repeats=repeats,
+        seed=seed,
+        peer_access=peer_access,
+        timeout_s=timeout_s,
+    )
+    check_writable(json_file, "json")
+    result = run_overlap(options)
+    print_steps(result, _console())
+    write_json(result, json_file)
+    check_outputs(result)
+
+
+@bench_app.command()
+def serve(
+    base_url: Annotated[str | None, typer.Option(help="Address of the server; instead of --host and --port.")] = None,
+    host: Annotated[str, typer.Option(help="Its host.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port.")] = 8000,
+    backend: Annotated[str, typer.Option(help="openai, vllm (the same), or openai-chat.")] = "openai",
+    endpoint: Annotated[
+        str | None, typer.Option(help="Path of the request. Default: /v1/completions; of openai-chat that of chats.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As the server calls it. Default: the first it names.")] = None,
+    dataset_name: Annotated[str, typer.Option(help="random, sharegpt or custom.")] = "random",
+    dataset_path: Annotated[
+        Path | None, typer.Option(help='File of the dataset; custom: JSON lines with a "prompt" each.')
+    ] = None,
+    num_prompts: Annotated[int, size_option("Requests.", least=1)] = 1000,
+    random_input_len: Annotated[int, size_option("Tokens of a random prompt.", least=1)] = 1024,
+    random_output_len: Annotated[int, size_option("Most tokens to generate for it.", least=1)] = 128,
+    random_range_ratio: Annotated[
+        float, typer.Option(help="How far lengths may lie from these, as a share; 0: all are equal.")
+    ] = 0.0,
+    random_vocab_size: Annotated[int, size_option("Random prompts have token ids below.")] = 4000,
+    random_as_text: Annotated[
+        bool, typer.Option("--random-as-text", help="Random words: for servers that take no ids. Always so in chats.")
+    ] = False,
+    output_len: Annotated[
+        int | None, size_option("Most tokens to generate for a prompt from a file, whatever it says.", least=1)
+    ] = None,
+    request_rate: Annotated[float, typer.Option(help="Requests a second; inf: all at once.")] = float("inf"),
+    burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less is burstier, more is more even.")] = 1.0,
+    max_concurrency: Annotated[int | None, size_option("Most requests under way at once.", least=1)] = None,
+    num_warmups: Annotated[int, size_option("Requests before, one by one, which do not count.", least=0)] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always generate all tokens.")] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    percentile_metrics: Annotated[str, typer.Option(help="Latencies to print: some of the default.")] = (
+        "ttft,tpot,itl,e2el"
+    ),
+    metric_percentiles: Annotated[str, typer.Option(help="Percentiles of them, with commas between.")] = "90,99",
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths and arrivals.")] = 0,
+    save_result: Annotated[bool, typer.Option("--save-result", help="Write the result to a file of JSON.")] = False,
+    save_detailed: Annotated[
+        bool, typer.Option("--save-detailed", help="With --save-result: every request's figures and text too.")
+    ] = False,
+    result_dir: Annotated[Path | None, typer.Option(help="Folder of that file; made if it is not there.")] = None,
+    result_filename: Annotated[
+        str | None, typer.Option(help="Its name. Default: made of load, model and date.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
+) -> None:
+    """Load on an OpenAI-compatible server: throughput and latencies. A key is read from OPENAI_API_KEY."""
+    import os
+
+    from antiphon.bench.conditions import parse_names, parse_numbers, write_json
+    from antiphon.bench.serve import METRICS, ServeOptions, run_serve
+    from antiphon.bench.serve_result import check_result_path, print_serve, result_path, without_details, write_result
+    from antiphon.bench.serve_workload import Workload
+
+    endpoints = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+    if backend not in endpoints:
+        raise unknown_value("backend", backend, endpoints)
+    if save_detailed and not save_result:
+        raise OptionError("--save-detailed writes nothing alone; add --save-result")
+    options = ServeOptions(
+        base_url=base_url or f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        endpoint=endpoint or endpoints[backend],
+        model=model,
+        api_key=os.environ.get("OPENAI_API_KEY") or None,
+        workload=Workload(
+            dataset=dataset_name,
+            path=dataset_path,
+            num_prompts=num_prompts,
+            input_len=random_input_len,
+            output_len=random_output_len,
+            range_ratio=random_range_ratio,
+            vocab_size=random_vocab_size,
+            as_text=random_as_text,
+            file_output_len=output_len,
+            seed=seed,
+        ),
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=max_concurrency,
+        num_warmups=num_warmups,
+        ignore_eos=ignore_eos,
+        temperature=temperature,
+        percentile_metrics=tuple(parse_names(percentile_metrics, "percentile-metrics", tuple(METRICS))),
+        percentiles=tuple(parse_numbers(metric_percentiles, "metric-percentiles")),
+        timeout_s=timeout_s,
+        detailed=save_detailed,
+    )
+    if save_result:
+        check_result_path(result_dir, result_filename)
+    result = run_serve(options)
+    print_serve(result, options, _console())
+    try:
+        write_json(without_details(result), None)
+    finally:
+        if save_result:
+            write_result(result, result_path(result, result_dir, result_filename))
+    if not result["completed"]:
+        raise typer.Exit(1)
+
+
+def _console() -> Console:
+    """On stderr, and wide enough for the tables: figures must not be cut off where they are kept in a file."""
+    console = Console(stderr=True)
+    console.width = max(console.width, _TABLE_WIDTH)
+    return console

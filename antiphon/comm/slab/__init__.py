@@ -1,0 +1,1 @@
+"""Transports that put slabs into peers' mailboxes without a barrier: one protocol, three media, and its proof."""

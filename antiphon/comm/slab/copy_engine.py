@@ -1,0 +1,151 @@
+"""`copy-engine`: the slab protocol by peer copies. Needs peer access (NVLink, or PCIe with it); takes no SM.
+
+    comm stream      ── after the compute so far ── copies to every peer ── flag 1 in every peer's memory
+    compute stream   ── wait for every peer's flag ── flags to 0 ── experts, or the local sum
+
+Boxes and flags lie in symmetric memory: | flags | dispatch box, combine box of lane 0 | of lane 1 | ...
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed._symmetric_memory as symmetric_memory
+
+from antiphon.comm.device_watch import WatchWord
+from antiphon.comm.group import RankGroup, located
+from antiphon.comm.row_format import aligned
+from antiphon.comm.slab.log import CommStreams, MailboxLog
+from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.stream_memory import StreamOperations, check_stream_memory_operations, copy_async
+from antiphon.comm.slab.transport import CudaSlabTransport
+from antiphon.runtime import CudaStreams
+
+__all__ = ["CopyEngineTransport", "PeerCopyMailbox"]
+
+_ALIGNMENT = 512
+_SET, _CLEAR = 1, 0
+
+
+class PeerCopyMailbox:
+    """A `Mailbox` in memory of the devices that every rank has mapped."""
+
+    def __init__(
+        self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
+    ) -> None:
+        self._group = group
+        self._streams: CommStreams = streams
+        self._log: MailboxLog | None = None
+        flush = check_stream_memory_operations(streams.device, "transport copy-engine")
+        # Multicast over NVLink needs rights that a shared host does not give, and nothing here uses it.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        flags_end = aligned(num_lanes * len(Phase) * group.size * 4, _ALIGNMENT)
+        lane_bytes = aligned(dispatch_bytes, _ALIGNMENT) + aligned(combine_bytes, _ALIGNMENT)
+        with torch.inference_mode(False):
+            self._memory = symmetric_memory.empty(
+                flags_end + num_lanes * lane_bytes, dtype=torch.uint8, device=streams.device
+            )
+        assert group.process_group is not None
+        handle = symmetric_memory.rendezvous(self._memory, group.process_group)
+        self._bases = [int(address) for address in handle.buffer_ptrs]
+        self._memory[:flags_end].zero_()
+        torch.cuda.synchronize(streams.device)
+        group.all_gather_object("flags are zero")
+        self._offsets = [
+            [flags_end + lane * lane_bytes, flags_end + lane * lane_bytes + aligned(dispatch_bytes, _ALIGNMENT)]
+            for lane in range(num_lanes)
+        ]
+        self._sizes = sizes = (dispatch_bytes, combine_bytes)
+        self._boxes = [[self._memory[start : start + sizes[p]] for p, start in enumerate(s)] for s in self._offsets]
+        self._word = group.device_watch().word("compute")
+        ways = [(lane, phase) for lane in range(num_lanes) for phase in Phase]
+        self._signals = {way: self._make_signal(*way, flush=flush) for way in ways}
+        self._waits = {way: _Wait(self._flags_of(*way), self._word, flush=flush) for way in ways}
+
+    def box(self, lane: int, phase: Phase) -> torch.Tensor:
+        return self._boxes[lane][phase]
+
+    def put(self, exchange: Exchange) -> None:
+        stream = self._streams.queue_on("comm", after=self._streams.record())
+        offset = self._offsets[exchange.lane][exchange.phase]
+        for put in exchange.puts:
+            if num_bytes := put.source.numel():
+                target, source = self._bases[put.peer] + offset + put.offset, put.source.data_ptr()
+                copy_async(target, source, num_bytes, stream)
+                if self._log is not None:
+                    self._log.copied(exchange, "put", target, source, num_bytes, stream)
+
+    def signal(self, exchange: Exchange) -> None:
+        operations, stream = self._signals[exchange.lane, exchange.phase], self._streams.queue_on("comm")
+        operations.queue(stream)
+        if self._log is not None:
+            self._log.stepped(exchange, "signal", operations.steps, stream)
+
+    def wait(self, exchange: Exchange) -> None:
+        wait, stream = self._waits[exchange.lane, exchange.phase], self._streams.compute_handle
+        wait.queue(located(exchange.label), stream)
+        if self._log is not None:
+            self._log.stepped(exchange, "wait", wait.operations.steps, stream)
+
+    def reset(self, exchange: Exchange) -> None:
+        """Done: the flags are taken down in the same batch of operations that waits for them."""
+
+    def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
+        return None
+
+    def record_into(self, log: MailboxLog) -> None:
+        for lane, offsets in enumerate(self._offsets):
+            for phase in Phase:
+                log.name_box(self.box(lane, phase).data_ptr(), self._sizes[phase], self._group.rank, lane, phase)
+                for rank, base in enumerate(self._bases):
+                    log.name_box(base + offsets[phase], self._sizes[phase], rank, lane, phase)
+                    for source in range(self._group.size):
+                        log.name_flag(self._flag(rank, lane, phase, source), rank, lane, phase, source)
+        self._streams = log.follow(self._streams)
+        self._log = log
+
+    def _flag(self, rank: int, lane: int, phase: Phase, source: int) -> int:
+        return self._bases[rank] + 4 * ((lane * len(Phase) + phase) * self._group.size + source)
+
+    def _flags_of(self, lane: int, phase: Phase) -> dict[int, int]:
+        """My flag for every peer."""
+        mine = self._group.rank
+        return {peer: self._flag(mine, lane, phase, peer) for peer in range(self._group.size) if peer != mine}
+
+    def _make_signal(self, lane: int, phase: Phase, *, flush: bool) -> StreamOperations:
+        operations = StreamOperations(flush=flush)
+        for step in range(1, self._group.size):
+            peer = (self._group.rank + step) % self._group.size
+            operations.write(self._flag(peer, lane, phase, self._group.rank), _SET)
+        return operations
+
+
+class _Wait:
+    """Wait for every peer's flag, then take all of them down: one batch of operations."""
+
+    def __init__(self, flag_by_peer: dict[int, int], word: WatchWord, *, flush: bool) -> None:
+        self._word = word
+        self.operations = StreamOperations(flush=flush)
+        self._codes: list[tuple[int, int]] = []
+        for peer, address in flag_by_peer.items():
+            self._codes.append((self.operations.write(word.address, 0), peer))
+            self.operations.wait(address, _SET)
+        for address in flag_by_peer.values():
+            self.operations.write(address, _CLEAR)
+        self.operations.write(word.address, 0)
+
+    def queue(self, label: str, stream: int) -> None:
+        code = self._word.code(label)
+        for number, peer in self._codes:
+            self.operations.set_value(number, code + peer)
+        self.operations.queue(stream)
+
+
+class CopyEngineTransport(CudaSlabTransport):
+    """The slab protocol by peer copies of copy engines."""
+
+    name = "copy-engine"
+    medium = PeerCopyMailbox
+    instead = "alltoall"

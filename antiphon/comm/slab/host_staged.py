@@ -1,0 +1,277 @@
+"""`host-staged`: the slab protocol through pinned host memory, for servers without peer access. Takes no SM.
+
+Each rank has a memory that all ranks have mapped: | flags | its outgoing slabs, lane by lane |. Slabs go in chunks, so
+that a peer downloads the first while the next is still on its way up; copy engines work both ways at once.
+
+    up stream        ── chunk 0 to my memory ── flag at every peer ── chunk 1 ── flag ── ...
+    down stream      ── wait for a peer's chunk 0, flag to 0 ── chunk 0 to my box ── ...   (posted at once, not after
+                                                                                            my own compute)
+    compute stream   ── waits for the down stream
+
+A slab that all peers get (dispatch) is uploaded once. A chunk's flag lies in the memory of the rank that waits for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from antiphon.comm.device_watch import ALL_PEERS
+from antiphon.comm.group import RankGroup, located
+from antiphon.comm.row_format import aligned
+from antiphon.comm.slab.chunks import MAX_CHUNKS, chunks_of
+from antiphon.comm.slab.host_memory import share_host_memory
+from antiphon.comm.slab.log import CommStreams, MailboxLog
+from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.stream_memory import (
+    Replay,
+    StreamOperations,
+    check_stream_memory_operations,
+    copy_async,
+    register_host_memory,
+    unregister_host_memory,
+)
+from antiphon.comm.slab.transport import CudaSlabTransport
+from antiphon.runtime import CudaStreams, Event
+
+__all__ = ["HostStagedMailbox", "HostStagedTransport"]
+
+_ALIGNMENT = 4096
+_SET, _CLEAR = 1, 0
+_USES_BEFORE_REPLAY = 2
+
+
+class HostStagedMailbox:
+    """A `Mailbox` in host memory that every rank has mapped and pinned."""
+
+    def __init__(
+        self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
+    ) -> None:
+        self._group = group
+        self._streams: CommStreams = streams
+        self._log: MailboxLog | None = None
+        flush = check_stream_memory_operations(streams.device, "transport host-staged")
+        flags_end = aligned(num_lanes * len(Phase) * group.size * MAX_CHUNKS * 4, _ALIGNMENT)
+        # Outgoing: one slab for all in dispatch, one for each peer in combine.
+        dispatch_slab, combine_slab = dispatch_bytes // group.size, combine_bytes // group.size
+        self._slab_bytes = (aligned(dispatch_slab, _ALIGNMENT), aligned(combine_slab, _ALIGNMENT))
+        lane_bytes = self._slab_bytes[0] + group.size * self._slab_bytes[1]
+        what = "transport host-staged"
+        self._memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what=what)
+        self._bases = [0] * group.size
+        self._bases[group.rank] = register_host_memory(self._memories[group.rank].tensor, what)
+        group.all_gather_object("own memory is pinned")  # its owner touches memory first
+        for peer in range(group.size):
+            if peer != group.rank:
+                self._bases[peer] = register_host_memory(self._memories[peer].tensor, what)
+        # Unpinned before the mappings go; not at the end of the process, when a stream may wait for ever.
+        weakref.finalize(self, unregister_host_memory, self._memories).atexit = False
+        self._lane_starts = [flags_end + lane * lane_bytes for lane in range(num_lanes)]
+        with torch.inference_mode(False):
+            self._boxes = [
+                [
+                    torch.empty(size, dtype=torch.uint8, device=streams.device)
+                    for size in (dispatch_bytes, combine_bytes)
+                ]
+                for _ in range(num_lanes)
+            ]
+        torch.cuda.synchronize(streams.device)  # whoever had the memory of the boxes before is done with it
+        group.all_gather_object("boxes are ready")
+        self._word = group.device_watch().word("down")
+        self._arrived: list[list[Event | None]] = [[None, None] for _ in range(num_lanes)]
+        self._signals: dict[tuple[int, ...], StreamOperations] = {}
+        self._waits: dict[tuple[int, int, int, int], StreamOperations] = {}
+        self._flush = flush
+        self._waiting, self._done = StreamOperations(flush=flush), StreamOperations(flush=flush)
+        self._code = self._waiting.write(self._word.address, 0)
+        self._done.write(self._word.address, 0)
+
+    def box(self, lane: int, phase: Phase) -> torch.Tensor:
+        return self._boxes[lane][phase]
+
+    def put(self, exchange: Exchange) -> None:
+        up = self._streams.queue_on("up", after=self._streams.record())
+        # Not after the compute so far: a peer sends only what this rank's last signal has allowed, and that one was
+        # behind this rank's last use of the box. So the peers' slabs come in while the compute of this one goes on.
+        down = self._streams.queue_on("down")
+        self._announce(exchange, down)
+        prepared = self._prepare(exchange, up, down)
+        if prepared is None:
+            self._upload(exchange, up)
+            self._download(exchange, down)
+        else:
+            prepared.upload.queue(up)
+            prepared.download.queue(down)
+        self._arrived[exchange.lane][exchange.phase] = self._streams.record_on("down")
+
+    def _prepare(self, exchange: Exchange, up: int, down: int) -> _Prepared | None:
+        """From the third use on, a replay for each stream: dozens of driver calls become two.
+
+        Not for slabs that go in one chunk: there are few calls to spare, and in decode few uses of a layout.
+        """
+        if isinstance(exchange.prepared, _Prepared):
+            return exchange.prepared if self._log is None else None
+        exchange.prepared = (exchange.prepared or 0) + 1
+        if exchange.prepared <= _USES_BEFORE_REPLAY or self._log is not None or not _goes_in_chunks(exchange):
+            return None
+
+        def upload_and_signal() -> None:
+            self._upload(exchange, up)
+            self._signal_last(exchange, up)
+
+        prepared = exchange.prepared = _Prepared(
+            Replay(up, upload_and_signal), Replay(down, lambda: self._download(exchange, down))
+        )
+        return prepared
+
+    def signal(self, exchange: Exchange) -> None:
+        """The flags of the last chunks; those before were signalled behind their copies. A replay has them all."""
+        if self._log is not None or not isinstance(exchange.prepared, _Prepared):
+            self._signal_last(exchange, self._streams.queue_on("up"))
+
+    def wait(self, exchange: Exchange) -> None:
+        arrived = self._arrived[exchange.lane][exchange.phase]
+        assert arrived is not None
+        self._streams.wait(arrived)
+
+    def reset(self, exchange: Exchange) -> None:
+        """Done: the down stream has taken each flag down behind its wait."""
+
+    def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
+        return None
+
+    def record_into(self, log: MailboxLog) -> None:
+        for lane, boxes in enumerate(self._boxes):
+            for phase in Phase:
+                log.name_box(boxes[phase].data_ptr(), boxes[phase].numel(), self._group.rank, lane, phase)
+                for rank in range(self._group.size):
+                    for peer in range(self._group.size):
+                        self._name_way(log, lane, phase, rank, peer)
+        self._streams = log.follow(self._streams)
+        self._log = log
+
+    def _name_way(self, log: MailboxLog, lane: int, phase: Phase, source: int, reader: int) -> None:
+        whom = f"rank {reader}" if phase is Phase.COMBINE else "all"
+        name = f"outgoing {phase.name.lower()} slab of rank {source} for {whom}, lane {lane}"
+        log.name_memory(self._slab_at(source, lane, phase, reader), self._slab_bytes[phase], name)
+        for chunk in range(MAX_CHUNKS):
+            log.name_flag(self._flag(reader, lane, phase, source, chunk), reader, lane, phase, source, chunk)
+
+    def _upload(self, exchange: Exchange, stream: int) -> None:
+        """Chunk by chunk to my memory, each followed by its flags; the last ones are left to `signal`."""
+        if not exchange.puts:
+            return
+        plans = {put.peer: chunks_of(put.source.numel()) for put in exchange.puts}
+        for number in range(max(map(len, plans.values()))):
+            flags = []
+            uploaded = False
+            for put in exchange.puts:
+                chunks = plans[put.peer]
+                if number >= len(chunks):
+                    continue
+                chunk = chunks[number]
+                if chunk.num_bytes and not (exchange.same_source and uploaded):
+                    target = self._slab(self._group.rank, exchange, put.peer) + chunk.start
+                    source = put.source.data_ptr() + chunk.start
+                    copy_async(target, source, chunk.num_bytes, stream)
+                    if self._log is not None:
+                        self._log.copied(exchange, "upload", target, source, chunk.num_bytes, stream)
+                    uploaded = True
+                if number < len(chunks) - 1:
+                    flags.append((put.peer, number))
+            if flags:
+                self._signal(exchange, tuple(flags), stream)
+
+    def _download(self, exchange: Exchange, stream: int) -> None:
+        """Chunk by chunk from the peers' memories to my box, each behind its flag."""
+        box = self._boxes[exchange.lane][exchange.phase].data_ptr()
+        plans = {arrival.peer: chunks_of(arrival.num_bytes) for arrival in exchange.arrivals}
+        for number in range(max(map(len, plans.values()), default=0)):
+            for arrival in exchange.arrivals:
+                if number >= len(plans[arrival.peer]):
+                    continue
+                chunk = plans[arrival.peer][number]
+                wait = self._wait_for(exchange, arrival.peer, number)
+                wait.queue(stream)
+                if self._log is not None:
+                    self._log.stepped(exchange, "wait", wait.steps, stream)
+                if chunk.num_bytes:
+                    target = box + arrival.offset + chunk.start
+                    source = self._slab(arrival.peer, exchange, self._group.rank) + chunk.start
+                    copy_async(target, source, chunk.num_bytes, stream)
+                    if self._log is not None:
+                        self._log.copied(exchange, "download", target, source, chunk.num_bytes, stream)
+        self._done.queue(stream)
+
+    def _slab(self, owner: int, exchange: Exchange, reader: int) -> int:
+        """Address of the slab that `owner` has for `reader`."""
+        return self._slab_at(owner, exchange.lane, exchange.phase, reader)
+
+    def _slab_at(self, owner: int, lane: int, phase: Phase, reader: int) -> int:
+        start = self._bases[owner] + self._lane_starts[lane]
+        if phase is Phase.DISPATCH:
+            return start
+        return start + self._slab_bytes[0] + reader * self._slab_bytes[1]
+
+    def _flag(self, reader: int, lane: int, phase: Phase, source: int, chunk: int) -> int:
+        way = (lane * len(Phase) + phase) * self._group.size + source
+        return self._bases[reader] + 4 * (way * MAX_CHUNKS + chunk)
+
+    def _signal_last(self, exchange: Exchange, stream: int) -> None:
+        last = tuple((put.peer, len(chunks_of(put.source.numel())) - 1) for put in exchange.puts)
+        self._signal(exchange, last, stream)
+
+    def _signal(self, exchange: Exchange, flags: tuple[tuple[int, int], ...], stream: int) -> None:
+        """Raise the flags of (peer, chunk), in one batch that is built when it is first needed."""
+        key = (exchange.lane, exchange.phase, *(number for flag in flags for number in flag))
+        operations = self._signals.get(key)
+        if operations is None:
+            operations = self._signals[key] = StreamOperations(flush=self._flush)
+            for peer, chunk in flags:
+                flag = self._flag(peer, exchange.lane, exchange.phase, self._group.rank, chunk)
+                operations.write(flag, _SET)
+        operations.queue(stream)
+        if self._log is not None:
+            self._log.stepped(exchange, "signal", operations.steps, stream)
+
+    def _wait_for(self, exchange: Exchange, peer: int, chunk: int) -> StreamOperations:
+        """Wait for the flag of a chunk, then take it down."""
+        key = (exchange.lane, exchange.phase, peer, chunk)
+        operations = self._waits.get(key)
+        if operations is None:
+            flag = self._flag(self._group.rank, exchange.lane, exchange.phase, peer, chunk)
+            operations = self._waits[key] = StreamOperations(flush=self._flush)
+            operations.wait(flag, _SET)
+            operations.write(flag, _CLEAR)
+        return operations
+
+    def _announce(self, exchange: Exchange, stream: int) -> None:
+        """Tell the watch what the down stream is about to wait for."""
+        whom = exchange.arrivals[0].peer if len(exchange.arrivals) == 1 else ALL_PEERS
+        self._waiting.set_value(self._code, self._word.code(located(exchange.label)) + whom)
+        self._waiting.queue(stream)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An exchange that has been used before."""
+
+    upload: Replay
+    download: Replay
+
+
+def _goes_in_chunks(exchange: Exchange) -> bool:
+    sizes = [*(put.source.numel() for put in exchange.puts), *(arrival.num_bytes for arrival in exchange.arrivals)]
+    return any(len(chunks_of(size)) > 1 for size in sizes)
+
+
+class HostStagedTransport(CudaSlabTransport):
+    """The slab protocol through pinned host memory, by copy engines."""
+
+    name = "host-staged"
+    through_host = True
+    medium = HostStagedMailbox
+    instead = "shared-memory"

@@ -1,0 +1,249 @@
+"""What one rank queued for the slab protocol: the log that `antiphon.comm.slab.happens_before` proves free of races.
+
+    log = MailboxLog(group.rank)
+    transport.record_into(log)       # on every rank, between the same two exchanges
+    ...                              # any number of whole layers
+    problems = check([log.events for every rank])
+
+An event says which stream of which rank does what to which bytes, flag or event of a stream. The order of the list is
+that in which the host queued; what holds beyond it is left to the checker: an order within a stream, over events, and
+over flags. On the CPU there is one stream, "host". Addresses are those that the copies and flags got, and names are
+found from them, so that a wrong address shows.
+
+Only whole exchanges make sense of a log: `TransportPart.WHOLE`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+import torch
+
+from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.runtime import Event
+
+__all__ = ["NAMELESS", "Action", "CommStreams", "LoggedEvent", "MailboxLog", "MemoryStep"]
+
+NAMELESS = "memory without a name"
+"""Begins the place of an access that no memory was named for."""
+
+_HOST = "host"
+_COMPUTE = "compute"
+
+
+class Action(Enum):
+    """What an event does to its place."""
+
+    READ = "reads"
+    WRITE = "writes"
+    SET = "sets"
+    WAIT = "waits for"
+    CLEAR = "clears"
+    RECORD = "records"
+    AWAIT = "awaits"
+
+
+class LoggedEvent(NamedTuple):
+    """One operation of one stream. Lane, phase and round are -1 for events of streams, which belong to no exchange."""
+
+    rank: int
+    stream: str
+    action: Action
+    place: str  # the name of a memory, of a flag, or of an event of this rank's streams
+    start: int  # bytes of the memory; 0 and 0 for flags and events
+    stop: int
+    operation: str  # "pack", "put", "signal", ...
+    lane: int
+    phase: int
+    round: int  # of the lane: a dispatch and the combine that answers it have the same
+    label: str
+
+
+class MemoryStep(NamedTuple):
+    """One stream memory operation: a write of `value`, or a wait for it."""
+
+    waits: bool
+    address: int
+    value: int
+
+
+class CommStreams(Protocol):
+    """What the media of CUDA devices use of `CudaStreams`."""
+
+    @property
+    def compute_handle(self) -> int: ...
+
+    def record(self) -> Event: ...
+
+    def wait(self, event: Event) -> None: ...
+
+    def queue_on(self, name: str, *, after: Event | None = None) -> int: ...
+
+    def record_on(self, name: str) -> Event: ...
+
+
+class MailboxLog:
+    """The log of one rank. Not thread-safe: one host thread queues everything."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.events: list[LoggedEvent] = []
+        self._memories: dict[int, tuple[int, str]] = {}  # by address: bytes, name
+        self._starts: list[int] = []
+        self._flags: dict[int, str] = {}
+        self._streams: dict[int | None, str] = {None: _HOST}
+        self._rounds: dict[int, int] = {}
+
+    # ---- names, given before anything is logged; of two for the same address the first one holds
+
+    def name_memory(self, address: int, num_bytes: int, name: str) -> None:
+        self._memories.setdefault(address, (num_bytes, name))
+        self._starts = sorted(self._memories)
+
+    def name_box(self, address: int, num_bytes: int, owner: int, lane: int, phase: Phase) -> None:
+        self.name_memory(address, num_bytes, f"{phase.name.lower()} box of rank {owner}, lane {lane}")
+
+    def name_flag(self, address: int, reader: int, lane: int, phase: Phase, source: int, chunk: int = 0) -> None:
+        """The flag at `reader` that `source` sets."""
+        name = f"{phase.name.lower()} flag {chunk} from rank {source} at rank {reader}, lane {lane}"
+        self._flags.setdefault(address, name)
+
+    def follow(self, streams: CommStreams) -> CommStreams:
+        """The same streams, whose events are logged; what is not said to be on another is on the compute stream."""
+        self._streams[None] = self._streams[streams.compute_handle] = _COMPUTE
+        return _LoggedStreams(streams, self, self._streams)
+
+    # ---- what the users of the mailbox do, on the compute stream
+
+    def packed(self, exchange: Exchange, slab: torch.Tensor) -> None:
+        """A dispatch begins: my slab has been written."""
+        self._rounds[exchange.lane] = self._rounds.get(exchange.lane, 0) + 1
+        self._tensor(Action.WRITE, slab, "pack", exchange)
+
+    def experts(self, lane: int, rows: torch.Tensor, partials: torch.Tensor, label: str) -> None:
+        """The experts read the box and write partial sums: logged at the first and at the last moment that they can."""
+        self._tensor(Action.READ, rows, "experts", _Part(lane, Phase.DISPATCH, label))
+        self._tensor(Action.WRITE, partials, "experts", _Part(lane, Phase.COMBINE, label))
+
+    def summed(self, exchange: Exchange, parts: Iterable[torch.Tensor]) -> None:
+        for part in parts:
+            self._tensor(Action.READ, part, "local sum", exchange)
+
+    # ---- what a medium does; stream: the raw handle, `None` on the CPU
+
+    def copied(
+        self, exchange: Exchange, operation: str, target: int, source: int, num_bytes: int, stream: int | None = None
+    ) -> None:
+        self._bytes(Action.READ, source, num_bytes, operation, exchange, stream)
+        self._bytes(Action.WRITE, target, num_bytes, operation, exchange, stream)
+
+    def flag(self, action: Action, exchange: Exchange, operation: str, address: int, stream: int | None = None) -> None:
+        """A flag is set, waited for or cleared. Words that are no flags, such as those of the watch, are left out."""
+        if (name := self._flags.get(address)) is not None:
+            self._add(action, name, 0, 0, operation, exchange, stream)
+
+    def stepped(self, exchange: Exchange, operation: str, steps: Iterable[MemoryStep], stream: int) -> None:
+        """A batch of stream memory operations, in its order."""
+        for step in steps:
+            action = Action.WAIT if step.waits else Action.SET if step.value else Action.CLEAR
+            self.flag(action, exchange, operation, step.address, stream)
+
+    def passed(self, action: Action, event: str, stream: str) -> None:
+        """An event of a stream is recorded or awaited."""
+        self.events.append(LoggedEvent(self.rank, stream, action, event, 0, 0, "event", -1, -1, -1, ""))
+
+    # ----
+
+    def _tensor(self, action: Action, tensor: torch.Tensor, operation: str, part: Exchange | _Part) -> None:
+        self._bytes(action, tensor.data_ptr(), tensor.numel() * tensor.element_size(), operation, part, None)
+
+    def _bytes(
+        self,
+        action: Action,
+        address: int,
+        num_bytes: int,
+        operation: str,
+        part: Exchange | _Part,
+        stream: int | None,
+    ) -> None:
+        """One event for each named memory that the bytes lie in; bytes of none have a name that the checker refuses."""
+        while num_bytes > 0:
+            number = bisect_right(self._starts, address) - 1
+            start = self._starts[number] if number >= 0 else 0
+            size, name = self._memories.get(start, (0, ""))
+            if not start <= address < start + size:
+                following = self._starts[number + 1] if number + 1 < len(self._starts) else address + num_bytes
+                start, size, name = address, following - address, f"{NAMELESS}, {address:#x}"
+            taken = min(num_bytes, start + size - address)
+            self._add(action, name, address - start, address - start + taken, operation, part, stream)
+            address, num_bytes = address + taken, num_bytes - taken
+
+    def _add(
+        self,
+        action: Action,
+        place: str,
+        start: int,
+        stop: int,
+        operation: str,
+        part: Exchange | _Part,
+        stream: int | None,
+    ) -> None:
+        lane, phase, label, number = part.lane, int(part.phase), part.label, self._rounds.get(part.lane, 0)
+        self.events.append(
+            LoggedEvent(
+                self.rank, self._streams[stream], action, place, start, stop, operation, lane, phase, number, label
+            )
+        )
+
+
+class _Part(NamedTuple):
+    """An exchange that is not there yet, or no more."""
+
+    lane: int
+    phase: Phase
+    label: str
+
+
+class _LoggedStreams:
+    """`CommStreams` that do what others do, and log it."""
+
+    def __init__(self, inner: CommStreams, log: MailboxLog, names: dict[int | None, str]) -> None:
+        self._inner = inner
+        self._log = log
+        self._names = names
+        self._numbers: dict[int, int] = {}  # by id: an event keeps its own for as long as it can be waited for
+        self._num_events = 0
+
+    @property
+    def compute_handle(self) -> int:
+        return self._inner.compute_handle
+
+    def record(self) -> Event:
+        return self._recorded(self._inner.record, _COMPUTE)
+
+    def record_on(self, name: str) -> Event:
+        return self._recorded(lambda: self._inner.record_on(name), name)
+
+    def wait(self, event: Event) -> None:
+        self._inner.wait(event)
+        self._log.passed(Action.AWAIT, self._name(event), _COMPUTE)
+
+    def queue_on(self, name: str, *, after: Event | None = None) -> int:
+        handle = self._inner.queue_on(name, after=after)
+        self._names.setdefault(handle, name)
+        if after is not None:
+            self._log.passed(Action.AWAIT, self._name(after), name)
+        return handle
+
+    def _recorded(self, record: Callable[[], Event], stream: str) -> Event:
+        event = record()
+        self._num_events += 1
+        self._numbers[id(event)] = self._num_events
+        self._log.passed(Action.RECORD, self._name(event), stream)
+        return event
+
+    def _name(self, event: Event) -> str:
+        return f"event {self._numbers[id(event)]}"

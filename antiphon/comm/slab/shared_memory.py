@@ -1,0 +1,133 @@
+"""`shared-memory`: the slab protocol on CPUs of one host; a rank writes into its peers' boxes.
+
+It runs the protocol of the GPU transports between real processes, on any machine. The calling thread copies, so it
+hides only the waiting for late peers.
+
+Memory of a rank: | flags | dispatch box, combine box of lane 0 | of lane 1 | ...
+A flag is two words of 64 bits: 1 when the slab is complete, and when that was. The copy, the time and the flag are
+stores of one thread in this order, and a processor with total store order (x86-64) shows them to others in it; on
+others the interpreter's own locks stand between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from antiphon.comm.group import RankGroup
+from antiphon.comm.row_format import aligned
+from antiphon.comm.slab.host_memory import share_host_memory
+from antiphon.comm.slab.log import Action, MailboxLog
+from antiphon.comm.slab.mailbox import Exchange, Mailbox, Phase
+from antiphon.comm.slab.transport import SlabTransport
+from antiphon.core.errors import OptionError
+
+__all__ = ["SharedMemoryMailbox", "SharedMemoryTransport"]
+
+_FLAG_WORDS = 2
+_ALIGNMENT = 256
+
+
+class SharedMemoryMailbox:
+    """A `Mailbox` over memory that all ranks have mapped."""
+
+    def __init__(self, group: RankGroup, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int) -> None:
+        self._group = group
+        sizes = (dispatch_bytes, combine_bytes)
+        flag_words = num_lanes * len(Phase) * group.size * _FLAG_WORDS
+        flags_end = aligned(flag_words * 8, _ALIGNMENT)
+        lane_bytes = sum(aligned(size, _ALIGNMENT) for size in sizes)
+        memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what="transport shared-memory")
+        self._flags = [memory.tensor[: flag_words * 8].view(torch.int64).numpy() for memory in memories]
+        starts = [flags_end + lane * lane_bytes for lane in range(num_lanes)]
+        offsets = (0, aligned(dispatch_bytes, _ALIGNMENT))
+        self._boxes = [
+            [[memory.tensor[start + offsets[phase] :][: sizes[phase]] for phase in Phase] for start in starts]
+            for memory in memories
+        ]
+        self._arrived_ns = [[0, 0] for _ in range(num_lanes)]
+        self._log: MailboxLog | None = None
+
+    def box(self, lane: int, phase: Phase) -> torch.Tensor:
+        return self._boxes[self._group.rank][lane][phase]
+
+    def put(self, exchange: Exchange) -> None:
+        for put in exchange.puts:
+            box = self._boxes[put.peer][exchange.lane][exchange.phase]
+            target = box[put.offset : put.offset + put.source.numel()]
+            target.copy_(put.source)
+            if self._log is not None:
+                self._log.copied(exchange, "put", target.data_ptr(), put.source.data_ptr(), target.numel())
+
+    def signal(self, exchange: Exchange) -> None:
+        word = self._word(exchange.lane, exchange.phase, self._group.rank)
+        for put in exchange.puts:
+            flags = self._flags[put.peer]
+            flags[word + 1] = time.perf_counter_ns()
+            flags[word] = 1
+            if self._log is not None:
+                self._log.flag(Action.SET, exchange, "signal", self._address(put.peer, word))
+
+    def wait(self, exchange: Exchange) -> None:
+        flags = self._flags[self._group.rank]
+        arrived_ns = 0
+        for arrival in exchange.arrivals:
+            word = self._word(exchange.lane, exchange.phase, arrival.peer)
+            if flags[word] == 0:
+                self._group.wait_until(partial(_is_set, flags, word), exchange.label, peer=arrival.peer)
+            if self._log is not None:
+                self._log.flag(Action.WAIT, exchange, "wait", self._address(self._group.rank, word))
+            arrived_ns = max(arrived_ns, int(flags[word + 1]))
+        self._arrived_ns[exchange.lane][exchange.phase] = arrived_ns
+
+    def reset(self, exchange: Exchange) -> None:
+        flags = self._flags[self._group.rank]
+        for arrival in exchange.arrivals:
+            word = self._word(exchange.lane, exchange.phase, arrival.peer)
+            flags[word] = 0
+            if self._log is not None:
+                self._log.flag(Action.CLEAR, exchange, "reset", self._address(self._group.rank, word))
+
+    def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
+        return lambda: self._arrived_ns[exchange.lane][exchange.phase] or None
+
+    def record_into(self, log: MailboxLog) -> None:
+        for rank, boxes in enumerate(self._boxes):
+            for lane, of_lane in enumerate(boxes):
+                for phase in Phase:
+                    log.name_box(of_lane[phase].data_ptr(), of_lane[phase].numel(), rank, lane, phase)
+                    for source in range(self._group.size):
+                        address = self._address(rank, self._word(lane, phase, source))
+                        log.name_flag(address, rank, lane, phase, source)
+        self._log = log
+
+    def _word(self, lane: int, phase: Phase, source: int) -> int:
+        return ((lane * len(Phase) + phase) * self._group.size + source) * _FLAG_WORDS
+
+    def _address(self, rank: int, word: int) -> int:
+        """Of a flag word of `rank`, in this process."""
+        return int(self._flags[rank].ctypes.data) + 8 * word
+
+
+class SharedMemoryTransport(SlabTransport):
+    """The slab protocol through shared memory of one host, on CPUs."""
+
+    name = "shared-memory"
+
+    def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
+        if self.streams.device.type != "cpu":
+            raise OptionError(
+                f"transport 'shared-memory' works on CPUs, not on {self.streams.device}; use host-staged there"
+            )
+        return SharedMemoryMailbox(
+            self.group, num_lanes=self.num_lanes, dispatch_bytes=dispatch_bytes, combine_bytes=combine_bytes
+        )
+
+
+def _is_set(flags: np.ndarray[Any, Any], word: int) -> bool:
+    return bool(flags[word] != 0)

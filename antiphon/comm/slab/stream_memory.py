@@ -1,0 +1,143 @@
+"""Copies, flags and waits that a CUDA stream carries out by itself: no kernel, no streaming multiprocessor.
+
+Thin over `cuda.bindings.driver` (it comes with torch). Addresses are device addresses; streams are raw handles.
+Source: CUDA driver API, stream memory operations.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+
+from antiphon.comm.slab.host_memory import HostMemory
+from antiphon.comm.slab.log import MemoryStep
+from antiphon.core.errors import OptionError
+
+__all__ = [
+    "Replay",
+    "StreamOperations",
+    "check_stream_memory_operations",
+    "copy_async",
+    "register_host_memory",
+    "unregister_host_memory",
+]
+
+_OPERATION = driver.CUstreamBatchMemOpType
+_WAIT = driver.CUstreamWaitValue_flags
+_MAPPED_FOR_ALL = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
+
+
+def check_stream_memory_operations(device: torch.device, what: str) -> bool:
+    """Whether waits can flush remote writes. Raises `OptionError` if the device has no such operations."""
+    attribute = driver.CUdevice_attribute
+    if not _attribute(device, attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS):
+        raise OptionError(
+            f"{what} needs stream memory operations, which {device} or its driver does not have; use alltoall"
+        )
+    return bool(_attribute(device, attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES))
+
+
+def copy_async(target: int, source: int, num_bytes: int, stream: int) -> None:
+    """Copy between any two addresses that the device can reach, by a copy engine where one of them is not local."""
+    _checked(driver.cuMemcpyAsync(target, source, num_bytes, stream), "cuMemcpyAsync")
+
+
+def register_host_memory(memory: torch.Tensor, what: str) -> int:
+    """Pin `memory` (uint8 on the CPU, page-aligned) for this process and return its device address.
+
+    Raises `OptionError` if it cannot be pinned.
+    """
+    (error,) = driver.cuMemHostRegister(memory.data_ptr(), memory.numel(), _MAPPED_FOR_ALL)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise OptionError(
+            f"{what} needs {memory.numel() / 2**20:.0f} MiB of pinned host memory, and cannot have it ({error.name}); "
+            "raise the locked-memory limit (ulimit -l unlimited, docker --ulimit memlock=-1) or lower max_tokens"
+        )
+    return int(_checked(driver.cuMemHostGetDevicePointer(memory.data_ptr(), 0), "cuMemHostGetDevicePointer"))
+
+
+def unregister_host_memory(memories: Sequence[HostMemory]) -> None:
+    """Undo `register_host_memory`, once the device has no work with the memory any more."""
+    torch.cuda.synchronize()
+    for memory in memories:
+        _checked(driver.cuMemHostUnregister(memory.tensor.data_ptr()), "cuMemHostUnregister")
+
+
+class Replay:
+    """What a function queues on a stream, kept to be queued again by one call: a CUDA graph."""
+
+    def __init__(self, stream: int, queue: Callable[[], None]) -> None:
+        """Calls `queue`, which queues driver calls on `stream`; none of them runs before `Replay.queue`."""
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _checked(driver.cuStreamBeginCapture(stream, mode), "cuStreamBeginCapture")
+        try:
+            queue()
+        except BaseException:
+            driver.cuStreamEndCapture(stream)  # the first error is the cause
+            raise
+        graph = _checked(driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
+        self._graph = _checked(driver.cuGraphInstantiate(graph, 0), "cuGraphInstantiate")
+        _checked(driver.cuGraphDestroy(graph), "cuGraphDestroy")
+        # Destroying is safe while it runs: the driver waits with it. Not at the end of the process.
+        weakref.finalize(self, driver.cuGraphExecDestroy, self._graph).atexit = False
+
+    def queue(self, stream: int) -> None:
+        _checked(driver.cuGraphLaunch(self._graph, stream), "cuGraphLaunch")
+
+
+class StreamOperations:
+    """Writes and waits in a fixed order, built once and queued as often as needed.
+
+    Values may be changed between two `queue`s: the driver has read them when `queue` returns.
+    """
+
+    def __init__(self, *, flush: bool) -> None:
+        """flush: whether waits also make remote writes visible that arrived before the flag."""
+        self._operations: list[Any] = []
+        self.steps: list[MemoryStep] = []  # the same, to be logged
+        self._wait_flags = int(_WAIT.CU_STREAM_WAIT_VALUE_EQ) | (int(_WAIT.CU_STREAM_WAIT_VALUE_FLUSH) if flush else 0)
+
+    def write(self, address: int, value: int) -> int:
+        """Write a 32-bit word behind everything before; returns a number for `set_value`."""
+        operation = driver.CUstreamBatchMemOpParams()
+        operation.operation = _OPERATION.CU_STREAM_MEM_OP_WRITE_VALUE_32
+        operation.writeValue.address = driver.CUdeviceptr(address)
+        operation.writeValue.value = value
+        operation.writeValue.flags = 0  # with a memory barrier
+        self._operations.append(operation)
+        self.steps.append(MemoryStep(False, address, value))
+        return len(self._operations) - 1
+
+    def wait(self, address: int, value: int) -> None:
+        """Hold the stream until the 32-bit word has this value."""
+        operation = driver.CUstreamBatchMemOpParams()
+        operation.operation = _OPERATION.CU_STREAM_MEM_OP_WAIT_VALUE_32
+        operation.waitValue.address = driver.CUdeviceptr(address)
+        operation.waitValue.value = value
+        operation.waitValue.flags = self._wait_flags
+        self._operations.append(operation)
+        self.steps.append(MemoryStep(True, address, value))
+
+    def set_value(self, number: int, value: int) -> None:
+        self._operations[number].writeValue.value = value
+
+    def queue(self, stream: int) -> None:
+        if self._operations:
+            _checked(
+                driver.cuStreamBatchMemOp(stream, len(self._operations), self._operations, 0), "cuStreamBatchMemOp"
+            )
+
+
+def _attribute(device: torch.device, attribute: Any) -> int:
+    ordinal = _checked(driver.cuDeviceGet(device.index), "cuDeviceGet")
+    return int(_checked(driver.cuDeviceGetAttribute(attribute, ordinal), "cuDeviceGetAttribute"))
+
+
+def _checked(result: tuple[Any, ...], call: str) -> Any:
+    if result[0] != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{call} failed: {result[0].name}")
+    return result[1] if len(result) > 1 else None

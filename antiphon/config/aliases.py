@@ -1,0 +1,336 @@
+"""Options that users of other engines type: what each of them means here, or why it is refused and what to use.
+
+One table, `FOREIGN_OPTIONS`, for the keyword arguments of `LLM` and the command line alike. It knows our options only
+by name; whether their values can work is checked where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from antiphon.config.ascend_aliases import NO_GRAPHS, additional_config, as_object
+from antiphon.config.option_sizes import as_number
+from antiphon.core.errors import OptionError
+
+__all__ = [
+    "FOREIGN_OPTIONS",
+    "ForeignOption",
+    "Meaning",
+    "Translation",
+    "foreign_option",
+    "translate",
+    "unknown_option",
+]
+
+_DBO_THRESHOLDS = {"dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meaning:
+    """What a foreign option with its value says.
+
+    own: our options. unless_given: ours too, but what the user says of them wins. note: a sentence for the user.
+    """
+
+    own: Mapping[str, Any] = field(default_factory=dict)
+    unless_given: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignOption:
+    """One option of another engine.
+
+    names: as keyword arguments, the usual one first; on the command line with dashes, single letters with one.
+    kind: what its value is there: flag, whole, count, bytes, number, text, words or json.
+    meaning: gets the name that was used, and the value. Raises `OptionError` if it is refused.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    meaning: Callable[[str, Any], Meaning]
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def foreign_option(name: str) -> ForeignOption | None:
+    """By any of its names, as a keyword argument."""
+    return _BY_NAME.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """Foreign options in ours. The fields are those of `Meaning`; said: our option -> the foreign one that said it."""
+
+    own: dict[str, Any]
+    unless_given: dict[str, Any]
+    notes: list[str]
+    said: dict[str, str]
+
+    def check(self, name: str, value: object) -> None:
+        """Raises `OptionError` if the user says something else of our option `name`."""
+        if name in self.own and self.own[name] != value:
+            raise OptionError(
+                f"{self.said[name]} means {name}={self.own[name]!r}, but {name}={value!r} is asked for too; "
+                "use one of them"
+            )
+
+
+def translate(given: Mapping[str, Any], own_names: Iterable[str]) -> Translation:
+    """What the foreign options say together.
+
+    Raises `OptionError` for one that is refused, is not known, or contradicts another one.
+    """
+    found = Translation({}, {}, [], {})
+    for name, value in given.items():
+        option = foreign_option(name)
+        if option is None:
+            raise unknown_option(name, own_names)
+        meaning = Meaning() if value is None else option.meaning(name, value)
+        for ours, value_meant in meaning.own.items():
+            meant = as_number(ours, value_meant, shown=f"{name}={value_meant!r}")
+            found.check(ours, meant)
+            found.own[ours] = meant
+            found.said[ours] = f"{name}={value!r}"
+        found.unless_given.update(meaning.unless_given)
+        found.notes.extend([meaning.note] * bool(meaning.note))
+    return found
+
+
+def unknown_option(name: str, own_names: Iterable[str], *, dashes: bool = False) -> OptionError:
+    """The error for an option that is neither ours nor another engine's, naming the nearest one of both."""
+    ours = list(own_names)
+    shown = _dashed if dashes else repr
+    near = get_close_matches(name, ours, n=1, cutoff=0.6)
+    near = near or get_close_matches(name, [*ours, *_BY_NAME], n=1, cutoff=0.4)
+    hint = f"; did you mean {shown(near[0])}?" if near else f"; options are {', '.join(map(shown, ours))}"
+    return OptionError(f"there is no option {shown(name)}{hint}")
+
+
+def _dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# ---- meanings
+
+
+def _same_as(ours: str) -> Callable[[str, Any], Meaning]:
+    return lambda name, value: Meaning(own={ours: value})
+
+
+def _is_so(*accepted: object, fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
+    """Accepted where it says how things are here anyway."""
+
+    def meaning(name: str, value: object) -> Meaning:
+        if not any(value == one and type(value) is type(one) for one in accepted):
+            raise OptionError(f"{name}={value!r}: {fact}; {remedy}")
+        return Meaning()
+
+    return meaning
+
+
+def _refused(fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
+    """Off is how things are."""
+    return _is_so(False, fact=fact, remedy=remedy)
+
+
+def _refused_secret(fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
+    """The value is not repeated."""
+
+    def meaning(name: str, value: object) -> Meaning:
+        raise OptionError(f"{name}: {fact}; {remedy}")
+
+    return meaning
+
+
+def _no_effect(reason: str) -> Callable[[str, Any], Meaning]:
+    return lambda name, value: Meaning(note=f"{name}={value!r} has no effect: {reason}")
+
+
+def _enable_dbo(name: str, value: object) -> Meaning:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r} is not True or False; use one of them, or dbo='auto'")
+    return Meaning(own={"dbo": "on"}, unless_given=_DBO_THRESHOLDS) if value else Meaning(own={"dbo": "off"})
+
+
+def _num_ubatches(name: str, value: object) -> Meaning:
+    return Meaning() if value == 0 else Meaning(own={"micro_batches": value})
+
+
+def _all2all_backend(name: str, value: object) -> Meaning:
+    near = {"allgather_reducescatter": "transport='allgather'", "naive": "transport='allgather'"}
+    remedy = near.get(str(value), "transport='auto', which takes what this machine can do")
+    raise OptionError(f"{name}={value!r}: tokens travel by Antiphon's own transports; use {remedy}")
+
+
+def _compilation_config(name: str, value: object) -> Meaning:
+    config = {"mode": value} if isinstance(value, int) else as_object(name, value)
+    for key, item in config.items():
+        text = str(item).lower()
+        if key in ("cudagraph_mode", "mode", "level"):
+            if text in ("none", "0"):
+                continue
+            fact = NO_GRAPHS if key == "cudagraph_mode" else "nothing is compiled by torch.compile"
+            raise OptionError(f'{name}: {key}={item!r}: {fact}; leave it out, or use {{"{key}": {_NONE[key]}}}')
+        if key in ("cudagraph_capture_sizes", "compile_sizes") and not item:
+            continue
+        raise OptionError(f"{name}: {key!r} is not known here: {NO_GRAPHS}; leave it out")
+    return Meaning()
+
+
+_NONE = {"cudagraph_mode": '"none"', "mode": "0", "level": "0"}
+
+
+def _additional_config(name: str, value: object) -> Meaning:
+    own, notes = additional_config(name, value)
+    return Meaning(own=own, note="; ".join(notes))
+
+
+def _hf_overrides(name: str, value: object) -> Meaning:
+    """The architecture with overlap, by which vLLM-Ascend's first version of it was switched on."""
+    if isinstance(value, dict) and value.keys() == {"architectures"}:
+        names = value["architectures"]
+        if names in (["DeepseekDBOForCausalLM"], ["CustomDeepseekDBOForCausalLM"]):
+            return Meaning(own={"dbo": "on"})
+    return _refused(*_OWN_CONFIG)(name, value)
+
+
+# ---- the table
+
+_USE_RANKS = "use ranks=N, which shares out requests and experts"
+_OF_THE_SERVER = ("it is an option of the server", "leave it out, or use `antiphon serve`")
+_NO_PARSERS = ("there are no tools, and texts are not parsed", "leave it out")
+_ONE_HOST = ("ranks are processes of one host", "leave it out, and use ranks=N for this host's")
+_NOT_QUANTISED = (
+    "weights are quantised only by their checkpoint, and block-wise float8 is the one kind that is read",
+    "leave it out, and pass such a checkpoint",
+)
+_OWN_TOKENIZER = ("the tokenizer is that of the checkpoint", "leave it out, or put other files into the model's folder")
+_OWN_CONFIG = ("what config.json says holds", "leave it out, or change config.json in a copy of the checkpoint")
+_NO_ADAPTERS = ("there are no adapters", "merge them into the checkpoint")
+_PREEMPTION = "requests that are preempted are computed again, nothing is swapped"
+
+
+def _option(names: str, kind: str, meaning: Callable[[str, Any], Meaning]) -> ForeignOption:
+    return ForeignOption(names=tuple(names.split()), kind=kind, meaning=meaning)
+
+
+FOREIGN_OPTIONS = (
+    # overlap
+    _option("enable_dbo enable_microbatching enable_two_batch_overlap", "flag", _enable_dbo),
+    _option("microbatching_token_threshold", "count", _same_as("dbo_decode_token_threshold")),
+    _option("num_ubatches ubatch_size", "whole", _num_ubatches),
+    _option("additional_config", "json", _additional_config),
+    # ranks
+    _option("data_parallel_size dp dp_size", "whole", _same_as("ranks")),
+    _option(
+        "tensor_parallel_size tp tp_size",
+        "whole",
+        _is_so(1, fact="there is no tensor parallelism yet", remedy=_USE_RANKS),
+    ),
+    _option(
+        "pipeline_parallel_size pp pp_size",
+        "whole",
+        _is_so(1, fact="there is no pipeline parallelism", remedy=_USE_RANKS),
+    ),
+    _option(
+        "enable_expert_parallel",
+        "flag",
+        _is_so(True, fact="experts are always shared out over the ranks", remedy="use ranks=1 for one rank with all"),
+    ),
+    _option("expert_placement_strategy", "text", _is_so("linear", fact="experts lie in order", remedy="use 'linear'")),
+    _option("enable_eplb", "flag", _refused("experts are not moved while running", "leave it out")),
+    _option(
+        "all2all_backend moe_a2a_backend",
+        "text",
+        _all2all_backend,
+    ),
+    _option(
+        "distributed_executor_backend",
+        "text",
+        _is_so("mp", "uni", fact="ranks are processes of this host", remedy="leave it out"),
+    ),
+    _option("data_parallel_size_local", "whole", _refused(*_ONE_HOST)),
+    _option("data_parallel_address", "text", _refused(*_ONE_HOST)),
+    _option("data_parallel_rpc_port", "whole", _refused(*_ONE_HOST)),
+    _option("headless", "flag", _refused(*_ONE_HOST)),
+    _option("disable_custom_all_reduce", "flag", _no_effect("nothing is all-reduced")),
+    # steps
+    _option("enforce_eager", "flag", _is_so(True, fact=NO_GRAPHS, remedy="leave it out")),
+    _option("compilation_config cc O", "json", _compilation_config),
+    _option("cudagraph_capture_sizes cuda_graph_sizes", "words", _refused(NO_GRAPHS, "leave it out")),
+    _option("async_scheduling", "flag", _refused("a step is scheduled when the one before has ended", "leave it out")),
+    _option("speculative_config", "json", _refused("there is no speculative decoding", "leave it out")),
+    # cache and scheduling
+    _option("enable_prefix_caching", "flag", _same_as("prefix_caching")),
+    _option("enable_chunked_prefill", "flag", _same_as("chunked_prefill")),
+    _option("kv_cache_memory_bytes", "bytes", _same_as("kv_cache_memory")),
+    _option("mem_fraction_static", "number", _same_as("gpu_memory_utilization")),
+    _option(
+        "kv_cache_dtype",
+        "text",
+        _is_so("auto", fact="the KV cache has the dtype of the computation", remedy="use 'auto', or dtype"),
+    ),
+    _option(
+        "num_gpu_blocks_override",
+        "whole",
+        _refused("the KV cache is sized by its memory", "use kv_cache_memory=BYTES"),
+    ),
+    _option("swap_space", "number", _no_effect(_PREEMPTION)),
+    _option("cpu_offload_gb", "number", _is_so(0, 0.0, fact="weights stay on their device", remedy="use more ranks")),
+    # model
+    _option("model_path", "text", _same_as("model")),
+    _option("trust_remote_code", "flag", _no_effect("nothing that a checkpoint brings is executed")),
+    _option("quantization", "text", _refused(*_NOT_QUANTISED)),
+    _option("tokenizer", "text", _refused(*_OWN_TOKENIZER)),
+    _option("tokenizer_mode", "text", _is_so("auto", fact="there is one kind of tokenizer", remedy="use 'auto'")),
+    _option("tokenizer_revision", "text", _refused(*_OWN_TOKENIZER)),
+    _option("code_revision", "text", _no_effect("nothing that a checkpoint brings is executed")),
+    _option("hf_overrides", "json", _hf_overrides),
+    _option("rope_scaling", "json", _refused(*_OWN_CONFIG)),
+    _option(
+        "generation_config",
+        "text",
+        _no_effect("only the end-of-sequence tokens are read from it; sampling is what SamplingParams say"),
+    ),
+    _option(
+        "download_dir",
+        "text",
+        _refused("downloads go into the hub library's cache", "use the environment variable HF_HUB_CACHE"),
+    ),
+    _option(
+        "hf_token",
+        "text",
+        _refused_secret("the hub's library reads the token", "use the environment variable HF_TOKEN"),
+    ),
+    _option("enable_lora", "flag", _refused(*_NO_ADAPTERS)),
+    _option("lora_modules", "words", _refused(*_NO_ADAPTERS)),
+    _option("task runner", "text", _is_so("generate", "auto", fact="text is all it generates", remedy="leave it out")),
+    # logs
+    _option("disable_log_requests", "flag", _is_so(True, fact="what is asked is never logged", remedy="leave it out")),
+    _option("enable_log_requests", "flag", _refused("what is asked is never logged", "leave it out")),
+    _option("disable_log_stats", "flag", _is_so(True, False, fact="", remedy="")),
+    # serving
+    _option("host", "text", _refused(*_OF_THE_SERVER)),
+    _option("port", "whole", _refused(*_OF_THE_SERVER)),
+    _option("served_model_name", "words", _refused(*_OF_THE_SERVER)),
+    _option("api_key", "text", _refused_secret(*_OF_THE_SERVER)),
+    _option("allowed_origins", "words", _refused(*_OF_THE_SERVER)),
+    _option("allowed_methods", "words", _refused(*_OF_THE_SERVER)),
+    _option("allowed_headers", "words", _refused(*_OF_THE_SERVER)),
+    _option("allow_credentials", "flag", _refused(*_OF_THE_SERVER)),
+    _option("middleware", "words", _refused("the server runs no code of others", "put a proxy in front")),
+    _option("chat_template", "text", _refused("the chat template is that of the checkpoint", "leave it out")),
+    _option("tool_call_parser", "text", _refused(*_NO_PARSERS)),
+    _option("enable_auto_tool_choice", "flag", _refused(*_NO_PARSERS)),
+    _option("reasoning_parser", "text", _refused(*_OF_THE_SERVER)),
+    _option("default_chat_template_kwargs", "json", _refused(*_OF_THE_SERVER)),
+)
+"""In the order in which docs/options.md lists them."""
+
+_BY_NAME = {name: option for option in FOREIGN_OPTIONS for name in option.names}

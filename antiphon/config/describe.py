@@ -1,0 +1,67 @@
+"""The start-up block: what an engine will do, in words."""
+
+from __future__ import annotations
+
+from antiphon.config.cache import block_bytes
+from antiphon.config.engine_config import ResolvedConfig
+from antiphon.core.policy import NEVER
+
+__all__ = ["describe_config"]
+
+
+def describe_config(config: ResolvedConfig) -> list[tuple[str, str]]:
+    """(heading, text) of each line."""
+    num_ranks, num_experts = config.options.ranks, config.model.num_experts
+    device = "the CPU" if config.device_kind == "cpu" else config.device_name or config.device_kind
+    return [
+        ("model", f"{config.options.model} ({_model(config)})"),
+        ("ranks", f"{num_ranks} on {device}, {num_experts // num_ranks} of {num_experts} experts each"),
+        ("transport", f"{config.transport}: {config.transport_reason}"),
+        ("KV cache", _cache(config)),
+        ("steps", _steps(config)),
+        ("dbo", _dbo(config)),
+    ]
+
+
+def _model(config: ResolvedConfig) -> str:
+    facts = [config.model.architecture, config.dtype_name]
+    if config.options.num_layers is not None:
+        facts.append(f"cut to {config.model.num_layers} layers")
+    if config.options.load_format == "dummy":
+        facts.append(f"dummy weights, routing {config.routing}")
+    return ", ".join(facts)
+
+
+def _cache(config: ResolvedConfig) -> str:
+    texts = f"texts up to {config.max_model_len:,} tokens"
+    if config.cache is None:
+        return f"measured when the weights are loaded, {texts}"
+    block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
+    memory_mb = config.cache.num_blocks * block / 2**20
+    prefixes = "on" if config.options.prefix_caching else "off"
+    return (
+        f"{config.kv_capacity_tokens:,} tokens a rank ({memory_mb:,.0f} MiB, {config.cache.source}), {texts}, "
+        f"prefix caching {prefixes}"
+    )
+
+
+def _steps(config: ResolvedConfig) -> str:
+    prompts = "prompts may take several"
+    if not config.options.chunked_prefill:
+        prompts = "prompts are cut only where they are longer than that"
+    num_requests = config.options.max_num_seqs
+    return f"up to {config.max_num_batched_tokens:,} tokens and {num_requests} requests a rank; {prompts}"
+
+
+def _dbo(config: ResolvedConfig) -> str:
+    asked, settled = config.options.policy.dbo, config.settled_policy
+    policy = settled.policy
+    if asked != policy.dbo:
+        return f"{asked}: {policy.dbo}, {settled.cause}"
+    if config.data_path is None and asked == "auto":
+        text = f"{asked}: {settled.cause}"
+    else:
+        text = policy.describe() + (f": {settled.cause}" if settled.cause else "")
+        most, prefill = config.max_num_batched_tokens, policy.threshold(decode_only=False)
+        text += f"; a step has at most {most} tokens" if policy.dbo != "off" and most <= prefill < NEVER else ""
+    return text + (f", by {config.dbo_source}" if config.dbo_source else "")

@@ -1,0 +1,312 @@
+"""The options of an engine: what the user says, and what becomes of `auto`.
+
+Here and not in `core`, because settling `auto` needs the model's configuration and the transports.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from antiphon.comm import DataPath, TransportSpec, choose_transport, load_transport, parse_transport
+from antiphon.config.cache import CacheSize, block_bytes
+from antiphon.config.resolve import (
+    check_layers,
+    overruled_dbo,
+    settle_dbo,
+    settle_device,
+    settle_model,
+    settle_peer_access,
+    settle_routing,
+)
+from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.checks import is_number, is_whole
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.policy import OverlapPolicy
+from antiphon.models import MatchedFiles, ModelConfig, RoutingSpec, expert_shape, match_checkpoint, read_config
+from antiphon.planning import Conditions, SettledPolicy, settle_policy
+
+__all__ = ["DTYPES", "EngineConfig", "ResolvedConfig"]
+
+logger = logging.getLogger("antiphon.engine")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+_DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+_LONGEST_TIMEOUT_S = 86_400
+_DEFAULT_UTILIZATION = 0.9
+_MIN_KV_CACHE_BYTES = 256 * 2**20
+_MIN_BATCHED_TOKENS = 2048
+_MOST_DEFAULT_BATCHED_TOKENS = 8192
+"""On a GPU, where buffers are made for the largest step, and models have room for texts that few requests need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the user asked for; the fields are described in `antiphon.LLM`."""
+
+    model: str = BUNDLED_MODEL
+    revision: str | None = None
+    load_format: str = "auto"
+    num_layers: int | None = None
+    routing: str = "model"
+    ranks: int = 1
+    device: str = "auto"
+    transport: str = "auto"
+    peer_access: bool = True
+    dtype: str = "auto"
+    policy: OverlapPolicy = field(default_factory=OverlapPolicy)
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = _DEFAULT_UTILIZATION
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+    seed: int = 0
+    timeout_s: float = 120.0
+    debug_order: bool = False
+
+    def resolve(self, *, matched: MatchedFiles | None = None) -> ResolvedConfig:
+        """Check everything that can be checked before a process starts, and settle every `auto`.
+
+        matched: what another process has found of the checkpoint, which is then not compared again.
+        Raises `OptionError` for options, `ModelError` for the checkpoint.
+        """
+        # 1 the options alone
+        self._check_values()
+        device_kind, device_reason = settle_device(self.device, self.ranks)
+        requested = parse_transport(self.transport)
+        # 2 the model
+        policy, dbo_source = settle_dbo(self.policy)
+        source = settle_model(self.model, self.load_format, revision=self.revision)
+        routing = settle_routing(self.routing, self.load_format)
+        model = read_config(source, num_layers=self.num_layers)
+        check_layers(policy, model.num_layers)
+        # 3 the way between the ranks
+        dtype_name = _DEFAULT_DTYPES[device_kind] if self.dtype == "auto" else self.dtype
+        shape = expert_shape(model, DTYPES[dtype_name])
+        shape.experts_per_rank(self.ranks)
+        peer_access = settle_peer_access(self.peer_access)
+        transport, transport_reason = choose_transport(
+            requested, shape, self.ranks, device_kind=device_kind, peer_access=peer_access
+        )
+        load_transport(transport, device_kind)
+        # 4 the checkpoint
+        notes: tuple[str, ...] = ()
+        if matched is None and self.load_format != "dummy":
+            found = match_checkpoint(model, Path(source))
+            matched, notes = found.files, found.notes
+        if matched is not None:
+            model = matched.settle(model)
+        # 5 sizes
+        max_model_len = _limit("max_model_len", self.max_model_len, model.max_positions, "the model's positions")
+        max_num_batched_tokens = self._max_num_batched_tokens(max_model_len, device_kind)
+        resolved = ResolvedConfig(
+            options=replace(
+                self,
+                model=str(source),
+                revision=None,  # the folder is that revision
+                peer_access=peer_access,
+                policy=policy,
+            ),
+            dbo_source=dbo_source,
+            model=model,
+            matched=matched,
+            checkpoint_notes=notes,
+            routing=routing,
+            device_kind=device_kind,
+            device_reason=device_reason,
+            dtype_name=dtype_name,
+            transport=transport,
+            transport_reason=transport_reason,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            cache=self._cache(model, max_model_len, DTYPES[dtype_name], device_kind),
+            data_path=DataPath.NONE if self.ranks == 1 else None,
+        )
+        for name, value, reason in resolved.settled():
+            logger.info("%s: auto -> %s (%s)", name, value, reason)
+        return resolved
+
+    def _check_values(self) -> None:
+        """Each by itself, whatever the model and the machine."""
+        for name in ("model", "routing", "transport"):
+            if not isinstance(getattr(self, name), str):
+                raise OptionError(f"{name}={getattr(self, name)!r} is not text; pass a string, see docs/options.md")
+        for name in ("ranks", "max_num_seqs", "block_size"):
+            _check_count(name, getattr(self, name))
+        if self.num_layers is not None:
+            _check_count("num_layers", self.num_layers)
+        if not is_number(self.timeout_s) or not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
+            raise OptionError(
+                f"timeout_s={self.timeout_s!r} is not a time to wait; use a number of seconds above 0, "
+                f"at most {_LONGEST_TIMEOUT_S}"
+            )
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**62:
+            raise OptionError(f"seed={self.seed!r} is not an integer from 0 to 2**62 - 1; pass one")
+        if not is_number(self.gpu_memory_utilization) or not 0 < self.gpu_memory_utilization <= 1:
+            raise OptionError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization!r} is not a share of the memory; "
+                "use a number above 0, at most 1"
+            )
+        for name in ("prefix_caching", "chunked_prefill"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} is not True or False; use one of them")
+        if self.dtype in ("half", "float16"):
+            raise OptionError(
+                f"dtype={self.dtype!r}: float16 is not supported, its range is too small for some models; "
+                "use 'bfloat16' or 'float32'"
+            )
+        if self.dtype not in ("auto", *DTYPES):
+            raise unknown_value("dtype", self.dtype, ("auto", *DTYPES))
+
+    def _max_num_batched_tokens(self, max_model_len: int, device_kind: str) -> int:
+        most = self.max_num_batched_tokens
+        if most is None:
+            longest = max_model_len
+            if device_kind != "cpu" and self.max_model_len is None:
+                longest = min(longest, _MOST_DEFAULT_BATCHED_TOKENS)
+            most = max(_MIN_BATCHED_TOKENS, longest)
+        _check_count("max_num_batched_tokens", most)
+        return most
+
+    def _cache(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device_kind: str) -> CacheSize | None:
+        """`None` if it is measured on the device. One block more than can be used: block 0 is for padding."""
+        bytes_per_block = block_bytes(model, block_size=self.block_size, dtype=dtype)
+        if self.kv_cache_memory is not None:
+            _check_count("kv_cache_memory", self.kv_cache_memory)
+            memory, source = self.kv_cache_memory, "set by kv_cache_memory"
+        elif device_kind == "cpu":
+            one_text = -(-max_model_len // self.block_size) + 1
+            memory = max(_MIN_KV_CACHE_BYTES, one_text * bytes_per_block)
+            source = "the default for CPUs" if memory == _MIN_KV_CACHE_BYTES else "made for one text of max_model_len"
+        else:
+            return None
+        num_blocks = memory // bytes_per_block
+        if num_blocks < 2:
+            raise OptionError(
+                f"kv_cache_memory={memory} bytes holds {num_blocks} blocks of {self.block_size} tokens; "
+                "at least 2 are needed, so give more memory or a smaller block_size"
+            )
+        return CacheSize(num_blocks=num_blocks, source=source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """Options without `auto`, and the reasons. Workers get the options and what `WorkerStart` has beside them."""
+
+    options: EngineConfig
+    model: ModelConfig
+    matched: MatchedFiles | None  # None: dummy weights
+    checkpoint_notes: tuple[str, ...]  # sentences for the user
+    routing: RoutingSpec
+    dbo_source: str  # the environment's setting that decided, if one did
+    device_kind: str
+    device_reason: str
+    dtype_name: str
+    transport: TransportSpec
+    transport_reason: str
+    max_model_len: int
+    max_num_batched_tokens: int
+    cache: CacheSize | None  # None: measured when the weights are loaded
+    # set when the ranks have started
+    device_name: str = ""
+    data_path: DataPath | None = None
+
+    def started(
+        self, *, device_name: str, transport_name: str, data_path: DataPath, cache: CacheSize
+    ) -> ResolvedConfig:
+        """With what only the ranks could tell: whether their devices reach each other is seen on the devices."""
+        started = replace(self, device_name=device_name, data_path=data_path, cache=cache)
+        if self.options.policy.dbo == "auto" and self.data_path is None:
+            logger.info("dbo: auto -> %s", started.settled_policy.reason)
+        if self.options.transport != "auto" or transport_name == self.transport.name:
+            return started
+        reason = f"not {self.transport}, for not all of these devices reach each other's memory"
+        logger.info("transport: auto -> %s (%s)", transport_name, reason)
+        return replace(started, transport=TransportSpec(name=transport_name), transport_reason=reason)
+
+    def with_end_tokens(self, token_ids: Sequence[int]) -> ResolvedConfig:
+        """For workers, which do not load the tokenizer."""
+        return replace(self, model=replace(self.model, eos_token_ids=tuple(token_ids)))
+
+    @property
+    def policy(self) -> OverlapPolicy:
+        """The policy that was asked for, settled."""
+        return self.settled_policy.policy
+
+    @property
+    def settled_policy(self) -> SettledPolicy:
+        """The same with the reason."""
+        return self.settle(self.options.policy)
+
+    def settle(self, policy: OverlapPolicy) -> SettledPolicy:
+        """Another policy for these devices and the way between them; `auto` stays open until the ranks have started."""
+        if self.data_path is None:
+            cause = "settled when the ranks know whether their devices reach each other"
+            return SettledPolicy(policy, cause if policy.dbo == "auto" else "")
+        return settle_policy(policy, Conditions(device_kind=self.device_kind, data_path=self.data_path))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that the KV cache of one rank holds; on a GPU not before the ranks have started."""
+        assert self.cache is not None, "the cache is not measured yet"
+        return (self.cache.num_blocks - 1) * self.options.block_size
+
+    def without_effect(self) -> list[str]:
+        """One sentence for each option that changes nothing here."""
+        options, policy = self.options, self.policy
+        off = "dbo='off'" if options.policy.dbo == "off" else "dbo='auto', which is off here"
+        sentences = policy.without_effect(off) + overruled_dbo(options.policy, self.dbo_source)
+        is_measured = options.kv_cache_memory is None and self.device_kind != "cpu"
+        if options.gpu_memory_utilization != _DEFAULT_UTILIZATION and not is_measured:
+            assert self.cache is not None
+            sentences.append(
+                f"gpu_memory_utilization={options.gpu_memory_utilization} has no effect: the size of the KV cache is "
+                f"{self.cache.source}"
+            )
+        return sentences
+
+    def cache_facts(self) -> dict[str, Any]:
+        """For the statistics; known when the ranks have started."""
+        assert self.cache is not None, "the cache is not measured yet"
+        return {"tokens": self.kv_capacity_tokens, "source": self.cache.source}
+
+    def settled(self) -> list[tuple[str, str, str]]:
+        """(option, value, reason) of every `auto`."""
+        settled = []
+        if self.options.device == "auto":
+            settled.append(("device", self.device_kind, self.device_reason))
+        if "auto" in self.options.transport or self.options.transport == "simulated":
+            settled.append(("transport", str(self.transport), self.transport_reason))
+        if self.options.policy.dbo != self.policy.dbo:
+            settled.append(("dbo", self.policy.dbo, self.settled_policy.cause))
+        if self.options.dtype == "auto":
+            reason = "exact and fast on CPUs" if self.device_kind == "cpu" else "what GPUs compute fastest"
+            settled.append(("dtype", self.dtype_name, reason))
+        return settled
+
+
+def _check_count(name: str, value: object) -> None:
+    if not is_whole(value) or value < 1:
+        raise OptionError(f"{name}={value!r} is not a count; use an integer of at least 1")
+
+
+def _limit(name: str, value: int | None, most: int, what: str) -> int:
+    if value is None:
+        return most
+    _check_count(name, value)
+    if value > most:
+        raise OptionError(f"{name}={value} is more than {what}, {most}; use at most {most}")
+    return value

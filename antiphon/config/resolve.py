@@ -1,0 +1,173 @@
+"""What becomes of single options whose value depends on the others, on the machine or on the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from antiphon.comm import peers_forbidden
+from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
+from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.policy import DBO_MODES, OverlapPolicy
+from antiphon.core.warn_once import warn_once
+from antiphon.device.device import DEVICE_KINDS, num_devices, nvidia_gpus
+from antiphon.models import PRESETS, RoutingSpec, parse_routing, resolve_model
+
+__all__ = [
+    "ASCEND_DBO_VARIABLE",
+    "DBO_VARIABLE",
+    "DEVICE_VARIABLE",
+    "LOAD_FORMATS",
+    "check_layers",
+    "overruled_dbo",
+    "settle_dbo",
+    "settle_device",
+    "settle_model",
+    "settle_peer_access",
+    "settle_routing",
+]
+
+logger = logging.getLogger("antiphon.engine")
+
+DEVICE_VARIABLE = "ANTIPHON_DEVICE"
+"""The environment variable that says what `device="auto"` is."""
+
+DBO_VARIABLE = "ANTIPHON_DBO"
+"""The environment variable that says what `dbo="auto"` is."""
+
+ASCEND_DBO_VARIABLE = "VLLM_ASCEND_ENABLE_DBO"
+"""vLLM-Ascend's: 1 is `ANTIPHON_DBO=on`, where that is not set; 0, its default, asks for nothing."""
+
+LOAD_FORMATS = ("auto", "dummy")
+
+_DBO_WORDS: dict[str, str | None] = {**{mode: mode for mode in DBO_MODES}, "1": "on", "0": "off"}
+_ASCEND_DBO_WORDS: dict[str, str | None] = {"1": "on", "0": None}
+
+
+def settle_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
+    """The policy with what the environment makes of `auto`, and the setting that did, such as "ANTIPHON_DBO=1".
+
+    Raises `OptionError` for a setting that is not known.
+    """
+    settings = _dbo_settings()
+    if policy.dbo != "auto" or not settings:
+        return policy, ""
+    setting, dbo = settings[0]
+    return replace(policy, dbo=dbo), setting
+
+
+def overruled_dbo(policy: OverlapPolicy, source: str) -> list[str]:
+    """A sentence for each setting of the environment that asks for another `dbo` than what `settle_dbo` returned."""
+    return [
+        f"{setting} has no effect: {source or 'the option'} asks for dbo={policy.dbo!r}, and comes first"
+        for setting, dbo in _dbo_settings()
+        if dbo != policy.dbo
+    ]
+
+
+def _dbo_settings() -> list[tuple[str, str]]:
+    """(setting, what `dbo` is by it) of the environment; the first one wins."""
+    found = []
+    for variable, words in ((DBO_VARIABLE, _DBO_WORDS), (ASCEND_DBO_VARIABLE, _ASCEND_DBO_WORDS)):
+        asked = os.environ.get(variable)
+        if not asked:
+            continue
+        if asked not in words:
+            raise unknown_value(variable, asked, words)
+        if (dbo := words[asked]) is not None:
+            found.append((f"{variable}={asked}", dbo))
+    return found
+
+
+def check_layers(policy: OverlapPolicy, num_layers: int) -> None:
+    """Raises `OptionError` if the layers to split are not layers of the model."""
+    for name, value, most in (
+        ("dbo_start_layer", policy.start_layer, num_layers - 1),
+        ("dbo_end_layer", policy.end_layer or 0, num_layers),
+    ):
+        if value > most:
+            raise OptionError(f"{name}={value} is beyond the model's {num_layers} layers; use at most {most}")
+
+
+def settle_device(device: str, ranks: int) -> tuple[str, str]:
+    """The kind of device, and why. Warns if `auto` leaves GPUs idle.
+
+    Raises `OptionError` for an unknown kind, and for more ranks than CUDA devices.
+    """
+    name, where = device, "device"
+    if device == "auto" and os.environ.get(DEVICE_VARIABLE):
+        name, where = os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE
+    if name not in ("auto", *DEVICE_KINDS):
+        raise unknown_value(where, name, ("auto", *DEVICE_KINDS))
+    if name == "cpu":
+        return name, f"by {where}"
+    found = num_devices("cuda")
+    if found >= ranks:
+        return "cuda", f"CUDA devices: {found}, ranks: {ranks}"
+    if name == "auto":
+        _warn_of_idle_gpus(found, ranks)
+        return "cpu", f"CUDA devices: {found}, ranks: {ranks}"
+    raise OptionError(
+        f"{where}='cuda' needs one CUDA device a rank: ranks={ranks}, but {found} can be used here; "
+        "use fewer ranks or device='cpu', or check the driver, CUDA_VISIBLE_DEVICES and torch's build"
+    )
+
+
+def _warn_of_idle_gpus(found: int, ranks: int) -> None:
+    """found: CUDA devices that can be used, fewer than the ranks."""
+    if found:
+        reason = f"{ranks} ranks need as many CUDA devices, and {found} can be used"
+        remedy = f"use {found} rank{'s' if found > 1 else ''}"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not (idle := nvidia_gpus()):
+        return  # somebody has hidden them, or there are none
+    elif torch.version.cuda is None:
+        gpus = f"{idle} NVIDIA GPU{'s' if idle > 1 else ''}"
+        reason = f"torch {torch.__version__} is built without CUDA, and the machine has {gpus}"
+        remedy = "install torch's CUDA build"
+    else:
+        reason = f"torch can use none of the machine's NVIDIA GPUs: {idle}"
+        remedy = "check the driver (antiphon doctor; in a container --gpus all)"
+    warn_once(
+        f"device='auto' takes CPUs, because {reason}",
+        cost="steps are slower by orders of magnitude",
+        remedy=f"{remedy}, or say device='cpu'",
+    )
+
+
+def settle_peer_access(peer_access: bool) -> bool:
+    """No peer access if the user forbids it, to us or by `NCCL_P2P_DISABLE=1` to NCCL."""
+    if not isinstance(peer_access, bool):
+        raise OptionError(f"peer_access={peer_access!r} is not True or False")
+    return peer_access and not peers_forbidden(os.environ)
+
+
+def settle_model(model: str, load_format: str, *, revision: str | None = None) -> Path | str:
+    """The folder of a checkpoint, or the name of a preset. Downloads what the hub's cache lacks of a hub's model.
+
+    Raises `OptionError` for a preset that is to be loaded, `ModelError` for a model that cannot be found.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise unknown_value("load_format", load_format, LOAD_FORMATS)
+    if model == BUNDLED_MODEL:
+        if revision is not None:
+            logger.warning("revision=%r has no effect: %s is bundled", revision, model)
+        return bundled_model()
+    if model not in PRESETS or Path(model).is_dir():
+        return resolve_model(model, revision=revision, weights=load_format != "dummy")
+    if load_format != "dummy":
+        raise OptionError(
+            f"model {model!r} is a shape without weights; use load_format='dummy', or pass the folder of its checkpoint"
+        )
+    return model
+
+
+def settle_routing(routing: str, load_format: str) -> RoutingSpec:
+    """Raises `OptionError` for a routing that is not known, and for a table in place of what a router has learned."""
+    spec = parse_routing(routing)
+    if str(spec) != "model" and load_format != "dummy":
+        raise OptionError(f"routing={routing!r} would make nonsense of real weights; use it with load_format='dummy'")
+    return spec

@@ -1,0 +1,1 @@
+"""The paged KV cache of one rank: its size, its tensors, and who holds which block."""

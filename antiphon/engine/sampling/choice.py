@@ -1,0 +1,230 @@
+"""Logits to tokens, for all requests of a step together, as the parameters of each say.
+
+Requests that are greedy and have nothing that changes logits cost one argmax. The others are worked on in chunks of
+rows, so that a large vocabulary does not need much memory. All of it is queued on the device; the token ids are the one
+copy to the host.
+
+    logits ─► argmax ────────────────────────────────────────► token ids ─► host
+          └─► (chunks) biases, min_tokens, penalties ─► draw ──┘
+
+A draw with top_p puts only the likeliest tokens of a row in order. Where they did not reach top_p, the token id comes
+as -1, and those rows are drawn again from all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from itertools import groupby, pairwise
+
+import torch
+
+from antiphon.core.sampling import SamplingParams
+from antiphon.core.upload import upload
+from antiphon.engine.sampling.draw import Limits, draw, draw_key, draw_ordered, likeliest, scaled
+from antiphon.engine.sampling.edits import (
+    PenaltyCounts,
+    apply_penalties,
+    changes_logits,
+    find_additions,
+    has_penalties,
+)
+from antiphon.engine.scheduling.request import Request
+
+__all__ = ["Chooser", "chunks"]
+
+_NOT_COVERED = -1
+
+
+class _Method(IntEnum):
+    """How a row is chosen that is more than an argmax of the model's logits."""
+
+    GREEDY = auto()  # argmax, after changes
+    DRAW = auto()  # from all tokens, in no order
+    DRAW_LIKELIEST = auto()  # from some of the likeliest, in order; may turn out to need them all
+    DRAW_ORDERED = auto()  # from all tokens in order
+
+
+def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """`start:stop` in parts of `size`, of 1 at least."""
+    for first in range(start, stop, max(1, size)):
+        yield slice(first, min(stop, first + max(1, size)))
+
+
+class Chooser:
+    """Sets `Request.sampling`.
+
+    num_likeliest: tokens of a row that are put in order at first. most_elements: size of the largest temporary tensor.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, eos_token_ids: Sequence[int], num_likeliest: int, most_elements: int
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._num_likeliest = num_likeliest
+        self._chunk_size = most_elements // vocab_size
+        self._counts: PenaltyCounts | None = None
+
+    def choose(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, list[int]]:
+        """One token id for each row, on the device [N] and on the host. The logits are not changed."""
+        ids_N = logits_NV.argmax(-1)
+        rows = [row for row, request in enumerate(requests) if request.params.temperature or changes_logits(request)]
+        if rows:
+            self._work(rows, requests, logits_NV, ids_N)
+        token_ids: list[int] = ids_N.tolist()
+        again = [row for row in rows if token_ids[row] == _NOT_COVERED]
+        if again:
+            self._work(again, requests, logits_NV, ids_N, ordered=True)
+            token_ids = ids_N.tolist()
+        return ids_N, token_ids
+
+    def _work(
+        self,
+        rows: list[int],
+        requests: Sequence[Request],
+        logits_NV: torch.Tensor,
+        ids_N: torch.Tensor,
+        *,
+        ordered: bool = False,
+    ) -> None:
+        """Choose for these rows as their requests say; `ids_N` gets the tokens."""
+        methods = {row: _Method.DRAW_ORDERED if ordered else self._method(requests[row].params) for row in rows}
+        rows = sorted(rows, key=methods.__getitem__)
+        settings = self._settings(rows, [requests[row] for row in rows], logits_NV.device)
+        start = 0
+        for method, group in groupby(rows, key=methods.__getitem__):
+            stop = start + len(list(group))
+            for part in chunks(start, stop, self._chunk_size):
+                mine = settings.cut(part, self._vocab_size)
+                changed_NV = self._changed(logits_NV[mine.rows_N], mine)
+                ids_N[mine.rows_N] = self._chosen(method, changed_NV, mine)
+            start = stop
+
+    def _method(self, params: SamplingParams) -> _Method:
+        if params.temperature == 0:
+            return _Method.GREEDY
+        if params.top_p == 1 and not 0 < params.top_k < self._vocab_size:
+            return _Method.DRAW
+        few = params.top_k <= self._num_likeliest and 4 * self._num_likeliest <= self._vocab_size
+        return _Method.DRAW_LIKELIEST if few else _Method.DRAW_ORDERED
+
+    def _settings(self, rows: list[int], requests: list[Request], device: torch.device) -> _Settings:
+        slots: list[int] = [0] * len(rows)
+        places: list[int] = []
+        amounts: list[int] = []
+        if any(has_penalties(request.params) for request in requests):
+            if self._counts is None:
+                self._counts = PenaltyCounts(self._vocab_size, device)
+            slots, places, amounts = self._counts.place(requests)
+        additions = find_additions(requests, self._eos_token_ids)
+        num_by_row = torch.tensor([stop - start for start, stop in pairwise([0, *additions.ends])])
+        row_E = torch.repeat_interleave(torch.arange(len(rows)), num_by_row)
+        params = [request.params for request in requests]
+        wholes = [
+            rows,
+            slots,
+            [max(p.top_k, 0) for p in params],
+            [draw_key(r.seed, len(r.output_ids)) if r.params.temperature else 0 for r in requests],
+        ]
+        numbers = [
+            [p.temperature for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [p.repetition_penalty for p in params],
+            [p.frequency_penalty for p in params],
+            [p.presence_penalty for p in params],
+        ]
+        wholes_4N, numbers_6N, added_at_E, added_E, places_E, amounts_E = upload(
+            [
+                torch.tensor(wholes),
+                torch.tensor(numbers, dtype=torch.float64).view(torch.int64),  # one type, so one copy
+                row_E * self._vocab_size + additions.token_ids_E,
+                additions.values_E.view(torch.int64),
+                torch.tensor(places, dtype=torch.int64),
+                torch.tensor(amounts, dtype=torch.int64),
+            ],
+            device,
+        )
+        if self._counts is not None and places:
+            self._counts.add(places_E, amounts_E)
+        return _Settings(
+            requests=requests,
+            wholes_4N=wholes_4N,
+            numbers_6N=numbers_6N.view(torch.float64),
+            added_at_E=added_at_E,
+            added_E=added_E.view(torch.float64),
+            added_ends=additions.ends,
+        )
+
+    def _changed(self, logits_NV: torch.Tensor, settings: _Settings) -> torch.Tensor:
+        """After biases, min_tokens and penalties. The logits given may be changed."""
+        if len(settings.added_E):
+            logits_NV.view(-1).index_add_(0, settings.added_at_E, settings.added_E.to(logits_NV.dtype))
+        if self._counts is not None and any(has_penalties(request.params) for request in settings.requests):
+            repetition_N, frequency_N, presence_N = settings.numbers_6N[3:]
+            logits_NV = apply_penalties(
+                logits_NV,
+                self._counts.table_SV[settings.slots_N],
+                repetition_N=repetition_N,
+                frequency_N=frequency_N,
+                presence_N=presence_N,
+            )
+        return logits_NV
+
+    def _chosen(self, method: _Method, logits_NV: torch.Tensor, settings: _Settings) -> torch.Tensor:
+        """Token ids [N], -1 where the likeliest were not enough."""
+        if method is _Method.GREEDY:
+            return logits_NV.argmax(-1)
+        temperature_N, top_p_N, min_p_N = settings.numbers_6N[:3]
+        scaled_NV = scaled(logits_NV, temperature_N)
+        if method is _Method.DRAW:
+            return draw(scaled_NV, settings.key_N, min_p_N)
+        count = self._num_likeliest if method is _Method.DRAW_LIKELIEST else self._vocab_size
+        ids_NK = likeliest(logits_NV, count)[1]
+        limits = Limits(top_k_N=settings.top_k_N, top_p_N=top_p_N, min_p_N=min_p_N)
+        chosen_N, covered_N = draw_ordered(
+            scaled_NV.gather(1, ids_NK), ids_NK, scaled_NV.exp().sum(-1), settings.key_N, limits
+        )
+        return torch.where(covered_N, chosen_N, _NOT_COVERED) if method is _Method.DRAW_LIKELIEST else chosen_N
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    """What requests want, one column each, on the device."""
+
+    requests: list[Request]
+    wholes_4N: torch.Tensor  # int64: row of the logits, slot of the penalties' table, top_k, key of the draw
+    numbers_6N: torch.Tensor  # float64: temperature, top_p, min_p; repetition, frequency, presence
+    added_at_E: torch.Tensor  # int64, places in the logits of these requests, as if they were flat
+    added_E: torch.Tensor  # float64
+    added_ends: list[int]  # of each request's entries in these two
+
+    @property
+    def rows_N(self) -> torch.Tensor:
+        return self.wholes_4N[0]
+
+    @property
+    def slots_N(self) -> torch.Tensor:
+        return self.wholes_4N[1]
+
+    @property
+    def top_k_N(self) -> torch.Tensor:
+        return self.wholes_4N[2]
+
+    @property
+    def key_N(self) -> torch.Tensor:
+        return self.wholes_4N[3]
+
+    def cut(self, part: slice, vocab_size: int) -> _Settings:
+        """Those of some of the requests."""
+        first, last = [0, *self.added_ends][part.start], self.added_ends[part.stop - 1]
+        return _Settings(
+            requests=self.requests[part],
+            wholes_4N=self.wholes_4N[:, part],
+            numbers_6N=self.numbers_6N[:, part],
+            added_at_E=self.added_at_E[first:last] - part.start * vocab_size,
+            added_E=self.added_E[first:last],
+            added_ends=[end - first for end in self.added_ends[part]],
+        )

@@ -1,0 +1,114 @@
+"""From hidden states to what a step has found out: new tokens, and the logits and logprobs that were asked for.
+
+It does not know why a slice is as it is: a prompt may come in chunks or be computed again. A slice gets a token if it
+reaches the end of its request's text, and every position of a prompt is told of once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+
+from antiphon.core.batch import Batch
+from antiphon.core.upload import upload
+from antiphon.engine.sampling.choice import Chooser, chunks
+from antiphon.engine.sampling.logprobs import score_tokens
+from antiphon.engine.scheduling.request import Request
+from antiphon.engine.scheduling.sampled import NewToken, PromptPart, Sampled
+
+__all__ = ["NewToken", "PromptPart", "Sampled", "Sampler"]
+
+
+class Sampler:
+    """Chooses tokens. The logits of a step's requests stay on the device; what is copied to the host is small.
+
+    to_logits: maps hidden states [N, D] to logits [N, V], in float32 at least. requests: the scheduler's table, of
+    which `num_reported` and `sampling` are set here. eos_token_ids: what min_tokens hides. num_likeliest and
+    most_elements: see `Chooser`.
+    """
+
+    def __init__(
+        self,
+        to_logits: Callable[[torch.Tensor], torch.Tensor],
+        requests: Mapping[int, Request],
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int] = (),
+        num_likeliest: int = 1024,
+        most_elements: int = 2**22,
+    ) -> None:
+        self._to_logits = to_logits
+        self._requests = requests
+        self._chooser = Chooser(
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+            num_likeliest=num_likeliest,
+            most_elements=most_elements,
+        )
+        self._chunk_size = most_elements // vocab_size
+
+    @torch.inference_mode()
+    def __call__(self, hidden_TD: torch.Tensor, batch: Batch) -> Sampled:
+        """hidden_TD: after the last norm, the tokens of the batch in their order."""
+        sampled = Sampled()
+        places, requests, last_rows = [], [], []
+        for place, (part, end) in enumerate(zip(batch.requests, accumulate(batch.query_lens), strict=True)):
+            request = self._requests[part.request_id]
+            if part.context_len + part.query_len == request.num_tokens:
+                places.append(place)
+                requests.append(request)
+                last_rows.append(end - 1)
+            if request.params.wants_prompt:
+                told = self._tell_prompt(request, hidden_TD[end - part.query_len : end], part.context_len)
+                if told is not None:
+                    sampled.prompt[place] = told
+        if places:
+            (last_N,) = upload([torch.tensor(last_rows)], hidden_TD.device)
+            sampled.tokens = dict(zip(places, self._tokens(self._to_logits(hidden_TD[last_N]), requests), strict=True))
+        return sampled
+
+    def _tokens(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> list[NewToken]:
+        ids_N, token_ids = self._chooser.choose(logits_NV, requests)
+        tokens = [NewToken(token_id=token_id) for token_id in token_ids]
+        scored = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        for part in chunks(0, len(scored), self._chunk_size):
+            rows = scored[part]
+            (rows_N,) = upload([torch.tensor(rows)], logits_NV.device)
+            tops = [requests[row].params.logprobs or 0 for row in rows]
+            found = score_tokens(logits_NV[rows_N], ids_N[rows_N], [token_ids[row] for row in rows], tops)
+            for row, token in zip(rows, found, strict=True):
+                tokens[row] = token
+        kept = [row for row, request in enumerate(requests) if request.params.return_logits]
+        if kept:
+            (rows_N,) = upload([torch.tensor(kept)], logits_NV.device)
+            for row, logits_V in zip(kept, logits_NV[rows_N].cpu(), strict=True):
+                tokens[row] = replace(tokens[row], logits=_to_bytes(logits_V))
+        return tokens
+
+    def _tell_prompt(self, request: Request, hidden_SD: torch.Tensor, context_len: int) -> PromptPart | None:
+        """Of the positions that a slice, with its hidden states, has computed and that were not told before."""
+        params, prompt_ids = request.params, request.prompt_ids
+        first, last = max(context_len, request.num_reported), min(context_len + len(hidden_SD), len(prompt_ids))
+        if first >= last:
+            return None
+        assert first == request.num_reported, "a position of the prompt was passed over"
+        request.num_reported = last
+        logits, logprobs = [], []
+        # In chunks: the logits of a long prompt can be larger than the memory that the cache leaves.
+        for part in chunks(first, last, self._chunk_size):
+            logits_SV = self._to_logits(hidden_SD[part.start - context_len : part.stop - context_len])
+            next_ids = prompt_ids[part.start + 1 : part.stop + 1]
+            if params.prompt_logprobs is not None and next_ids:
+                (next_S,) = upload([torch.tensor(next_ids)], logits_SV.device)
+                tops = [params.prompt_logprobs] * len(next_ids)
+                logprobs += score_tokens(logits_SV[: len(next_ids)], next_S, next_ids, tops)
+            if params.return_prompt_logits:
+                logits.append(_to_bytes(logits_SV.cpu()))
+        return PromptPart(logits=b"".join(logits) if params.return_prompt_logits else None, logprobs=logprobs)
+
+
+def _to_bytes(logits: torch.Tensor) -> bytes:
+    return logits.contiguous().numpy().tobytes()

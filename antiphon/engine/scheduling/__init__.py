@@ -1,0 +1,1 @@
+"""What a rank runs next: requests and the scheduler that batches them."""

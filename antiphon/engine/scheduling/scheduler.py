@@ -1,0 +1,248 @@
+"""Continuous batching: what to run next on one rank, and what to do with the result.
+
+A step is filled in order of arrival, first with the requests that decode, then with prompts that are under way, then
+with waiting ones. A prompt that does not fit is computed in chunks, so a step can hold decodes, chunks and whole
+prompts. KV blocks are taken when tokens need them. When none is left, the request that arrived last gives its blocks
+back and waits at the head of the queue, to compute its text again; the one that arrived first can always go on, so
+every request ends.
+
+    waiting ──admit──► running ──commit──► finished
+       ▲                  │
+       └──── preempt ─────┘
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import chain
+
+from antiphon.core.batch import Batch, RequestSlice
+from antiphon.engine.cache.block_pool import BlockPool, block_key
+from antiphon.engine.scheduling.request import Request, TokenOutput
+from antiphon.engine.scheduling.sampled import NewToken, Sampled
+from antiphon.engine.stats import SchedulerStats
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Owns the requests of one rank.
+
+    chunked_prefill: whether a prompt may start in a step that has no room for all of it, though a later one would.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        rank: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: tuple[int, ...],
+        chunked_prefill: bool = True,
+    ) -> None:
+        self.pool = pool
+        self.requests: dict[int, Request] = {}
+        self.stats = SchedulerStats()
+        self._rank = rank
+        self._max_running = min(max_num_seqs, max_num_batched_tokens)  # so that all of them can decode in one step
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._chunked_prefill = chunked_prefill
+        # Both in order of arrival; whoever runs has arrived before all that wait.
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Take new requests; the front has checked that each can be served when it is alone."""
+        for request in requests:
+            self.requests[request.request_id] = request
+            self._waiting.append(request)
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """Forget requests and free their blocks; ids that are not here any more are passed over."""
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request is None:
+                continue
+            if request in self._waiting:
+                self._waiting.remove(request)
+            self._release(request)
+
+    def next_batch(self) -> Batch:
+        """The tokens of the next step; empty if there is nothing to do. Until `commit` it can be asked again."""
+        step = _Step(self._max_num_batched_tokens)
+        num_preempted = self.stats.preemptions
+        decoding = [request for request in self._running if request.num_missing == 1]
+        prefilling = [request for request in self._running if request.num_missing > 1]
+        for request in chain(decoding, prefilling):
+            if request.block_ids:  # else it was preempted for one before it
+                self._continue(request, step)
+        if self.stats.preemptions == num_preempted:
+            self._admit(step)
+        return Batch(rank=self._rank, requests=tuple(step.slices.values()))
+
+    def commit(self, batch: Batch, sampled: Sampled) -> list[TokenOutput]:
+        """Write down what was computed and sampled, end what is finished, and free its blocks."""
+        outputs = []
+        for place, part in enumerate(batch.requests):
+            request = self.requests[part.request_id]
+            request.num_computed = part.context_len + part.query_len
+            self._publish(request)
+            token, prompt = sampled.tokens.get(place), sampled.prompt.get(place)
+            if token is None and prompt is None:
+                continue
+            finish_reason, stop_reason = (None, None) if token is None else self._append(request, token)
+            outputs.append(
+                TokenOutput(
+                    request_id=request.request_id,
+                    token=token,
+                    finish_reason=finish_reason,
+                    stop_reason=stop_reason,
+                    prompt=prompt,
+                    num_cached=request.num_cached,
+                )
+            )
+            if finish_reason is not None:
+                self._release(request)
+        return outputs
+
+    # ---- what a step runs
+
+    def _continue(self, request: Request, step: _Step) -> None:
+        """Give a running request its tokens of this step, with the blocks for them, at the cost of later ones."""
+        while count := min(request.num_missing, step.room):
+            needed = self.pool.blocks_for(request.num_computed + count) - len(request.block_ids)
+            blocks = self.pool.take(max(0, needed))
+            if blocks is not None:
+                request.block_ids += blocks
+                step.add(request, count)
+                return
+            victim = self._running[-1]
+            self._preempt(victim)
+            step.drop(victim)
+            if victim is request:
+                return
+
+    def _admit(self, step: _Step) -> None:
+        """Start waiting requests, in order of arrival, as long as there are tokens and blocks for them.
+
+        One free block stays for each request that runs: enough until all of them have filled one more.
+        """
+        while self._waiting and step.room and len(self._running) < self._max_running:
+            request = self._waiting[0]
+            keys = self._known_keys(request)
+            shared = self.pool.find(keys)
+            num_shared = len(shared) * self.pool.block_size
+            count = self._first_chunk(request.num_tokens - num_shared, step)
+            needed = self.pool.blocks_for(num_shared + count) - len(shared)
+            if not count or needed + len(self._running) > self.pool.num_free_beside(shared):
+                return
+            self.pool.hold(shared)
+            blocks = self.pool.take(needed)
+            assert blocks is not None
+            request.block_ids, request.keys = (*shared, *blocks), keys[: len(shared)]
+            request.num_computed = num_shared
+            if not request.num_preemptions:
+                request.num_cached = num_shared
+            self.stats.admit(num_tokens=request.num_tokens, num_cached=num_shared)
+            request.known_keys = []
+            self._running.append(self._waiting.popleft())
+            step.add(request, count)
+
+    def _first_chunk(self, num_missing: int, step: _Step) -> int:
+        """How many of a waiting request's tokens this step could take; 0 if it is to wait for a step with more room."""
+        fits_later = step.room < num_missing <= self._max_num_batched_tokens
+        return 0 if fits_later and not self._chunked_prefill else min(num_missing, step.room)
+
+    def _preempt(self, request: Request) -> None:
+        """Take the blocks of a running request; what is still known of them helps it when it comes back."""
+        self._running.remove(request)
+        self._waiting.appendleft(request)
+        self._give_back(request)
+        request.num_computed = 0
+        request.sampling = None  # what the sampler keeps can be made again
+        request.num_preemptions += 1
+        self.stats.preemptions += 1
+
+    # ---- the prefix cache
+
+    def _known_keys(self, request: Request) -> list[bytes]:
+        """Keys of the full blocks before the last token, which must be computed: it is what the next one follows."""
+        if request.must_compute_prompt:
+            return []
+        keys, size = request.known_keys, self.pool.block_size
+        num_full = (request.num_tokens - 1) // size
+        for number in range(num_full):
+            if number == len(keys):
+                keys.append(self._key(request, number * size, keys))
+            if not self.pool.find(keys[number : number + 1]):
+                return keys[: number + 1]
+        return keys[:num_full]
+
+    def _publish(self, request: Request) -> None:
+        """Let others find the blocks that this step has filled."""
+        size = self.pool.block_size
+        for number in range(len(request.keys), request.num_computed // size):
+            key = self._key(request, number * size, request.keys)
+            request.keys.append(key)
+            self.pool.publish(request.block_ids[number], key)
+
+    def _key(self, request: Request, start: int, keys: list[bytes]) -> bytes:
+        return block_key(keys[-1] if keys else b"", request.tokens(start, start + self.pool.block_size))
+
+    # ---- ends
+
+    def _append(self, request: Request, token: NewToken) -> tuple[str | None, int | str | None]:
+        """Add a new token. Returns why the text ends with it, and which token was the reason; `None` if it goes on."""
+        request.output_ids.append(token.token_id)
+        params, num_outputs = request.params, len(request.output_ids)
+        if num_outputs > params.min_tokens:
+            if token.token_id in self._eos_token_ids and not params.ignore_eos:
+                return "stop", None
+            if token.token_id in (params.stop_token_ids or ()):
+                return "stop", token.token_id
+        return ("length", None) if num_outputs >= request.max_tokens else (None, None)
+
+    def _release(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        if request in self._running:
+            self._running.remove(request)
+        self._give_back(request)
+        request.sampling, request.known_keys = None, []  # whoever made the request may keep it
+
+    def _give_back(self, request: Request) -> None:
+        self.pool.give_back(request.block_ids)
+        request.block_ids, request.keys = (), []
+
+
+class _Step:
+    """What the next step runs so far."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room  # tokens that may still be added
+        self.slices: dict[int, RequestSlice] = {}
+
+    def add(self, request: Request, count: int) -> None:
+        """The next `count` tokens of the request that are not computed yet."""
+        start = request.num_computed
+        self.slices[request.request_id] = RequestSlice(
+            request_id=request.request_id,
+            token_ids=request.tokens(start, start + count),
+            context_len=start,
+            block_ids=request.block_ids,
+        )
+        self.room -= count
+
+    def drop(self, request: Request) -> None:
+        part = self.slices.pop(request.request_id, None)
+        self.room += 0 if part is None else part.query_len

@@ -1,0 +1,121 @@
+"""How the front talks to the ranks: one interface, whether the only rank lives in this process or each has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from antiphon.comm import RankGroup
+from antiphon.config.engine_config import ResolvedConfig
+from antiphon.core.errors import EngineError
+from antiphon.core.policy import OverlapPolicy
+from antiphon.device.device import release_unused
+from antiphon.engine.build import build_engine, ready_message
+from antiphon.engine.messages import Ready
+from antiphon.engine.scheduling.request import Request, TokenOutput
+from antiphon.engine.starting import Starting
+from antiphon.engine.step import StepEngine
+from antiphon.timeline import StepTimeline
+
+__all__ = ["Client", "InProcessClient"]
+
+
+class Client(Protocol):
+    """The ranks, as the front sees them. After an error every call raises `EngineError`.
+
+    ready: what the ranks said when they had started.
+    """
+
+    ready: Ready
+
+    def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
+        """Start requests; item r goes to rank r."""
+        ...
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        """Forget requests wherever they are; returns when all ranks have. Does nothing if the engine has ended."""
+        ...
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """The same without waiting: tokens of these requests may still come."""
+        ...
+
+    def poll(self) -> list[TokenOutput]:
+        """What has been generated since the last call; waits for a word of a rank, which may be empty. Time-limited."""
+        ...
+
+    def reconfigure(self, policy: OverlapPolicy) -> None:
+        """Change the policy of all ranks; only while no request is open."""
+        ...
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """`StepEngine.statistics` of every rank."""
+        ...
+
+    def timelines(self) -> list[list[StepTimeline]]:
+        """The last steps of every rank."""
+        ...
+
+    def close(self) -> None:
+        """End all workers; may be called again."""
+        ...
+
+
+class InProcessClient:
+    """One rank, in this process: no worker is started."""
+
+    def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
+        """`on_start` is called with what is being done."""
+
+        def report(starting: Starting) -> None:
+            if on_start is not None:
+                on_start(str(starting))
+
+        engine = build_engine(config, RankGroup(rank=0, size=1), report=report)
+        self.ready = ready_message(engine)
+        self._engine: StepEngine | None = engine
+        self._ended = ""
+
+    def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
+        self._running().scheduler.add(requests_by_rank[0])
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        if self._engine is not None:
+            self._engine.scheduler.abort(request_ids)
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        self.abort(request_ids)
+
+    def poll(self) -> list[TokenOutput]:
+        engine = self._running()
+        try:
+            return engine.step().outputs
+        except Exception as error:
+            self._ended = f"a step failed on rank 0: {type(error).__name__}: {error}"
+            raise EngineError(self._ended) from error
+        except BaseException:  # Ctrl-C: the scheduler has committed nothing of this step
+            engine.transport.reset()
+            raise
+
+    def reconfigure(self, policy: OverlapPolicy) -> None:
+        self._running().reconfigure(policy)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return [self._running().statistics()]
+
+    def timelines(self) -> list[list[StepTimeline]]:
+        return [list(self._running().recorder.steps)]
+
+    def close(self) -> None:
+        self._ended = self._ended or "it was closed"
+        if self._engine is not None:
+            device = self._engine.transport.streams.device
+            self._engine = None  # weights and cache go now, not when the caller forgets the LLM
+            with suppress(RuntimeError):  # a device that has failed has said so before
+                release_unused(device)
+
+    def _running(self) -> StepEngine:
+        if self._ended or self._engine is None:
+            raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")
+        return self._engine

@@ -1,0 +1,93 @@
+"""A request under way, as whoever opened it sees it. Belongs to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from antiphon.core.errors import EngineError
+from antiphon.engine.scheduling.request import TokenOutput
+from antiphon.frontend.outputs import Collector, Delta
+
+__all__ = ["OpenRequest", "StreamItem"]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamItem:
+    """More of result `index` of a request, and when it came, by `time.monotonic`."""
+
+    index: int
+    delta: Delta
+    at_s: float
+
+
+class OpenRequest:
+    """One prompt and its n results, under way. Iterate to its end, or `cancel`; a `with` block cancels what is left.
+
+    collectors: of the results, by index; `prompt_ids`; `num_tokens` generated so far, of all results.
+    """
+
+    def __init__(
+        self,
+        collectors: dict[int, Collector],
+        prompt_ids: tuple[int, ...],
+        forget: Callable[[Sequence[int]], None],
+    ) -> None:
+        """collectors: by request id. forget: ends requests, wherever they are."""
+        self.prompt_ids = prompt_ids
+        self.num_tokens = 0
+        self._forget = forget
+        self._by_id = collectors
+        self._index = {request_id: index for index, request_id in enumerate(collectors)}
+        self._num_unfinished = len(collectors)
+        self._arrived: deque[tuple[float, TokenOutput] | EngineError] = deque()
+        self._waiter: asyncio.Future[None] | None = None  # of the iterator, while nothing has arrived
+
+    @property
+    def collectors(self) -> list[Collector]:
+        return list(self._by_id.values())
+
+    @property
+    def finished(self) -> bool:
+        return all(collector.finished for collector in self._by_id.values())
+
+    def __enter__(self) -> OpenRequest:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Forget what has not finished: its blocks are free before the next step."""
+        self._forget([number for number, collector in self._by_id.items() if not collector.finished])
+
+    async def __aiter__(self) -> AsyncIterator[StreamItem]:
+        """Raises `EngineError` if the engine ends before all results have finished."""
+        while self._num_unfinished:
+            if not self._arrived:
+                self._waiter = asyncio.get_running_loop().create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            arrived = self._arrived.popleft()
+            if isinstance(arrived, EngineError):
+                raise arrived
+            at_s, output = arrived
+            collector = self._by_id[output.request_id]
+            if collector.finished:
+                continue
+            delta = collector.take(output)
+            self.num_tokens += len(delta.token_ids)
+            self._num_unfinished -= collector.finished
+            if collector.must_cancel:
+                self._forget([output.request_id])
+            yield StreamItem(self._index[output.request_id], delta, at_s)
+
+    def put(self, arrived: tuple[float, TokenOutput] | EngineError) -> None:
+        """For the engine: an output and when it came, or what has ended it."""
+        self._arrived.append(arrived)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

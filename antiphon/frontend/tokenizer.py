@@ -1,0 +1,232 @@
+"""The checkpoint's tokenizer, and the lack of one. How its files are loaded is `tokenizer_files`' concern."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
+from typing import Any
+
+from antiphon.config.engine_config import ResolvedConfig
+from antiphon.core.errors import AntiphonError, ModelError, RequestError, first_line
+from antiphon.core.warn_once import warn_once
+from antiphon.frontend.chat import Message, chat_messages
+from antiphon.frontend.token_bytes import bytes_reader
+from antiphon.frontend.tokenizer_files import load_tokenizer
+
+__all__ = ["NoTokenizer", "Tokenizer", "with_end_token_of"]
+
+logger = logging.getLogger("antiphon.engine")
+
+
+class Tokenizer:
+    """Text to token ids and back, as the checkpoint's files say. Reads only the local folder and executes nothing.
+
+    has_text: whether tokens have texts at all. special_ids: tokens that have none in `decode` unless it is asked for.
+    eos_token_id: the token that ends a text, as the tokenizer's own files have it; `None` if they name none.
+    """
+
+    has_text = True
+
+    def __init__(self, folder: str) -> None:
+        self._tokenizer: Any = load_tokenizer(folder)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        try:
+            self._decode = _plain_decode(self._tokenizer)
+            self._anchor, self._num_anchor_chars = self._find_anchor()
+            self._read_bytes = bytes_reader(backend)
+        except Exception as error:
+            raise ModelError(
+                f"the tokenizer in {folder} can be loaded, but not used ({first_line(error)}); download it again, or "
+                "upgrade tokenizers and transformers"
+            ) from error
+        added = self._tokenizer.added_tokens_decoder
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.eos_token_id: int | None = self._tokenizer.eos_token_id
+        self._token_texts: dict[int, str] = {}
+        self._special_texts: dict[str, int] | None = None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """With the special tokens that the checkpoint puts in front, unless they are not wanted."""
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
+        """The text of tokens. continues: whether text comes before; where none does, some lose a space.
+
+        skip_special: leave special tokens out.
+        """
+        if continues and self._anchor:
+            ids = [*self._anchor, *token_ids]
+            return self._decode(ids, skip_special_tokens=skip_special)[self._num_anchor_chars :]
+        return self._decode(token_ids, skip_special_tokens=skip_special)
+
+    def token_text(self, token_id: int) -> str:
+        """Of one token that continues a text, special or not; of a part of a character "\ufffd"."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self.decode([token_id], continues=True, skip_special=False)
+            self._token_texts[token_id] = text
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text in UTF-8, also where that is a part of a character."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        found = None if token is None else self._read_bytes(token)
+        return self.token_text(token_id).encode() if found is None else found
+
+    def special_id(self, text: str) -> int | None:
+        """The special token with this text."""
+        if self._special_texts is None:
+            self._special_texts = {self.token_text(token_id): token_id for token_id in sorted(self.special_ids)}
+        return self._special_texts.get(text)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """A chat by the checkpoint's template, up to where the assistant answers.
+
+        add_generation_prompt: whether what begins the answer is added; by default unless the last message goes on.
+        continue_final_message: leave the last message open, so that its text is continued.
+        template_kwargs: variables of the template, such as `{"enable_thinking": False}`.
+        Raises `RequestError` for messages or settings that the template does not take, `ModelError` if there is none.
+        """
+        if not self._tokenizer.chat_template:
+            raise ModelError(
+                "this checkpoint cannot format a chat: it has no chat template; use a prompt instead, or put a "
+                "chat_template.jinja into a copy of its folder"
+            )
+        _check_flags(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        adds = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        variables = self._template_variables({} if template_kwargs is None else template_kwargs)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                chat_messages(messages),
+                tokenize=False,
+                add_generation_prompt=adds,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        except AntiphonError:
+            raise
+        except Exception as error:  # templates are programs: they raise what they like
+            raise RequestError(
+                f"messages: the model's chat template does not take them ({first_line(error)}); change them, or what "
+                "chat_template_kwargs say"
+            ) from error
+
+    def _template_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises `RequestError` for other settings of transformers and for special tokens, which are not variables."""
+        if not isinstance(given, Mapping):
+            raise RequestError(
+                f'chat_template_kwargs is a {type(given).__name__}; use a dict such as {{"enable_thinking": False}}'
+            )
+        taken = _template_settings(self._tokenizer) if given else frozenset()
+        for name in given:
+            if name in taken or name in self._tokenizer.special_tokens_map:
+                raise RequestError(
+                    f"chat_template_kwargs has {name!r}, which the tokenizer sets, not the caller; leave it out"
+                )
+        return dict(given)
+
+    def _find_anchor(self) -> tuple[list[int], int]:
+        """A token that others are decoded after, as text before them, and how long its text is.
+
+        None where the beginning of a text is decoded as the rest of it. With SentencePiece and what imitates it (Llama,
+        Mixtral) it loses its space.
+        """
+        ids = self.encode("a a", add_special_tokens=False)
+        if self.decode(ids) == "".join(self.decode([token_id]) for token_id in ids):
+            return [], 0
+        return ids[-1:], len(self.decode(ids[-1:]))
+
+
+def _check_flags(*, add_generation_prompt: bool | None, continue_final_message: bool) -> None:
+    """Raises `RequestError` for what is not true or false, and for two that exclude each other."""
+    flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    for name, value in flags.items():
+        if not isinstance(value, bool) and (value is not None or name == "continue_final_message"):
+            raise RequestError(f"{name}={value!r} is not True or False; use one of them")
+    if add_generation_prompt and continue_final_message:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other: either the last message goes on, or "
+            "an answer begins; set one of them"
+        )
+
+
+def _template_settings(tokenizer: Any) -> frozenset[str]:
+    """What transformers takes beside a template's variables. A request must not set it: another template, say."""
+    settings = signature(tokenizer.apply_chat_template).parameters.values()
+    names = {setting.name for setting in settings if setting.kind is not Parameter.VAR_KEYWORD}
+    return frozenset(names | {"messages", "conversations"})
+
+
+def _plain_decode(tokenizer: Any) -> Callable[..., str]:
+    """What transformers' `decode` calls in the end, without what it does around it for every token of every stream.
+
+    The tokenizer's own `decode` where it does more than that.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        warn_once(
+            f"the tokenizer of this checkpoint ({type(tokenizer).__name__}) runs in Python",
+            cost="texts are encoded and decoded several times slower",
+            remedy="use a checkpoint that has a tokenizer.json",
+        )
+    own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
+    usual = all(getattr(method, "__module__", "").startswith("transformers.tokenization_utils") for method in own)
+    found = backend if backend is not None and usual and not tokenizer.clean_up_tokenization_spaces else tokenizer
+    return found.decode  # type: ignore[no-any-return]
+
+
+class NoTokenizer:
+    """For dummy weights, whose output means nothing: prompts are token ids, and every text is empty."""
+
+    has_text = False
+    special_ids: frozenset[int] = frozenset()
+    eos_token_id: int | None = None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise RequestError("a run with dummy weights has no tokenizer; pass token ids instead of a text")
+
+    def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
+        return ""
+
+    def token_text(self, token_id: int) -> str:
+        return ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
+
+    def special_id(self, text: str) -> int | None:
+        return None
+
+    def chat(self, messages: Sequence[Message], **_settings: Any) -> list[int]:
+        return self.encode("")
+
+
+def with_end_token_of(tokenizer: Tokenizer | NoTokenizer, config: ResolvedConfig) -> ResolvedConfig:
+    """Adds the tokenizer's end-of-sequence token to the configuration, and warns where the two do not agree."""
+    named, token_id = config.model.eos_token_ids, tokenizer.eos_token_id
+    if token_id is None or token_id in named or not 0 <= token_id < config.model.vocab_size:
+        if not named and tokenizer.has_text:
+            logger.warning(
+                "%s names no end-of-sequence token that the model has: a text ends only by its length, or by stop "
+                "strings and tokens",
+                config.options.model,
+            )
+        return config
+    if named:
+        logger.warning(
+            "the tokenizer of %s ends texts with token %d (%s), its config files with %s: each ends a text",
+            config.options.model,
+            token_id,
+            tokenizer.token_text(token_id),
+            list(named),
+        )
+    return config.with_end_tokens((*named, token_id))

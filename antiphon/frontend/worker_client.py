@@ -1,0 +1,296 @@
+"""Talks to the workers, one process a rank; turns whatever happens to one of them into one clear error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+
+from antiphon.config.engine_config import ResolvedConfig
+from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError
+from antiphon.core.policy import OverlapPolicy
+from antiphon.engine.messages import (
+    AllLoaded,
+    Answer,
+    Ask,
+    Failed,
+    FromWorker,
+    Loaded,
+    NewRequest,
+    Ready,
+    Reconfigure,
+    Stop,
+    Tokens,
+    ToWorker,
+    Warned,
+    Work,
+    decode_from_worker,
+    encode,
+    keep_all,
+)
+from antiphon.engine.scheduling.request import Request, TokenOutput
+from antiphon.engine.starting import Starting, describe_start
+from antiphon.engine.worker import START_S, WorkerStart
+from antiphon.engine.worker_warnings import SaidOnce
+from antiphon.frontend.worker_processes import WorkerProcesses
+from antiphon.timeline import StepTimeline
+
+__all__ = ["WorkerClient"]
+
+_POLL_MS = 100
+_CAUSE_S = 2.0  # how long other ranks get to report before the cause of a failure is named
+_STOP_S = 5.0
+
+
+class WorkerClient:
+    """Owns the worker processes, and the socket to them."""
+
+    ready: Ready
+
+    def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
+        """Returns when all ranks are ready; `on_start` is called with what they are doing until then."""
+        self._ranks = config.options.ranks
+        self._patience_s = config.options.timeout_s * 1.5
+        self._wave = 0
+        self._heard_at = time.monotonic()
+        self._ended = ""
+        self._failures: dict[int, Failed] = {}
+        self._kept: list[TokenOutput] = []
+        self._warnings = SaidOnce()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        keep_all(self._socket)
+        try:
+            self._processes = WorkerProcesses(WorkerStart.of(config))
+        except BaseException:
+            self._context.destroy()
+            raise
+        try:
+            self._socket.bind(self._processes.address)
+            self._processes.start()
+            self._wait_for_ready(on_start or (lambda what: None))
+        except BaseException:
+            self._ended = self._ended or "it did not start"  # nothing to wait for: close kills at once
+            self.close()
+            raise
+
+    def _wait_for_ready(self, on_start: Callable[[str], None]) -> None:
+        """Every message starts the time limit again, so that it holds for silence and not for the size of a model."""
+        on_start(f"starting {self._ranks} ranks")
+        said: dict[int, Starting] = {}
+        loaded: set[int] = set()
+        ready: set[int] = set()
+        while len(ready) < self._ranks:
+            for rank, message in self._receive("start"):
+                match message:
+                    case Starting():
+                        said[rank] = message
+                        on_start(describe_start(said, rank))
+                    case Loaded():
+                        loaded.add(rank)
+                        if len(loaded) == self._ranks:
+                            self._send_all(AllLoaded(wave=self._wave))
+                    case Ready():
+                        self.ready = message
+                        ready.add(rank)
+
+    def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
+        wave = self._next_wave()
+        self._send(
+            [Work(wave=wave, requests=[NewRequest.of(request) for request in mine]) for mine in requests_by_rank]
+        )
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        if self._ended:
+            return
+        self.cancel(request_ids)
+        self._answers(self.ask())  # messages are taken in order: with the answer every rank has forgotten them
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        if not self._ended:
+            self._send_all(Work(wave=self._next_wave(), abort=list(request_ids)))
+
+    def poll(self) -> list[TokenOutput]:
+        self._check()
+        if not self._kept:
+            self._keep_tokens(self._receive("generate"))
+        outputs, self._kept = self._kept, []
+        return outputs
+
+    def receive(self, wake: zmq.Socket[bytes], *, patient: bool) -> list[tuple[int, FromWorker]]:
+        """The messages that are there, by rank; none if `wake` has something to read first, or after a while.
+
+        For a front that talks to the ranks while requests come and go. patient: silence is no error, for no rank has
+        work. Raises when a rank fails, and unless patient when all are silent for too long.
+        """
+        self._check()
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(wake, zmq.POLLIN)
+        poller.poll(_POLL_MS)
+        messages = self._read(0)
+        self._check_alive("serve")
+        if messages or patient:
+            self._heard_at = time.monotonic()
+        elif time.monotonic() > self._heard_at + self._patience_s:
+            raise self._silence(self._patience_s, "serve")
+        return messages
+
+    def ask(self, *, timeline: bool = False) -> int:
+        """Send a question that every rank answers by an `Answer` with the wave returned, when it is between steps."""
+        wave = self._next_wave()
+        self._send_all(Ask(wave=wave, timeline=timeline))
+        return wave
+
+    def send_policy(self, policy: OverlapPolicy) -> int:
+        """`reconfigure` without waiting: every rank answers as to `ask` when it has changed."""
+        wave = self._next_wave()
+        self._send_all(Reconfigure(wave=wave, policy=policy))
+        return wave
+
+    def reconfigure(self, policy: OverlapPolicy) -> None:
+        self._answers(self.send_policy(policy))
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return [answer.stats for answer in self._answers(self.ask())]
+
+    def timelines(self) -> list[list[StepTimeline]]:
+        return [answer.timeline for answer in self._answers(self.ask(timeline=True))]
+
+    def close(self) -> None:
+        """Ask the workers to stop, end those that do not within 5 s, and remove the folder."""
+        patience_s = 0.0
+        try:
+            if not self._ended:
+                self._ended = "it was closed"
+                self._wave += 1
+                self._send_all(Stop(wave=self._wave))
+                patience_s = _STOP_S
+        finally:
+            try:
+                self._processes.close(patience_s=patience_s)
+            finally:
+                if not self._socket.closed:
+                    self._socket.close()
+                    self._context.term()
+
+    # ---- messages
+
+    def _next_wave(self) -> int:
+        self._check()
+        self._wave += 1
+        return self._wave
+
+    def _send(self, message_by_rank: Sequence[ToWorker]) -> None:
+        """All ranks or none get their message: what cannot be encoded raises before the first is sent."""
+        for rank, body in enumerate([encode(message) for message in message_by_rank]):
+            self._socket.send_multipart([str(rank).encode(), body])
+
+    def _send_all(self, message: ToWorker) -> None:
+        self._send([message] * self._ranks)
+
+    def _answers(self, wave: int) -> list[Answer]:
+        """Wait for every rank's; what was generated meanwhile is there for the next `poll`."""
+        answers: dict[int, Answer] = {}
+        while len(answers) < self._ranks:
+            messages = self._receive("answer")
+            self._keep_tokens(messages)
+            for rank, message in messages:
+                if isinstance(message, Answer) and message.wave == wave:
+                    answers[rank] = message
+        return [answers[rank] for rank in range(self._ranks)]
+
+    def _keep_tokens(self, messages: Sequence[tuple[int, FromWorker]]) -> None:
+        for _, message in messages:
+            if isinstance(message, Tokens):
+                self._kept.extend(message.outputs)
+
+    def _receive(self, what: str) -> list[tuple[int, FromWorker]]:
+        """The messages that are there, at least one. Raises when a rank fails or all are silent for too long."""
+        patience_s = max(self._patience_s, 1.5 * START_S) if what == "start" else self._patience_s
+        deadline = time.monotonic() + patience_s
+        while True:
+            messages = self._read(_POLL_MS)
+            self._check_alive(what)
+            if messages:
+                return messages
+            if time.monotonic() > deadline:
+                raise self._silence(patience_s, what)
+
+    def _check_alive(self, what: str) -> None:
+        if self._failures or self._processes.any_ended():
+            raise self._failure(what)
+
+    def _read(self, timeout_ms: int) -> list[tuple[int, FromWorker]]:
+        messages = []
+        while self._socket.poll(timeout_ms):
+            timeout_ms = 0
+            identity, body = self._socket.recv_multipart()
+            rank, message = int(identity), decode_from_worker(body)
+            if isinstance(message, Warned):
+                self._warnings.say(message)
+                continue
+            if isinstance(message, Failed):
+                self._failures[rank] = message
+            messages.append((rank, message))
+        return messages
+
+    # ---- failures
+
+    def _silence(self, patience_s: float, what: str) -> EngineError:
+        where = self._processes.board.describe()
+        remedy = "raise timeout_s if steps are long"
+        return self._end(f"no rank answered for {patience_s:.0f} s ({what}): {where}; {remedy}")
+
+    def _failure(self, what: str) -> AntiphonError:
+        """Find the cause: the other ranks fail as well as soon as one does, and get a moment to say so."""
+        self._read_reports()
+        deadline = time.monotonic() + _CAUSE_S
+        while time.monotonic() < deadline and not all(
+            rank in self._failures or self._processes.ended(rank) for rank in range(self._ranks)
+        ):
+            self._read(_POLL_MS)
+            self._read_reports()
+        self._read(_POLL_MS)
+        self._read_reports()
+        for rank in range(self._ranks):
+            if self._processes.killed(rank):
+                return self._end(self._processes.obituary(rank, what))
+        complaints = []
+        for rank, failure in self._failures.items():
+            if failure.kind == "PeerError":
+                complaints.append((rank, failure))
+            else:
+                return self._end_by(rank, failure, what)
+        for rank in range(self._ranks):
+            if self._processes.ended(rank) and rank not in self._failures:
+                return self._end(self._processes.obituary(rank, what))
+        return self._end_by(*complaints[0], what)
+
+    def _read_reports(self) -> None:
+        """What ranks could not send any more comes first: others fail because of it."""
+        reports = self._processes.reports()
+        self._failures = reports | {rank: f for rank, f in self._failures.items() if rank not in reports}
+
+    def _end_by(self, rank: int, failure: Failed, what: str) -> AntiphonError:
+        kind = {"ModelError": ModelError, "OptionError": OptionError}.get(failure.kind)
+        if kind is not None:
+            self._end(failure.message)
+            return kind(failure.message)
+        error = self._end(f"rank {rank} failed during {what}: {failure.message}")
+        if failure.traceback:
+            error.add_note(f"On rank {rank}:\n{failure.traceback}")
+        return error
+
+    def _end(self, reason: str) -> EngineError:
+        self._ended = reason
+        error = EngineError(f"{reason}; the engine has ended, make a new LLM")
+        self.close()
+        return error
+
+    def _check(self) -> None:
+        if self._ended:
+            raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")

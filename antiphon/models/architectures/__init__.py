@@ -1,0 +1,1 @@
+"""Architectures by the name in `config.json`: one reader each, and their registry."""

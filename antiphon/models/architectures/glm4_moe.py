@@ -1,0 +1,45 @@
+"""GLM-4.5: grouped-query attention that rotates half of a head, sigmoid routing, shared experts, leading dense layers.
+
+Source: "GLM-4.5: Agentic, Reasoning, and Coding (ARC) Foundation Models".
+"""
+
+from __future__ import annotations
+
+from antiphon.kernels.router import Scoring
+from antiphon.models.attention.gqa import GroupedQueryConfig
+from antiphon.models.config import ConfigFile
+from antiphon.models.decoder import DecoderConfig
+from antiphon.models.router import RoutingConfig
+
+__all__ = ["read_glm4_moe"]
+
+_DEFAULT_EPS = 1e-5
+
+
+def read_glm4_moe(file: ConfigFile) -> DecoderConfig:
+    """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
+    routing = RoutingConfig(
+        scores=Scoring.SIGMOID,
+        num_experts=file.count("n_routed_experts"),
+        top_k=file.count("num_experts_per_tok"),
+        num_groups=file.count("n_group"),
+        top_groups=file.count("topk_group"),
+        normalize=file.flag("norm_topk_prob", True),
+        scale=file.number("routed_scaling_factor", 1.0),
+    )
+    qk_norm = file.flag("use_qk_norm", False)
+    attention = GroupedQueryConfig.read(
+        file,
+        with_bias=file.flag("attention_bias", False),
+        out_bias=False,
+        qk_norm_eps=file.number("rms_norm_eps", _DEFAULT_EPS) if qk_norm else None,
+        default_share=0.5,
+    )
+    return DecoderConfig.read(
+        file,
+        attention=attention,
+        routing=routing,
+        num_dense_layers=file.count("first_k_dense_replace", minimum=0),
+        num_shared_experts=file.count("n_shared_experts", minimum=0),
+        default_eps=_DEFAULT_EPS,
+    )

@@ -1,0 +1,55 @@
+"""Mixtral: grouped-query attention, softmax routing over a few wide experts, no shared ones, every layer with experts.
+
+Its checkpoints name the parts of an expert w1, w3 and w2. Source: "Mixtral of Experts".
+"""
+
+from __future__ import annotations
+
+from antiphon.core.checks import is_whole
+from antiphon.core.errors import ModelError
+from antiphon.kernels.router import Scoring
+from antiphon.models.attention.gqa import GroupedQueryConfig
+from antiphon.models.config import ConfigFile
+from antiphon.models.decoder import DecoderConfig
+from antiphon.models.moe import MoENames
+from antiphon.models.router import RoutingConfig
+
+__all__ = ["read_mixtral"]
+
+_DEFAULT_EPS = 1e-5
+_NAMES = MoENames(layer="block_sparse_moe", gate="w1", up="w3", down="w2")
+
+
+def read_mixtral(file: ConfigFile) -> DecoderConfig:
+    """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
+    routing = RoutingConfig(
+        scores=Scoring.SOFTMAX,
+        num_experts=file.count("num_local_experts"),
+        top_k=file.count("num_experts_per_tok"),
+        normalize=True,  # softmax over the chosen ones, which is the same
+        narrow=True,
+    )
+    attention = GroupedQueryConfig.read(file, with_bias=False, out_bias=False, default_theta=1e6)
+    attention.refuse_partial_rotation(file)
+    config = DecoderConfig.read(
+        file,
+        attention=attention,
+        routing=routing,
+        num_dense_layers=0,
+        num_shared_experts=0,
+        expert_width_key="intermediate_size",
+        default_eps=_DEFAULT_EPS,
+        moe_names=_NAMES,
+    )
+    _refuse_short_window(file, config.max_positions)  # yarn may stretch them beyond those of the file
+    return config
+
+
+def _refuse_short_window(file: ConfigFile, positions: int) -> None:
+    """A window as long as the longest text hides nothing; a shorter one would be another attention."""
+    window = file.get("sliding_window")
+    if window is not None and (not is_whole(window) or window < positions):
+        raise ModelError(
+            f"{file.path} has sliding_window={window!r}, which is not supported; only null, or at least its "
+            f"max_position_embeddings={positions}"
+        )

@@ -1,0 +1,1 @@
+"""Attention layers over the paged cache: grouped-query, latent, and rotary angles."""

@@ -1,0 +1,152 @@
+"""Grouped-query attention over the paged cache of keys and values.
+
+Shapes: `T` tokens, `D` hidden size, `H` query heads, `G` key/value heads, `Q` dimensions of a head, `N` requests
+of the same length, `S` new tokens and `L` tokens of context and new ones of each, `P` pairs of rotary dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from antiphon.core.batch import PrefillSlice, current_micro_batch
+from antiphon.core.errors import ModelError
+from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values, prefill_attention
+from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
+from antiphon.models.attention.prefill_runs import prefill_runs
+from antiphon.models.attention.rope import DEFAULT_THETA, RopeConfig, rotary_size
+from antiphon.models.config import ConfigFile
+from antiphon.models.layers import Linear, MergedLinear, RMSNorm
+from antiphon.runtime import order_point
+
+__all__ = ["GroupedQueryAttention", "GroupedQueryConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedQueryConfig:
+    """Sizes of the attention of one layer."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    bias: bool  # of the projections to queries, keys and values
+    out_bias: bool
+    qk_norm_eps: float | None  # None: queries and keys are not normalised
+    rope: RopeConfig  # of the first dimensions of a head, or of all
+
+    @property
+    def kv_width(self) -> int:
+        return 2 * self.num_kv_heads * self.head_size
+
+    @staticmethod
+    def read(
+        file: ConfigFile,
+        *,
+        with_bias: bool,
+        out_bias: bool,
+        qk_norm_eps: float | None = None,
+        default_share: float = 1.0,
+        default_theta: float = DEFAULT_THETA,
+    ) -> GroupedQueryConfig:
+        """default_share, default_theta: of rotary dimensions, where the file does not say. Raises `ModelError`."""
+        hidden_size, num_heads = file.count("hidden_size"), file.count("num_attention_heads")
+        num_kv_heads = file.count("num_key_value_heads")
+        if num_heads % num_kv_heads:
+            raise ModelError(
+                f"{file.path} has num_attention_heads={num_heads}, num_key_value_heads={num_kv_heads}; "
+                "the first must be a multiple of the second"
+            )
+        head_size = hidden_size // num_heads if file.get("head_dim") is None else file.count("head_dim")
+        size = rotary_size(file, head_size, default_share=default_share)
+        return GroupedQueryConfig(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            bias=with_bias,
+            out_bias=out_bias,
+            qk_norm_eps=qk_norm_eps,
+            rope=RopeConfig.read(file, size=size, interleaved=False, default_theta=default_theta),
+        )
+
+    def refuse_partial_rotation(self, file: ConfigFile) -> None:
+        """For architectures that rotate whole heads. Raises `ModelError`."""
+        if self.rope.size != self.head_size:
+            raise ModelError(
+                f"{file.path} has a partial_rotary_factor below 1, which is not supported for {file.architecture}"
+            )
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention of one layer. The engine sets `cache_blocks` [num_blocks, block_size, 2GQ] before the first step."""
+
+    cache_blocks: torch.Tensor
+
+    def __init__(self, config: GroupedQueryConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.scale = config.head_size**-0.5
+        query_width, kv_width = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        sizes = {"q_proj": query_width, "k_proj": kv_width, "v_proj": kv_width}
+        self.qkv_proj = MergedLinear(config.hidden_size, sizes, dtype=dtype, with_bias=sizes if config.bias else ())
+        self.o_proj = Linear(query_width, config.hidden_size, dtype=dtype, bias=config.out_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm_eps is not None:
+            self.q_norm = RMSNorm(config.head_size, eps=config.qk_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_size, eps=config.qk_norm_eps, dtype=dtype)
+
+    def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        metadata = current_micro_batch().attention
+        q_THQ, key_TGQ, value_TGQ = norm_rotate_write(
+            self.qkv_proj.forward(x_TD),
+            cos_TP,
+            sin_TP,
+            self.cache_blocks,
+            metadata.slots_T,
+            num_kv_heads=self.config.num_kv_heads,
+            head_size=self.config.head_size,
+            norms=self._norms(),
+        )
+        order_point(("keys and values", self.layer))
+
+        runs = prefill_runs(metadata.prefills)
+        parts_TX = [self._prefill(run, q_THQ, key_TGQ, value_TGQ) for run in runs]
+        if metadata.decodes is None and len(parts_TX) == 1:
+            return self.o_proj.forward(parts_TX[0])  # one call took all tokens: nothing to put together
+        out_TX = x_TD.new_empty(x_TD.shape[0], self.o_proj.weight.shape[1])
+        for run, part_TX in zip(runs, parts_TX, strict=True):
+            out_TX[run[0].start : run[-1].stop] = part_TX
+        if (decodes := metadata.decodes) is not None:
+            out_NHQ = decode_attention(
+                q_THQ[decodes.rows_N], self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale
+            )
+            out_TX[decodes.rows_N] = out_NHQ.flatten(1)
+        return self.o_proj.forward(out_TX)
+
+    def _norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+
+    def _prefill(
+        self, run: list[PrefillSlice], q_THQ: torch.Tensor, key_TGQ: torch.Tensor, value_TGQ: torch.Tensor
+    ) -> torch.Tensor:
+        """The attention of the tokens of a run of slices, heads side by side."""
+        first, start, stop = run[0], run[0].start, run[-1].stop
+        if stop - start < q_THQ.shape[0]:
+            q_THQ, key_TGQ, value_TGQ = q_THQ[start:stop], key_TGQ[start:stop], value_TGQ[start:stop]
+        if first.context_len > 0:
+            length = first.context_len + first.stop - first.start
+            key_TGQ, value_TGQ = gather_keys_values(self.cache_blocks, first.block_ids_B, length, self.config.head_size)
+        out_NSHQ = prefill_attention(
+            q_THQ.view(len(run), -1, *q_THQ.shape[1:]),
+            key_TGQ.view(len(run), -1, *key_TGQ.shape[1:]),
+            value_TGQ.view(len(run), -1, *value_TGQ.shape[1:]),
+            self.scale,
+        )
+        return out_NSHQ.reshape(stop - start, -1)

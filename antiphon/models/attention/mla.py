@@ -1,0 +1,160 @@
+"""Multi-head latent attention (DeepSeek-V2 paper, section 2.1) over the paged latent cache.
+
+Shapes: `T` tokens, `D` hidden size, `H` heads, `C` latent size, `P2` rotary dimensions, `Q` dimensions of a head
+without rotary, `V` value dimensions, `P` pairs of rotary dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from antiphon.core.batch import PrefillSlice, current_micro_batch
+from antiphon.core.errors import ModelError
+from antiphon.kernels.latent_write import norm_rotate_write_latents
+from antiphon.kernels.mla_attention import decode_attention, gather_blocks, prefill_attention
+from antiphon.kernels.norm_rope import apply_rope
+from antiphon.models.attention.prefill_runs import prefill_runs
+from antiphon.models.attention.rope import RopeConfig, score_scale
+from antiphon.models.config import ConfigFile
+from antiphon.models.layers import Linear, MergedLinear, RMSNorm
+from antiphon.runtime import order_point
+
+__all__ = ["LatentAttention", "LatentAttentionConfig"]
+
+_LATENT_NORM_EPS = 1e-6  # not in the checkpoint's config; DeepSeek and transformers use this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttentionConfig:
+    """Sizes of the attention of one layer."""
+
+    hidden_size: int
+    num_heads: int
+    query_rank: int | None  # None: the query has no low-rank bottleneck
+    latent_size: int
+    query_size: int  # Q
+    value_size: int  # V
+    bias: bool
+    rope: RopeConfig
+
+    @property
+    def head_size(self) -> int:
+        return self.query_size + self.rope.size
+
+    @property
+    def kv_width(self) -> int:
+        return self.latent_size + self.rope.size
+
+    @staticmethod
+    def read(file: ConfigFile, *, interleaved: bool) -> LatentAttentionConfig:
+        """Raises `ModelError` for sizes that are missing or wrong."""
+        rope_size = file.count("qk_rope_head_dim")
+        if rope_size % 2:
+            raise ModelError(f"{file.path} has qk_rope_head_dim={rope_size}; pairs need an even number")
+        return LatentAttentionConfig(
+            hidden_size=file.count("hidden_size"),
+            num_heads=file.count("num_attention_heads"),
+            query_rank=None if file.get("q_lora_rank") is None else file.count("q_lora_rank"),
+            latent_size=file.count("kv_lora_rank"),
+            query_size=file.count("qk_nope_head_dim"),
+            value_size=file.count("v_head_dim"),
+            bias=file.flag("attention_bias", False),
+            rope=RopeConfig.read(file, size=rope_size, interleaved=interleaved),
+        )
+
+
+class LatentAttention(nn.Module):
+    """Attention of one layer. The engine sets `cache_blocks` [num_blocks, block_size, C + P2] before the first step."""
+
+    cache_blocks: torch.Tensor
+
+    def __init__(self, config: LatentAttentionConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.scale = score_scale(config.rope, config.head_size)
+        query_width = config.num_heads * config.head_size
+        latents = "kv_a_proj_with_mqa"
+        if config.query_rank is None:
+            first_sizes = {"q_proj": query_width, latents: config.kv_width}
+            with_bias = [latents]
+        else:
+            first_sizes = {"q_a_proj": config.query_rank, latents: config.kv_width}
+            with_bias = list(first_sizes)
+            self.q_a_layernorm = RMSNorm(config.query_rank, eps=_LATENT_NORM_EPS, dtype=dtype)
+            self.q_b_proj = Linear(config.query_rank, query_width, dtype=dtype)
+        self.first_proj = MergedLinear(
+            config.hidden_size, first_sizes, dtype=dtype, with_bias=with_bias if config.bias else ()
+        )
+        self.kv_a_layernorm = RMSNorm(config.latent_size, eps=_LATENT_NORM_EPS, dtype=dtype)
+        self.kv_b_proj = Linear(
+            config.latent_size, config.num_heads * (config.query_size + config.value_size), dtype=dtype
+        )
+        self.o_proj = Linear(config.num_heads * config.value_size, config.hidden_size, dtype=dtype, bias=config.bias)
+
+    def forward(self, x_TD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        config, metadata = self.config, current_micro_batch().attention
+        first_TX, latent_TC = self.first_proj.split(self.first_proj.forward(x_TD))
+        latent_TC = norm_rotate_write_latents(
+            latent_TC,
+            self.kv_a_layernorm.weight,
+            self.kv_a_layernorm.eps,
+            cos_TP,
+            sin_TP,
+            self.cache_blocks,
+            metadata.slots_T,
+            interleaved=config.rope.interleaved,
+        )
+        q_THQ = self._queries(first_TX, cos_TP, sin_TP)
+        order_point(("keys and values", self.layer))
+
+        up_HXC = self.kv_b_proj.weight.view(config.num_heads, -1, config.latent_size)
+        runs = prefill_runs(metadata.prefills)
+        parts_TX = [self._prefill(run, q_THQ, latent_TC, up_HXC) for run in runs]
+        if metadata.decodes is None and len(parts_TX) == 1:
+            return self.o_proj.forward(parts_TX[0])  # one call took all tokens: nothing to put together
+        out_TX = x_TD.new_empty(x_TD.shape[0], config.num_heads * config.value_size)
+        for run, part_TX in zip(runs, parts_TX, strict=True):
+            out_TX[run[0].start : run[-1].stop] = part_TX
+        if (decodes := metadata.decodes) is not None:
+            out_NHV = decode_attention(
+                q_THQ[decodes.rows_N],
+                self.cache_blocks,
+                decodes.block_table_NB,
+                decodes.seq_lens_N,
+                up_HXC[:, : config.query_size],
+                up_HXC[:, config.query_size :],
+                self.scale,
+            )
+            out_TX[decodes.rows_N] = out_NHV.flatten(1)
+        return self.o_proj.forward(out_TX)
+
+    def _prefill(
+        self, run: list[PrefillSlice], q_THQ: torch.Tensor, latent_TC: torch.Tensor, up_HXC: torch.Tensor
+    ) -> torch.Tensor:
+        """The attention of the tokens of a run of slices, heads side by side."""
+        first, start, stop = run[0], run[0].start, run[-1].stop
+        if stop - start < q_THQ.shape[0]:
+            q_THQ, latent_TC = q_THQ[start:stop], latent_TC[start:stop]
+        if first.context_len > 0:
+            length = first.context_len + first.stop - first.start
+            latent_TC = gather_blocks(self.cache_blocks, first.block_ids_B, length)
+        out_NSHV = prefill_attention(
+            q_THQ.view(len(run), -1, *q_THQ.shape[1:]),
+            latent_TC.view(len(run), -1, latent_TC.shape[1]),
+            up_HXC,
+            self.scale,
+        )
+        return out_NSHV.reshape(stop - start, -1)
+
+    def _queries(self, first_TX: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+        """[T, H, Q + P2], rotary part behind. first_TX: the queries, or their bottleneck."""
+        config = self.config
+        q_TX = first_TX if config.query_rank is None else self.q_b_proj.forward(self.q_a_layernorm.forward(first_TX))
+        q_THQ = q_TX.view(-1, config.num_heads, config.head_size)
+        rotary = q_THQ[..., config.query_size :]
+        apply_rope(rotary, cos_TP, sin_TP, interleaved=config.rope.interleaved, out=rotary)
+        return q_THQ

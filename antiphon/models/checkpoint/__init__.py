@@ -1,0 +1,1 @@
+"""Where weights come from: files, the hub, quantised formats, and dummies."""

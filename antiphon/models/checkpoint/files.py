@@ -1,0 +1,216 @@
+"""The safetensors files of a checkpoint's folder: which of them hold it, what is in them, and one tensor at a time.
+
+Which tensors a model needs is not known here: `match` compares the two, `weights` reads what a rank needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from antiphon.core.errors import ModelError
+from antiphon.models.checkpoint.block_fp8 import BlockFp8, scale_name
+from antiphon.models.config import ConfigFile, read_json
+
+__all__ = ["FLOAT8", "ITEM_BYTES", "Checkpoint", "StoredTensor", "missing_files"]
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""What a weight can be stored in without a scale, by the names of safetensors."""
+
+FLOAT8 = "F8_E4M3"
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
+_STRIPE_NUMBERS = 2**24  # of two tensors that are compared
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What the header of a file says of a tensor; dtype as safetensors names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """What a checkpoint is read from."""
+
+    weight_map: dict[str, str] | None  # of the index; None: all tensors of the single file
+    missing: list[str]
+    index_fault: str = ""  # why the index is passed over, if it is
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Files of weights that `Checkpoint` would need and that are not in the folder.
+
+    Raises `ModelError` for a wrong index without a file beside it that holds everything.
+    """
+    return _find_files(folder).missing
+
+
+def _find_files(folder: Path) -> _Files:
+    """The shards of the index; the single file where there is none, or where it is of no use."""
+    has_single = (folder / _SINGLE).is_file()
+    if not (folder / _INDEX).exists():
+        return _Files(weight_map=None, missing=[] if has_single else [_SINGLE])
+    try:
+        weight_map = _weight_map(folder)
+    except ModelError as error:
+        if not has_single:
+            raise
+        return _Files(weight_map=None, missing=[], index_fault=str(error))
+    names = set(weight_map.values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing and has_single:
+        fault = f"{len(missing)} of the {len(names)} files that {_INDEX} names are missing, such as {missing[0]}"
+        return _Files(weight_map=None, missing=[], index_fault=fault)
+    return _Files(weight_map=weight_map, missing=missing)
+
+
+def _chosen_files(folder: Path, *, single_file: bool) -> _Files:
+    """Those that were chosen before, and no others in their place if they have gone since."""
+    if not single_file:
+        return _Files(weight_map=_weight_map(folder), missing=[])
+    if not (folder / _SINGLE).is_file():
+        raise ModelError(f"{folder / _SINGLE} does not exist; download it again")
+    return _Files(weight_map=None, missing=[])
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{folder / _INDEX} has no weight_map of file names; download it again")
+    for name in set(weight_map.values()):
+        path = PurePosixPath(name)
+        if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
+            raise ModelError(
+                f"{folder / _INDEX} places tensors in {name!r}, but files outside of the folder are never opened; "
+                "download it again"
+            )
+    return weight_map
+
+
+class Checkpoint:
+    """The safetensors files of one folder. Opens files when they are needed and reads nothing before.
+
+    single_file: True to read `model.safetensors`, whatever an index says; False to read the shards of the index,
+    whatever is beside them. None reads the shards, or the single file if there is no index or if shards are missing.
+    index_fault: why an index is passed over. has_other_file: whether there is a `model.safetensors` that is not read.
+    Raises `ModelError` if there are none, or if the folder's config.json names a quantisation that is not supported.
+    """
+
+    def __init__(self, folder: Path, *, single_file: bool | None = None) -> None:
+        self.folder = folder
+        config = folder / "config.json"
+        self.block_fp8 = BlockFp8.read(ConfigFile(config)) if config.exists() else None
+        self._open_files: dict[str, tuple[Any, frozenset[str]]] = {}
+        files = _find_files(folder) if single_file is None else _chosen_files(folder, single_file=single_file)
+        self.index_fault = files.index_fault
+        if files.weight_map is not None:
+            self._file_of = files.weight_map
+        elif (folder / _SINGLE).is_file():
+            _, names = self._open(_SINGLE)
+            self._file_of = dict.fromkeys(names, _SINGLE)
+        else:
+            raise ModelError(f"{folder} has neither {_INDEX} nor {_SINGLE}; {_what_to_do(folder)}")
+        self.single_file = files.weight_map is None
+        self.has_other_file = (folder / _SINGLE).is_file() and _SINGLE not in self._file_of.values()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> set[str]:
+        """The names of all tensors, in the index or only in its files. Opens all files that exist."""
+        found = set(self._file_of)
+        for file_name in sorted(set(self._file_of.values())):
+            if (self.folder / file_name).is_file():
+                found |= self._open(file_name)[1]
+        return found
+
+    def stored(self, name: str) -> StoredTensor:
+        """From the header of the file. Raises `ModelError` if the tensor is missing."""
+        header = self._file_with(name).get_slice(name)
+        return StoredTensor(tuple(header.get_shape()), header.get_dtype())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, read now, on the CPU in the dtype that it is stored in."""
+        try:
+            tensor: torch.Tensor = self._file_with(name).get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{self.folder / self._file_of[name]} cannot be read ({error})") from error
+        return tensor
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two matrices are stored alike, number by number; reads them up to the first difference.
+
+        Quantised ones, whose numbers mean something by their scales only, are not.
+        """
+        stored = self.stored(first)
+        if stored != self.stored(second) or len(stored.shape) != 2 or stored.dtype not in ITEM_BYTES:
+            return False
+        if scale_name(first) in self or scale_name(second) in self:
+            return False
+        one, other = (self._file_with(name).get_slice(name) for name in (first, second))
+        num_rows, num_columns = stored.shape
+        step = max(1, _STRIPE_NUMBERS // max(1, num_columns))
+        return all(
+            torch.equal(one[start : start + step], other[start : start + step]) for start in range(0, num_rows, step)
+        )
+
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Names grouped by file, so that a file is read in one go."""
+        return sorted(names, key=lambda name: (self._file_of.get(name, ""), name))
+
+    def _file_with(self, name: str) -> Any:
+        file_name = self._file_of.get(name)
+        if file_name is None:
+            which = f" in {_SINGLE}, which is read because {self.index_fault}" if self.index_fault else ""
+            raise ModelError(
+                f"checkpoint {self.folder} has no tensor {name!r}{which}; download it again, or use its own config"
+            )
+        opened, names = self._open(file_name)
+        if name not in names:
+            raise ModelError(
+                f"checkpoint {self.folder} has no tensor {name!r}, though its index places it in {file_name}; "
+                "download it again"
+            )
+        return opened
+
+    def _open(self, file_name: str) -> tuple[Any, frozenset[str]]:
+        if file_name not in self._open_files:
+            path = self.folder / file_name
+            if not path.is_file():
+                files = set(self._file_of.values())
+                missing = [name for name in files if not (self.folder / name).is_file()]
+                raise ModelError(
+                    f"{path} does not exist, though the index names it ({len(missing)} of {len(files)} files are "
+                    "missing); download it again"
+                )
+            try:
+                opened: Any = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} cannot be opened ({error}); download it again") from error
+            self._open_files[file_name] = opened, frozenset(opened.keys())
+        return self._open_files[file_name]
+
+
+def _what_to_do(folder: Path) -> str:
+    others = sorted(path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern))
+    if not others:
+        return "pass the folder of a safetensors checkpoint"
+    return (
+        f"{others[0]} is of another format, so use a safetensors version of the model, or write one with "
+        "save_pretrained of transformers"
+    )

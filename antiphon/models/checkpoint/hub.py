@@ -1,0 +1,139 @@
+"""Models by their id on the Hugging Face hub: found in the cache, or downloaded, by the hub's own library.
+
+That library honours its variables: HF_HOME and HF_HUB_CACHE (where the cache is), HF_HUB_OFFLINE=1 (nothing is
+downloaded), HF_ENDPOINT, HF_TOKEN, HF_HUB_ETAG_TIMEOUT (seconds to wait for the hub), and shows its own progress bars.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.errors import ModelError, first_line
+from antiphon.models.checkpoint.files import missing_files
+from antiphon.models.checkpoint.presets import PRESETS
+
+__all__ = ["is_hub_id", "resolve_model"]
+
+logger = logging.getLogger("antiphon.models")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CONFIG_FILES = ["*.json"]
+_ALL_FILES = [*_CONFIG_FILES, "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+_NOT_LOADED = ["*/*", "consolidated*", "*.py"]
+"""Other formats, copies of the weights in the layout of their makers, and code, which is never executed."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` looks like `org/name`, not like any other path."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def resolve_model(name: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a checkpoint: `name` itself if it is a folder, else that of the hub's model of this id.
+
+    Only the front process calls it, before anything is started; workers get the folder. What the cache holds is not
+    downloaded again. If the hub does not answer, the cache is enough.
+    revision: branch, tag or commit of a hub's model; it has no effect on a folder. weights: False to leave them out.
+    Raises `ModelError` if there is no such folder, model or revision, or if it can be neither downloaded nor found in
+    the cache.
+    """
+    folder = Path(name).expanduser()
+    if str(name) and folder.is_dir():
+        if revision is not None:
+            logger.warning("revision=%r has no effect: the model %s is a folder, not downloaded", revision, name)
+        return folder
+    if isinstance(name, Path) or not is_hub_id(name):
+        raise ModelError(
+            f"model {str(name)!r} is not a folder, and not the id of a model on the hub (org/name); pass the folder of "
+            f"a Hugging Face checkpoint, an id, {BUNDLED_MODEL!r}, which is bundled, or for dummy weights one of "
+            f"{', '.join(PRESETS)}"
+        )
+    return _from_hub(name, revision, weights)
+
+
+def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
+    # Here, because importing them takes a while, and they read their variables then.
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hub_down = ""
+    try:
+        # The library asks the same again, but without a time limit.
+        HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise _refused(name, revision, error, constants.ENDPOINT) from error
+    except OfflineModeIsEnabled:
+        hub_down = "HF_HUB_OFFLINE forbids asking the hub"
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise _refused(name, revision, error, constants.ENDPOINT) from error
+        hub_down = f"the hub {constants.ENDPOINT} answers {error.response.status_code}"
+    except Exception as error:  # of the HTTP library, which the hub's library changes with its versions
+        hub_down = f"the hub {constants.ENDPOINT} cannot be reached ({_kind_and_line(error)})"
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_ALL_FILES if weights else _CONFIG_FILES,
+                ignore_patterns=_NOT_LOADED,
+                local_files_only=bool(hub_down),
+            )
+        )
+        if hub_down and not _is_complete(folder, weights):  # with the cache alone the library takes what is there
+            raise FileNotFoundError(folder)
+        return folder
+    except Exception as error:
+        if not hub_down:
+            raise _refused(name, revision, error, constants.ENDPOINT) from error
+        what = name if revision is None else f"{name}, revision {revision!r},"
+        remedy = "unset HF_HUB_OFFLINE" if "OFFLINE" in hub_down else "try again when it can, or set HF_ENDPOINT"
+        raise ModelError(
+            f"model {what} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and {hub_down}; {remedy}, "
+            "or pass the folder of a checkpoint"
+        ) from error
+
+
+def _is_complete(folder: Path, weights: bool) -> bool:
+    return (folder / "config.json").exists() and not (weights and missing_files(folder))
+
+
+def _refused(name: str, revision: str | None, error: Exception, endpoint: str) -> ModelError:
+    """What the hub's library raises, in one line: fact, limit, remedy."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RevisionNotFoundError):
+        return ModelError(
+            f"model {name} has no revision {revision!r} on the hub {endpoint}; use a branch, tag or commit that it has"
+        )
+    if isinstance(error, GatedRepoError):
+        return ModelError(
+            f"model {name} is gated: the hub {endpoint} gives it only to those who accepted its terms; accept them on "
+            "its page, and set HF_TOKEN"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return ModelError(
+            f"model {name!r} is not a folder, and the hub {endpoint} has no such model, or it is private; check the "
+            "name, and set HF_TOKEN for a private one"
+        )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return ModelError(
+            f"model {name} is refused by the hub {endpoint} ({error.response.status_code}); check HF_TOKEN"
+        )
+    return ModelError(
+        f"model {name} cannot be downloaded from the hub {endpoint} ({_kind_and_line(error)}); try again, what is "
+        "complete is kept"
+    )
+
+
+def _kind_and_line(error: Exception) -> str:
+    kind, told = type(error).__name__, first_line(error)
+    return kind if told == kind else f"{kind}: {told}"

@@ -1,0 +1,421 @@
+"""Options of `LLM`: ours by every way in, and the table of those that users of other engines type, on both ways in."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antiphon import LLM
+from antiphon.config.aliases import FOREIGN_OPTIONS
+from antiphon.config.describe import describe_config
+from antiphon.config.engine_config import EngineConfig
+from antiphon.config.keywords import OPTION_DEFAULTS, make_config
+from antiphon.config.resolve import ASCEND_DBO_VARIABLE, DBO_VARIABLE
+from antiphon.core.errors import OptionError
+from antiphon.core.policy import OPTION_NAMES, OverlapPolicy
+from tests.support.asked import AskedError, run_command, stop_before_start
+
+SAME: dict[str, Any] = {}
+SERVER = "it is an option of the server; leave it out, or use `antiphon serve`"
+NO_PARSERS = "there are no tools, and texts are not parsed; leave it out"
+ONE_HOST = "ranks are processes of one host; leave it out, and use ranks=N"
+TOKENIZER = "the tokenizer is that of the checkpoint; leave it out, or put other files into the model's folder"
+CONFIG = "what config.json says holds; leave it out, or change config.json in a copy of the checkpoint"
+GRAPHS = "steps are eager, there are no CUDA graphs yet"
+
+CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
+    # (name, value, what it means in our options, or the message of the refusal, or "note: ...")
+    ("enable_dbo", True, {"dbo": "on", "dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512}),
+    ("enable_dbo", False, {"dbo": "off"}),
+    ("enable_microbatching", True, {"dbo": "on", "dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512}),
+    ("enable_two_batch_overlap", False, {"dbo": "off"}),
+    ("microbatching_token_threshold", 40, {"dbo_decode_token_threshold": 40}),
+    ("microbatching_token_threshold", "4k", {"dbo_decode_token_threshold": 4000}),
+    ("num_ubatches", 3, {"micro_batches": 3}),
+    ("ubatch_size", 4, {"micro_batches": 4}),
+    ("ubatch_size", 0, SAME),
+    ("ubatch_size", 9, "micro_batches=9 is out of range; use 2 to 8"),
+    ("additional_config", {}, SAME),
+    ("additional_config", {"torchair_graph_config": {"enabled": False}}, SAME),
+    (
+        "additional_config",
+        {"torchair_graph_config": {"enabled": True}},
+        f"torchair_graph_config is enabled, but {GRAPHS}",
+    ),
+    ("additional_config", {"ascend_scheduler_config": {"enabled": True}}, "note: there is one scheduler"),
+    (
+        "additional_config",
+        {"min_total_tokens_to_split": 256, "min_prefill_tokens_to_split": 64, "imbalance_ratio": 0.2},
+        {"min_total_tokens_to_split": 256, "min_prefill_tokens_to_split": 64, "imbalance_ratio": 0.2},
+    ),
+    ("additional_config", {"num_micro_batches": 3}, {"micro_batches": 3}),
+    ("additional_config", {"min_total_tokens_to_splt": 1}, "did you mean 'min_total_tokens_to_split'?"),
+    ("additional_config", {"zzz": "x"}, "'zzz' is not known here; known here are "),
+    ("additional_config", 3, "additional_config=3 is not an object"),
+    ("data_parallel_size", 2, {"ranks": 2}),
+    ("data_parallel_size", 0, "ranks=0 is not a count"),
+    ("dp", 4, {"ranks": 4}),
+    ("tensor_parallel_size", 1, SAME),
+    ("tensor_parallel_size", 16, "there is no tensor parallelism yet; use ranks=N"),
+    ("tp", 2, "there is no tensor parallelism yet; use ranks=N"),
+    ("pipeline_parallel_size", 1, SAME),
+    ("pp", 2, "there is no pipeline parallelism; use ranks=N"),
+    ("enable_expert_parallel", True, SAME),
+    ("enable_expert_parallel", False, "experts are always shared out over the ranks; use ranks=1"),
+    ("expert_placement_strategy", "linear", SAME),
+    ("expert_placement_strategy", "round_robin", "experts lie in order; use 'linear'"),
+    ("enable_eplb", True, "experts are not moved while running; leave it out"),
+    ("enable_eplb", False, SAME),
+    ("all2all_backend", "deepep_low_latency", "Antiphon's own transports; use transport='auto'"),
+    ("all2all_backend", "naive", "use transport='allgather'"),
+    ("moe_a2a_backend", "deepep", "use transport='auto'"),
+    ("distributed_executor_backend", "mp", SAME),
+    ("distributed_executor_backend", "ray", "ranks are processes of this host; leave it out"),
+    ("data_parallel_size_local", 1, ONE_HOST),
+    ("data_parallel_address", "10.0.0.1", ONE_HOST),
+    ("data_parallel_rpc_port", 13345, ONE_HOST),
+    ("headless", True, ONE_HOST),
+    ("disable_custom_all_reduce", True, "note: nothing is all-reduced"),
+    ("enforce_eager", True, SAME),
+    ("enforce_eager", False, GRAPHS),
+    ("compilation_config", {"cudagraph_mode": "none"}, SAME),
+    ("compilation_config", {"cudagraph_mode": "NONE", "mode": 0, "cudagraph_capture_sizes": []}, SAME),
+    ("compilation_config", {}, SAME),
+    ("compilation_config", 0, SAME),
+    ("compilation_config", {"cudagraph_mode": "full_decode_only"}, f"cudagraph_mode='full_decode_only': {GRAPHS}"),
+    ("compilation_config", 3, "mode=3: nothing is compiled by torch.compile"),
+    ("compilation_config", {"splitting_ops": ["x"]}, "'splitting_ops' is not known here"),
+    ("cc", {"cudagraph_mode": "full"}, GRAPHS),
+    ("cudagraph_capture_sizes", ["1", "2"], f"{GRAPHS}; leave it out"),
+    ("async_scheduling", True, "a step is scheduled when the one before has ended; leave it out"),
+    ("speculative_config", {"method": "mtp"}, "there is no speculative decoding; leave it out"),
+    ("enable_prefix_caching", False, {"prefix_caching": False}),
+    ("enable_prefix_caching", True, SAME),
+    ("enable_chunked_prefill", False, {"chunked_prefill": False}),
+    ("kv_cache_memory_bytes", 2**26, {"kv_cache_memory": 2**26}),
+    ("kv_cache_memory_bytes", "64MiB", {"kv_cache_memory": 2**26}),
+    ("kv_cache_memory_bytes", "64Q", "'64Q' is not a number of bytes; use a number such as "),
+    ("mem_fraction_static", 0.8, {"gpu_memory_utilization": 0.8}),
+    ("kv_cache_dtype", "auto", SAME),
+    ("kv_cache_dtype", "fp8", "the KV cache has the dtype of the computation; use 'auto'"),
+    ("num_gpu_blocks_override", 100, "the KV cache is sized by its memory; use kv_cache_memory=BYTES"),
+    ("swap_space", 4, "note: requests that are preempted are computed again"),
+    ("cpu_offload_gb", 0, SAME),
+    ("cpu_offload_gb", 8, "weights stay on their device; use more ranks"),
+    ("model_path", "glm-4.5-air", {"model": "glm-4.5-air"}),
+    ("trust_remote_code", True, "note: nothing that a checkpoint brings is executed"),
+    ("quantization", "fp8", "weights are quantised only by their checkpoint"),
+    ("tokenizer", "org/other", TOKENIZER),
+    ("tokenizer_mode", "auto", SAME),
+    ("tokenizer_mode", "slow", "there is one kind of tokenizer; use 'auto'"),
+    ("tokenizer_revision", "main", TOKENIZER),
+    ("code_revision", "main", "note: nothing that a checkpoint brings is executed"),
+    ("hf_overrides", {"a": 1}, CONFIG),
+    ("hf_overrides", {"architectures": ["DeepseekDBOForCausalLM"]}, {"dbo": "on"}),
+    ("hf_overrides", {"architectures": ["DeepseekV2ForCausalLM"]}, CONFIG),
+    ("rope_scaling", {"factor": 2}, CONFIG),
+    ("generation_config", "vllm", "note: only the end-of-sequence tokens are read from it"),
+    ("download_dir", "/data", "downloads go into the hub library's cache; use the environment variable HF_HUB_CACHE"),
+    ("hf_token", "secret", "use the environment variable HF_TOKEN"),
+    ("enable_lora", True, "there are no adapters; merge them into the checkpoint"),
+    ("lora_modules", ["a=b", "c=d"], "there are no adapters; merge them into the checkpoint"),
+    ("task", "generate", SAME),
+    ("runner", "pooling", "text is all it generates; leave it out"),
+    ("disable_log_requests", True, SAME),
+    ("enable_log_requests", True, "what is asked is never logged; leave it out"),
+    ("enable_log_requests", False, SAME),
+    ("disable_log_stats", True, SAME),
+    ("host", "0.0.0.0", SERVER),
+    ("port", 8000, SERVER),
+    ("served_model_name", ["x", "y"], SERVER),
+    ("allowed_origins", ["*"], SERVER),
+    ("allowed_methods", ["GET"], SERVER),
+    ("allowed_headers", ["authorization"], SERVER),
+    ("allow_credentials", True, SERVER),
+    ("middleware", ["a.B"], "the server runs no code of others; put a proxy in front"),
+    ("api_key", "x", SERVER),
+    ("chat_template", "x", "the chat template is that of the checkpoint; leave it out"),
+    ("tool_call_parser", "x", NO_PARSERS),
+    ("enable_auto_tool_choice", True, NO_PARSERS),
+    ("reasoning_parser", "x", SERVER),
+    ("default_chat_template_kwargs", {"enable_thinking": False}, SERVER),
+]
+
+
+@pytest.fixture
+def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_before_start(monkeypatch)
+
+
+def as_words(name: str, value: object) -> list[str]:
+    """How the option is typed."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    dashes = "-" if len(name) == 2 else "--"
+    words = value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)]
+    return [f"{dashes}{flag}", *words]
+
+
+def by_command_line(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    run_command(monkeypatch, "generate", "--prompt", "x", *words)
+
+
+def by_file(monkeypatch: pytest.MonkeyPatch, folder: Path, options: dict[str, Any]) -> None:
+    (folder / "options.yaml").write_text(json.dumps(options))  # which is YAML too
+    by_command_line(monkeypatch, "--config", str(folder / "options.yaml"))
+
+
+@pytest.mark.usefixtures("no_start")
+@pytest.mark.parametrize("way", ["LLM", "command line", "file"])
+@pytest.mark.parametrize(("name", "value", "outcome"), CASES)
+def test_options_of_other_engines(
+    name: str,
+    value: Any,
+    outcome: dict[str, Any] | str,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises((AskedError, OptionError)) as ended, caplog.at_level(logging.WARNING):
+        if way == "LLM":
+            LLM(**{name: value})
+        elif way == "file":
+            by_file(monkeypatch, tmp_path, {name: value})
+        else:
+            by_command_line(monkeypatch, *as_words(name, value))
+    text = str(ended.value)
+    if isinstance(outcome, str) and not outcome.startswith("note: "):
+        assert isinstance(ended.value, OptionError), text
+        assert outcome in text
+        assert "\n" not in text
+        return
+    assert isinstance(ended.value, AskedError), text
+    own = outcome if isinstance(outcome, dict) else {}
+    assert ended.value.config == make_config(dict(OPTION_DEFAULTS) | own, {})
+    if isinstance(outcome, str):
+        (note,) = caplog.messages
+        assert outcome.removeprefix("note: ") in note and name in note
+    else:
+        assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["hf_token", "api_key"])
+def test_secrets_are_not_repeated(name: str) -> None:
+    with pytest.raises(OptionError) as ended:
+        LLM(**{name: "hf_12345"})
+    assert "12345" not in str(ended.value)
+
+
+def test_every_option_of_the_table_is_tested() -> None:
+    tested = {name for name, _, _ in CASES}
+    for option in FOREIGN_OPTIONS:
+        assert tested & set(option.names), option.name
+
+
+def test_no_name_is_both_ours_and_another_engines() -> None:
+    names = [name for option in FOREIGN_OPTIONS for name in option.names]
+    assert len(names) == len(set(names))
+    assert not set(names) & set(OPTION_DEFAULTS)
+
+
+@pytest.mark.usefixtures("no_start")
+@pytest.mark.parametrize(
+    ("options", "words", "pattern"),
+    [
+        (
+            {"data_parallel_size": 2, "ranks": 4},
+            ["--ranks", "4", "-dp", "2"],
+            "means ranks=2, but ranks=4 is asked for",
+        ),
+        ({"enable_dbo": True, "dbo": "off"}, ["--enable-dbo", "--dbo=off"], "means dbo='on', but dbo='off' is asked"),
+        (
+            {"enable_dbo": True, "enable_microbatching": False},
+            ["--enable-dbo", "--no-enable-microbatching"],
+            "means dbo=",
+        ),
+        (
+            {"microbatching_token_threshold": 5, "dbo_decode_token_threshold": 6},
+            ["--microbatching-token-threshold", "5", "--dbo_decode_token_threshold", "6"],
+            "means dbo_decode_token_threshold=5, but dbo_decode_token_threshold=6 is asked for too; use one of them",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other(
+    options: dict[str, Any], words: list[str], pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match=pattern):
+        LLM(**options)
+    with pytest.raises(OptionError, match=pattern):
+        by_command_line(monkeypatch, *words)
+
+
+@pytest.mark.usefixtures("no_start")
+def test_a_default_on_the_command_line_contradicts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="means ranks=2, but ranks=1 is asked for too"):
+        by_command_line(monkeypatch, "--ranks", "1", "--data-parallel-size", "2")
+
+
+@pytest.mark.usefixtures("no_start")
+def test_thresholds_that_are_given_win_over_those_of_enable_dbo(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = OverlapPolicy(dbo="on", prefill_threshold=100, decode_threshold=32)
+    with pytest.raises(AskedError) as ended:
+        LLM(enable_dbo=True, dbo_prefill_token_threshold=100)
+    assert ended.value.config.policy == expected
+    with pytest.raises(AskedError) as ended:
+        by_command_line(monkeypatch, "--enable-dbo", "--dbo-prefill-token-threshold", "100")
+    assert ended.value.config.policy == expected
+
+
+def test_the_options_of_llm_and_their_defaults_are_those_of_the_engine() -> None:
+    parameters = inspect.signature(LLM.__init__).parameters
+    own = {name: p.default for name, p in parameters.items() if name not in ("self", "on_start", "foreign")}
+    assert own == dict(OPTION_DEFAULTS)
+    assert set(OPTION_NAMES.values()) <= set(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("rank", "'ranks'"),
+        ("max_num_seq", "'max_num_seqs'"),
+        ("enable_dboo", "'enable_dbo'"),
+        ("tensor_parallel", "'tensor_parallel_size'"),
+        ("min_total_tokens", "'min_total_tokens_to_split'"),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(OptionError, match=f"there is no option '{name}'; did you mean {near}"):
+        LLM(**{name: 2})
+
+
+def test_an_option_far_from_all_gives_the_list() -> None:
+    with pytest.raises(OptionError, match="there is no option 'zzz'; options are 'model', "):
+        LLM(zzz=1)
+
+
+# ---- the environment
+
+
+@pytest.mark.parametrize(
+    ("setting", "dbo"), [("1", "on"), ("0", "off"), ("on", "on"), ("off", "off"), ("auto", "auto")]
+)
+def test_the_environment_says_what_auto_is(setting: str, dbo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DBO_VARIABLE, setting)
+    config = EngineConfig(ranks=2).resolve()
+    assert config.options.policy.dbo == config.policy.dbo == dbo
+    assert dict(describe_config(config))["dbo"].endswith(f"by {DBO_VARIABLE}={setting}")
+    assert EngineConfig(policy=OverlapPolicy(dbo="off")).resolve().policy.dbo == "off"
+    assert EngineConfig(policy=OverlapPolicy(dbo="on")).resolve().dbo_source == ""
+
+
+@pytest.mark.parametrize(
+    ("dbo", "ours", "ascend", "expected", "source", "told"),
+    [
+        ("auto", None, "1", "on", "VLLM_ASCEND_ENABLE_DBO=1", []),
+        ("auto", None, "0", "auto", "", []),
+        ("auto", "off", "0", "off", "ANTIPHON_DBO=off", []),
+        ("auto", "1", "1", "on", "ANTIPHON_DBO=1", []),
+        (
+            "auto",
+            "off",
+            "1",
+            "off",
+            "ANTIPHON_DBO=off",
+            ["VLLM_ASCEND_ENABLE_DBO=1 has no effect: ANTIPHON_DBO=off asks for dbo='off', and comes first"],
+        ),
+        ("on", None, "1", "on", "", []),
+        (
+            "off",
+            None,
+            "1",
+            "off",
+            "",
+            ["VLLM_ASCEND_ENABLE_DBO=1 has no effect: the option asks for dbo='off', and comes first"],
+        ),
+        (
+            "off",
+            "on",
+            None,
+            "off",
+            "",
+            ["ANTIPHON_DBO=on has no effect: the option asks for dbo='off', and comes first"],
+        ),
+    ],
+)
+def test_vllm_ascends_variable_acts_as_ours_and_comes_last(
+    dbo: str,
+    ours: str | None,
+    ascend: str | None,
+    expected: str,
+    source: str,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, value in ((DBO_VARIABLE, ours), (ASCEND_DBO_VARIABLE, ascend)):
+        if value is None:
+            monkeypatch.delenv(variable, raising=False)
+        else:
+            monkeypatch.setenv(variable, value)
+    config = EngineConfig(ranks=2, policy=OverlapPolicy(dbo=dbo)).resolve()
+    assert (config.policy.dbo, config.dbo_source) == (expected, source)
+    assert dict(describe_config(config))["dbo"].endswith(f", by {source}") or not source
+    assert config.without_effect() == told
+
+
+@pytest.mark.parametrize(
+    ("variable", "known"), [("ANTIPHON_DBO", "0, 1, auto, off, on"), ("VLLM_ASCEND_ENABLE_DBO", "0, 1")]
+)
+def test_an_unknown_setting_of_the_environment_is_refused(
+    variable: str, known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "yes")
+    with pytest.raises(OptionError, match=f"{variable}='yes' is not known; use one of {known}"):
+        EngineConfig().resolve()
+
+
+@pytest.mark.usefixtures("no_start")
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("VLLM_ALL2ALL_BACKEND", "pplx", ["VLLM_ALL2ALL_BACKEND=pplx is not obeyed here; use transport='auto' or "]),
+    ],
+)
+def test_variables_of_other_engines_are_not_obeyed_and_said_so(
+    variable: str, value: str, told: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(AskedError) as ended:
+        LLM()
+    assert ended.value.config.policy.dbo == "auto"
+    assert [message[: len(start)] for message, start in zip(caplog.messages, told, strict=True)] == told
+
+
+# ---- what the start-up block says
+
+
+@pytest.mark.parametrize(
+    ("options", "heading", "words"),
+    [
+        (
+            {},
+            "KV cache",
+            "139,792 tokens a rank (256 MiB, the default for CPUs), texts up to 4,096 tokens, prefix caching on",
+        ),
+        ({"prefix_caching": False}, "KV cache", "prefix caching off"),
+        (
+            {"max_num_batched_tokens": 300},
+            "steps",
+            "up to 300 tokens and 256 requests a rank; prompts may take several",
+        ),
+        ({"chunked_prefill": False}, "steps", "prompts are cut only where they are longer than that"),
+    ],
+)
+def test_the_start_up_block(options: dict[str, Any], heading: str, words: str) -> None:
+    assert words in dict(describe_config(EngineConfig(**options).resolve()))[heading]
