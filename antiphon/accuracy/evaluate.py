@@ -10,8 +10,6 @@ from antiphon.accuracy.word_problems import word_problems
 from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.llm import LLM
 
-__all__ = ["solve_word_problems"]
-
 
 def solve_word_problems(
     llm: LLM, *, num: int | None = None, max_tokens: int = 100, compare: bool = False, say: Callable[[str], None]

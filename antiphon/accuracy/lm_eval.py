@@ -15,8 +15,6 @@ from pathlib import Path
 import antiphon
 from antiphon.core.errors import AntiphonError, OptionError
 
-__all__ = ["TASKS", "main"]
-
 TASKS = Path(antiphon.__file__).parent / "data" / "lm_eval"
 """What `--include_path` takes."""
 

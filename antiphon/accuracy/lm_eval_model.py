@@ -27,8 +27,6 @@ from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.frontend.llm import LLM
 from antiphon.frontend.tokenizer_files import load_tokenizer
 
-__all__ = ["AntiphonLM"]
-
 logger = logging.getLogger("antiphon")
 
 _DEVICE_OF_HARNESS = "cuda:0"

@@ -9,8 +9,6 @@ from datasets import Dataset, DatasetDict
 from antiphon.core.bundled import bundled_model
 from antiphon.core.lines import json_lines
 
-__all__ = ["load_word_problems"]
-
 _NUM_EXAMPLES = 32
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from antiphon.core.bundled import bundled_model
 from antiphon.core.lines import json_lines
 
-__all__ = ["WordProblem", "word_problems"]
-
 _ANSWER = re.compile(r"####\s*(-?\d+)")
 
 

@@ -21,8 +21,6 @@ from antiphon.comm import RankGroup
 from antiphon.device.device import synchronize
 from antiphon.device.timing import timer_for
 
-__all__ = ["ArmClock", "Timed", "meet", "tell"]
-
 T = TypeVar("T")
 
 _LOADED_S = time.perf_counter()

@@ -17,8 +17,6 @@ from antiphon.bench.conditions import conditions, rank_environment
 from antiphon.bench.measures import Summary, gigabytes_per_s, overlap_efficiency, slowest_rank
 from antiphon.bench.ranks import run_on_ranks
 
-__all__ = ["CommOptions", "print_exchanges", "run_comm", "summarize_exchanges"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommOptions:

@@ -26,8 +26,6 @@ from antiphon.device.device import describe
 from antiphon.machine.versions import versions
 from antiphon.runtime import run_lanes, streams_for, switch
 
-__all__ = ["measure_exchanges"]
-
 NUM_LANES = 2
 TOP_K = 8
 _EXPERTS_PER_RANK = 8

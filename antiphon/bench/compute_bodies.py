@@ -16,8 +16,6 @@ import torch.nn.functional as F
 
 from antiphon.kernels.grouped_experts import grouped_product
 
-__all__ = ["BODY_NAMES", "UNITS", "Body", "make_body"]
-
 UNITS = 16
 """Units of one launch."""
 

@@ -12,19 +12,6 @@ from antiphon.comm import parse_transport
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.sizes import parse_size
 
-__all__ = [
-    "check_ranks",
-    "check_writable",
-    "conditions",
-    "parse_counts",
-    "parse_names",
-    "parse_numbers",
-    "parse_sizes",
-    "rank_environment",
-    "settle_transports",
-    "write_json",
-]
-
 _RANGE_STEP = 4
 _NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
 

@@ -33,8 +33,6 @@ from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.async_engine import AsyncEngine
 from antiphon.machine.versions import versions
 
-__all__ = ["DboOptions", "compare_modes", "print_dbo", "run_dbo"]
-
 _FIGURES = {
     "request_throughput": "requests/s",
     "output_throughput": "output tokens/s",

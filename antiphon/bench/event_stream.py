@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["EventStream"]
-
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

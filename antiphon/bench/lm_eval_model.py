@@ -1,3 +1,3 @@
 """The former name of `antiphon.accuracy.lm_eval_model`."""
 
-from antiphon.accuracy.lm_eval_model import *  # noqa: F403
+from antiphon.accuracy.lm_eval_model import AntiphonLM as AntiphonLM

@@ -12,15 +12,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = [
-    "StepTimes",
-    "Summary",
-    "gigabytes_per_s",
-    "overlap_efficiency",
-    "slowest_rank",
-    "step_figures",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Summary:

@@ -21,8 +21,6 @@ from antiphon.bench.measures import StepTimes, Summary, slowest_rank, step_figur
 from antiphon.bench.ranks import run_on_ranks
 from antiphon.core.errors import AntiphonError
 
-__all__ = ["OutputsDiffer", "OverlapOptions", "check_outputs", "print_steps", "run_overlap", "summarize_steps"]
-
 _LIMITS = {"float64": (1e-9, 1e-8), "float32": (1e-3, 1e-2), "bfloat16": (0.1, 0.5)}
 """Largest relative error of all hidden states, and of one token's, by dtype. Rounding grows with depth; a transport
 that loses or mixes up a row is wrong by about 1 in that token."""

@@ -37,8 +37,6 @@ from antiphon.models.moe import Experts, MoELayer
 from antiphon.runtime import finish, run_lanes, streams_for
 from antiphon.splitting import find_cut, join, split
 
-__all__ = ["ARMS", "HasModules", "Trial", "measure_steps", "relative_errors", "use_transport"]
-
 ARMS = ("S", "C", "M", "D", "C2")
 _WARM_UPS = 2
 _BLOCK_SIZE = 16

@@ -14,8 +14,6 @@ from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.frontend.llm import LLM
 from antiphon.timeline import StepOverlap, StepTimeline, measure_overlap
 
-__all__ = ["Arm", "interleaved_arms", "prefill_step", "simulated_transport", "tuned_link"]
-
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 
 LINK_LATENCY_S = 100e-6

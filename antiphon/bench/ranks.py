@@ -26,8 +26,6 @@ from typing import Any
 
 from antiphon.core.errors import AntiphonError, ModelError, OptionError
 
-__all__ = ["RanksError", "run_on_ranks"]
-
 _TASK_FILE = "task.json"
 _MEETING_FILE = "meeting"
 _PROGRESS_FILE = "progress"

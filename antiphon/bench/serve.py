@@ -26,8 +26,6 @@ from antiphon.bench.serve_client import Answered, Target, ask_server
 from antiphon.bench.serve_workload import Ask, Workload, arrival_times, make_asks
 from antiphon.core.errors import AntiphonError, OptionError, unknown_value
 
-__all__ = ["METRICS", "ServeOptions", "run_serve", "serve_figures", "timed_load"]
-
 METRICS = {
     "ttft": "time to first token",
     "tpot": "time per output token, without the first",

@@ -17,8 +17,6 @@ import httpx
 from antiphon.bench.event_stream import EventStream
 from antiphon.bench.serve_workload import Ask
 
-__all__ = ["Answered", "Target", "ask_server", "request_body"]
-
 _TOLD = 300  # characters of an answer that are kept of an error
 _PIECES = ("content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call")
 """What tokens of a chat become: a chunk with one of these is a chunk of tokens."""

@@ -15,8 +15,6 @@ from antiphon.bench.conditions import check_writable
 from antiphon.bench.serve import METRICS, ServeOptions
 from antiphon.core.lines import JSON_ESCAPES
 
-__all__ = ["DETAILS", "check_result_path", "print_serve", "result_path", "without_details", "write_result"]
-
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "reasoning_texts", "errors")
 
 

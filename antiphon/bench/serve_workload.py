@@ -16,11 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from antiphon.core.checks import is_whole, unicode_fault
-from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.errors import OptionError, is_whole, unicode_fault, unknown_value
 from antiphon.core.lines import json_lines
-
-__all__ = ["DATASETS", "Ask", "Workload", "arrival_times", "make_asks", "random_asks"]
 
 logger = logging.getLogger("antiphon")
 

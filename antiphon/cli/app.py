@@ -18,8 +18,6 @@ from antiphon.cli.generate import generate
 from antiphon.cli.serve import serve
 from antiphon.core.errors import AntiphonError
 
-__all__ = ["app", "main"]
-
 _USAGE_ERROR = 2
 
 app = typer.Typer(

@@ -18,20 +18,8 @@ from typing import Any
 import yaml
 
 from antiphon.config.aliases import foreign_option, unknown_option
-from antiphon.core.checks import is_number, is_whole
-from antiphon.core.errors import OptionError
+from antiphon.core.errors import OptionError, is_number, is_whole
 from antiphon.core.sizes import parse_size
-
-__all__ = [
-    "CONFIG_FLAG",
-    "SEVERAL_WORDS",
-    "Arguments",
-    "ConfigFile",
-    "OwnOption",
-    "json_object",
-    "read_config_file",
-    "separate",
-]
 
 CONFIG_FLAG = "--config"
 

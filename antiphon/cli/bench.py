@@ -12,8 +12,6 @@ from antiphon.cli.size_option import size_option
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, unknown_value
 
-__all__ = ["bench_app"]
-
 bench_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,

@@ -12,8 +12,6 @@ from antiphon.cli.size_option import size_option
 from antiphon.cli.start import say
 from antiphon.core.errors import OptionError
 
-__all__ = ["dbo"]
-
 _TABLE_WIDTH = 140
 
 

@@ -11,8 +11,6 @@ from antiphon.config.describe import describe_config
 from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.llm import LLM
 
-__all__ = ["run_demo"]
-
 NUM_PROBLEMS = 32
 NUM_SHOWN = 3
 NUM_TRIAL_PROMPTS = 64

@@ -19,8 +19,6 @@ from antiphon.comm.usable import Advice, Usability, advise, format_bytes, format
 from antiphon.machine.facts import UNLIMITED, Check, Facts, Gpus
 from antiphon.machine.probe import examine_machine
 
-__all__ = ["run_doctor"]
-
 _RANKS_WITHOUT_GPUS = 2
 
 

@@ -20,8 +20,6 @@ from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError
 from antiphon.core.policy import DBO_MODES, SPLIT_RULES
 
-__all__ = ["engine_command"]
-
 logger = logging.getLogger("antiphon")
 
 _FOREIGN = "antiphon.foreign"

@@ -11,8 +11,6 @@ from rich.console import Console
 from antiphon.cli.size_option import size_option
 from antiphon.cli.start import say, started
 
-__all__ = ["word_problems"]
-
 
 def word_problems(
     engine: dict[str, Any],

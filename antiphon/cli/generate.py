@@ -24,8 +24,6 @@ from antiphon.core.lines import JSON_ESCAPES
 if TYPE_CHECKING:
     from antiphon.core.sampling import CompletionOutput, GeneratedOutput
 
-__all__ = ["generate"]
-
 _NO_THINKING = '{"enable_thinking": false}'
 
 

@@ -13,8 +13,6 @@ from antiphon.core.lines import json_lines, split_lines
 if TYPE_CHECKING:
     from antiphon.frontend.llm import LLM
 
-__all__ = ["Chat", "Prompt", "as_chats", "format_prompts", "read_prompts"]
-
 _PROMPT_LINE = 'a JSON object with a text "prompt", or one of token ids, or with "messages"'
 
 

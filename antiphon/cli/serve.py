@@ -12,8 +12,6 @@ from antiphon.cli.arguments import SEVERAL_WORDS, json_object
 from antiphon.cli.size_option import size_option
 from antiphon.cli.start import say
 
-__all__ = ["serve"]
-
 
 def serve(
     engine: dict[str, Any],

@@ -10,8 +10,6 @@ import typer
 from antiphon.core.errors import OptionError
 from antiphon.core.sizes import parse_size
 
-__all__ = ["Size", "size_option"]
-
 
 @dataclass(frozen=True, slots=True)
 class Size:

@@ -12,8 +12,6 @@ from rich.text import Text
 if TYPE_CHECKING:
     from antiphon.frontend.llm import LLM
 
-__all__ = ["say", "started"]
-
 
 @contextmanager
 def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:

@@ -19,8 +19,6 @@ import torch
 
 from antiphon.comm.progress import ProgressBoard
 
-__all__ = ["ALL_PEERS", "DeviceWatch", "WatchWord"]
-
 logger = logging.getLogger("antiphon.comm")
 
 _MAX_WORDS = 64

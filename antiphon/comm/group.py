@@ -21,8 +21,6 @@ from antiphon.comm.progress import ProgressBoard
 from antiphon.core.errors import OptionError, PeerError, first_line
 from antiphon.runtime import current_lane, num_lanes
 
-__all__ = ["Collective", "RankGroup", "located"]
-
 _FIRST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from antiphon.core.errors import OptionError
 
-__all__ = ["Link", "parse_link"]
-
 _BANDWIDTH_UNITS = {"KB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9}
 _LATENCY_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 

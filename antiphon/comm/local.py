@@ -7,8 +7,6 @@ import torch
 from antiphon.comm.tokens import Routes, Rows
 from antiphon.comm.transport import Flight, Transport
 
-__all__ = ["LocalTransport"]
-
 
 class LocalTransport(Transport):
     """Rows are the tokens themselves, and partial sums are the whole sums."""

@@ -11,8 +11,6 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["ProgressBoard"]
-
 _ROW_BYTES = 256
 
 

@@ -25,8 +25,6 @@ from antiphon.core.errors import OptionError, unknown_value
 from antiphon.machine.facts import peers_forbidden
 from antiphon.runtime import Streams
 
-__all__ = ["TransportSpec", "choose_transport", "create_transport", "load_transport", "parse_transport"]
-
 _CLASSES = {
     "local": "antiphon.comm.local:LocalTransport",
     "allgather": "antiphon.comm.collective.allgather:AllGatherTransport",

@@ -12,8 +12,6 @@ import torch
 from antiphon.comm.tokens import ExpertShape, Routes
 from antiphon.kernels.pack import pack_rows
 
-__all__ = ["LaneBuffers", "RowFormat", "aligned"]
-
 _ROW_ALIGNMENT = 16
 
 

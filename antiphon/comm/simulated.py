@@ -17,8 +17,6 @@ from antiphon.comm.link import Link
 from antiphon.comm.tokens import Routes, Rows
 from antiphon.comm.transport import DataPath, Flight, Transport, TransportPart
 
-__all__ = ["SimulatedTransport"]
-
 T = TypeVar("T")
 
 

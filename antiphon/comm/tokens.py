@@ -11,8 +11,6 @@ import torch
 
 from antiphon.core.errors import OptionError
 
-__all__ = ["ExpertShape", "Routes", "Rows"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertShape:

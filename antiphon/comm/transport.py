@@ -32,13 +32,6 @@ from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import Pending, Streams, current_lane
 
-__all__ = [
-    "DataPath",
-    "Flight",
-    "Transport",
-    "TransportPart",
-]
-
 T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 8192

@@ -18,8 +18,6 @@ from antiphon.core.errors import OptionError, unknown_value
 from antiphon.kernels.slow import LAUNCH_COST, LAUNCH_REMEDY
 from antiphon.machine.facts import UNLIMITED, Check, Facts, Peer, peers_forbidden
 
-__all__ = ["Advice", "Usability", "advise", "format_bytes", "format_cpus", "slab_bytes", "usable_transports"]
-
 _LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 """Of DeepSeek-V3: the largest rows that are usual."""
 

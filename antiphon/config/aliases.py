@@ -15,16 +15,6 @@ from antiphon.config.ascend_aliases import NO_GRAPHS, additional_config, as_obje
 from antiphon.config.option_sizes import as_number
 from antiphon.core.errors import OptionError
 
-__all__ = [
-    "FOREIGN_OPTIONS",
-    "ForeignOption",
-    "Meaning",
-    "Translation",
-    "foreign_option",
-    "translate",
-    "unknown_option",
-]
-
 _DBO_THRESHOLDS = {"dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512}
 
 

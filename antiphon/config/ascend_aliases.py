@@ -13,8 +13,6 @@ from typing import Any
 
 from antiphon.core.errors import OptionError
 
-__all__ = ["NO_GRAPHS", "additional_config", "as_object"]
-
 NO_GRAPHS = "steps are eager, there are no CUDA graphs yet"
 
 _Result = tuple[Mapping[str, Any], list[str]]

@@ -6,8 +6,6 @@ from antiphon.config.cache import block_bytes
 from antiphon.config.engine_config import ResolvedConfig
 from antiphon.core.policy import NEVER
 
-__all__ = ["describe_config"]
-
 
 def describe_config(config: ResolvedConfig) -> list[tuple[str, str]]:
     """(heading, text) of each line."""

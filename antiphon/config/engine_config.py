@@ -25,13 +25,10 @@ from antiphon.config.resolve import (
     settle_routing,
 )
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.checks import is_number, is_whole
-from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.errors import OptionError, is_number, is_whole, unknown_value
 from antiphon.core.policy import OverlapPolicy
 from antiphon.models import MatchedFiles, ModelConfig, RoutingSpec, expert_shape, match_checkpoint, read_config
 from antiphon.planning import Conditions, SettledPolicy, settle_policy
-
-__all__ = ["DTYPES", "EngineConfig", "ResolvedConfig"]
 
 logger = logging.getLogger("antiphon.engine")
 

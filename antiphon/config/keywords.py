@@ -14,8 +14,6 @@ from antiphon.config.engine_config import EngineConfig
 from antiphon.config.option_sizes import as_number
 from antiphon.core.policy import OPTION_NAMES, OverlapPolicy
 
-__all__ = ["OPTION_DEFAULTS", "make_config"]
-
 logger = logging.getLogger("antiphon")
 
 _FOREIGN_VARIABLES = {

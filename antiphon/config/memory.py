@@ -14,8 +14,6 @@ from antiphon.core.errors import OptionError
 from antiphon.machine.host import obtainable_memory
 from antiphon.models import weight_bytes
 
-__all__ = ["check_memory", "is_out_of_memory"]
-
 _ALLOCATOR_WORDS = ("can't allocate memory", "not enough memory")  # of torch on CPUs
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from antiphon.core.sizes import parse_size
 
-__all__ = ["BYTES_OPTIONS", "COUNT_OPTIONS", "as_number"]
-
 COUNT_OPTIONS = frozenset(
     {
         *("dbo_prefill_token_threshold", "dbo_decode_token_threshold"),

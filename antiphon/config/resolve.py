@@ -17,20 +17,6 @@ from antiphon.core.warn_once import warn_once
 from antiphon.device.device import DEVICE_KINDS, num_devices, nvidia_gpus
 from antiphon.models import PRESETS, RoutingSpec, parse_routing, resolve_model
 
-__all__ = [
-    "ASCEND_DBO_VARIABLE",
-    "DBO_VARIABLE",
-    "DEVICE_VARIABLE",
-    "LOAD_FORMATS",
-    "check_layers",
-    "overruled_dbo",
-    "settle_dbo",
-    "settle_device",
-    "settle_model",
-    "settle_peer_access",
-    "settle_routing",
-]
-
 logger = logging.getLogger("antiphon.engine")
 
 DEVICE_VARIABLE = "ANTIPHON_DEVICE"

@@ -19,17 +19,6 @@ import torch
 
 from antiphon.core.upload import upload
 
-__all__ = [
-    "AttentionMetadata",
-    "Batch",
-    "DecodeGroup",
-    "MicroBatch",
-    "PrefillSlice",
-    "RequestSlice",
-    "current_micro_batch",
-    "use_micro_batch",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSlice:

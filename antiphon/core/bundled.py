@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["BUNDLED_MODEL", "bundled_model"]
-
 BUNDLED_MODEL = "tiny-deepseek"
 
 

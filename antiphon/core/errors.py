@@ -1,30 +1,55 @@
-"""Every error that Antiphon raises on purpose. A message states fact, limit and remedy.
+"""Every error that Antiphon raises on purpose, and the checks of values that lead to most of them.
 
-`ValueError` family: the caller can mend it. `RuntimeError` family: a peer, a lane or the group failed.
+An error has fields, and its sentence is made of them:
+
+    raise OptionError(
+        f"max_model_len={asked} is too long",
+        limit=f"the model has {most} positions",
+        remedy=f"use at most {most}",
+        option="max_model_len",
+        value=asked,
+    )
+    # max_model_len=9000 is too long: the model has 4096 positions; use at most 4096
+
+`ValueError` family: the caller can correct it. `RuntimeError` family: a peer, a lane or the group failed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, TypeGuard
 
 from antiphon.core.lines import split_lines
 
-__all__ = [
-    "AntiphonError",
-    "EngineError",
-    "LaneError",
-    "ModelError",
-    "OptionError",
-    "PeerError",
-    "RequestError",
-    "first_line",
-    "unknown_value",
-]
-
 
 class AntiphonError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    fact: what is wrong. limit: the bound that was violated, "" if the fact says it all. remedy: what to do, "" if
+    nothing helps. option: the option, parameter or field at fault, as the caller spells it; value: what it was set to.
+    """
+
+    def __init__(
+        self, fact: str, *, limit: str = "", remedy: str = "", option: str | None = None, value: Any = None
+    ) -> None:
+        self.fact = fact
+        self.limit = limit
+        self.remedy = remedy
+        self.option = option
+        self.value = value
+        super().__init__(fact)
+
+    def __str__(self) -> str:
+        sentence = f"{self.fact}: {self.limit}" if self.limit else self.fact
+        return f"{sentence}; {self.remedy}" if self.remedy else sentence
+
+    def fields(self) -> dict[str, str | None]:
+        """The texts of the error, to rebuild it in another process by `type(error)(**error.fields())`."""
+        return {"fact": self.fact, "limit": self.limit, "remedy": self.remedy, "option": self.option}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.fact,), self.__dict__
 
 
 class OptionError(AntiphonError, ValueError):
@@ -40,11 +65,11 @@ class RequestError(AntiphonError, ValueError):
 
 
 class LaneError(AntiphonError, RuntimeError):
-    """A lane broke a rule of the runtime (state left changed, pending not finished, wrong order)."""
+    """A lane broke a rule of the runtime: state left changed, a pending not finished, or the wrong order."""
 
 
 class PeerError(AntiphonError, RuntimeError):
-    """A peer rank did not answer in time or ended. Fatal to the group."""
+    """A peer rank ended or did not answer in time. Fatal to the group."""
 
 
 class EngineError(AntiphonError, RuntimeError):
@@ -52,13 +77,34 @@ class EngineError(AntiphonError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, to be quoted in ours; its class's name if it says nothing."""
+    """The first line of another library's error, to quote in ours; its class name if it says nothing."""
     return next((line.strip() for line in split_lines(str(error)) if line.strip()), type(error).__name__)
 
 
 def unknown_value(option: str, value: object, valid: Iterable[str]) -> OptionError:
-    """The error for a value that is not one of `valid`, naming the nearest valid one."""
+    """The error for a value that is not one of `valid`; it names the nearest valid one."""
     names = sorted(valid)
     near = get_close_matches(str(value), names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return OptionError(f"{option}={value!r} is not known; use one of {', '.join(names)}{hint}")
+    return OptionError(
+        f"{option}={value!r} is not known", remedy=f"use one of {', '.join(names)}{hint}", option=option, value=value
+    )
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer; `True` is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number; `True` is not."""
+    return is_whole(value) or isinstance(value, float)
+
+
+def unicode_fault(text: str) -> str:
+    """Why a text cannot be encoded as UTF-8, such as half a surrogate pair from JSON escapes; "" if it can be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return str(error)
+    return ""

@@ -6,8 +6,6 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["socket_folder"]
-
 _LONGEST = 80  # bytes; a socket's path has a limit of about 100 characters
 
 

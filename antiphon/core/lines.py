@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["JSON_ESCAPES", "escape_json_lines", "json_lines", "one_line", "split_lines"]
-
 JSON_ESCAPES = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 """For `str.translate`: what JSON may leave as it is though some readers take it for the end of a line. Control
 characters JSON escapes anyway.

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-__all__ = ["MAX_LANES", "ROW_SIZE", "Plan", "Proposal", "Refusal", "plan_kind"]
-
 MAX_LANES = 8
 """Most lanes a plan can have: the row has a fixed size."""
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import zlib
 from dataclasses import asdict, dataclass, fields
 
-from antiphon.core.checks import is_number, is_whole
-from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.errors import OptionError, is_number, is_whole, unknown_value
 from antiphon.core.plan import MAX_LANES
-
-__all__ = ["DBO_MODES", "NEVER", "OPTION_NAMES", "SPLIT_RULES", "OverlapPolicy"]
 
 DBO_MODES = ("auto", "on", "off")
 

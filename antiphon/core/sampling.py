@@ -12,10 +12,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from antiphon.core.checks import is_number, is_whole, unicode_fault
-from antiphon.core.errors import OptionError
-
-__all__ = ["CompletionOutput", "GeneratedOutput", "Logprob", "SamplingParams"]
+from antiphon.core.errors import OptionError, is_number, is_whole, unicode_fault
 
 _MOST_N = 128
 _MOST_LOGPROBS = 20

@@ -11,8 +11,6 @@ from fractions import Fraction
 
 from antiphon.core.errors import OptionError
 
-__all__ = ["parse_size"]
-
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)([kmgt])(i?b)?", re.IGNORECASE)
 _WHAT_FITS = "auto"

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["upload"]
-
 
 def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Copies of CPU tensors, all of one dtype, on `device`, in order: views of one new buffer there.

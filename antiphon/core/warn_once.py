@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 from functools import lru_cache
 
-__all__ = ["warn_once"]
-
 logger = logging.getLogger("antiphon")
 
 _MOST_REMEMBERED = 256

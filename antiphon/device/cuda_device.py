@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["activate", "describe", "memory", "num_devices", "peak_bytes", "release_unused", "reset_peak", "synchronize"]
-
 
 def num_devices() -> int:
     """0 without a driver or with a CPU build of torch."""

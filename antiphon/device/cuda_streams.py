@@ -14,8 +14,6 @@ import torch
 from antiphon.core.errors import LaneError
 from antiphon.device.streams import Event
 
-__all__ = ["CudaStreams"]
-
 _HIGH_PRIORITY = -1
 
 

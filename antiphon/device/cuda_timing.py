@@ -6,8 +6,6 @@ import torch
 
 from antiphon.device.timing import Reading
 
-__all__ = ["CudaTimer", "cuda_versions"]
-
 
 class CudaTimer:
     """`StepTimer` of one CUDA device; events, so that the host's own time counts only where the device waits for it."""

@@ -19,21 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = [
-    "DEVICE_KINDS",
-    "DeviceMemory",
-    "activate",
-    "describe",
-    "device_for_rank",
-    "memory",
-    "num_devices",
-    "nvidia_gpus",
-    "peak_bytes",
-    "release_unused",
-    "reset_peak",
-    "synchronize",
-]
-
 DEVICE_KINDS = ("cpu", "cuda")
 
 _ROOT = Path("/")

@@ -21,8 +21,6 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["CpuStreams", "Event", "Streams", "streams_for"]
-
 
 class Event(Protocol):
     """A point on a stream."""

@@ -17,8 +17,6 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["CpuTimer", "Reading", "StepTimer", "timer_for"]
-
 
 @dataclass(frozen=True, slots=True)
 class Reading:

@@ -35,8 +35,6 @@ from antiphon.planning import Conditions, Planner, settle_policy
 from antiphon.runtime import Streams, streams_for
 from antiphon.timeline import StepRecorder
 
-__all__ = ["build_engine", "make_transport", "ready_message"]
-
 
 def build_engine(
     config: ResolvedConfig,

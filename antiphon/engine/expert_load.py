@@ -18,8 +18,6 @@ from antiphon.comm import Routes
 from antiphon.models import CausalLM
 from antiphon.models.moe import MoELayer
 
-__all__ = ["ExpertLoad"]
-
 _EVERY = 64  # steps
 
 

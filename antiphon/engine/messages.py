@@ -21,27 +21,6 @@ from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.engine.starting import Starting
 from antiphon.timeline import StepTimeline
 
-__all__ = [
-    "AllLoaded",
-    "Answer",
-    "Ask",
-    "Failed",
-    "FromWorker",
-    "Loaded",
-    "NewRequest",
-    "Ready",
-    "Reconfigure",
-    "Stop",
-    "ToWorker",
-    "Tokens",
-    "Warned",
-    "Work",
-    "decode_from_worker",
-    "decode_to_worker",
-    "encode",
-    "keep_all",
-]
-
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A checked request; see `engine.request.Request`."""

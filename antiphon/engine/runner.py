@@ -20,8 +20,6 @@ from antiphon.models import CausalLM
 from antiphon.runtime import Recorder, Streams, run_lanes
 from antiphon.splitting import cut_tensors, join_tensors
 
-__all__ = ["Runner"]
-
 
 class Runner:
     """Holds the model of this rank. reserved_sms: `Transport.num_sms`, which a split step leaves free."""

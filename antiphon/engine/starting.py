@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-__all__ = ["LOADING", "Starting", "Throttle", "describe_start"]
-
 LOADING = "loading the model"
 
 

@@ -10,8 +10,6 @@ from typing import Any
 from antiphon.core.plan import Plan, plan_kind
 from antiphon.timeline import OverlapTotals, StepTimeline, measure_overlap
 
-__all__ = ["SchedulerStats", "StepStats"]
-
 logger = logging.getLogger("antiphon.engine")
 
 

@@ -24,8 +24,6 @@ from antiphon.planning import Planner, exchange
 from antiphon.splitting import join, split
 from antiphon.timeline import StepRecorder
 
-__all__ = ["StepEngine", "StepResult"]
-
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

@@ -48,17 +48,6 @@ from antiphon.engine.step import StepEngine
 from antiphon.engine.worker_warnings import KeptWarnings
 from antiphon.models import MatchedFiles
 
-__all__ = [
-    "OPTIONS_FILE",
-    "PROGRESS_FILE",
-    "SOCKET_FILE",
-    "START_S",
-    "WorkerStart",
-    "main",
-    "read_report",
-    "report_and_exit",
-]
-
 logger = logging.getLogger("antiphon.engine.worker")
 
 OPTIONS_FILE = "options.json"

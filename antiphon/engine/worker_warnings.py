@@ -7,8 +7,6 @@ from collections import deque
 
 from antiphon.engine.messages import Warned
 
-__all__ = ["KeptWarnings", "SaidOnce"]
-
 
 class KeptWarnings(logging.Handler):
     """In a worker: what was logged as a warning, until it is sent. Errors are left out: `Failed` brings them."""

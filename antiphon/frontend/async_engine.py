@@ -36,8 +36,6 @@ from antiphon.frontend.prompts import Prompt, RequestMaker
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer, with_end_token_of
 from antiphon.frontend.worker_client import WorkerClient
 
-__all__ = ["AsyncEngine"]
-
 logger = logging.getLogger("antiphon.engine")
 
 _WAKE = "inproc://antiphon-wake"

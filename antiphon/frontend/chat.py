@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antiphon.core.checks import unicode_fault
-from antiphon.core.errors import RequestError
-
-__all__ = ["Message", "chat_messages", "joined_text"]
+from antiphon.core.errors import RequestError, unicode_fault
 
 Message = Mapping[str, Any]
 """`role` and `content`, a text or parts of type text; what else is there is the template's to use."""

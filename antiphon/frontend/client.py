@@ -18,8 +18,6 @@ from antiphon.engine.starting import Starting
 from antiphon.engine.step import StepEngine
 from antiphon.timeline import StepTimeline
 
-__all__ = ["Client", "InProcessClient"]
-
 
 class Client(Protocol):
     """The ranks, as the front sees them. After an error every call raises `EngineError`.

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from antiphon.frontend.token_bytes import num_unfinished_bytes
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
-__all__ = ["Detokenizer", "TextBefore", "whole_characters"]
-
 _UNKNOWN = "\ufffd"
 _MOST_HELD = 16  # tokens that may wait for the rest of a character; one has 4 bytes at most
 _LONGEST_BEGINNING = 3  # bytes of a character that is not complete

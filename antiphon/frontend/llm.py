@@ -29,8 +29,6 @@ from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer, with_end_token_o
 from antiphon.frontend.worker_client import WorkerClient
 from antiphon.timeline import StepTimeline
 
-__all__ = ["LLM"]
-
 logger = logging.getLogger("antiphon")
 
 

@@ -11,8 +11,6 @@ from antiphon.core.errors import EngineError
 from antiphon.engine.scheduling.request import TokenOutput
 from antiphon.frontend.outputs import Collector, Delta
 
-__all__ = ["OpenRequest", "StreamItem"]
-
 
 @dataclass(frozen=True, slots=True)
 class StreamItem:

@@ -23,8 +23,6 @@ from antiphon.engine.scheduling.sampled import NewToken
 from antiphon.frontend.detokenizer import Detokenizer, TextBefore
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
-__all__ = ["Collector", "Delta", "StopFinder"]
-
 
 class StopFinder:
     """Looks for stop strings in a text that grows. Of several the one that is complete first is found.

@@ -11,13 +11,10 @@ from typing import Any
 import torch
 
 from antiphon.config.engine_config import ResolvedConfig
-from antiphon.core.checks import is_whole, unicode_fault
-from antiphon.core.errors import RequestError
+from antiphon.core.errors import RequestError, is_whole, unicode_fault
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.scheduling.request import Request
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
-
-__all__ = ["Prompt", "RequestMaker", "child_seed", "params_for", "plain_ints", "prompt_list"]
 
 Prompt = str | Sequence[int]
 

@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["bytes_reader", "num_unfinished_bytes"]
-
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 

@@ -14,8 +14,6 @@ from antiphon.frontend.chat import Message, chat_messages
 from antiphon.frontend.token_bytes import bytes_reader
 from antiphon.frontend.tokenizer_files import load_tokenizer
 
-__all__ = ["NoTokenizer", "Tokenizer", "with_end_token_of"]
-
 logger = logging.getLogger("antiphon.engine")
 
 

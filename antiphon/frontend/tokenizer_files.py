@@ -14,8 +14,6 @@ from typing import Any
 
 from antiphon.core.errors import ModelError, first_line
 
-__all__ = ["load_tokenizer"]
-
 _WHOLE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _NEVER = {"local_files_only": True, "trust_remote_code": False}

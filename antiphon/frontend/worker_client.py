@@ -37,8 +37,6 @@ from antiphon.engine.worker_warnings import SaidOnce
 from antiphon.frontend.worker_processes import WorkerProcesses
 from antiphon.timeline import StepTimeline
 
-__all__ = ["WorkerClient"]
-
 _POLL_MS = 100
 _CAUSE_S = 2.0  # how long other ranks get to report before the cause of a failure is named
 _STOP_S = 5.0

@@ -20,8 +20,6 @@ from antiphon.core.lines import split_lines
 from antiphon.engine.messages import Failed
 from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, SOCKET_FILE, WorkerStart, read_report
 
-__all__ = ["WorkerProcesses"]
-
 logger = logging.getLogger("antiphon.engine")
 
 _KILLED_S = 5.0  # the system's time to end a killed process; one that waits for a device or a disk can take for ever

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["gated_silu", "gated_silu_reference"]
-
 
 def gated_silu(gate_up_XG: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`, gate in the first half of a row: [X, F], new. On a CUDA device one pass, rounded once."""

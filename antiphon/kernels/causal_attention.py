@@ -16,8 +16,6 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from antiphon.core.warn_once import warn_once
 
-__all__ = ["causal_attention", "causal_attention_reference"]
-
 _MOST_MASKED = 1 << 22
 """Pairs of a new token and a token that it may see, of one piece; where scores are stored, of each head."""
 

@@ -6,8 +6,6 @@ import math
 
 import torch
 
-__all__ = ["ExpertWorkspace"]
-
 _MAX_VIEWS = 1024
 
 

@@ -15,8 +15,6 @@ import torch
 from antiphon.kernels.causal_attention import causal_attention
 from antiphon.kernels.request_groups import MOST_POSITIONS, request_groups
 
-__all__ = ["decode_attention", "gather_keys_values", "prefill_attention", "write_keys_values"]
-
 
 def write_keys_values(
     cache_blocks: torch.Tensor, slots_T: torch.Tensor, key_TGQ: torch.Tensor, value_TGQ: torch.Tensor

@@ -16,8 +16,6 @@ from antiphon.kernels.gqa_attention import write_keys_values
 from antiphon.kernels.norm_rope import apply_rope_reference, rms_norm_reference
 from antiphon.kernels.slow import warn_of_reference
 
-__all__ = ["HeadNorms", "norm_rotate_write", "norm_rotate_write_reference"]
-
 
 class HeadNorms(NamedTuple):
     """RMS norms of the heads of queries and keys."""

@@ -14,14 +14,6 @@ import torch.nn.functional as F
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.expert_workspace import ExpertWorkspace
 
-__all__ = [
-    "ExpertWorkspace",
-    "grouped_experts",
-    "grouped_experts_reference",
-    "grouped_product",
-    "grouped_product_reference",
-]
-
 _ALIGNMENT_BYTES = 16  # torch's grouped product needs it of the strides
 _GROUPED_KERNELS = (9, 10)  # major compute capabilities that torch has a grouped kernel for, up to 2.14
 _LOOP_COST = "one product after the other, and the host waits for the device in every layer"

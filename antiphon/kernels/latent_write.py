@@ -13,8 +13,6 @@ from antiphon.kernels.mla_attention import write_latents
 from antiphon.kernels.norm_rope import apply_rope_reference, rms_norm_reference
 from antiphon.kernels.slow import warn_of_reference
 
-__all__ = ["norm_rotate_write_latents", "norm_rotate_write_latents_reference"]
-
 
 def norm_rotate_write_latents(
     latent_TX: torch.Tensor,

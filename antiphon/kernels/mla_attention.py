@@ -21,8 +21,6 @@ from antiphon.core.warn_once import warn_once
 from antiphon.kernels.causal_attention import causal_attention
 from antiphon.kernels.request_groups import MOST_POSITIONS, request_groups
 
-__all__ = ["MOST_EXPANDED", "decode_attention", "gather_blocks", "prefill_attention", "write_latents"]
-
 MOST_EXPANDED = 1 << 20
 """Heads by positions whose keys and values exist at once: 1.25 GiB in bfloat16 at DeepSeek's sizes, padding included.
 

@@ -9,15 +9,6 @@ import torch
 
 from antiphon.kernels.slow import warn_of_reference
 
-__all__ = [
-    "add_rms_norm",
-    "add_rms_norm_reference",
-    "apply_rope",
-    "apply_rope_reference",
-    "rms_norm",
-    "rms_norm_reference",
-]
-
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm over the last dimension, computed in float32 at least; result in x's dtype.

@@ -9,8 +9,6 @@ import torch
 
 from antiphon.kernels.slow import warn_of_reference
 
-__all__ = ["pack_rows", "pack_rows_reference"]
-
 
 def pack_rows(
     x_out_TD: torch.Tensor,

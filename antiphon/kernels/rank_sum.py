@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["add_in_rank_order"]
-
 
 def add_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of tensors of one shape and dtype, in their order, in float32 at least, rounded once; new."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_POSITIONS", "request_groups"]
-
 MOST_POSITIONS = 1 << 18
 """Requests by the longest of their texts, as gathered at once: half a GiB for keys and values of 1,024 bfloat16."""
 

@@ -9,8 +9,6 @@ from enum import Enum
 
 import torch
 
-__all__ = ["Scoring", "choose_experts", "choose_experts_reference"]
-
 
 class Scoring(Enum):
     """From logits to scores."""

@@ -6,8 +6,6 @@ import torch
 
 from antiphon.core.warn_once import warn_once
 
-__all__ = ["LAUNCH_COST", "LAUNCH_REMEDY", "warn_of_reference"]
-
 LAUNCH_COST = "a launch takes 16 to 45 us of the host instead of 6, so eager steps are host-bound sooner"
 """The cost of a launch through Triton's own call (docs/facts.md)."""
 

@@ -19,8 +19,6 @@ import torch
 from antiphon.core.errors import first_line
 from antiphon.machine.facts import Check, Device, Gpus, Peer
 
-__all__ = ["probe_gpus", "reaches"]
-
 _PCI_ATTRIBUTES = ("PCI_DOMAIN_ID", "PCI_BUS_ID", "PCI_DEVICE_ID")
 
 

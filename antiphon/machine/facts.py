@@ -9,20 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = [
-    "UNLIMITED",
-    "Check",
-    "Device",
-    "Facts",
-    "Gpus",
-    "Host",
-    "Numa",
-    "NumaNode",
-    "Peer",
-    "Versions",
-    "peers_forbidden",
-]
-
 UNLIMITED = -1
 """A limit of the system that is not set."""
 

@@ -19,16 +19,6 @@ from pathlib import Path
 from antiphon.core.lines import split_lines
 from antiphon.machine.facts import UNLIMITED, Check, Host, Numa, NumaNode
 
-__all__ = [
-    "numa_node_of",
-    "obtainable_memory",
-    "parse_cpu_list",
-    "probe_host",
-    "probe_numa",
-    "read_text",
-    "run_limited",
-]
-
 _ROOT = Path("/")
 _CHILD_LIMIT_S = 10.0
 _NO_LIMIT_FROM = 1 << 60  # the first version of control groups writes a very large number where there is no limit

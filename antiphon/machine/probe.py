@@ -23,8 +23,6 @@ from antiphon.machine.facts import Facts, Gpus, Versions
 from antiphon.machine.host import numa_node_of, probe_host, probe_numa, run_limited
 from antiphon.machine.versions import installed, versions
 
-__all__ = ["examine_machine"]
-
 _ROOT = Path("/")
 _MIB = 1 << 20
 _PINNED_TRIAL_BYTES = (16 * _MIB, 256 * _MIB)  # smallest and largest

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["installed", "versions"]
-
 
 def versions(root: Path = Path("/")) -> dict[str, str]:
     """Version by name; what is not there is left out. Never raises. root: of the file system that knows the driver."""

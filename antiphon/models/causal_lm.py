@@ -7,8 +7,6 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-__all__ = ["CausalLM", "LayerState"]
-
 LayerState: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
 """Between two layers: what the last one adds [T, D], what it is to be added to [T, D] (`None` before the first layer),
 cosines and sines [T, P]. All by tokens, so that it can be cut and joined; the next layer may write into it."""

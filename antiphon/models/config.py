@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from antiphon.core.checks import is_number, is_whole
-from antiphon.core.errors import ModelError
-
-__all__ = ["LARGEST_POSITION", "ConfigFile", "ModelConfig", "read_json"]
+from antiphon.core.errors import ModelError, is_number, is_whole
 
 logger = logging.getLogger("antiphon.models")
 

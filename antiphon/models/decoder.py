@@ -17,7 +17,7 @@ from torch import nn
 
 from antiphon.comm import Transport
 from antiphon.core.errors import ModelError
-from antiphon.kernels.grouped_experts import ExpertWorkspace
+from antiphon.kernels.expert_workspace import ExpertWorkspace
 from antiphon.models.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.attention.mla import LatentAttention, LatentAttentionConfig
 from antiphon.models.attention.rope import rope_angles, rope_tables
@@ -26,8 +26,6 @@ from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.layers import Embedding, GatedFeedForward, Linear, RMSNorm, checkpoint_tensors
 from antiphon.models.moe import Experts, MoELayer, MoENames
 from antiphon.models.router import Router, RoutingConfig, check_groups
-
-__all__ = ["DEFAULT_EPS", "EMBEDDING_NAME", "HEAD_NAME", "Decoder", "DecoderConfig", "DecoderLayer"]
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
 HEAD_NAME = "lm_head.weight"

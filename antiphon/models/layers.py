@@ -17,17 +17,6 @@ from torch import nn
 from antiphon.kernels.activation import gated_silu
 from antiphon.kernels.norm_rope import add_rms_norm, rms_norm
 
-__all__ = [
-    "Embedding",
-    "GatedFeedForward",
-    "InParts",
-    "Linear",
-    "MergedLinear",
-    "RMSNorm",
-    "checkpoint_tensors",
-    "parameter",
-]
-
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised weight that is never trained."""

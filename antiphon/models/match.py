@@ -22,8 +22,6 @@ from antiphon.models.config import ModelConfig
 from antiphon.models.decoder import EMBEDDING_NAME, HEAD_NAME, DecoderConfig
 from antiphon.models.unread import check_unread
 
-__all__ = ["MatchedCheckpoint", "MatchedFiles", "match_checkpoint"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchedFiles:

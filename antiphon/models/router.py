@@ -17,8 +17,6 @@ from antiphon.kernels.router import Scoring, choose_experts
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import parameter
 
-__all__ = ["Router", "RoutingConfig", "check_groups"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingConfig:

@@ -18,8 +18,6 @@ from antiphon.models.checkpoint.files import Checkpoint
 from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import HEAD_NAME, DecoderConfig
 
-__all__ = ["check_unread"]
-
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _READ_BESIDE_LAYERS = ("model.embed_tokens.", "model.norm.", "lm_head.")

@@ -8,8 +8,6 @@ from antiphon.comm.group import RankGroup
 from antiphon.core.errors import PeerError
 from antiphon.core.plan import ROW_SIZE, Proposal
 
-__all__ = ["exchange"]
-
 
 def exchange(group: RankGroup, proposal: Proposal) -> list[Proposal]:
     """Every rank's proposal, in order of rank: the same list on every rank.

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from antiphon.comm import DataPath
 from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRESHOLD, NEVER, OverlapPolicy
 
-__all__ = ["Conditions", "SettledPolicy", "settle_policy"]
-
 _CUDA_THRESHOLD = 4096
 """Below it two eager lanes keep the host busy for longer than the devices (docs/performance.md), decode steps too."""
 

@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from antiphon.core.plan import Plan, Proposal, plan_kind
 from antiphon.core.policy import NEVER, OverlapPolicy
 
-__all__ = ["decide"]
-
 
 def decide(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Plan:
     """The plan for the step that the ranks propose, the same for the same proposals, in order of rank.

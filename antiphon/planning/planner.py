@@ -10,8 +10,6 @@ from antiphon.core.policy import OverlapPolicy
 from antiphon.planning.decision import decide
 from antiphon.splitting import find_cut
 
-__all__ = ["Planner"]
-
 
 class Planner:
     """Proposes by the policy's cut rule and decides by its thresholds. The policy changes only between runs."""

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-__all__ = ["EventKind", "Hook", "LaneEvent", "Recorder"]
-
 logger = logging.getLogger("antiphon.runtime")
 
 

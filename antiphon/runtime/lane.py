@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from antiphon.runtime.pending import Pending
 
-__all__ = ["Lane", "LaneCancelled", "RunState", "current", "running_lane"]
-
 
 class LaneCancelled(BaseException):
     """Raised inside a lane at its switch because another lane failed. Let it pass; clean up in `finally`."""

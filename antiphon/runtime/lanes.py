@@ -22,8 +22,6 @@ from antiphon.runtime.lane import Lane, LaneCancelled, RunState, current, runnin
 from antiphon.runtime.torch_state import TorchState
 from antiphon.runtime.traps import check_lane_state
 
-__all__ = ["run_lanes"]
-
 T = TypeVar("T")
 
 _MAX_CANCEL_SWITCHES = 100

@@ -9,8 +9,6 @@ from antiphon.core.errors import LaneError
 from antiphon.runtime.hook import EventKind
 from antiphon.runtime.lane import Lane, running_lane
 
-__all__ = ["Pending"]
-
 T = TypeVar("T")
 
 

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["TorchState"]
-
 
 class TorchState(NamedTuple):
     """A reading of the thread-wide switches."""

@@ -16,8 +16,6 @@ from antiphon.runtime.lane import Lane, running_lane
 from antiphon.runtime.pending import Pending
 from antiphon.runtime.torch_state import TorchState
 
-__all__ = ["check_lane_state", "current_lane", "finish", "num_lanes", "order_point", "switch"]
-
 T = TypeVar("T")
 
 

@@ -26,8 +26,6 @@ from antiphon.server.options import ServerOptions
 from antiphon.server.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from antiphon.server.service import Phase, Service
 
-__all__ = ["make_app"]
-
 _EXPOSED_HEADERS = ("x-request-id", "retry-after")  # others than the usual ones scripts of web pages do not see
 
 

@@ -16,8 +16,6 @@ from starlette.requests import Request
 from antiphon.server.errors import ApiError
 from antiphon.server.protocol import Body, Message, StreamOptions
 
-__all__ = ["parse_body", "read_body"]
-
 Model = TypeVar("Model", bound=Body)
 
 _BODY_S = 30.0

@@ -15,8 +15,6 @@ from antiphon.server.protocol import ChatRequest
 from antiphon.server.reasoning import ReasoningSplitter, Said
 from antiphon.server.service import Service
 
-__all__ = ["ChatJob"]
-
 
 class ChatJob(Job):
     """Without a limit the assistant may speak to the end of the room."""

@@ -16,8 +16,6 @@ from antiphon.server.logprobs import TextPlaces, completion_logprobs, prompt_log
 from antiphon.server.protocol import CompletionRequest
 from antiphon.server.service import Service
 
-__all__ = ["CompletionJob"]
-
 
 class CompletionJob(Job):
     """echo: the prompt comes first, in the text and in the logprobs; with it max_tokens may be 0."""

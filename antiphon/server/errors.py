@@ -7,8 +7,6 @@ from typing import Any
 
 from antiphon.core.errors import AntiphonError
 
-__all__ = ["ApiError", "refusal"]
-
 _LONGEST_MESSAGE = 1000
 _TYPES = {
     401: "authentication_error",

@@ -24,8 +24,6 @@ from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job, to_json
 from antiphon.server.service import Service
 
-__all__ = ["CLIENT_GONE", "Generation"]
-
 CLIENT_GONE = 499
 """The status in the log when nobody is there any more to get one."""
 _LAST_WORDS_S = 5.0  # a client that does not read gets no more time for the error

@@ -18,8 +18,6 @@ from antiphon.server.jobs import to_json
 from antiphon.server.logs import log_event
 from antiphon.server.service import Service
 
-__all__ = ["Guard"]
-
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"})
 """For probes and scrapers: they need no key, and are logged at debug only."""
 _GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})

@@ -21,8 +21,6 @@ from antiphon.server.errors import ApiError, refusal
 from antiphon.server.protocol import SamplingFields
 from antiphon.server.service import Service
 
-__all__ = ["Job", "to_json"]
-
 _MANY_LOGPROBS = 2000
 
 

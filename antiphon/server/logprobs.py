@@ -9,8 +9,6 @@ from antiphon.core.sampling import Logprob
 from antiphon.frontend.detokenizer import Detokenizer, TextBefore
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
-__all__ = ["TextPlaces", "chat_logprobs", "completion_logprobs", "prompt_logprobs"]
-
 Place = dict[int, Logprob] | None
 """The token that is there first, then the likeliest; `None` for a prompt's first token."""
 

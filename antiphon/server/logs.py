@@ -20,8 +20,6 @@ from typing import Any
 from antiphon.core.errors import EngineError, OptionError, unknown_value
 from antiphon.core.lines import one_line
 
-__all__ = ["LOG_FIELDS", "LOG_FORMATS", "LOG_LEVELS", "LineFormatter", "log_config", "log_event"]
-
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FIELDS = (

@@ -28,8 +28,6 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-__all__ = ["FINISH_REASONS", "ServerMetrics"]
-
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 _PREFIX = "antiphon:"

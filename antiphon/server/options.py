@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from antiphon.core.checks import is_number, is_whole
-from antiphon.core.errors import OptionError
+from antiphon.core.errors import OptionError, is_number, is_whole
 from antiphon.server.reasoning import reasoning_tags
-
-__all__ = ["ServerOptions"]
 
 _ALL = ("*",)
 _TOKEN = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)

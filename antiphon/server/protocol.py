@@ -10,21 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
 
-from antiphon.core.checks import is_whole
+from antiphon.core.errors import is_whole
 from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.chat import joined_text
-
-__all__ = [
-    "Body",
-    "ChatFields",
-    "ChatRequest",
-    "CompletionRequest",
-    "DetokenizeRequest",
-    "Message",
-    "SamplingFields",
-    "StreamOptions",
-    "TokenizeRequest",
-]
 
 
 class Body(BaseModel):

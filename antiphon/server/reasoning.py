@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 from antiphon.core.errors import unknown_value
 
-__all__ = ["REASONING_PARSERS", "ReasoningSplitter", "ReasoningTags", "Said", "reasoning_tags"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningTags:

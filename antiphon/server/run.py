@@ -28,8 +28,6 @@ from antiphon.server.logs import log_event
 from antiphon.server.options import ServerOptions
 from antiphon.server.service import Service
 
-__all__ = ["run_server"]
-
 logger = logging.getLogger("antiphon")
 
 _FAILED = 1

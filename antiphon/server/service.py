@@ -23,8 +23,6 @@ from antiphon.server.options import ServerOptions
 from antiphon.server.protocol import ChatFields, Message
 from antiphon.server.reasoning import reasoning_tags
 
-__all__ = ["Phase", "Service"]
-
 _LONG_TEXT = 4096
 """Characters from which a text is tokenised beside the event loop."""
 _LONG_CHAT = 3072

@@ -15,8 +15,6 @@ from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.plan import MAX_LANES, Refusal
 from antiphon.core.policy import SPLIT_RULES
 
-__all__ = ["Cut", "find_cut", "request_boundary"]
-
 DEFAULT_IMBALANCE_RATIO = 0.1
 
 

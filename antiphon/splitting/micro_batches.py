@@ -16,8 +16,6 @@ from antiphon.core.plan import Plan
 from antiphon.splitting.slices import MicroSlice, token_slices
 from antiphon.splitting.tensors import join_tensors
 
-__all__ = ["build_micro_batch", "join", "split"]
-
 
 def split(batch: Batch, plan: Plan, *, block_size: int) -> list[MicroBatch]:
     """One micro-batch for each lane of the plan; a lane that gets no token of this rank is a dummy."""

@@ -8,8 +8,6 @@ from itertools import pairwise
 
 from antiphon.core.errors import OptionError
 
-__all__ = ["MicroSlice", "token_slices"]
-
 
 @dataclass(frozen=True, slots=True)
 class MicroSlice:

@@ -9,8 +9,6 @@ import torch
 
 from antiphon.core.errors import OptionError
 
-__all__ = ["cut_tensors", "join_tensors"]
-
 
 def cut_tensors(value: Any, part_tokens: Sequence[int], *, dim: int = 0) -> list[Any]:
     """Cut `value` along its token dimension into parts of `part_tokens` tokens.

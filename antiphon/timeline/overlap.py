@@ -17,8 +17,6 @@ from typing import Any
 from antiphon.runtime import EventKind
 from antiphon.timeline.recorder import StepTimeline
 
-__all__ = ["OverlapTotals", "StepOverlap", "measure_overlap"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOverlap:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 from antiphon.runtime import LaneEvent
 
-__all__ = ["StepRecorder", "StepTimeline"]
-
 
 @dataclass(slots=True, kw_only=True)
 class StepTimeline:

@@ -1,10 +1,12 @@
 """Families of errors, and the error for an unknown value."""
 
+import pickle
+
 import pytest
 
 from antiphon.core import errors
 
-ALL_ERRORS = [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")]
+ALL_ERRORS = [kind for name, kind in vars(errors).items() if name.endswith("Error")]
 
 
 def test_every_error_is_an_antiphon_error():
@@ -44,3 +46,34 @@ def test_a_value_near_nothing_names_only_what_is_valid(value):
 
 def test_valid_values_may_come_from_any_iterable_and_are_sorted():
     assert "use one of a, b, c" in str(errors.unknown_value("x", "zzz", iter(["c", "a", "b"])))
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ({}, "the fact"),
+        ({"limit": "the limit"}, "the fact: the limit"),
+        ({"remedy": "the remedy"}, "the fact; the remedy"),
+        ({"limit": "the limit", "remedy": "the remedy"}, "the fact: the limit; the remedy"),
+    ],
+)
+@pytest.mark.parametrize("kind", ALL_ERRORS)
+def test_the_sentence_is_made_of_the_fields(kind, parts, sentence):
+    error = kind("the fact", option="ranks", value=3, **parts)
+    assert str(error) == sentence
+    assert (error.fact, error.option, error.value) == ("the fact", "ranks", 3)
+    assert (error.limit, error.remedy) == (parts.get("limit", ""), parts.get("remedy", ""))
+
+
+def test_errors_survive_pickling_and_another_process():
+    error = errors.OptionError("a fact", limit="a limit", remedy="a remedy", option="ranks", value=3)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.value, type(again)) == (str(error), 3, errors.OptionError)
+    rebuilt = errors.OptionError(**error.fields())
+    assert (str(rebuilt), rebuilt.option, rebuilt.value) == (str(error), "ranks", None)
+
+
+def test_an_unknown_value_has_fields():
+    error = errors.unknown_value("transport", "x", ["local"])
+    assert (error.option, error.value) == ("transport", "x")
+    assert "local" in error.remedy

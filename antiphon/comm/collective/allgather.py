@@ -20,8 +20,6 @@ from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, Trans
 from antiphon.core.errors import OptionError
 from antiphon.runtime import CudaStreams, Streams
 
-__all__ = ["AllGatherTransport", "NcclAllGatherTransport"]
-
 
 class AllGatherTransport(Transport):
     """All-gather of tokens, reduce-scatter of partial sums."""

@@ -19,8 +19,6 @@ from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.runtime import Streams
 
-__all__ = ["AllToAllTransport"]
-
 
 class AllToAllTransport(Transport):
     """Exact routing over the process group's variable all-to-all."""

@@ -10,8 +10,6 @@ from antiphon.comm.group import Collective, RankGroup
 from antiphon.core.errors import LaneError
 from antiphon.runtime import Pending
 
-__all__ = ["check_lanes", "exchange_counts", "wait_for_counts"]
-
 
 def wait_for_counts(work: Collective, label: str) -> None:
     """Wait for an exchange of counts inside a dispatch; recorded, so that it counts as exposed.

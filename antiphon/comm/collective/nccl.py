@@ -17,8 +17,6 @@ from antiphon.comm.group import RankGroup, located
 from antiphon.comm.slab.stream_memory import StreamOperations
 from antiphon.runtime import CudaStreams, Event
 
-__all__ = ["NcclCollective", "NcclGroup"]
-
 _CTA_POLICY_ZERO = 2
 
 

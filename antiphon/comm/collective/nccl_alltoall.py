@@ -21,8 +21,6 @@ from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, Trans
 from antiphon.core.errors import OptionError
 from antiphon.runtime import CudaStreams, Streams
 
-__all__ = ["NcclAllToAllTransport"]
-
 
 class NcclAllToAllTransport(Transport):
     """Exact routing over NCCL's variable all-to-all. max_ctas: see `NcclGroup`."""

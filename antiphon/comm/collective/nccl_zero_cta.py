@@ -23,8 +23,6 @@ from antiphon.core.warn_once import warn_once
 from antiphon.kernels.rank_sum import add_in_rank_order
 from antiphon.runtime import CudaStreams, Streams
 
-__all__ = ["NcclZeroCtaTransport"]
-
 _COPY_ENGINES_SINCE = (2, 28)
 
 

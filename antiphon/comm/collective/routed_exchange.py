@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["RoutedExchange"]
-
 
 @dataclass(slots=True, kw_only=True)
 class RoutedExchange:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["MAX_CHUNKS", "Chunk", "chunks_of"]
-
 MAX_CHUNKS = 8
 _SMALLEST_CHUNK = 1 << 20
 _ALIGNMENT = 4096

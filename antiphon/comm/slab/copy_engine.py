@@ -23,8 +23,6 @@ from antiphon.comm.slab.stream_memory import StreamOperations, check_stream_memo
 from antiphon.comm.slab.transport import CudaSlabTransport
 from antiphon.runtime import CudaStreams
 
-__all__ = ["CopyEngineTransport", "PeerCopyMailbox"]
-
 _ALIGNMENT = 512
 _SET, _CLEAR = 1, 0
 

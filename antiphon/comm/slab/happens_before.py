@@ -20,8 +20,6 @@ from typing import NamedTuple
 from antiphon.comm.slab.log import NAMELESS, Action, LoggedEvent
 from antiphon.comm.slab.mailbox import Phase
 
-__all__ = ["check"]
-
 Clock = list[int]
 
 

@@ -18,8 +18,6 @@ from antiphon.comm.group import RankGroup
 from antiphon.core.errors import OptionError, PeerError
 from antiphon.core.folders import socket_folder
 
-__all__ = ["HostMemory", "share_host_memory"]
-
 _ALIGNMENT = 4096
 
 

@@ -37,8 +37,6 @@ from antiphon.comm.slab.stream_memory import (
 from antiphon.comm.slab.transport import CudaSlabTransport
 from antiphon.runtime import CudaStreams, Event
 
-__all__ = ["HostStagedMailbox", "HostStagedTransport"]
-
 _ALIGNMENT = 4096
 _SET, _CLEAR = 1, 0
 _USES_BEFORE_REPLAY = 2

@@ -25,8 +25,6 @@ import torch
 from antiphon.comm.slab.mailbox import Exchange, Phase
 from antiphon.runtime import Event
 
-__all__ = ["NAMELESS", "Action", "CommStreams", "LoggedEvent", "MailboxLog", "MemoryStep"]
-
 NAMELESS = "memory without a name"
 """Begins the place of an access that no memory was named for."""
 

@@ -39,8 +39,6 @@ import torch
 if TYPE_CHECKING:
     from antiphon.comm.slab.log import MailboxLog
 
-__all__ = ["Arrival", "Exchange", "Mailbox", "Phase", "Put"]
-
 
 class Phase(IntEnum):
     """The two phases of an MoE layer, which alternate on every lane."""

@@ -27,8 +27,6 @@ from antiphon.comm.slab.mailbox import Exchange, Mailbox, Phase
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.core.errors import OptionError
 
-__all__ = ["SharedMemoryMailbox", "SharedMemoryTransport"]
-
 _FLAG_WORDS = 2
 _ALIGNMENT = 256
 

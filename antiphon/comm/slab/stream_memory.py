@@ -17,15 +17,6 @@ from antiphon.comm.slab.host_memory import HostMemory
 from antiphon.comm.slab.log import MemoryStep
 from antiphon.core.errors import OptionError
 
-__all__ = [
-    "Replay",
-    "StreamOperations",
-    "check_stream_memory_operations",
-    "copy_async",
-    "register_host_memory",
-    "unregister_host_memory",
-]
-
 _OPERATION = driver.CUstreamBatchMemOpType
 _WAIT = driver.CUstreamWaitValue_flags
 _MAPPED_FOR_ALL = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP

@@ -33,8 +33,6 @@ from antiphon.kernels.pack import pack_rows
 from antiphon.kernels.rank_sum import add_in_rank_order
 from antiphon.runtime import CudaStreams, Streams
 
-__all__ = ["CudaSlabTransport", "SlabTransport"]
-
 T = TypeVar("T")
 
 

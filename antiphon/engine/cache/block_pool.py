@@ -15,8 +15,6 @@ from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-__all__ = ["BlockPool", "block_key"]
-
 _KEY_BYTES = 16
 _KEEP_NOTHING = b""
 

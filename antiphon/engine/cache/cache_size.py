@@ -19,8 +19,6 @@ from antiphon.models import CausalLM
 from antiphon.runtime import Streams
 from antiphon.splitting import join, split
 
-__all__ = ["blocks_that_fit", "largest_batch", "measured_cache", "run_largest_step"]
-
 _GIB = 2**30
 _SCATTER = 2_654_435_761  # Knuth's multiplier: neighbours in a text get tokens that are far apart
 

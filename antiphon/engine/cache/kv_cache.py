@@ -8,8 +8,6 @@ from antiphon.config.cache import block_bytes
 from antiphon.core.errors import OptionError
 from antiphon.models import ModelConfig
 
-__all__ = ["allocate_cache"]
-
 
 def allocate_cache(
     config: ModelConfig,

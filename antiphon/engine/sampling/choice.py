@@ -32,8 +32,6 @@ from antiphon.engine.sampling.edits import (
 )
 from antiphon.engine.scheduling.request import Request
 
-__all__ = ["Chooser", "chunks"]
-
 _NOT_COVERED = -1
 
 

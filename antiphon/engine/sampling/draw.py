@@ -20,8 +20,6 @@ from hashlib import blake2b
 
 import torch
 
-__all__ = ["Limits", "draw", "draw_key", "draw_ordered", "likeliest", "random_bits", "scaled", "to_exponential"]
-
 _LOW = 2**32
 
 

@@ -16,8 +16,6 @@ import torch
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.scheduling.request import Request
 
-__all__ = ["Additions", "PenaltyCounts", "apply_penalties", "changes_logits", "find_additions", "has_penalties"]
-
 _IN_PROMPT = 2**24
 """Added to the count of a token that the prompt has; far above any count of generated tokens."""
 

@@ -9,8 +9,6 @@ import torch
 from antiphon.engine.sampling.draw import likeliest
 from antiphon.engine.scheduling.sampled import NewToken
 
-__all__ = ["score_tokens"]
-
 
 def score_tokens(
     logits_NV: torch.Tensor, token_ids_N: torch.Tensor, on_host: Sequence[int], tops: Sequence[int]

@@ -19,8 +19,6 @@ from antiphon.engine.sampling.logprobs import score_tokens
 from antiphon.engine.scheduling.request import Request
 from antiphon.engine.scheduling.sampled import NewToken, PromptPart, Sampled
 
-__all__ = ["NewToken", "PromptPart", "Sampled", "Sampler"]
-
 
 class Sampler:
     """Chooses tokens. The logits of a step's requests stay on the device; what is copied to the host is small.

@@ -8,8 +8,6 @@ from typing import Any
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.scheduling.sampled import NewToken, PromptPart
 
-__all__ = ["Request", "TokenOutput"]
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:

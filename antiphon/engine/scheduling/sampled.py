@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["NewToken", "PromptPart", "Sampled"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewToken:

@@ -23,8 +23,6 @@ from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.engine.scheduling.sampled import NewToken, Sampled
 from antiphon.engine.stats import SchedulerStats
 
-__all__ = ["Scheduler"]
-
 
 class Scheduler:
     """Owns the requests of one rank.

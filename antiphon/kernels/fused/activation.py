@@ -10,8 +10,6 @@ import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 
-__all__ = ["gated_silu_fused", "launch_gated_silu"]
-
 _ELEMENTS_PER_TILE = 2048
 _MAX_COLUMNS = 256
 _MAX_PROGRAMS = 1056  # eight a streaming multiprocessor of an H100; each takes tile after tile

@@ -28,8 +28,6 @@ import triton.knobs
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.slow import LAUNCH_COST, LAUNCH_REMEDY
 
-__all__ = ["Direct", "Driver", "Protocol", "find_driver", "find_protocol", "launch_obstacle"]
-
 _TORCH_NAMES = ("_cuda_getDevice", "_cuda_getCurrentRawStream")
 
 Launcher = Callable[..., None]

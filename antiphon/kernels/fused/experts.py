@@ -32,8 +32,6 @@ from antiphon.kernels.fused.launch import (
 )
 from antiphon.kernels.grouped_experts import grouped_product
 
-__all__ = ["add_up", "grouped_experts_fused", "place_pairs", "spread_rows"]
-
 _MAX_BLOCKS = 128  # of pairs: about as many as there are streaming multiprocessors, and few counts to add up
 _MIN_PART, _MAX_PART = 16, 128  # pairs that a block takes at a time
 _TILE_ELEMENTS = 8192

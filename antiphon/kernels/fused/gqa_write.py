@@ -16,8 +16,6 @@ import triton.language as tl
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 from antiphon.kernels.gqa_write import HeadNorms
 
-__all__ = ["norm_rotate_write_fused"]
-
 _TILE_ELEMENTS = 2048
 
 

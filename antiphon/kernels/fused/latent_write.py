@@ -13,8 +13,6 @@ import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 
-__all__ = ["norm_rotate_write_latents_fused"]
-
 _TILE_ELEMENTS = 2048
 
 

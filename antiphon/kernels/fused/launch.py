@@ -25,19 +25,6 @@ import torch
 
 from antiphon.kernels.fused.direct import Direct, Driver, find_driver
 
-__all__ = [
-    "NUM_SHAPES",
-    "Direct",
-    "Driver",
-    "Launch",
-    "column_block",
-    "divide_up",
-    "find_driver",
-    "is_double",
-    "power_of_two",
-    "stride_unit",
-]
-
 NUM_SHAPES = 1024
 """Launches that are kept of each kernel."""
 

@@ -13,8 +13,6 @@ import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 
-__all__ = ["add_rms_norm_fused", "apply_rope_fused", "rms_norm_fused"]
-
 _NORM_ELEMENTS = 2048  # of a tile, unless one row has more
 _ROPE_ELEMENTS = 1024
 

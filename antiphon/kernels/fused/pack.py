@@ -13,8 +13,6 @@ import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_of_two, stride_unit
 
-__all__ = ["pack_rows_fused"]
-
 _MAX_COLUMNS = 2048
 
 

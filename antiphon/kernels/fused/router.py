@@ -11,8 +11,6 @@ import triton.language as tl
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 from antiphon.kernels.router import Scoring
 
-__all__ = ["choose_experts_fused"]
-
 _TILE_ELEMENTS = 1024
 
 

@@ -12,8 +12,6 @@ from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.router import RoutingConfig
 
-__all__ = ["read_deepseek_v2", "read_deepseek_v3"]
-
 
 def read_deepseek_v3(file: ConfigFile) -> DecoderConfig:
     """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""

@@ -11,8 +11,6 @@ from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.router import RoutingConfig
 
-__all__ = ["read_glm4_moe"]
-
 _DEFAULT_EPS = 1e-5
 
 

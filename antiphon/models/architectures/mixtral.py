@@ -5,16 +5,13 @@ Its checkpoints name the parts of an expert w1, w3 and w2. Source: "Mixtral of E
 
 from __future__ import annotations
 
-from antiphon.core.checks import is_whole
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, is_whole
 from antiphon.kernels.router import Scoring
 from antiphon.models.attention.gqa import GroupedQueryConfig
 from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.moe import MoENames
 from antiphon.models.router import RoutingConfig
-
-__all__ = ["read_mixtral"]
 
 _DEFAULT_EPS = 1e-5
 _NAMES = MoENames(layer="block_sparse_moe", gate="w1", up="w3", down="w2")

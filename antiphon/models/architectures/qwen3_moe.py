@@ -11,8 +11,6 @@ from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DEFAULT_EPS, DecoderConfig
 from antiphon.models.router import RoutingConfig
 
-__all__ = ["read_qwen3_moe"]
-
 
 def read_qwen3_moe(file: ConfigFile) -> DecoderConfig:
     """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""

@@ -25,16 +25,6 @@ from antiphon.models.moe import Experts, MoELayer
 from antiphon.models.router import Router
 from antiphon.runtime import CpuStreams
 
-__all__ = [
-    "KNOWN_ARCHITECTURES",
-    "build_model",
-    "expert_shape",
-    "num_parameters",
-    "read_config",
-    "skeleton",
-    "weight_bytes",
-]
-
 _READERS: dict[str, Callable[[ConfigFile], DecoderConfig]] = {
     "DeepseekV3ForCausalLM": read_deepseek_v3,
     "DeepseekV2ForCausalLM": read_deepseek_v2,

@@ -21,8 +21,6 @@ from antiphon.models.config import ConfigFile
 from antiphon.models.layers import Linear, MergedLinear, RMSNorm
 from antiphon.runtime import order_point
 
-__all__ = ["GroupedQueryAttention", "GroupedQueryConfig"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedQueryConfig:

@@ -22,8 +22,6 @@ from antiphon.models.config import ConfigFile
 from antiphon.models.layers import Linear, MergedLinear, RMSNorm
 from antiphon.runtime import order_point
 
-__all__ = ["LatentAttention", "LatentAttentionConfig"]
-
 _LATENT_NORM_EPS = 1e-6  # not in the checkpoint's config; DeepSeek and transformers use this
 
 

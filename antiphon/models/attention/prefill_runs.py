@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from antiphon.core.batch import PrefillSlice
 
-__all__ = ["prefill_runs"]
-
 
 def prefill_runs(prefills: Sequence[PrefillSlice]) -> list[list[PrefillSlice]]:
     """All slices in order: neighbours of the same length without context together, every other one alone."""

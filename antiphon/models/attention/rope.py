@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 
-from antiphon.core.checks import is_number
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, is_number
 from antiphon.models.config import LARGEST_POSITION, ConfigFile
-
-__all__ = ["DEFAULT_THETA", "RopeConfig", "rope_angles", "rope_tables", "rotary_size", "score_scale"]
 
 DEFAULT_THETA = 10_000.0
 """Base of the rotary angles where a file does not say, for most architectures."""

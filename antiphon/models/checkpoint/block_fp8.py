@@ -11,11 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.core.checks import is_whole
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, is_whole
 from antiphon.models.config import ConfigFile
-
-__all__ = ["BlockFp8", "scale_name"]
 
 
 def scale_name(weight_name: str) -> str:

@@ -9,8 +9,6 @@ import torch
 
 from antiphon.models.causal_lm import CausalLM
 
-__all__ = ["fill_dummy_weights"]
-
 
 @torch.no_grad()
 def fill_dummy_weights(model: CausalLM, *, seed: int = 0) -> None:

@@ -27,8 +27,6 @@ from antiphon.core.lines import json_lines
 from antiphon.models.layers import checkpoint_tensors
 from antiphon.models.router import Router
 
-__all__ = ["RouteTable", "RoutingKind", "RoutingSpec", "TableRouter", "parse_routing", "routing_tables"]
-
 NUM_ROWS = 32768
 """Rows of a table that is not recorded; rank r of W begins at row r * N / W."""
 

@@ -18,8 +18,6 @@ from antiphon.core.errors import ModelError
 from antiphon.models.checkpoint.block_fp8 import BlockFp8, scale_name
 from antiphon.models.config import ConfigFile, read_json
 
-__all__ = ["FLOAT8", "ITEM_BYTES", "Checkpoint", "StoredTensor", "missing_files"]
-
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """What a weight can be stored in without a scale, by the names of safetensors."""
 

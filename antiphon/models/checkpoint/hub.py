@@ -15,8 +15,6 @@ from antiphon.core.errors import ModelError, first_line
 from antiphon.models.checkpoint.files import missing_files
 from antiphon.models.checkpoint.presets import PRESETS
 
-__all__ = ["is_hub_id", "resolve_model"]
-
 logger = logging.getLogger("antiphon.models")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

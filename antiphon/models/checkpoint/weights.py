@@ -11,8 +11,6 @@ from antiphon.core.errors import ModelError
 from antiphon.models.checkpoint.block_fp8 import scale_name
 from antiphon.models.checkpoint.files import FLOAT8, ITEM_BYTES, Checkpoint, StoredTensor
 
-__all__ = ["LoadProgress", "check_checkpoint", "load_weights"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadProgress:
