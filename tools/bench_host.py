@@ -26,7 +26,7 @@ from antiphon.kernels.gqa_attention import prefill_attention
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts, grouped_product
 from antiphon.kernels.norm_rope import add_rms_norm, rms_norm
-from antiphon.kernels.pack import pack_rows, pack_rows_reference
+from antiphon.kernels.pack import pack_rows
 from antiphon.kernels.router import Scoring, choose_experts
 from antiphon.models.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.attention.rope import RopeConfig, rope_angles, rope_tables
@@ -171,7 +171,7 @@ def pieces() -> dict[str, Call]:
     workspace, out_RD = ExpertWorkspace(), torch.empty(2 * TOKENS, HIDDEN, dtype=BF16, device="cuda")
     pairs_XD, ends_E = randn(2 * TOKENS, HIDDEN), torch.arange(1, LOCAL + 1, dtype=torch.int32, device="cuda")
     calls["pack_rows"] = lambda: pack_rows(*packed)
-    calls["pack_rows, three copies"] = lambda: pack_rows_reference(*packed)
+    calls["pack_rows, three copies"] = lambda: pack_rows.reference(*packed)
     calls["one grouped product"] = lambda: grouped_product(pairs_XD, gate_up_EGD, ends_E)
     calls["gated_silu"] = lambda: gated_silu(gate_up_EGD[0])
     calls["experts"] = lambda: grouped_experts(

@@ -25,16 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from antiphon.core.errors import first_line
-from antiphon.kernels.activation import gated_silu, gated_silu_reference
+from antiphon.kernels.activation import gated_silu
 from antiphon.kernels.fused.activation import launch_gated_silu
 from antiphon.kernels.fused.experts import add_up, place_pairs, spread_rows
-from antiphon.kernels.grouped_experts import (
-    ExpertWorkspace,
-    grouped_experts,
-    grouped_experts_reference,
-    grouped_product,
-)
-from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, apply_rope_reference, rms_norm, rms_norm_reference
+from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts, grouped_product
+from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, rms_norm
 from antiphon.kernels.router import Scoring, choose_experts
 
 BF16 = torch.bfloat16
@@ -173,7 +168,7 @@ def check() -> dict[str, float]:
     for num_rows in (1, 100, 5000):
         x_RD, ids_RK, weights_RK = packed_rows(num_rows)
         ids_RK[0, 0] = NUM_LOCAL  # so that even the single row has an expert here
-        expected = grouped_experts_reference(x_RD.float(), ids_RK, weights_RK, *wide, first_expert=NUM_LOCAL)
+        expected = grouped_experts.reference(x_RD.float(), ids_RK, weights_RK, *wide, first_expert=NUM_LOCAL)
         for max_pairs in (262_144, 3000):
             workspace = ExpertWorkspace(max_pairs=max_pairs)
             workspace.get("pairs", (num_rows * TOP_K * HIDDEN,), BF16, x_RD.device).fill_(float("nan"))
@@ -184,18 +179,18 @@ def check() -> dict[str, float]:
             errors[f"experts, {num_rows} rows, max_pairs={max_pairs}"] = relative_error(out_RD, expected)
     x_TD, weight_D = randn(1000, HIDDEN), randn(HIDDEN)
     errors["rms_norm"] = relative_error(
-        rms_norm(x_TD, weight_D, 1e-6), rms_norm_reference(x_TD.float(), weight_D.float(), 1e-6)
+        rms_norm(x_TD, weight_D, 1e-6), rms_norm.reference(x_TD.float(), weight_D.float(), 1e-6)
     )
     normed_TD, sum_TD = add_rms_norm(x_TD, x_TD.flip(0), weight_D, 1e-6)
     errors["add_rms_norm"] = relative_error(
-        normed_TD, rms_norm_reference(sum_TD.float(), weight_D.float(), 1e-6)
+        normed_TD, rms_norm.reference(sum_TD.float(), weight_D.float(), 1e-6)
     ) + relative_error(sum_TD, x_TD + x_TD.flip(0))
     x_THQ, angles_TP = randn(1000, 36, 128), torch.rand(1000, 64, device="cuda") * 6
     cos_TP, sin_TP = angles_TP.cos().to(BF16), angles_TP.sin().to(BF16)
     for interleaved in (True, False):
         errors[f"rope, interleaved={interleaved}"] = relative_error(
             apply_rope(x_THQ, cos_TP, sin_TP, interleaved=interleaved),
-            apply_rope_reference(x_THQ.float(), cos_TP.float(), sin_TP.float(), interleaved=interleaved),
+            apply_rope.reference(x_THQ.float(), cos_TP.float(), sin_TP.float(), interleaved=interleaved),
         )
     logits_TE = torch.randn(1000, NUM_EXPERTS, device="cuda")
     ids_TK, weights_TK = choose_experts(logits_TE, TOP_K, Scoring.SOFTMAX)
@@ -240,7 +235,7 @@ def experts() -> dict[str, Any]:
             "product down": lambda: grouped_product(act_XF, down, ends_E),  # noqa: B023
             "product down, exact allocation": lambda: grouped_product(exact_XF, down, ends_E),  # noqa: B023
             "add up": lambda: add_up(y_XD, places_RK, weights_RK, out_RD),  # noqa: B023
-            "reference": lambda: grouped_experts_reference(x_RD, ids_RK, weights_RK, gate_up, down, out_RD=out_RD),  # noqa: B023
+            "reference": lambda: grouped_experts.reference(x_RD, ids_RK, weights_RK, gate_up, down, out_RD=out_RD),  # noqa: B023
         }
         up = 4.0 * num_local * HIDDEN * WIDTH
         row_bytes = 2.0 * HIDDEN
@@ -274,7 +269,7 @@ def small_kernels() -> dict[str, Any]:
     calls: dict[str, Call] = {
         "rms_norm": lambda: rms_norm(x_TD, weight_D, 1e-6),
         "rms_norm, torch": lambda: F.rms_norm(x_TD, (HIDDEN,), weight_D, 1e-6),
-        "rms_norm, reference": lambda: rms_norm_reference(x_TD, weight_D, 1e-6),
+        "rms_norm, reference": lambda: rms_norm.reference(x_TD, weight_D, 1e-6),
         "add_rms_norm": lambda: add_rms_norm(x_TD, residual_TD, weight_D, 1e-6),
         "add, then rms_norm": lambda: rms_norm(x_TD + residual_TD, weight_D, 1e-6),
         "rms_norm of 32 heads": lambda: rms_norm(q_THQ, head_weight, 1e-6),
@@ -282,9 +277,9 @@ def small_kernels() -> dict[str, Any]:
         "rope of 36 heads": lambda: apply_rope(qk_THQ, cos_TP, sin_TP, interleaved=False),
         "rope of 36 heads in place": lambda: apply_rope(qk_THQ, cos_TP, sin_TP, interleaved=False, out=qk_THQ),
         "rope of 36 heads, interleaved": lambda: apply_rope(qk_THQ, cos_TP, sin_TP, interleaved=True),
-        "rope of 36 heads, reference": lambda: apply_rope_reference(qk_THQ, cos_TP, sin_TP, interleaved=False),
+        "rope of 36 heads, reference": lambda: apply_rope.reference(qk_THQ, cos_TP, sin_TP, interleaved=False),
         "gated silu, 1408": lambda: gated_silu(gate_up_XG),
-        "gated silu, 1408, reference": lambda: gated_silu_reference(gate_up_XG),
+        "gated silu, 1408, reference": lambda: gated_silu.reference(gate_up_XG),
         "router, 8 of 128": lambda: choose_experts(logits_TE, TOP_K, Scoring.SOFTMAX, normalize=True),
         "router, softmax and topk of torch": lambda: logits_TE.softmax(-1).topk(TOP_K),
     }

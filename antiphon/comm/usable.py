@@ -15,7 +15,7 @@ from antiphon.comm.row_format import RowFormat
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS
 from antiphon.core.errors import OptionError, unknown_value
-from antiphon.kernels.slow import LAUNCH_COST, LAUNCH_REMEDY
+from antiphon.kernels.dispatch import LAUNCH_COST, LAUNCH_REMEDY
 from antiphon.machine.facts import UNLIMITED, Check, Facts, Peer, peers_forbidden
 
 _LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)

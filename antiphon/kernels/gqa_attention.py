@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.kernels.causal_attention import causal_attention
-from antiphon.kernels.request_groups import MOST_POSITIONS, request_groups
+from antiphon.kernels.causal_attention import MOST_POSITIONS, causal_attention, request_groups
 
 
 def write_keys_values(

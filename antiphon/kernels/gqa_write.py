@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from antiphon.kernels.dispatch import fused
 from antiphon.kernels.gqa_attention import write_keys_values
-from antiphon.kernels.norm_rope import apply_rope_reference, rms_norm_reference
-from antiphon.kernels.slow import warn_of_reference
+from antiphon.kernels.norm_rope import apply_rope, rms_norm
 
 
 class HeadNorms(NamedTuple):
@@ -25,6 +25,7 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+@fused("gqa_write", one_dtype=("qkv_TX", "cos_TP", "sin_TP", "cache_blocks"))
 def norm_rotate_write(
     qkv_TX: torch.Tensor,
     cos_TP: torch.Tensor,
@@ -42,39 +43,14 @@ def norm_rotate_write(
     rounded as `rms_norm` does; None for none. Pairs are (x0, xP), (x1, xP+1), ...
     cache_blocks: [num_blocks, block_size, 2GQ], contiguous. slots_T: int64, block * block_size + offset, all different.
     """
-    if qkv_TX.is_cuda and qkv_TX.dtype == cos_TP.dtype == sin_TP.dtype == cache_blocks.dtype:
-        from antiphon.kernels.fused.gqa_write import norm_rotate_write_fused  # Triton comes with CUDA only
-
-        write = norm_rotate_write_fused
-    else:
-        if qkv_TX.is_cuda:
-            warn_of_reference("norm_rotate_write", qkv_TX, cos_TP, sin_TP, cache_blocks)
-        write = norm_rotate_write_reference
-    return write(
-        qkv_TX, cos_TP, sin_TP, cache_blocks, slots_T, num_kv_heads=num_kv_heads, head_size=head_size, norms=norms
-    )
-
-
-def norm_rotate_write_reference(
-    qkv_TX: torch.Tensor,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    cache_blocks: torch.Tensor,
-    slots_T: torch.Tensor,
-    *,
-    num_kv_heads: int,
-    head_size: int,
-    norms: HeadNorms | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same in plain torch."""
     num_heads = qkv_TX.shape[1] // head_size - 2 * num_kv_heads
     heads_TXQ = torch.unflatten(qkv_TX, 1, (-1, head_size))
     q_THQ, key_TGQ, value_TGQ = torch.split(heads_TXQ, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if norms is not None:
-        q_THQ = rms_norm_reference(q_THQ, norms.q_weight_Q, norms.eps)
-        key_TGQ = rms_norm_reference(key_TGQ, norms.k_weight_Q, norms.eps)
+        q_THQ = rms_norm.reference(q_THQ, norms.q_weight_Q, norms.eps)
+        key_TGQ = rms_norm.reference(key_TGQ, norms.k_weight_Q, norms.eps)
     for x_TXQ in (q_THQ, key_TGQ):
         rotary = x_TXQ[..., : 2 * cos_TP.shape[1]]
-        rotary.copy_(apply_rope_reference(rotary, cos_TP, sin_TP, interleaved=False))
+        apply_rope.reference(rotary, cos_TP, sin_TP, interleaved=False, out=rotary)
     write_keys_values(cache_blocks, slots_T, key_TGQ, value_TGQ)
     return q_THQ, key_TGQ, value_TGQ

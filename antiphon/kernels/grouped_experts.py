@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.core.warn_once import warn_once
+from antiphon.kernels.dispatch import fused
 from antiphon.kernels.expert_workspace import ExpertWorkspace
 
 _ALIGNMENT_BYTES = 16  # torch's grouped product needs it of the strides
@@ -19,6 +20,7 @@ _GROUPED_KERNELS = (9, 10)  # major compute capabilities that torch has a groupe
 _LOOP_COST = "one product after the other, and the host waits for the device in every layer"
 
 
+@fused("experts")
 def grouped_experts(
     x_RD: torch.Tensor,
     ids_RK: torch.Tensor,
@@ -41,35 +43,6 @@ def grouped_experts(
     """
     if x_RD.shape[0] == 0:
         return x_RD.new_empty(x_RD.shape) if out_RD is None else out_RD
-    if x_RD.is_cuda:
-        from antiphon.kernels.fused.experts import grouped_experts_fused  # Triton comes with CUDA only
-
-        return grouped_experts_fused(
-            x_RD,
-            ids_RK,
-            weights_RK,
-            gate_up_EGD,
-            down_EDF,
-            out_RD=out_RD,
-            first_expert=first_expert,
-            workspace=workspace,
-        )
-    return grouped_experts_reference(
-        x_RD, ids_RK, weights_RK, gate_up_EGD, down_EDF, out_RD=out_RD, first_expert=first_expert
-    )
-
-
-def grouped_experts_reference(
-    x_RD: torch.Tensor,
-    ids_RK: torch.Tensor,
-    weights_RK: torch.Tensor,
-    gate_up_EGD: torch.Tensor,
-    down_EDF: torch.Tensor,
-    *,
-    out_RD: torch.Tensor | None = None,
-    first_expert: int = 0,
-) -> torch.Tensor:
-    """The same in plain torch; the host waits for the counts."""
     num_experts = gate_up_EGD.shape[0]
     wide = torch.promote_types(x_RD.dtype, torch.float32)
     sums_RD = torch.zeros(x_RD.shape, dtype=wide, device=x_RD.device)

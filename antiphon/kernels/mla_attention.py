@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from antiphon.core.warn_once import warn_once
-from antiphon.kernels.causal_attention import causal_attention
-from antiphon.kernels.request_groups import MOST_POSITIONS, request_groups
+from antiphon.kernels.causal_attention import MOST_POSITIONS, causal_attention, request_groups
 
 MOST_EXPANDED = 1 << 20
 """Heads by positions whose keys and values exist at once: 1.25 GiB in bfloat16 at DeepSeek's sizes, padding included.

@@ -1,15 +1,18 @@
-"""How a token gets into the row that it travels in: hidden state, routing weights and expert ids.
+"""Packing: tokens into the rows that they travel in, and partial sums back into one.
 
 Shapes: `T` tokens, `D` hidden size, `K` experts per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from antiphon.kernels.slow import warn_of_reference
+from antiphon.kernels.dispatch import fused
 
 
+@fused("pack", one_dtype=("x_out_TD", "x_TD"))
 def pack_rows(
     x_out_TD: torch.Tensor,
     weights_out_TK: torch.Tensor,
@@ -18,29 +21,25 @@ def pack_rows(
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
 ) -> None:
-    """Write tokens, weights and ids into the parts of packed rows, which are views with gaps; one launch on CUDA.
+    """Write hidden states, routing weights and expert ids into packed rows: views with gaps between rows.
 
-    Numbers are converted to the dtypes of the outputs: ids from int64 to int32. Rows need no gaps between numbers.
+    Numbers are converted to the dtypes of the outputs (ids from int64 to int32). The numbers of a row are contiguous.
     """
-    if x_TD.is_cuda and x_TD.dtype == x_out_TD.dtype:
-        from antiphon.kernels.fused.pack import pack_rows_fused  # Triton comes with CUDA only
-
-        pack_rows_fused(x_out_TD, weights_out_TK, ids_out_TK, x_TD, weights_TK, ids_TK)
-    else:
-        if x_TD.is_cuda:
-            warn_of_reference("pack_rows", x_TD, x_out_TD)
-        pack_rows_reference(x_out_TD, weights_out_TK, ids_out_TK, x_TD, weights_TK, ids_TK)
-
-
-def pack_rows_reference(
-    x_out_TD: torch.Tensor,
-    weights_out_TK: torch.Tensor,
-    ids_out_TK: torch.Tensor,
-    x_TD: torch.Tensor,
-    weights_TK: torch.Tensor,
-    ids_TK: torch.Tensor,
-) -> None:
-    """The same in plain torch."""
     x_out_TD.copy_(x_TD)
     weights_out_TK.copy_(weights_TK)
     ids_out_TK.copy_(ids_TK)
+
+
+def add_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the ranks' partial sums, all of one shape and dtype, in rank order; new.
+
+    It is computed in float32 at least and rounded once, so every transport gets the same numbers.
+    """
+    if len(parts) == 1:
+        return parts[0].clone()
+    if len(parts) == 2:  # an addition of two is computed wide and rounded once on every device
+        return torch.add(*parts)
+    wide = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
+    for part in parts[1:]:
+        wide += part
+    return wide.to(parts[0].dtype)

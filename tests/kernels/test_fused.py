@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from antiphon.kernels.activation import gated_silu_reference
+from antiphon.kernels.activation import gated_silu
 from antiphon.kernels.expert_workspace import ExpertWorkspace
 from antiphon.kernels.fused import experts as fused_experts
 from antiphon.kernels.fused.activation import gated_silu_fused, launch_gated_silu
@@ -17,12 +17,12 @@ from antiphon.kernels.fused.latent_write import norm_rotate_write_latents_fused
 from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fused, rms_norm_fused
 from antiphon.kernels.fused.pack import pack_rows_fused
 from antiphon.kernels.fused.router import choose_experts_fused
-from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write_reference
-from antiphon.kernels.grouped_experts import grouped_experts_reference
-from antiphon.kernels.latent_write import norm_rotate_write_latents_reference
-from antiphon.kernels.norm_rope import add_rms_norm_reference, apply_rope_reference, rms_norm_reference
-from antiphon.kernels.pack import pack_rows_reference
-from antiphon.kernels.router import Scoring, choose_experts, choose_experts_reference
+from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
+from antiphon.kernels.grouped_experts import grouped_experts
+from antiphon.kernels.latent_write import norm_rotate_write_latents
+from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, rms_norm
+from antiphon.kernels.pack import pack_rows
+from antiphon.kernels.router import Scoring, choose_experts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU they are interpreted: see conftest
 # The interpreter cuts off what bfloat16 cannot hold; devices round.
@@ -151,7 +151,7 @@ def test_experts(
             x_RD, ids_RK, weights_RK, gate_up, down, out_RD=out_RD, first_expert=first, workspace=workspace
         )
         assert result is out_RD
-        expected = grouped_experts_reference(x_RD, ids_RK, weights_RK, gate_up, down, first_expert=first)
+        expected = grouped_experts.reference(x_RD, ids_RK, weights_RK, gate_up, down, first_expert=first)
         assert relative_error(out_RD, expected) < TOLERANCE[dtype]
         assert (out_RD.as_strided((num_rows, 8), out_RD.stride(), hidden) == 77.0).all()
 
@@ -174,14 +174,14 @@ def test_gated_silu(num_rows: int, width: int, dtype: torch.dtype) -> None:
     out_XF = gated_silu_fused(gate_up_XG)
     assert out_XF.shape == (num_rows, width)
     assert out_XF.dtype == dtype
-    assert relative_error(out_XF, gated_silu_reference(gate_up_XG)) < TOLERANCE[dtype]
+    assert relative_error(out_XF, gated_silu.reference(gate_up_XG)) < TOLERANCE[dtype]
 
 
 def test_gated_silu_of_real_pairs_only() -> None:
     """The device knows where they end, here inside a tile of several; behind it nothing is written."""
     gate_up_XG, out_XF = randn(3000, 16, seed=12), torch.full((3000, 8), 77.0, device=DEVICE)
     launch_gated_silu(gate_up_XG, out_XF, torch.tensor([5, 5, 777], dtype=torch.int32, device=DEVICE))
-    torch.testing.assert_close(out_XF[:777], gated_silu_reference(gate_up_XG[:777]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out_XF[:777], gated_silu.reference(gate_up_XG[:777]), rtol=1e-5, atol=1e-6)
     assert (out_XF[777:] == 77.0).all()
 
 
@@ -196,7 +196,7 @@ def test_rms_norm(shape: tuple[int, ...], eps: float, dtype: torch.dtype) -> Non
     out = rms_norm_fused(x, weight_D, eps)
     assert out.is_contiguous()
     assert out.dtype == dtype
-    torch.testing.assert_close(out, rms_norm_reference(x, weight_D, eps), rtol=TOLERANCE[dtype], atol=1e-6)
+    torch.testing.assert_close(out, rms_norm.reference(x, weight_D, eps), rtol=TOLERANCE[dtype], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -208,7 +208,7 @@ def test_add_and_rms_norm(shape: tuple[int, int], gap: int, dtype: torch.dtype) 
     residual_TD, before_TD = padded(residual_TD, gap) if gap else residual_TD, residual_TD.clone()
     weight_D = randn(shape[1], seed=17, dtype=dtype)
     out_TD, sum_TD = add_rms_norm_fused(x_TD, residual_TD, weight_D, 1e-6)
-    expected_TD, expected_sum_TD = add_rms_norm_reference(x_TD, before_TD, weight_D, 1e-6)
+    expected_TD, expected_sum_TD = add_rms_norm.reference(x_TD, before_TD, weight_D, 1e-6)
     assert torch.equal(residual_TD, before_TD if gap else sum_TD)
     if DEVICE.type == "cuda" or dtype != torch.bfloat16:
         assert torch.equal(sum_TD, expected_sum_TD)
@@ -226,7 +226,7 @@ def test_rope(shape: tuple[int, ...], interleaved: bool, dtype: torch.dtype, in_
     x, plain = heads[..., 16:], heads[..., :16].clone()
     angles_TP = randn(shape[0], shape[-1] // 2, seed=19) * 3
     cos_TP, sin_TP = angles_TP.cos().to(dtype), angles_TP.sin().to(dtype)
-    expected = apply_rope_reference(x, cos_TP, sin_TP, interleaved=interleaved)
+    expected = apply_rope.reference(x, cos_TP, sin_TP, interleaved=interleaved)
     out = apply_rope_fused(x, cos_TP, sin_TP, interleaved=interleaved, out=x if in_place else None)
     assert (out is x) == in_place
     assert out.dtype == dtype
@@ -249,7 +249,7 @@ def test_choice(
     logits_TE = padded(randn(37, num_experts, seed=20, dtype=dtype) * 2, 4)
     bias_E = randn(num_experts, seed=21, dtype=dtype) if biased else None
     ids_TK, weights_TK = choose_experts_fused(logits_TE, top_k, scoring, bias_E=bias_E, normalize=normalize, scale=2.5)
-    expected_ids_TK, expected_TK = choose_experts_reference(
+    expected_ids_TK, expected_TK = choose_experts.reference(
         logits_TE, top_k, scoring, bias_E=bias_E, normalize=normalize, scale=2.5
     )
     assert ids_TK.dtype == torch.int64
@@ -266,7 +266,7 @@ def test_choice_is_topk() -> None:
     torch.testing.assert_close(weights_TK, best.values / best.values.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("choose", [choose_experts_fused, choose_experts_reference])
+@pytest.mark.parametrize("choose", [choose_experts_fused, choose_experts.reference])
 def test_of_equal_experts_the_lower_one(choose) -> None:  # type: ignore[no-untyped-def]
     logits_TE = torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0], [0.0] * 5], device=DEVICE)
     ids_TK, _ = choose(logits_TE, 3, Scoring.SIGMOID)
@@ -274,7 +274,7 @@ def test_of_equal_experts_the_lower_one(choose) -> None:  # type: ignore[no-unty
 
 
 @pytest.mark.parametrize("scoring", list(Scoring))
-@pytest.mark.parametrize("choose", [choose_experts_fused, choose_experts_reference])
+@pytest.mark.parametrize("choose", [choose_experts_fused, choose_experts.reference])
 def test_ids_are_usable_whatever_the_logits_hold(choose, scoring: Scoring) -> None:  # type: ignore[no-untyped-def]
     inf = float("inf")
     logits_TE = torch.tensor([[NAN] * 5, [-inf] * 5, [inf] * 5, [NAN, 1.0, -inf, inf, 2.0]], device=DEVICE)
@@ -315,7 +315,7 @@ def test_norm_rotate_write(
     slots_T = torch.randperm(96, generator=torch.Generator().manual_seed(34))[:num_tokens].to(DEVICE)
     expected_cache = torch.full((24, 4, 2 * num_kv_heads * head_size), 55.0, dtype=dtype, device=DEVICE)
     cache, sizes = expected_cache.clone(), {"num_kv_heads": num_kv_heads, "head_size": head_size, "norms": norms}
-    expected = norm_rotate_write_reference(qkv_TX.clone(), cos_TP, sin_TP, expected_cache, slots_T, **sizes)
+    expected = norm_rotate_write.reference(qkv_TX.clone(), cos_TP, sin_TP, expected_cache, slots_T, **sizes)
     actual = norm_rotate_write_fused(qkv_TX, cos_TP, sin_TP, cache, slots_T, **sizes)
     assert [x.shape[1] for x in actual] == [num_heads, num_kv_heads, num_kv_heads]
     for x, expected_x in zip(actual, expected, strict=True):
@@ -342,7 +342,7 @@ def test_norm_rotate_write_latents(
     out_TX = norm_rotate_write_latents_fused(
         latent_TX, weight_C, 0.1, cos_TP, sin_TP, cache, slots_T, interleaved=interleaved
     )
-    expected_TX = norm_rotate_write_latents_reference(
+    expected_TX = norm_rotate_write_latents.reference(
         latent_TX, weight_C, 0.1, cos_TP, sin_TP, expected_cache, slots_T, interleaved=interleaved
     )
     torch.testing.assert_close(out_TX, expected_TX, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -376,7 +376,7 @@ def test_pack(num_tokens: int, size: int, top_k: int, across: bool, dtype: torch
         for _ in range(2)
     )
     pack_rows_fused(*outs, *sources)
-    pack_rows_reference(*expected, *sources)
+    pack_rows.reference(*expected, *sources)
     for out, expected_out, source in zip(outs, expected, sources, strict=True):
         assert torch.equal(out, expected_out)
         assert torch.equal(out.to(source.dtype), source)

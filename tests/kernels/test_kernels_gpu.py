@@ -11,19 +11,12 @@ import torch
 from antiphon.kernels import gqa_attention
 from antiphon.kernels.activation import gated_silu
 from antiphon.kernels.causal_attention import _takes_flash, causal_attention_reference
-from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write, norm_rotate_write_reference
-from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts, grouped_experts_reference
+from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
+from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 from antiphon.kernels.mla_attention import prefill_attention
-from antiphon.kernels.norm_rope import (
-    add_rms_norm,
-    add_rms_norm_reference,
-    apply_rope,
-    apply_rope_reference,
-    rms_norm,
-    rms_norm_reference,
-)
+from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, rms_norm
 from antiphon.kernels.pack import pack_rows
-from antiphon.kernels.router import Scoring, choose_experts, choose_experts_reference
+from antiphon.kernels.router import Scoring, choose_experts
 from antiphon.models.router import Router, RoutingConfig
 
 pytestmark = [
@@ -106,7 +99,7 @@ def test_experts(shape: str, max_pairs: int, dtype: torch.dtype) -> None:
         )
 
     result = run_without_waiting(compute) if dtype == BFLOAT16 else compute()
-    expected = grouped_experts_reference(
+    expected = grouped_experts.reference(
         x_RD.float(), ids_RK, weights_RK, gate_up.float(), down.float(), first_expert=first
     )
     if shape in ("none-here", "no-rows"):
@@ -133,7 +126,7 @@ def test_experts_in_a_graph() -> None:
     x_RD.copy_(randn(40, 256, seed=7))
     ids_RK[::3] = -1
     graph.replay()
-    expected = grouped_experts_reference(x_RD.float(), ids_RK, weights_RK, gate_up.float(), down.float())
+    expected = grouped_experts.reference(x_RD.float(), ids_RK, weights_RK, gate_up.float(), down.float())
     assert relative_error(out_RD, expected) < 1e-2
 
 
@@ -141,10 +134,10 @@ def test_norms() -> None:
     qkv_THD, weight_D = randn(999, 40, 128, seed=8), randn(128, seed=9)
     q_THD = qkv_THD[:, :32]
     out_THD = run_without_waiting(lambda: rms_norm(q_THD, weight_D, 1e-6))
-    torch.testing.assert_close(out_THD, rms_norm_reference(q_THD, weight_D, 1e-6), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(out_THD, rms_norm.reference(q_THD, weight_D, 1e-6), rtol=1e-2, atol=1e-6)
     for size in (576, 2048, 7168):
         x_TD, residual_TD, weight_D = randn(777, size, seed=10), randn(777, size, seed=11), randn(size, seed=12)
-        both = add_rms_norm_reference(x_TD, residual_TD, weight_D, 1e-6)
+        both = add_rms_norm.reference(x_TD, residual_TD, weight_D, 1e-6)
         for actual, expected in zip(add_rms_norm(x_TD, residual_TD, weight_D, 1e-6), both, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-6)
 
@@ -156,7 +149,7 @@ def test_rope_in_place(interleaved: bool) -> None:
     angles_TP = randn(1500, 32, seed=14, dtype=torch.float32) * 3
     cos_TP, sin_TP = angles_TP.cos().to(BFLOAT16), angles_TP.sin().to(BFLOAT16)
     x = heads[..., 128:]
-    expected = apply_rope_reference(x.float(), cos_TP.float(), sin_TP.float(), interleaved=interleaved)
+    expected = apply_rope.reference(x.float(), cos_TP.float(), sin_TP.float(), interleaved=interleaved)
     apply_rope(x, cos_TP, sin_TP, interleaved=interleaved, out=x)
     torch.testing.assert_close(x.float(), expected, rtol=1e-2, atol=1e-2)
 
@@ -173,7 +166,7 @@ def test_choice(num_experts: int, top_k: int, scoring: Scoring) -> None:
     logits_TE = randn(8192, num_experts, seed=16, dtype=torch.float32)
     bias_E = randn(num_experts, seed=17, dtype=torch.float32) / 10 if scoring is Scoring.SIGMOID else None
     ids_TK, weights_TK = choose_experts(logits_TE, top_k, scoring, bias_E=bias_E, normalize=True)
-    expected_ids_TK, expected_TK = choose_experts_reference(logits_TE, top_k, scoring, bias_E=bias_E, normalize=True)
+    expected_ids_TK, expected_TK = choose_experts.reference(logits_TE, top_k, scoring, bias_E=bias_E, normalize=True)
     same_T = (ids_TK == expected_ids_TK).all(1)
     assert same_T.float().mean() > 0.995  # sigmoids in another last digit swap neighbours now and then
     torch.testing.assert_close(weights_TK[same_T], expected_TK[same_T], rtol=1e-4, atol=1e-6)
@@ -253,7 +246,7 @@ def test_norm_rotate_write(num_tokens: int, num_heads: int, num_kv_heads: int, n
     expected_cache, results = cache.clone(), []
     wide = (qkv_TX.float(), cos_TP.float(), sin_TP.float(), expected_cache.float())
     wide_norms = HeadNorms(norms.q_weight_Q.float(), norms.k_weight_Q.float(), 1e-6)
-    expected = norm_rotate_write_reference(*wide, slots_T, **{**sizes, "norms": wide_norms})
+    expected = norm_rotate_write.reference(*wide, slots_T, **{**sizes, "norms": wide_norms})
     for source_TX in (qkv_TX.clone(), qkv_TX.clone()):
         with no_waiting() if results else nullcontext():
             results.append(norm_rotate_write(source_TX, cos_TP, sin_TP, cache, slots_T, **sizes))

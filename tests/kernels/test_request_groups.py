@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from antiphon.kernels import gqa_attention, mla_attention
-from antiphon.kernels.request_groups import request_groups
+from antiphon.kernels.causal_attention import request_groups
 
 
 @pytest.mark.parametrize(

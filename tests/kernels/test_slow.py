@@ -52,7 +52,7 @@ MIXED: dict[str, Callable[[bool], object]] = {
         some(3, 8, gpu=gpu), some(3, 4, dtype=torch.float32), some(3, 4, dtype=torch.float32), interleaved=False
     ),
     "pack_rows": lambda gpu: pack_rows(
-        some(3, 8, dtype=torch.float32),
+        some(3, 8, dtype=torch.float32, gpu=gpu),
         some(3, 2),
         slots(6).view(3, 2),
         some(3, 8, gpu=gpu),

@@ -20,7 +20,7 @@ from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import OptionError
 from antiphon.core.warn_once import warn_once
-from antiphon.kernels.rank_sum import add_in_rank_order
+from antiphon.kernels.pack import add_in_rank_order
 from antiphon.runtime import CudaStreams, Streams
 
 _COPY_ENGINES_SINCE = (2, 28)

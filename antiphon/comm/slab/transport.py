@@ -29,8 +29,7 @@ from antiphon.comm.slab.mailbox import Arrival, Exchange, Mailbox, Phase, Put
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import OptionError
-from antiphon.kernels.pack import pack_rows
-from antiphon.kernels.rank_sum import add_in_rank_order
+from antiphon.kernels.pack import add_in_rank_order, pack_rows
 from antiphon.runtime import CudaStreams, Streams
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ import torch
 import triton.knobs
 
 from antiphon.core.warn_once import warn_once
-from antiphon.kernels.slow import LAUNCH_COST, LAUNCH_REMEDY
+from antiphon.kernels.dispatch import LAUNCH_COST, LAUNCH_REMEDY
 
 _TORCH_NAMES = ("_cuda_getDevice", "_cuda_getCurrentRawStream")
 

@@ -280,6 +280,8 @@ def grouped_experts_fused(
     """See `grouped_experts`. bfloat16 on SM90 and later never waits for the host; other dtypes wait in the products."""
     num_rows, size = x_RD.shape
     out_RD = x_RD.new_empty(num_rows, size) if out_RD is None else out_RD
+    if num_rows == 0:
+        return out_RD
     workspace = workspace or ExpertWorkspace()
     if x_RD.stride(1) != 1:
         x_RD = x_RD.contiguous()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
-from antiphon.kernels.router import Scoring
+from antiphon.kernels.router import Scoring, check_choice
 
 _TILE_ELEMENTS = 1024
 
@@ -113,6 +113,7 @@ def choose_experts_fused(
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `choose_experts`."""
+    check_choice(logits_TE, top_k, scoring, bias_E)
     num_tokens, num_experts = logits_TE.shape
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)

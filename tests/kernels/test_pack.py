@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from antiphon.kernels.rank_sum import add_in_rank_order
+from antiphon.kernels.pack import add_in_rank_order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
