@@ -25,7 +25,7 @@ from matplotlib.patches import Patch
 
 from antiphon import LLM
 from antiphon.accuracy.word_problems import word_problems
-from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
+from antiphon.bench.overlap.trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.core.lines import split_lines
 from antiphon.runtime import EventKind
 from antiphon.timeline import StepTimeline

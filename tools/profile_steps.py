@@ -22,8 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from antiphon.bench.conditions import rank_environment
-from antiphon.bench.overlap import OverlapOptions
-from antiphon.bench.overlap_rank import HasModules, Trial, use_transport
+from antiphon.bench.overlap.rank import HasModules, Trial, use_transport
+from antiphon.bench.overlap.steps import OverlapOptions
 from antiphon.bench.ranks import run_on_ranks
 from antiphon.comm import RankGroup, TransportPart
 

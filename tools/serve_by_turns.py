@@ -23,8 +23,8 @@ import httpx
 
 from antiphon.bench.conditions import check_writable, conditions, write_json
 from antiphon.bench.dbo import compare_modes
-from antiphon.bench.serve import ServeOptions, run_serve
-from antiphon.bench.serve_workload import Workload
+from antiphon.bench.serve.load import ServeOptions, run_serve
+from antiphon.bench.serve.workload import Workload
 from antiphon.config.resolve import settle_device
 from antiphon.device.device import describe, device_for_rank
 from antiphon.machine.versions import versions

@@ -22,9 +22,9 @@ from rich.text import Text
 
 from antiphon.bench.conditions import conditions
 from antiphon.bench.measures import Summary
-from antiphon.bench.serve import serve_figures, timed_load
-from antiphon.bench.serve_client import Answered
-from antiphon.bench.serve_workload import Ask, Workload, arrival_times, random_asks
+from antiphon.bench.serve.client import Answered
+from antiphon.bench.serve.load import serve_figures, timed_load
+from antiphon.bench.serve.workload import Ask, Workload, arrival_times, random_asks
 from antiphon.config.describe import describe_config
 from antiphon.config.engine_config import EngineConfig
 from antiphon.core.errors import OptionError, unknown_value

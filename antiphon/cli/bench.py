@@ -57,8 +57,8 @@ def comm(
     json_file: JsonFile = None,
 ) -> None:
     """Dispatch and combine alone, and beside computation of equal length, for every size and transport."""
-    from antiphon.bench.comm import CommOptions, print_exchanges, run_comm
-    from antiphon.bench.compute_bodies import BODY_NAMES
+    from antiphon.bench.comm.bodies import BODY_NAMES
+    from antiphon.bench.comm.exchanges import CommOptions, print_exchanges, run_comm
     from antiphon.bench.conditions import (
         check_ranks,
         check_writable,
@@ -119,7 +119,7 @@ def overlap(
         settle_transports,
         write_json,
     )
-    from antiphon.bench.overlap import OverlapOptions, check_outputs, print_steps, run_overlap
+    from antiphon.bench.overlap.steps import OverlapOptions, check_outputs, print_steps, run_overlap
     from antiphon.config.engine_config import DTYPES
     from antiphon.config.resolve import settle_device, settle_peer_access
 
@@ -203,9 +203,9 @@ def serve(
     import os
 
     from antiphon.bench.conditions import parse_names, parse_numbers, write_json
-    from antiphon.bench.serve import METRICS, ServeOptions, run_serve
-    from antiphon.bench.serve_result import check_result_path, print_serve, result_path, without_details, write_result
-    from antiphon.bench.serve_workload import Workload
+    from antiphon.bench.serve.load import METRICS, ServeOptions, run_serve
+    from antiphon.bench.serve.result import check_result_path, print_serve, result_path, without_details, write_result
+    from antiphon.bench.serve.workload import Workload
 
     endpoints = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
     if backend not in endpoints:

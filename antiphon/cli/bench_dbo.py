@@ -39,7 +39,7 @@ def dbo(
     """The same random load with overlap off and on, by turns, in one engine. The last line is one JSON object."""
     from antiphon.bench.conditions import check_writable, parse_names, write_json
     from antiphon.bench.dbo import DboOptions, print_dbo, run_dbo
-    from antiphon.bench.serve_workload import Workload
+    from antiphon.bench.serve.workload import Workload
     from antiphon.config.keywords import OPTION_DEFAULTS, make_config
 
     if engine["dbo"] != OPTION_DEFAULTS["dbo"]:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from antiphon.accuracy.word_problems import word_problems
-from antiphon.bench.overlap_trial import Arm, interleaved_arms, simulated_transport, tuned_link
+from antiphon.bench.overlap.trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.config.describe import describe_config
 from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.llm import LLM

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from antiphon.bench.comm import summarize_exchanges
-from antiphon.bench.compute_bodies import BODY_NAMES, UNITS, make_body
+from antiphon.bench.comm.bodies import BODY_NAMES, UNITS, make_body
+from antiphon.bench.comm.exchanges import summarize_exchanges
 
 
 @pytest.mark.processes

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from antiphon.bench.dbo import DboOptions, _run, print_dbo, run_dbo
-from antiphon.bench.serve_workload import Workload
+from antiphon.bench.serve.workload import Workload
 from antiphon.cli import app, demo
 from antiphon.config.engine_config import EngineConfig
 from antiphon.core.errors import OptionError, RequestError

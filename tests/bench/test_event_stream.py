@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antiphon.bench.event_stream import EventStream
+from antiphon.bench.serve.event_stream import EventStream
 
 # A byte order mark, all line ends, comments, other fields, data of several lines, characters of several bytes, and
 # what other readers take for a line end.

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from antiphon.bench.overlap import OutputsDiffer, OverlapOptions, check_outputs, summarize_steps
-from antiphon.bench.overlap_rank import ARMS, measure_steps, relative_errors, use_transport
+from antiphon.bench.overlap.rank import ARMS, measure_steps, relative_errors, use_transport
+from antiphon.bench.overlap.steps import OutputsDiffer, OverlapOptions, check_outputs, summarize_steps
 from antiphon.comm import RankGroup, TransportPart, create_transport
 from antiphon.core.bundled import bundled_model
 from antiphon.models import build_model, expert_shape, read_config

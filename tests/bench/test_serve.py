@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from antiphon.bench.serve import ServeOptions, run_serve, serve_figures
-from antiphon.bench.serve_client import Answered, Target, request_body
-from antiphon.bench.serve_result import DETAILS, result_path, write_result
-from antiphon.bench.serve_workload import Ask, Workload, arrival_times, make_asks, random_asks
+from antiphon.bench.serve.client import Answered, Target, request_body
+from antiphon.bench.serve.load import ServeOptions, run_serve, serve_figures
+from antiphon.bench.serve.result import DETAILS, result_path, write_result
+from antiphon.bench.serve.workload import Ask, Workload, arrival_times, make_asks, random_asks
 from antiphon.core.errors import OptionError
 from tests.support.openai_server import FakeServer
 

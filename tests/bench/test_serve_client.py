@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from antiphon.bench.serve import ServeOptions, run_serve, serve_figures
-from antiphon.bench.serve_client import Answered, Target, ask_server
-from antiphon.bench.serve_workload import Ask, Workload
+from antiphon.bench.serve.client import Answered, Target, ask_server
+from antiphon.bench.serve.load import ServeOptions, run_serve, serve_figures
+from antiphon.bench.serve.workload import Ask, Workload
 from tests.support.openai_server import FakeServer
 
 DONE = b"data: [DONE]\n\n"
@@ -52,7 +52,7 @@ class Scripted(httpx.AsyncBaseTransport, httpx.AsyncByteStream):
 
 def answered(monkeypatch: pytest.MonkeyPatch, parts: list[tuple[float, bytes]], *, is_chat: bool = True) -> Answered:
     script = Scripted(parts)
-    monkeypatch.setattr("antiphon.bench.serve_client.time", SimpleNamespace(perf_counter=script.perf_counter))
+    monkeypatch.setattr("antiphon.bench.serve.client.time", SimpleNamespace(perf_counter=script.perf_counter))
 
     async def ask() -> Answered:
         async with httpx.AsyncClient(transport=script) as client:

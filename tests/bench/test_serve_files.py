@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from antiphon.bench.serve_workload import Ask, Workload, make_asks
+from antiphon.bench.serve.workload import Ask, Workload, make_asks
 from antiphon.core.errors import OptionError
 
 QUESTION, ANSWER = "question " * 10, "answers " * 20

@@ -94,4 +94,4 @@ def test_nobody_splits_lines_another_way() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in others
     ]
-    assert not found, "use antiphon.core.lines.split_lines, or antiphon.bench.event_stream"
+    assert not found, "use antiphon.core.lines.split_lines, or antiphon.bench.serve.event_stream"

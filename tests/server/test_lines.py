@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from antiphon.bench.serve_client import Answered, Target, ask_server
-from antiphon.bench.serve_workload import Ask
+from antiphon.bench.serve.client import Answered, Target, ask_server
+from antiphon.bench.serve.workload import Ask
 from antiphon.server.jobs import to_json
 from tests.support.server import ServerProcess
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from antiphon.bench.serve import ServeOptions, run_serve
-from antiphon.bench.serve_workload import Workload, make_asks
+from antiphon.bench.serve.load import ServeOptions, run_serve
+from antiphon.bench.serve.workload import Workload, make_asks
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.server.logs import LOG_FIELDS, LineFormatter, log_config, log_event, logger
 from antiphon.server.metrics import FINISH_REASONS, ServerMetrics

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from antiphon import LLM, SamplingParams
-from antiphon.bench.overlap import OverlapOptions, check_outputs, run_overlap
+from antiphon.bench.overlap.steps import OverlapOptions, check_outputs, run_overlap
 
 ONE_TOKEN = SamplingParams(max_tokens=1, ignore_eos=True)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-from antiphon.bench.event_stream import EventStream
-from antiphon.bench.serve_workload import Ask
+from antiphon.bench.serve.event_stream import EventStream
+from antiphon.bench.serve.workload import Ask
 
 _TOLD = 300  # characters of an answer that are kept of an error
 _PIECES = ("content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call")

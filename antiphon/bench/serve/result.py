@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from antiphon.bench.conditions import check_writable
-from antiphon.bench.serve import METRICS, ServeOptions
+from antiphon.bench.serve.load import METRICS, ServeOptions
 from antiphon.core.lines import JSON_ESCAPES
 
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "reasoning_texts", "errors")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from antiphon.bench.arm_clock import ArmClock, tell
-from antiphon.bench.compute_bodies import UNITS, Body, make_body
+from antiphon.bench.comm.bodies import UNITS, Body, make_body
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport, TransportPart, create_transport
 from antiphon.comm.row_format import RowFormat
 from antiphon.core.errors import AntiphonError
@@ -105,7 +105,7 @@ def _to_all_ranks(transport: Transport, num_tokens: int) -> Routes:
 
 
 def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """Every size over every transport; see `antiphon.bench.comm.CommOptions`. Times in ms, an item a repeat."""
+    """Every size over every transport; see `antiphon.bench.comm.exchanges.CommOptions`. Times in ms, an item a repeat."""
     streams = streams_for(device)
     shape = ExpertShape(
         num_experts=_EXPERTS_PER_RANK * group.size,

@@ -1,6 +1,6 @@
 """`antiphon bench comm`: how fast tokens travel, alone and beside computation, by every transport.
 
-Only the link part of the transports runs: copies, flags and waits. The ranks' side is in `comm_rank`.
+Only the link part of the transports runs: copies, flags and waits. The ranks' side is in `rank`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CommOptions:
 def run_comm(options: CommOptions) -> dict[str, Any]:
     """Measure, and return the result as one JSON object."""
     results = run_on_ranks(
-        "antiphon.bench.comm_rank:measure_exchanges",
+        "antiphon.bench.comm.rank:measure_exchanges",
         ranks=options.ranks,
         device=options.device,
         options=asdict(options),

@@ -169,7 +169,7 @@ def _num_blocks(options: dict[str, Any]) -> int:
 
 
 def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """Every number of tokens; see `antiphon.bench.overlap.OverlapOptions`. Times in ms, an item a repeat."""
+    """Every number of tokens; see `antiphon.bench.overlap.steps.OverlapOptions`. Times in ms, an item a repeat."""
     trial = Trial(group, device, options)
     clock = ArmClock(group, device)
     config = trial.config

@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 
-from antiphon.bench.serve_client import Answered, Target, ask_server
-from antiphon.bench.serve_workload import Ask, Workload, arrival_times, make_asks
+from antiphon.bench.serve.client import Answered, Target, ask_server
+from antiphon.bench.serve.workload import Ask, Workload, arrival_times, make_asks
 from antiphon.core.errors import AntiphonError, OptionError, unknown_value
 
 METRICS = {

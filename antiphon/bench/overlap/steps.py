@@ -1,7 +1,7 @@
 """`antiphon bench overlap`: prefill steps of one model, serial and with overlap, and their parts alone.
 
 Dummy weights and no engine: steps only, the same routing in every arm, all arms of all transports by turns in one run.
-The ranks' side is in `overlap_rank`; docs/performance.md has the definitions.
+The ranks' side is in `rank`; docs/performance.md has the definitions.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class OverlapOptions:
 def run_overlap(options: OverlapOptions) -> dict[str, Any]:
     """Measure, and return the result as one JSON object. `check_outputs` says whether it can be believed."""
     results = run_on_ranks(
-        "antiphon.bench.overlap_rank:measure_steps",
+        "antiphon.bench.overlap.rank:measure_steps",
         ranks=options.ranks,
         device=options.device,
         options=asdict(options),
