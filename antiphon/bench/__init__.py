@@ -1,1 +1,1 @@
-"""Measurements and nothing else: steps (`overlap`), exchanges (`comm`), serving load (`serve`), overlap in one engine (`dbo`)."""
+"""Measurements only: of exchanges (`comm`), steps (`overlap`), serving load (`serve`) and whole engines (`dbo`)."""

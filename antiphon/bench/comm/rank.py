@@ -105,7 +105,7 @@ def _to_all_ranks(transport: Transport, num_tokens: int) -> Routes:
 
 
 def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """Every size over every transport; see `antiphon.bench.comm.exchanges.CommOptions`. Times in ms, an item a repeat."""
+    """Measure every size over every transport, as `CommOptions` says. Times are in ms, one item a repeat."""
     streams = streams_for(device)
     shape = ExpertShape(
         num_experts=_EXPERTS_PER_RANK * group.size,
