@@ -101,7 +101,7 @@ class EngineConfig:
             found = match_checkpoint(model, Path(source))
             matched, notes = found.files, found.notes
         if matched is not None:
-            model = matched.settle(model)
+            model = matched.resolve(model)
         # 5 sizes
         max_model_len = _limit("max_model_len", self.max_model_len, model.max_positions, "the model's positions")
         max_num_batched_tokens = self._max_num_batched_tokens(max_model_len, device_kind)

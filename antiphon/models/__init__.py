@@ -1,14 +1,7 @@
 """Models: straight-line code, in which overlap is two `finish` calls of the MoE layer, and their checkpoints."""
 
-from antiphon.models.architectures.registry import (
-    KNOWN_ARCHITECTURES,
-    build_model,
-    expert_shape,
-    num_parameters,
-    read_config,
-    skeleton,
-    weight_bytes,
-)
+from antiphon.models.architectures.registry import KNOWN_ARCHITECTURES, read_config
+from antiphon.models.build import build_model, expert_shape, num_parameters, skeleton, weight_bytes
 from antiphon.models.causal_lm import CausalLM, LayerState
 from antiphon.models.checkpoint.dummy import fill_dummy_weights
 from antiphon.models.checkpoint.dummy_routing import RoutingSpec, parse_routing

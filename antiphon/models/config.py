@@ -14,6 +14,9 @@ logger = logging.getLogger("antiphon.models")
 
 LARGEST_POSITION = 2**62
 
+DOWNLOAD_AGAIN = "download it again"
+USE_ANOTHER_MODEL = "use a model without it"
+
 _LARGEST_SIZE = 2**31 - 1
 """The largest dimension of a tensor."""
 
@@ -38,11 +41,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path} does not exist; pass the folder of a Hugging Face checkpoint") from None
+        raise ModelError(
+            f"{path} does not exist", remedy="pass the folder of a Hugging Face checkpoint", option="model", value=path
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}); download it again") from error
+        raise ModelError(f"{path} cannot be read as JSON ({error})", remedy=DOWNLOAD_AGAIN) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}, not an object; download it again")
+        raise ModelError(f"{path} holds a {type(value).__name__}, not an object", remedy=DOWNLOAD_AGAIN)
     return value
 
 
@@ -57,8 +62,12 @@ class ConfigFile:
     def architecture(self) -> str:
         names = self._values.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-            raise ModelError(f"{self.path} names architectures={names!r}; exactly one is expected")
+            raise self.fault("architectures", names, remedy="name exactly one")
         return names[0]
+
+    def fault(self, key: str, value: object, *, limit: str = "", remedy: str) -> ModelError:
+        """The error for a key that is missing (`None`) or has a value that cannot be used."""
+        return ModelError(f"{self.path} has {key}={value!r}", limit=limit, remedy=remedy, option=key, value=value)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(key, default)
@@ -67,11 +76,9 @@ class ConfigFile:
         """A required integer."""
         value = self._values.get(key)
         if not is_whole(value) or value < minimum:
-            raise ModelError(f"{self.path} has {key}={value!r}; an integer of at least {minimum} is needed")
+            raise self.fault(key, value, remedy=f"use an integer of at least {minimum}")
         if value > maximum:
-            raise ModelError(
-                f"{self.path} has {key}={value}; at most {maximum} is possible, so use the model's own file"
-            )
+            raise self.fault(key, value, limit=f"at most {maximum} is possible", remedy="use the model's own file")
         return value
 
     def positions(self) -> int:
@@ -81,13 +88,13 @@ class ConfigFile:
     def number(self, key: str, default: float) -> float:
         value = self._values.get(key, default)
         if not is_number(value):
-            raise ModelError(f"{self.path} has {key}={value!r}; a number is needed")
+            raise self.fault(key, value, remedy="use a number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._values.get(key, default)
         if not isinstance(value, bool):
-            raise ModelError(f"{self.path} has {key}={value!r}; true or false is needed")
+            raise self.fault(key, value, remedy="use true or false")
         return value
 
     def require(self, key: str, supported: tuple[Any, ...], default: Any) -> None:
@@ -95,7 +102,7 @@ class ConfigFile:
         value = self._values.get(key, default)
         if value not in supported:
             names = " or ".join(repr(item) for item in supported)
-            raise ModelError(f"{self.path} has {key}={value!r}, which is not supported; only {names}")
+            raise self.fault(key, value, limit=f"only {names} is supported", remedy=USE_ANOTHER_MODEL)
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Those of `config.json` and of `generation_config.json`; the tokenizer may know another one.
@@ -120,7 +127,9 @@ class ConfigFile:
         value = values.get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(is_whole(item) for item in ids):
-            raise ModelError(f"{path} has eos_token_id={value!r}; token ids are needed")
+            raise ModelError(
+                f"{path} has eos_token_id={value!r}", remedy="use token ids", option="eos_token_id", value=value
+            )
         vocab_size = self.count("vocab_size")
         known = tuple(item for item in ids if 0 <= item < vocab_size)
         if len(known) < len(ids):

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Transport
-from antiphon.core.errors import ModelError
 from antiphon.kernels.expert_workspace import ExpertWorkspace
 from antiphon.models.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.attention.mla import LatentAttention, LatentAttentionConfig
 from antiphon.models.attention.rope import rope_angles, rope_tables
 from antiphon.models.causal_lm import LayerState
-from antiphon.models.config import ConfigFile, ModelConfig
+from antiphon.models.config import USE_ANOTHER_MODEL, ConfigFile, ModelConfig
 from antiphon.models.layers import Embedding, GatedFeedForward, Linear, RMSNorm, checkpoint_tensors
 from antiphon.models.moe import Experts, MoELayer, MoENames
 from antiphon.models.router import Router, RoutingConfig, check_groups
@@ -97,9 +96,8 @@ class DecoderConfig(ModelConfig):
 def _require_full_attention(file: ConfigFile) -> None:
     kinds = file.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise ModelError(
-            f"{file.path} has layer_types={kinds!r}, which is not supported; only null, or 'full_attention' for all"
-        )
+        limit = "only null, or 'full_attention' for all layers, is supported"
+        raise file.fault("layer_types", kinds, limit=limit, remedy=USE_ANOTHER_MODEL)
 
 
 class DecoderLayer(nn.Module):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from antiphon.core.errors import ModelError
-from antiphon.models.architectures.registry import skeleton
+from antiphon.models.build import skeleton
 from antiphon.models.checkpoint.files import Checkpoint
 from antiphon.models.checkpoint.weights import check_checkpoint
 from antiphon.models.config import ModelConfig
@@ -25,7 +25,7 @@ from antiphon.models.unread import check_unread
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchedFiles:
-    """What `match_checkpoint` has settled, in plain values: another process goes by it and compares nothing again.
+    """What `match_checkpoint` resolved, in plain values, so that another process need not compare anything again.
 
     single_file: the checkpoint is model.safetensors, whatever index is beside it. tied_embeddings, embedding_name: as
     in `DecoderConfig`.
@@ -35,7 +35,7 @@ class MatchedFiles:
     tied_embeddings: bool
     embedding_name: str
 
-    def settle(self, config: ModelConfig) -> DecoderConfig:
+    def resolve(self, config: ModelConfig) -> DecoderConfig:
         """The configuration that `read_config` gives, as the checkpoint has it."""
         assert isinstance(config, DecoderConfig), "configs come from read_config"
         return replace(config, tied_embeddings=self.tied_embeddings, embedding_name=self.embedding_name)
@@ -64,7 +64,7 @@ class MatchedCheckpoint:
 
 
 def match_checkpoint(config: ModelConfig, folder: Path) -> MatchedCheckpoint:
-    """Choose the files, settle the head, and see that every tensor has its place.
+    """Choose the files, resolve the head, and see that every tensor has its place.
 
     Reads headers; of tensors only the embedding and a head that the configuration says are the same.
     Raises `ModelError` for tensors that are missing or do not fit, and for those that the model has no place for though
@@ -74,8 +74,8 @@ def match_checkpoint(config: ModelConfig, folder: Path) -> MatchedCheckpoint:
     checkpoint = Checkpoint(folder)
     tensors = dict(skeleton(config).checkpoint_tensors())
     checkpoint, files_note = _choose_files(checkpoint, tensors)
-    config, head_note = _settle_head(config, checkpoint)
-    tensors = _with_settled_head(tensors, config)
+    config, head_note = _resolve_head(config, checkpoint)
+    tensors = _with_resolved_head(tensors, config)
     check_checkpoint(checkpoint, tensors.items())
     notes = (files_note, head_note, check_unread(checkpoint, config, tensors.keys()))
     return MatchedCheckpoint(config=config, checkpoint=checkpoint, notes=tuple(note for note in notes if note))
@@ -98,7 +98,7 @@ def _choose_files(checkpoint: Checkpoint, names: Collection[str]) -> tuple[Check
     return checkpoint, f"{folder}: the files of model.safetensors.index.json are read, not model.safetensors beside it"
 
 
-def _settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[DecoderConfig, str]:
+def _resolve_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[DecoderConfig, str]:
     """Where embedding and head are said to be one, the file decides, as in transformers 5.
 
     Two that differ stay two, with a note; the one that is there alone is both, whatever its name.
@@ -116,7 +116,7 @@ def _settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[Decoder
     return replace(config, tied_embeddings=False), note
 
 
-def _with_settled_head(tensors: Mapping[str, torch.Tensor], config: DecoderConfig) -> dict[str, torch.Tensor]:
-    """What the settled model reads: `tensors` are of the model as its config.json has it. The order is the same."""
-    settled = {config.embedding_name if name == EMBEDDING_NAME else name: tensor for name, tensor in tensors.items()}
-    return settled if config.tied_embeddings else {**settled, HEAD_NAME: settled[EMBEDDING_NAME]}
+def _with_resolved_head(tensors: Mapping[str, torch.Tensor], config: DecoderConfig) -> dict[str, torch.Tensor]:
+    """What the resolved model reads: `tensors` are of the model as its config.json has it. The order is the same."""
+    resolved = {config.embedding_name if name == EMBEDDING_NAME else name: tensor for name, tensor in tensors.items()}
+    return resolved if config.tied_embeddings else {**resolved, HEAD_NAME: resolved[EMBEDDING_NAME]}

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Routes
-from antiphon.core.errors import ModelError
 from antiphon.kernels.router import Scoring, choose_experts
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import parameter
@@ -41,16 +40,13 @@ def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
     """Raises `ModelError` if the groups do not fit the experts."""
     per_group, rest = divmod(routing.num_experts, routing.num_groups)
     if rest or routing.top_groups > routing.num_groups:
-        raise ModelError(
-            f"{file.path} has n_routed_experts={routing.num_experts}, n_group={routing.num_groups}, "
-            f"topk_group={routing.top_groups}; groups must divide the experts and contain the chosen ones"
-        )
+        limit = f"n_routed_experts={routing.num_experts}, topk_group={routing.top_groups}"
+        remedy = "use a number that divides the experts, and choose at most all groups"
+        raise file.fault("n_group", routing.num_groups, limit=limit, remedy=remedy)
     limited = routing.top_groups < routing.num_groups
     if routing.top_k > per_group * routing.top_groups or (limited and per_group < routing.best_of_group):
-        raise ModelError(
-            f"{file.path} has num_experts_per_tok={routing.top_k}, but chooses "
-            f"from {routing.top_groups} groups of {per_group} experts"
-        )
+        limit = f"it chooses from {routing.top_groups} groups of {per_group} experts"
+        raise file.fault("num_experts_per_tok", routing.top_k, limit=limit, remedy="use the model's own file")
 
 
 class Router(nn.Module):

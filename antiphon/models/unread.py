@@ -59,7 +59,7 @@ def check_unread(checkpoint: Checkpoint, config: DecoderConfig, read: Set[str]) 
     in_read_parts = {name for name in unread if _is_of_a_read_part(name, config)}
     refused = sorted(name for name in in_read_parts if not _is_empty(name, checkpoint))
     if refused:
-        raise ModelError(_refusal(refused, checkpoint, config))
+        raise _refusal(refused, checkpoint, config)
     others = sorted(unread - in_read_parts)
     return _listing(others, checkpoint) if others else ""
 
@@ -100,16 +100,17 @@ def _is_empty(name: str, checkpoint: Checkpoint) -> bool:
     return name in checkpoint and not checkpoint.stored(name).num_bytes
 
 
-def _refusal(names: list[str], checkpoint: Checkpoint, config: DecoderConfig) -> str:
+def _refusal(names: list[str], checkpoint: Checkpoint, config: DecoderConfig) -> ModelError:
     name = names[0]
     others = f" (and {len(names) - 1} more such tensors)" if len(names) > 1 else ""
     meaning = next(meaning for meaning in _MEANINGS if re.search(meaning.pattern, name))
     what, expert = meaning.what, _EXPERT.search(name)
     if expert is not None and int(expert[1]) >= config.num_experts:
         what = f"a weight of an expert numbered above the {config.num_experts} in config.json"
-    return (
-        f"checkpoint {checkpoint.folder} has {name!r}{others}, {what} that the model of its config.json does not have; "
-        f"results without it would be wrong, so {meaning.remedy}"
+    return ModelError(
+        f"checkpoint {checkpoint.folder} has {name!r}{others}, {what} that the model of its config.json does not have",
+        limit="results without it would be wrong",
+        remedy=meaning.remedy,
     )
 
 

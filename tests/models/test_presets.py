@@ -13,6 +13,7 @@ from antiphon.core.errors import ModelError
 from antiphon.models import PRESETS, ModelConfig, num_parameters, preset_file, read_config, skeleton, weight_bytes
 from antiphon.models.decoder import Decoder, DecoderConfig
 from tests.models.twin import KINDS, random_checkpoint, tiny_config
+from tests.support.errors import raises
 
 PUBLISHED = {  # parameters, layers, of them dense, experts, experts a token, numbers in the cache a token and layer
     "deepseek-v2-lite": (15.7e9, 27, 1, 64, 6, 576),
@@ -49,7 +50,7 @@ def test_depth_is_cut(name: str) -> None:
     assert len(layers) == cut.num_layers == least
     assert read_config(name, num_layers=whole.num_layers) == whole
     for number in (least - 1, whole.num_layers + 1):
-        with pytest.raises(ModelError, match=f"num_layers={number} does not fit {name}.*use {least} to"):
+        with raises(ModelError, name, option="num_layers", value=number, remedy=f"{least} to {whole.num_layers}"):
             read_config(name, num_layers=number)
 
 
@@ -65,7 +66,7 @@ def test_a_folder_wins_over_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_unknown_name_is_told_the_presets() -> None:
-    with pytest.raises(ModelError, match=r"'qwen3' is not a folder.*for dummy weights one of .*qwen3-30b-a3b"):
+    with raises(ModelError, option="model", value="qwen3", remedy="qwen3-30b-a3b"):
         read_config("qwen3")
 
 
@@ -98,7 +99,7 @@ def test_memory_of_a_rank_at_any_depth(name: str, monkeypatch: pytest.MonkeyPatc
         made.append(config.num_layers)
         return skeleton(config, dtype)
 
-    monkeypatch.setattr("antiphon.models.architectures.registry.skeleton", counted)
+    monkeypatch.setattr("antiphon.models.build.skeleton", counted)
     weight_bytes(whole, torch.bfloat16, 1)
     assert made == [whole.num_dense_layers + 1, whole.num_dense_layers + 2]
 

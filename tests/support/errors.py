@@ -10,7 +10,8 @@ import pytest
 
 from antiphon.core.errors import AntiphonError
 
-_ANY = object()
+ANY: Any = object()
+"""Any value of a field will do."""
 
 
 class Raised:
@@ -24,7 +25,7 @@ def raises(
     kind: type[AntiphonError],
     *names: str,
     option: str | None = None,
-    value: Any = _ANY,
+    value: Any = ANY,
     remedy: str = "",
 ) -> Iterator[Raised]:
     """Expect an error of exactly `kind` that says what to do.
@@ -39,7 +40,7 @@ def raises(
     assert type(error) is kind, repr(error)
     if option is not None:
         assert error.option == option, f"option {error.option!r}: {error}"
-    if value is not _ANY:
+    if value is not ANY:
         assert error.value == value, f"value {error.value!r}: {error}"
     for name in names:
         assert name in str(error), f"{name!r} is not in: {error}"

@@ -5,10 +5,10 @@ Its checkpoints name the parts of an expert w1, w3 and w2. Source: "Mixtral of E
 
 from __future__ import annotations
 
-from antiphon.core.errors import ModelError, is_whole
+from antiphon.core.errors import is_whole
 from antiphon.kernels.router import Scoring
 from antiphon.models.attention.gqa import GroupedQueryConfig
-from antiphon.models.config import ConfigFile
+from antiphon.models.config import USE_ANOTHER_MODEL, ConfigFile
 from antiphon.models.decoder import DecoderConfig
 from antiphon.models.moe import MoENames
 from antiphon.models.router import RoutingConfig
@@ -46,7 +46,5 @@ def _refuse_short_window(file: ConfigFile, positions: int) -> None:
     """A window as long as the longest text hides nothing; a shorter one would be another attention."""
     window = file.get("sliding_window")
     if window is not None and (not is_whole(window) or window < positions):
-        raise ModelError(
-            f"{file.path} has sliding_window={window!r}, which is not supported; only null, or at least its "
-            f"max_position_embeddings={positions}"
-        )
+        limit = f"only null, or at least max_position_embeddings={positions}, is supported"
+        raise file.fault("sliding_window", window, limit=limit, remedy=USE_ANOTHER_MODEL)

@@ -1,66 +1,73 @@
-"""Architectures by the name in `config.json`."""
+"""Architectures by the name in `config.json`, and the one line that adds one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 
-import torch
-
-from antiphon.comm import ExpertShape, RankGroup, Transport, create_transport
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import ModelError, first_line
-from antiphon.models.architectures.deepseek import read_deepseek_v2, read_deepseek_v3
-from antiphon.models.architectures.glm4_moe import read_glm4_moe
-from antiphon.models.architectures.mixtral import read_mixtral
-from antiphon.models.architectures.qwen3_moe import read_qwen3_moe
+from antiphon.core.errors import ModelError
 from antiphon.models.checkpoint.block_fp8 import BlockFp8
-from antiphon.models.checkpoint.dummy_routing import RouteTable, RoutingKind, RoutingSpec, TableRouter, routing_tables
 from antiphon.models.checkpoint.presets import PRESETS, preset_file
 from antiphon.models.config import ConfigFile, ModelConfig
-from antiphon.models.decoder import Decoder, DecoderConfig
-from antiphon.models.moe import Experts, MoELayer
-from antiphon.models.router import Router
-from antiphon.runtime import CpuStreams
+from antiphon.models.decoder import DecoderConfig
 
-_READERS: dict[str, Callable[[ConfigFile], DecoderConfig]] = {
-    "DeepseekV3ForCausalLM": read_deepseek_v3,
-    "DeepseekV2ForCausalLM": read_deepseek_v2,
-    "Qwen3MoeForCausalLM": read_qwen3_moe,
-    "Glm4MoeForCausalLM": read_glm4_moe,
-    "MixtralForCausalLM": read_mixtral,
+Reader = Callable[[ConfigFile], DecoderConfig]
+"""Reads a `config.json`. Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
+
+READERS = {
+    "DeepseekV3ForCausalLM": "antiphon.models.architectures.deepseek:read_deepseek_v3",
+    "DeepseekV2ForCausalLM": "antiphon.models.architectures.deepseek:read_deepseek_v2",
+    "Qwen3MoeForCausalLM": "antiphon.models.architectures.qwen3_moe:read_qwen3_moe",
+    "Glm4MoeForCausalLM": "antiphon.models.architectures.glm4_moe:read_glm4_moe",
+    "MixtralForCausalLM": "antiphon.models.architectures.mixtral:read_mixtral",
 }
+"""The module and function of each architecture's `Reader`."""
 
-KNOWN_ARCHITECTURES = tuple(_READERS)
+KNOWN_ARCHITECTURES = tuple(READERS)
 
 
 def read_config(source: Path | str, *, num_layers: int | None = None) -> ModelConfig:
     """The model in a folder, or of a preset. num_layers: keep only the first ones.
 
     A folder that exists is read even if it is called like a preset.
-    Raises `ModelError` if it is not there, unknown, asks for what is not supported, or has not so many layers.
+    Raises `ModelError` if it is not there, unknown, asks for what is not supported, or has fewer layers.
     """
     file = ConfigFile(_config_file(source))
-    if file.architecture not in _READERS:
-        near = get_close_matches(file.architecture, KNOWN_ARCHITECTURES, n=1)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise ModelError(
-            f"{file.path} has architecture {file.architecture!r}, which is not known; "
-            f"known are {', '.join(KNOWN_ARCHITECTURES)}{hint}"
-        )
+    read = _reader(file)
     BlockFp8.read(file)  # refuses what is not loaded
-    config = _READERS[file.architecture](file)
+    config = read(file)
     if num_layers is None:
         return config
     least = config.num_dense_layers + 1
     if not least <= num_layers <= config.num_layers:
         raise ModelError(
-            f"num_layers={num_layers} does not fit {source}, which has {config.num_layers} layers, the first "
-            f"{config.num_dense_layers} of them without experts; use {least} to {config.num_layers}"
+            f"num_layers={num_layers} does not fit {source}",
+            limit=f"it has {config.num_layers} layers, the first {config.num_dense_layers} of them without experts",
+            remedy=f"use {least} to {config.num_layers}",
+            option="num_layers",
+            value=num_layers,
         )
     return replace(config, num_layers=num_layers)
+
+
+def _reader(file: ConfigFile) -> Reader:
+    name = file.architecture
+    if name not in READERS:
+        near = get_close_matches(name, READERS, n=1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise ModelError(
+            f"{file.path} has an unknown architecture {name!r}",
+            remedy=f"use a model with one of {', '.join(READERS)}{hint}",
+            option="architectures",
+            value=name,
+        )
+    module, _, function = READERS[name].partition(":")
+    reader: Reader = getattr(import_module(module), function)
+    return reader
 
 
 def _config_file(source: Path | str) -> Path:
@@ -70,96 +77,9 @@ def _config_file(source: Path | str) -> Path:
     if str(source) in PRESETS:
         return preset_file(str(source))
     raise ModelError(
-        f"model {str(source)!r} is not a folder; pass the folder of a Hugging Face checkpoint (nothing is "
-        f"downloaded), {BUNDLED_MODEL!r}, which is bundled, or for dummy weights one of {', '.join(PRESETS)}"
+        f"model {str(source)!r} is not a folder",
+        remedy=f"pass the folder of a Hugging Face checkpoint (nothing is downloaded), {BUNDLED_MODEL!r}, which is "
+        f"bundled, or for dummy weights one of {', '.join(PRESETS)}",
+        option="model",
+        value=source,
     )
-
-
-def expert_shape(config: ModelConfig, dtype: torch.dtype) -> ExpertShape:
-    """The experts of a model, for its transport."""
-    return ExpertShape(num_experts=config.num_experts, top_k=config.top_k, hidden_size=config.hidden_size, dtype=dtype)
-
-
-def build_model(config: ModelConfig, transport: Transport, routing: RoutingSpec | None = None) -> Decoder:
-    """This rank's part of the model, weights not yet filled, in the dtype of the transport's shape, on its device.
-
-    routing: replaces the choice of every router, see `models.routing`.
-    """
-    with torch.device(transport.streams.device):
-        model = Decoder(_decoder_config(config), transport)
-    if routing is not None and routing.kind is not RoutingKind.MODEL:
-        _route_by_table(model, routing, transport)
-    return model
-
-
-def _route_by_table(model: Decoder, routing: RoutingSpec, transport: Transport) -> None:
-    moe_layers = {
-        number: layer.mlp for number, layer in enumerate(model.decoder_layers()) if isinstance(layer.mlp, MoELayer)
-    }
-    tables = routing_tables(
-        routing,
-        num_experts=model.config.num_experts,
-        top_k=model.config.top_k,
-        layers=moe_layers,
-        rank=transport.group.rank,
-        num_ranks=transport.group.size,
-    )
-    on_device: dict[int, RouteTable] = {}  # a table that layers share is copied once, and looked up once a step
-    for number, table_NK in tables.items():
-        if id(table_NK) not in on_device:
-            on_device[id(table_NK)] = RouteTable(table_NK.to(transport.streams.device))
-        router = moe_layers[number].gate
-        assert isinstance(router, Router)
-        moe_layers[number].gate = TableRouter(router, on_device[id(table_NK)])
-
-
-def skeleton(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The whole model without memory behind it: for the names and shapes that a checkpoint must have.
-
-    Raises `ModelError` for sizes that tensors cannot have, wherever they are.
-    """
-    group = RankGroup(rank=0, size=1)
-    try:
-        with torch.device("meta"):
-            transport = create_transport(
-                "local", expert_shape(config, dtype), group=group, streams=CpuStreams(), num_lanes=1
-            )
-            return Decoder(_decoder_config(config), transport)
-    except RuntimeError as error:
-        raise ModelError(
-            f"the sizes in config.json describe tensors that cannot exist ({first_line(error)}); use the file that "
-            f"was published with the weights of this {config.architecture}"
-        ) from error
-
-
-def num_parameters(config: ModelConfig) -> int:
-    """Of the whole model; a correction bias of a router counts too."""
-    return sum(tensor.numel() for _, tensor in skeleton(config).checkpoint_tensors())
-
-
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> int:
-    """Memory for the weights of one rank, which holds all of the model but only its share of the experts.
-
-    Layers with experts are all of one size: two of them say what any number takes, without making each.
-    Raises as `skeleton` does.
-    """
-    num_first = min(config.num_layers, _decoder_config(config).num_dense_layers + 1)
-    first = _weight_bytes(replace(config, num_layers=num_first), dtype, num_ranks)
-    if num_first == config.num_layers:
-        return first
-    one_more = _weight_bytes(replace(config, num_layers=num_first + 1), dtype, num_ranks)
-    return first + (one_more - first) * (config.num_layers - num_first)
-
-
-def _weight_bytes(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> int:
-    model = skeleton(config, dtype)
-    everything = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    experts = sum(
-        tensor.nbytes for module in model.modules() if isinstance(module, Experts) for tensor in module.parameters()
-    )
-    return everything - experts + experts // num_ranks
-
-
-def _decoder_config(config: ModelConfig) -> DecoderConfig:
-    assert isinstance(config, DecoderConfig), "configs come from read_config"
-    return config

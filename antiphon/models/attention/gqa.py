@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from antiphon.core.batch import PrefillSlice, current_micro_batch
-from antiphon.core.errors import ModelError
 from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values, prefill_attention
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.models.attention.prefill_runs import prefill_runs
@@ -53,9 +52,8 @@ class GroupedQueryConfig:
         hidden_size, num_heads = file.count("hidden_size"), file.count("num_attention_heads")
         num_kv_heads = file.count("num_key_value_heads")
         if num_heads % num_kv_heads:
-            raise ModelError(
-                f"{file.path} has num_attention_heads={num_heads}, num_key_value_heads={num_kv_heads}; "
-                "the first must be a multiple of the second"
+            raise file.fault(
+                "num_attention_heads", num_heads, remedy=f"use a multiple of num_key_value_heads={num_kv_heads}"
             )
         head_size = hidden_size // num_heads if file.get("head_dim") is None else file.count("head_dim")
         size = rotary_size(file, head_size, default_share=default_share)
@@ -73,9 +71,9 @@ class GroupedQueryConfig:
     def refuse_partial_rotation(self, file: ConfigFile) -> None:
         """For architectures that rotate whole heads. Raises `ModelError`."""
         if self.rope.size != self.head_size:
-            raise ModelError(
-                f"{file.path} has a partial_rotary_factor below 1, which is not supported for {file.architecture}"
-            )
+            share = self.rope.size / self.head_size
+            limit = f"{file.architecture} is supported with whole heads rotated"
+            raise file.fault("partial_rotary_factor", share, limit=limit, remedy="use a model with a factor of 1")
 
 
 class GroupedQueryAttention(nn.Module):

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from antiphon.core.batch import PrefillSlice, current_micro_batch
-from antiphon.core.errors import ModelError
 from antiphon.kernels.latent_write import norm_rotate_write_latents
 from antiphon.kernels.mla_attention import decode_attention, gather_blocks, prefill_attention
 from antiphon.kernels.norm_rope import apply_rope
@@ -51,7 +50,9 @@ class LatentAttentionConfig:
         """Raises `ModelError` for sizes that are missing or wrong."""
         rope_size = file.count("qk_rope_head_dim")
         if rope_size % 2:
-            raise ModelError(f"{file.path} has qk_rope_head_dim={rope_size}; pairs need an even number")
+            raise file.fault(
+                "qk_rope_head_dim", rope_size, remedy="use an even number, because dimensions rotate in pairs"
+            )
         return LatentAttentionConfig(
             hidden_size=file.count("hidden_size"),
             num_heads=file.count("num_attention_heads"),

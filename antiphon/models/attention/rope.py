@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from antiphon.core.errors import ModelError, is_number
-from antiphon.models.config import LARGEST_POSITION, ConfigFile
+from antiphon.core.errors import is_number
+from antiphon.models.config import LARGEST_POSITION, USE_ANOTHER_MODEL, ConfigFile
 
 DEFAULT_THETA = 10_000.0
 """Base of the rotary angles where a file does not say, for most architectures."""
@@ -52,10 +52,12 @@ class RopeConfig:
         parameters = _parameters(file)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "yarn"):
-            raise ModelError(f"{file.path} has rope_type={kind!r}, which is not supported; only 'default' or 'yarn'")
+            raise file.fault(
+                "rope_type", kind, limit="only 'default' and 'yarn' are supported", remedy=USE_ANOTHER_MODEL
+            )
         theta = parameters.get("rope_theta", file.get("rope_theta", default_theta))
         if not is_number(theta) or theta <= 1:
-            raise ModelError(f"{file.path} has rope_theta={theta!r}; a number above 1 is needed")
+            raise file.fault("rope_theta", theta, remedy="use a number above 1")
         yarn = None if kind == "default" else _read_yarn(file, parameters)
         return RopeConfig(size=size, theta=float(theta), interleaved=interleaved, yarn=yarn)
 
@@ -67,26 +69,23 @@ def rotary_size(file: ConfigFile, head_size: int, *, default_share: float) -> in
     """
     share = _parameters(file).get("partial_rotary_factor", file.get("partial_rotary_factor", default_share))
     if not is_number(share) or not 0 < share <= 1:
-        raise ModelError(f"{file.path} has partial_rotary_factor={share!r}; a number above 0, at most 1 is needed")
+        raise file.fault("partial_rotary_factor", share, remedy="use a number above 0 and at most 1")
     size = int(head_size * share)
     if size < 2 or size % 2:
-        raise ModelError(
-            f"{file.path} has partial_rotary_factor={share} of head_dim={head_size}, which is {size} dimensions; "
-            "pairs need an even number"
-        )
+        limit = f"of head_dim={head_size} that is {size} dimensions"
+        remedy = "use a share that is an even number of them, because dimensions rotate in pairs"
+        raise file.fault("partial_rotary_factor", share, limit=limit, remedy=remedy)
     return size
 
 
 def _parameters(file: ConfigFile) -> dict[str, Any]:
     parameters = file.get("rope_scaling") or file.get("rope_parameters") or {}  # in this order in transformers too
     if not isinstance(parameters, dict):
-        raise ModelError(f"{file.path} has rope parameters {parameters!r}; an object is needed")
+        raise file.fault("rope_parameters", parameters, remedy="use an object")
     for key, value in parameters.items():
         if isinstance(value, dict):
-            raise ModelError(
-                f"{file.path} has rope parameters of their own for {key!r}, which is not supported; only one kind of "
-                "rotary embedding for all layers"
-            )
+            limit = f"those of {key!r} differ, but only one kind of rotary embedding for all layers is supported"
+            raise file.fault("rope_parameters", value, limit=limit, remedy=USE_ANOTHER_MODEL)
     return parameters
 
 
@@ -104,17 +103,14 @@ def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
             truncate=bool(parameters.get("truncate", True)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{file.path} has yarn parameters that cannot be read ({error!r})") from error
+        limit, remedy = f"its yarn parameters cannot be read ({error!r})", "use the model's own file"
+        raise file.fault("rope_parameters", parameters, limit=limit, remedy=remedy) from error
     if not 1 <= yarn.factor < math.inf or yarn.original_positions < 1:
-        raise ModelError(
-            f"{file.path} has yarn with factor={yarn.factor} and {yarn.original_positions} original positions; "
-            "both must be at least 1"
-        )
+        limit = f"yarn has factor={yarn.factor} and {yarn.original_positions} original positions"
+        raise file.fault("rope_parameters", parameters, limit=limit, remedy="use at least 1 for both")
     if yarn.original_positions > LARGEST_POSITION / yarn.factor:
-        raise ModelError(
-            f"{file.path} has yarn with factor={yarn.factor} and {yarn.original_positions} original positions, which "
-            "makes texts longer than any; use the model's own file"
-        )
+        limit = f"factor={yarn.factor} times {yarn.original_positions} positions exceeds {LARGEST_POSITION}"
+        raise file.fault("rope_parameters", parameters, limit=limit, remedy="use the model's own file")
     return yarn
 
 

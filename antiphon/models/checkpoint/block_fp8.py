@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.core.errors import ModelError, is_whole
+from antiphon.core.errors import is_whole
 from antiphon.models.config import ConfigFile
+
+_USE_BFLOAT16 = "use a bfloat16 checkpoint"
 
 
 def scale_name(weight_name: str) -> str:
@@ -37,22 +39,17 @@ class BlockFp8:
         if settings is None:
             return None
         if not isinstance(settings, dict):
-            raise ModelError(f"{file.path} has quantization_config={settings!r}; an object is needed")
+            raise file.fault("quantization_config", settings, remedy="use an object")
         method, block = settings.get("quant_method", "unknown"), settings.get("weight_block_size")
         if method != "fp8" or block is None:
-            kind = f"{method!r}, without a weight_block_size" if method == "fp8" else f"{method!r}"
-            raise ModelError(
-                f"{file.path} is quantised ({kind}), which is not supported; only 'fp8' with a weight_block_size is, "
-                "so use a bfloat16 checkpoint"
-            )
+            limit = f"only 'fp8' with a weight_block_size is supported, which is {block!r}"
+            raise file.fault("quant_method", method, limit=limit, remedy=_USE_BFLOAT16)
         for key, supported in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
             if settings.get(key, supported) != supported:
-                raise ModelError(
-                    f"{file.path} is quantised ('fp8') with {key}={settings[key]!r}, which is not supported; only "
-                    f"{supported!r} is, so use a bfloat16 checkpoint"
-                )
+                limit = f"only {supported!r} is supported"
+                raise file.fault(key, settings[key], limit=limit, remedy=_USE_BFLOAT16)
         if not isinstance(block, list) or len(block) != 2 or not all(is_whole(size) and size > 0 for size in block):
-            raise ModelError(f"{file.path} has weight_block_size={block!r}; two integers of at least 1 are needed")
+            raise file.fault("weight_block_size", block, remedy="use two integers of at least 1")
         return BlockFp8(rows=block[0], columns=block[1])
 
     def scale_shape(self, num_outputs: int, num_inputs: int) -> tuple[int, int]:

@@ -65,11 +65,21 @@ def parse_routing(text: str) -> RoutingSpec:
         except ValueError:
             exponent = 0.0
         if not 0.0 < exponent < float("inf"):
-            raise OptionError(f"routing={text!r} has no exponent above 0; write it like zipf:1.2")
+            raise OptionError(
+                f"routing={text!r} has no exponent above 0",
+                remedy="write it like zipf:1.2",
+                option="routing",
+                value=text,
+            )
         return RoutingSpec(kind=RoutingKind.ZIPF, exponent=exponent)
     if name == RoutingKind.RECORDED.value:
         if not value:
-            raise OptionError(f"routing={text!r} names no file; write it like recorded:routes.jsonl")
+            raise OptionError(
+                f"routing={text!r} names no file",
+                remedy="write it like recorded:routes.jsonl",
+                option="routing",
+                value=text,
+            )
         return RoutingSpec(kind=RoutingKind.RECORDED, file=Path(value))
     raise unknown_value("routing", text, ("model", "uniform", "zipf:A", "recorded:FILE"))
 
@@ -127,7 +137,11 @@ def routing_tables(
         recorded = _read_recording(spec.file, num_experts=num_experts, top_k=top_k)
         missing = sorted(set(layers) - recorded.keys())
         if missing:
-            raise OptionError(f"{spec.file} has no routes of layer {missing[0]}; record every layer with experts")
+            raise OptionError(
+                f"{spec.file} has no routes of layer {missing[0]}",
+                remedy="record every layer with experts",
+                option="routing",
+            )
         return {layer: _from_rank(recorded[layer], rank, num_ranks) for layer in layers}
     if spec.kind is RoutingKind.UNIFORM:
         table_NK = _uniform_table(num_experts, top_k)
@@ -174,15 +188,28 @@ def _read_recording(file: Path, *, num_experts: int, top_k: int) -> dict[int, to
             tables[int(entry["layer"])] = torch.tensor(entry["ids"], dtype=torch.int64)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:  # torch: numbers too large
         raise OptionError(
-            f"{file} cannot be read as a recording ({error!r}); "
-            'each line is {"layer": number, "ids": [[expert, ...], ...]}'
+            f"{file} cannot be read as a recording ({error!r})",
+            remedy='write each line as {"layer": number, "ids": [[expert, ...], ...]}',
+            option="routing",
         ) from error
     for layer, table_NK in tables.items():
         if table_NK.dim() != 2 or table_NK.shape[1] != top_k or not table_NK.numel():
-            raise OptionError(f"{file}: ids of layer {layer} are {list(table_NK.shape)}; [tokens, {top_k}] is needed")
+            raise OptionError(
+                f"{file}: ids of layer {layer} are {list(table_NK.shape)}",
+                remedy=f"record [tokens, {top_k}]",
+                option="routing",
+            )
         low, high = int(table_NK.min()), int(table_NK.max())
         if low < 0 or high >= num_experts:
-            raise OptionError(f"{file}: ids of layer {layer} run from {low} to {high}; use 0 to {num_experts - 1}")
+            raise OptionError(
+                f"{file}: ids of layer {layer} run from {low} to {high}",
+                remedy=f"use 0 to {num_experts - 1}",
+                option="routing",
+            )
         if bool((table_NK.sort(dim=1).values.diff(dim=1) == 0).any()):
-            raise OptionError(f"{file}: layer {layer} has a token with the same expert twice; record different ones")
+            raise OptionError(
+                f"{file}: layer {layer} has a token with the same expert twice",
+                remedy="record different ones",
+                option="routing",
+            )
     return tables

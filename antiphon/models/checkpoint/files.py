@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from antiphon.core.errors import ModelError
 from antiphon.models.checkpoint.block_fp8 import BlockFp8, scale_name
-from antiphon.models.config import ConfigFile, read_json
+from antiphon.models.config import DOWNLOAD_AGAIN, ConfigFile, read_json
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """What a weight can be stored in without a scale, by the names of safetensors."""
@@ -82,20 +82,21 @@ def _chosen_files(folder: Path, *, single_file: bool) -> _Files:
     if not single_file:
         return _Files(weight_map=_weight_map(folder), missing=[])
     if not (folder / _SINGLE).is_file():
-        raise ModelError(f"{folder / _SINGLE} does not exist; download it again")
+        raise ModelError(f"{folder / _SINGLE} does not exist", remedy=DOWNLOAD_AGAIN)
     return _Files(weight_map=None, missing=[])
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError(f"{folder / _INDEX} has no weight_map of file names; download it again")
+        raise ModelError(f"{folder / _INDEX} has no weight_map of file names", remedy=DOWNLOAD_AGAIN)
     for name in set(weight_map.values()):
         path = PurePosixPath(name)
         if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
             raise ModelError(
-                f"{folder / _INDEX} places tensors in {name!r}, but files outside of the folder are never opened; "
-                "download it again"
+                f"{folder / _INDEX} places tensors in {name!r}",
+                limit="files outside of the folder are never opened",
+                remedy=DOWNLOAD_AGAIN,
             )
     return weight_map
 
@@ -122,7 +123,7 @@ class Checkpoint:
             _, names = self._open(_SINGLE)
             self._file_of = dict.fromkeys(names, _SINGLE)
         else:
-            raise ModelError(f"{folder} has neither {_INDEX} nor {_SINGLE}; {_what_to_do(folder)}")
+            raise ModelError(f"{folder} has neither {_INDEX} nor {_SINGLE}", remedy=_what_to_do(folder))
         self.single_file = files.weight_map is None
         self.has_other_file = (folder / _SINGLE).is_file() and _SINGLE not in self._file_of.values()
 
@@ -147,7 +148,9 @@ class Checkpoint:
         try:
             tensor: torch.Tensor = self._file_with(name).get_tensor(name)
         except SafetensorError as error:
-            raise ModelError(f"{self.folder / self._file_of[name]} cannot be read ({error})") from error
+            raise ModelError(
+                f"{self.folder / self._file_of[name]} cannot be read ({error})", remedy=DOWNLOAD_AGAIN
+            ) from error
         return tensor
 
     def same(self, first: str, second: str) -> bool:
@@ -176,13 +179,14 @@ class Checkpoint:
         if file_name is None:
             which = f" in {_SINGLE}, which is read because {self.index_fault}" if self.index_fault else ""
             raise ModelError(
-                f"checkpoint {self.folder} has no tensor {name!r}{which}; download it again, or use its own config"
+                f"checkpoint {self.folder} has no tensor {name!r}{which}",
+                remedy="download it again, or use its own config",
             )
         opened, names = self._open(file_name)
         if name not in names:
             raise ModelError(
-                f"checkpoint {self.folder} has no tensor {name!r}, though its index places it in {file_name}; "
-                "download it again"
+                f"checkpoint {self.folder} has no tensor {name!r}, though its index places it in {file_name}",
+                remedy=DOWNLOAD_AGAIN,
             )
         return opened
 
@@ -193,13 +197,14 @@ class Checkpoint:
                 files = set(self._file_of.values())
                 missing = [name for name in files if not (self.folder / name).is_file()]
                 raise ModelError(
-                    f"{path} does not exist, though the index names it ({len(missing)} of {len(files)} files are "
-                    "missing); download it again"
+                    f"{path} does not exist, though the index names it",
+                    limit=f"{len(missing)} of {len(files)} files are missing",
+                    remedy=DOWNLOAD_AGAIN,
                 )
             try:
                 opened: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be opened ({error}); download it again") from error
+                raise ModelError(f"{path} cannot be opened ({error})", remedy=DOWNLOAD_AGAIN) from error
             self._open_files[file_name] = opened, frozenset(opened.keys())
         return self._open_files[file_name]
 

@@ -45,9 +45,11 @@ def resolve_model(name: str | Path, *, revision: str | None = None, weights: boo
         return folder
     if isinstance(name, Path) or not is_hub_id(name):
         raise ModelError(
-            f"model {str(name)!r} is not a folder, and not the id of a model on the hub (org/name); pass the folder of "
-            f"a Hugging Face checkpoint, an id, {BUNDLED_MODEL!r}, which is bundled, or for dummy weights one of "
-            f"{', '.join(PRESETS)}"
+            f"model {str(name)!r} is not a folder, and not the id of a model on the hub (org/name)",
+            remedy=f"pass the folder of a Hugging Face checkpoint, an id, {BUNDLED_MODEL!r}, which is bundled, or for "
+            f"dummy weights one of {', '.join(PRESETS)}",
+            option="model",
+            value=name,
         )
     return _from_hub(name, revision, weights)
 
@@ -95,8 +97,8 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
         what = name if revision is None else f"{name}, revision {revision!r},"
         remedy = "unset HF_HUB_OFFLINE" if "OFFLINE" in hub_down else "try again when it can, or set HF_ENDPOINT"
         raise ModelError(
-            f"model {what} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and {hub_down}; {remedy}, "
-            "or pass the folder of a checkpoint"
+            f"model {what} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and {hub_down}",
+            remedy=f"{remedy}, or pass the folder of a checkpoint",
         ) from error
 
 
@@ -110,25 +112,26 @@ def _refused(name: str, revision: str | None, error: Exception, endpoint: str) -
 
     if isinstance(error, RevisionNotFoundError):
         return ModelError(
-            f"model {name} has no revision {revision!r} on the hub {endpoint}; use a branch, tag or commit that it has"
+            f"model {name} has no revision {revision!r} on the hub {endpoint}",
+            remedy="use a branch, tag or commit that it has",
         )
     if isinstance(error, GatedRepoError):
         return ModelError(
-            f"model {name} is gated: the hub {endpoint} gives it only to those who accepted its terms; accept them on "
-            "its page, and set HF_TOKEN"
+            f"model {name} is gated: the hub {endpoint} gives it only to those who accepted its terms",
+            remedy="accept them on its page, and set HF_TOKEN",
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelError(
-            f"model {name!r} is not a folder, and the hub {endpoint} has no such model, or it is private; check the "
-            "name, and set HF_TOKEN for a private one"
+            f"model {name!r} is not a folder, and the hub {endpoint} has no such model, or it is private",
+            remedy="check the name, and set HF_TOKEN for a private one",
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return ModelError(
-            f"model {name} is refused by the hub {endpoint} ({error.response.status_code}); check HF_TOKEN"
+            f"model {name} is refused by the hub {endpoint} ({error.response.status_code})", remedy="check HF_TOKEN"
         )
     return ModelError(
-        f"model {name} cannot be downloaded from the hub {endpoint} ({_kind_and_line(error)}); try again, what is "
-        "complete is kept"
+        f"model {name} cannot be downloaded from the hub {endpoint} ({_kind_and_line(error)})",
+        remedy="try again, what is complete is kept",
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from antiphon.core.errors import ModelError
 from antiphon.models.checkpoint.block_fp8 import scale_name
 from antiphon.models.checkpoint.files import FLOAT8, ITEM_BYTES, Checkpoint, StoredTensor
+from antiphon.models.config import DOWNLOAD_AGAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,9 @@ def check_checkpoint(checkpoint: Checkpoint, expected: Iterable[tuple[str, torch
         stored = checkpoint.stored(name)
         if stored.shape != tuple(tensor.shape):
             raise ModelError(
-                f"checkpoint {checkpoint.folder} has {name!r} with shape {list(stored.shape)}; "
-                f"its config.json needs {list(tensor.shape)}"
+                f"checkpoint {checkpoint.folder} has {name!r} with shape {list(stored.shape)}",
+                limit=f"its config.json needs {list(tensor.shape)}",
+                remedy="use the config.json that was published with these weights",
             )
         if scale_name(name) in checkpoint:
             _check_quantised(checkpoint, name, stored)
@@ -46,8 +48,8 @@ def check_checkpoint(checkpoint: Checkpoint, expected: Iterable[tuple[str, torch
             )
         elif stored.dtype not in ITEM_BYTES:
             raise ModelError(
-                f"checkpoint {checkpoint.folder} has {name!r} in {stored.dtype}, which is not supported; use a "
-                "checkpoint in bfloat16, float16, float32, or block-wise float8"
+                f"checkpoint {checkpoint.folder} has {name!r} in the unsupported dtype {stored.dtype}",
+                remedy="use a checkpoint in bfloat16, float16, float32, or block-wise float8",
             )
 
 
@@ -56,19 +58,21 @@ def _check_quantised(checkpoint: Checkpoint, name: str, stored: StoredTensor) ->
     where = f"checkpoint {checkpoint.folder} has"
     if block is None:
         raise ModelError(
-            f"{where} {scale_name(name)!r}, but its config.json has no quantization_config with a weight_block_size; "
-            "use the config.json that was published with these weights"
+            f"{where} {scale_name(name)!r}, but its config.json has no quantization_config with a weight_block_size",
+            remedy="use the config.json that was published with these weights",
         )
     if stored.dtype != FLOAT8 or len(stored.shape) != 2:
         raise ModelError(
-            f"{where} {scale_name(name)!r} beside a tensor {list(stored.shape)} in {stored.dtype}; "
-            f"only matrices in {FLOAT8} are scaled, so download it again, or use a bfloat16 checkpoint"
+            f"{where} {scale_name(name)!r} beside a tensor {list(stored.shape)} in {stored.dtype}",
+            limit=f"only matrices in {FLOAT8} are scaled",
+            remedy="download it again, or use a bfloat16 checkpoint",
         )
     needed = block.scale_shape(*stored.shape)
     if scale.shape != needed or scale.dtype not in ITEM_BYTES:
         raise ModelError(
-            f"{where} {scale_name(name)!r} with shape {list(scale.shape)} in {scale.dtype}; blocks of "
-            f"{block.rows} x {block.columns} need {list(needed)} in a float format, so download it again"
+            f"{where} {scale_name(name)!r} with shape {list(scale.shape)} in {scale.dtype}",
+            limit=f"blocks of {block.rows} x {block.columns} need {list(needed)} in a float format",
+            remedy=DOWNLOAD_AGAIN,
         )
 
 
