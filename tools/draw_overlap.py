@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from antiphon import LLM
-from antiphon.accuracy.word_problems import word_problems
+from antiphon.accuracy.evaluate import word_problems
 from antiphon.bench.overlap.trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.core.lines import split_lines
 from antiphon.runtime import EventKind

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from datasets import Dataset, DatasetDict
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -21,11 +22,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
 from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.lines import json_lines
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.frontend.llm import LLM
-from antiphon.frontend.tokenizer_files import load_tokenizer
+from antiphon.frontend.tokenizer import load_tokenizer
 
 logger = logging.getLogger("antiphon")
 
@@ -187,3 +189,18 @@ def _ending(token_ids: list[int], room: int, what: str) -> list[int]:
     if len(token_ids) > room:
         logger.warning("%s of %d tokens: only the last %d are used", what, len(token_ids), room)
     return token_ids[-room:]
+
+
+_NUM_EXAMPLES = 32
+
+
+def load_word_problems(**_: Any) -> DatasetDict:
+    """`examples`, from which few-shot prompts are made, and `test`: 224 others. Reads the bundled file, no hub.
+
+    lm_eval calls it, with the metadata of the task, for which there is no use here.
+    """
+    text = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8")
+    problems = [problem for _, problem in json_lines(text)]
+    return DatasetDict(
+        {"examples": Dataset.from_list(problems[:_NUM_EXAMPLES]), "test": Dataset.from_list(problems[_NUM_EXAMPLES:])}
+    )

@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 
 import antiphon
-from antiphon.cli.bench import bench_app
-from antiphon.cli.bench_dbo import dbo
+from antiphon.cli.bench import bench_app, dbo
 from antiphon.cli.engine_options import engine_command
 from antiphon.cli.evaluate import word_problems
 from antiphon.cli.generate import generate

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
 
 from antiphon.config.aliases import foreign_option, unknown_option
@@ -283,3 +284,26 @@ def _value(where: str, kind: str, value: Any) -> Any:
     if not right:
         raise OptionError(f"{where}={value!r} is not {_WHAT[kind]}; use {_WHAT[kind]}")
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What typer calls with the text of the option. least: the smallest number that is taken."""
+
+    least: int | None
+    of_bytes: bool
+    __name__ = "size"
+
+    def __call__(self, value: str | int) -> int:
+        try:
+            number = parse_size(value, of_bytes=self.of_bytes)
+        except OptionError as error:
+            raise typer.BadParameter(str(error)) from None
+        if self.least is not None and number < self.least:
+            raise typer.BadParameter(f"{value} is too small; use at least {self.least}")
+        return number
+
+
+def size_option(help: str, *, least: int | None = None, of_bytes: bool = False) -> Any:
+    """`typer.Option` of an integer that may be written as a size."""
+    return typer.Option(help=help, parser=Size(least, of_bytes), metavar="BYTES" if of_bytes else "COUNT")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from antiphon.accuracy.word_problems import word_problems
+from antiphon.accuracy.evaluate import word_problems
 from antiphon.bench.overlap.trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.config.describe import describe_config
 from antiphon.core.sampling import SamplingParams

@@ -13,8 +13,7 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 import typer
 from typer.core import TyperCommand
 
-from antiphon.cli.arguments import SEVERAL_WORDS, Arguments, OwnOption, read_config_file, separate
-from antiphon.cli.size_option import Size, size_option
+from antiphon.cli.arguments import SEVERAL_WORDS, Arguments, OwnOption, Size, read_config_file, separate, size_option
 from antiphon.config.aliases import translate
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError

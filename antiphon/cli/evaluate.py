@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from antiphon.cli.size_option import size_option
+from antiphon.cli.arguments import size_option
 from antiphon.cli.start import say, started
 
 

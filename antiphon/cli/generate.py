@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from antiphon.cli.arguments import json_object
+from antiphon.cli.arguments import json_object, size_option
 from antiphon.cli.prompts import Chat, Prompt, as_chats, format_prompts, read_prompts
-from antiphon.cli.size_option import size_option
 from antiphon.cli.start import say, started
 from antiphon.core.errors import OptionError
 from antiphon.core.lines import JSON_ESCAPES

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from antiphon.cli.arguments import SEVERAL_WORDS, json_object
-from antiphon.cli.size_option import size_option
+from antiphon.cli.arguments import SEVERAL_WORDS, json_object, size_option
 from antiphon.cli.start import say
 
 

@@ -9,7 +9,6 @@ Uses the streams that it is given and never switches lanes. The one place that c
 """
 
 from antiphon.comm.group import RankGroup
-from antiphon.comm.link import Link
 from antiphon.comm.progress import ProgressBoard
 from antiphon.comm.registry import (
     TransportSpec,
@@ -18,6 +17,7 @@ from antiphon.comm.registry import (
     load_transport,
     parse_transport,
 )
+from antiphon.comm.simulated import Link
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DataPath, Flight, Transport, TransportPart
 from antiphon.machine.facts import peers_forbidden

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from antiphon.comm.group import RankGroup
-from antiphon.comm.link import Link, parse_link
+from antiphon.comm.simulated import Link, parse_link
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Transport
 from antiphon.core.errors import OptionError, unknown_value

@@ -12,15 +12,12 @@ from antiphon.config.memory import is_out_of_memory
 from antiphon.core.errors import AntiphonError, OptionError, first_line
 from antiphon.device.device import activate, describe, device_for_rank
 from antiphon.engine.cache.block_pool import BlockPool
-from antiphon.engine.cache.cache_size import measured_cache
-from antiphon.engine.cache.kv_cache import allocate_cache
-from antiphon.engine.expert_load import ExpertLoad
-from antiphon.engine.messages import Ready
+from antiphon.engine.cache.kv_cache import allocate_cache, measured_cache
+from antiphon.engine.messages import LOADING, Ready, Starting
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.sampler import Sampler
 from antiphon.engine.scheduling.scheduler import Scheduler
-from antiphon.engine.starting import LOADING, Starting
-from antiphon.engine.stats import StepStats
+from antiphon.engine.stats import ExpertLoad, StepStats
 from antiphon.engine.step import StepEngine
 from antiphon.machine.probe import examine_machine
 from antiphon.models import (

@@ -14,12 +14,11 @@ from antiphon.config.cache import CacheSize
 from antiphon.core.batch import Batch, MicroBatch
 from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
-from antiphon.engine.expert_load import ExpertLoad
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.sampler import Sampler
 from antiphon.engine.scheduling.request import TokenOutput
 from antiphon.engine.scheduling.scheduler import Scheduler
-from antiphon.engine.stats import StepStats
+from antiphon.engine.stats import ExpertLoad, StepStats
 from antiphon.planning import Planner, exchange
 from antiphon.splitting import join, split
 from antiphon.timeline import StepRecorder

@@ -35,7 +35,9 @@ from antiphon.engine.messages import (
     FromWorker,
     Loaded,
     Reconfigure,
+    Starting,
     Stop,
+    Throttle,
     Tokens,
     ToWorker,
     Work,
@@ -43,7 +45,6 @@ from antiphon.engine.messages import (
     encode,
     keep_all,
 )
-from antiphon.engine.starting import Starting, Throttle
 from antiphon.engine.step import StepEngine
 from antiphon.engine.worker_warnings import KeptWarnings
 from antiphon.models import MatchedFiles

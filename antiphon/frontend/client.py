@@ -12,9 +12,8 @@ from antiphon.core.errors import EngineError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.device.device import release_unused
 from antiphon.engine.build import build_engine, ready_message
-from antiphon.engine.messages import Ready
+from antiphon.engine.messages import Ready, Starting
 from antiphon.engine.scheduling.request import Request, TokenOutput
-from antiphon.engine.starting import Starting
 from antiphon.engine.step import StepEngine
 from antiphon.timeline import StepTimeline
 

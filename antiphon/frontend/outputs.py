@@ -18,8 +18,7 @@ from math import fsum
 import torch
 
 from antiphon.core.sampling import CompletionOutput, Logprob
-from antiphon.engine.scheduling.request import Request, TokenOutput
-from antiphon.engine.scheduling.sampled import NewToken
+from antiphon.engine.scheduling.request import NewToken, Request, TokenOutput
 from antiphon.frontend.detokenizer import Detokenizer, TextBefore
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 

@@ -21,17 +21,18 @@ from antiphon.engine.messages import (
     NewRequest,
     Ready,
     Reconfigure,
+    Starting,
     Stop,
     Tokens,
     ToWorker,
     Warned,
     Work,
     decode_from_worker,
+    describe_start,
     encode,
     keep_all,
 )
 from antiphon.engine.scheduling.request import Request, TokenOutput
-from antiphon.engine.starting import Starting, describe_start
 from antiphon.engine.worker import START_S, WorkerStart
 from antiphon.engine.worker_warnings import SaidOnce
 from antiphon.frontend.worker_processes import WorkerProcesses

@@ -23,9 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from antiphon import LLM
 from antiphon.accuracy import lm_eval as command
-from antiphon.accuracy.lm_eval_model import AntiphonLM
-from antiphon.accuracy.lm_eval_task import load_word_problems
-from antiphon.accuracy.word_problems import word_problems
+from antiphon.accuracy.evaluate import word_problems
+from antiphon.accuracy.lm_eval_model import AntiphonLM, load_word_problems
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import OptionError
 
@@ -41,7 +40,7 @@ def test_problems_may_hold_what_ends_lines_elsewhere(tmp_path: Path, monkeypatch
     rows = [{"question": question, "answer": "#### 7"}] * 33
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "word_problems.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
-    for module in ("word_problems", "lm_eval_task"):
+    for module in ("evaluate", "lm_eval_model"):
         monkeypatch.setattr(f"antiphon.accuracy.{module}.bundled_model", lambda: tmp_path)
     assert [(one.question, one.number) for one in word_problems()] == [(question, "7")] * 33
     assert list(load_word_problems()["examples"]) == rows[:32] and list(load_word_problems()["test"]) == rows[32:]

@@ -165,7 +165,7 @@ def test_python_is_told_as_well() -> None:
 
 
 def test_benches_read_sizes_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from antiphon.bench import serve as bench
+    from antiphon.bench.serve import load as bench
 
     found: list[Any] = []
 

@@ -165,7 +165,7 @@ def test_auto_on_one_rank_is_local() -> None:
         ("no_such_package.transports:Fancy", "cannot be loaded: No module named"),
         ("antiphon.comm.local:NoSuchClass", "cannot be loaded"),
         ("antiphon.comm.local:Transport2", "check the path and PYTHONPATH"),
-        ("antiphon.comm.link:Link", "is not a subclass of antiphon.comm.Transport"),
+        ("antiphon.comm.simulated:Link", "is not a subclass of antiphon.comm.Transport"),
         ("os.path:join", "is not a subclass of antiphon.comm.Transport"),
         (".relative:Fancy", "cannot be loaded"),
         ("antiphon..comm:Fancy", "cannot be loaded"),

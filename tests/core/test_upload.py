@@ -8,8 +8,7 @@ from dataclasses import fields, is_dataclass
 import pytest
 import torch
 
-from antiphon.core.batch import AttentionMetadata, DecodeGroup, MicroBatch, PrefillSlice, RequestSlice
-from antiphon.core.upload import upload
+from antiphon.core.batch import AttentionMetadata, DecodeGroup, MicroBatch, PrefillSlice, RequestSlice, upload
 
 META = torch.device("meta")
 

@@ -14,8 +14,8 @@ from antiphon.config.engine_config import EngineConfig, ResolvedConfig
 from antiphon.core.errors import OptionError
 from antiphon.device.device import DeviceMemory
 from antiphon.engine.build import build_engine
-from antiphon.engine.cache import cache_size
-from antiphon.engine.cache.cache_size import blocks_that_fit, largest_batch, measured_cache
+from antiphon.engine.cache import kv_cache
+from antiphon.engine.cache.kv_cache import blocks_that_fit, largest_batch, measured_cache
 from antiphon.engine.step import StepEngine
 
 GIB = 2**30
@@ -98,9 +98,9 @@ def test_the_largest_step_is_run_and_what_it_leaves_is_taken(
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
     monkeypatch.setattr(model, "forward", counted_forward)
     monkeypatch.setattr(model, "logits", counted_logits)
-    monkeypatch.setattr(cache_size, "reset_peak", lambda device: calls.append("reset"))
-    monkeypatch.setattr(cache_size, "peak_bytes", lambda device: (calls.append("peak"), 30 * block)[1])
-    monkeypatch.setattr(cache_size, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(kv_cache, "reset_peak", lambda device: calls.append("reset"))
+    monkeypatch.setattr(kv_cache, "peak_bytes", lambda device: (calls.append("peak"), 30 * block)[1])
+    monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
     size = measure(engine, config)
     assert calls == ["reset", "step", "peak", "reset"]  # one step, not split
     assert tokens == [96]
@@ -115,8 +115,8 @@ def test_no_room_is_an_error_that_says_what_there_is(
     used: int, fits: bool, engine: StepEngine, config: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
-    monkeypatch.setattr(cache_size, "peak_bytes", lambda device: used * block)
-    monkeypatch.setattr(cache_size, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(kv_cache, "peak_bytes", lambda device: used * block)
+    monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
     if fits:
         assert measure(engine, config).num_blocks == 2
         return
@@ -126,8 +126,8 @@ def test_no_room_is_an_error_that_says_what_there_is(
 
 def test_the_smallest_rank_decides(engine: StepEngine, config: ResolvedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
-    monkeypatch.setattr(cache_size, "peak_bytes", lambda device: 30 * block)
-    monkeypatch.setattr(cache_size, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(kv_cache, "peak_bytes", lambda device: 30 * block)
+    monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
 
     def with_a_smaller_peer(value: object) -> list[object]:
         return [value] if value == "loaded" else [value, (7, 83 * block, 100 * block)]
@@ -161,7 +161,7 @@ def test_a_text_is_never_longer_than_the_memory_of_the_device(
 
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
     endless = replace(config, max_model_len=2**40)
-    monkeypatch.setattr(cache_size, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
     monkeypatch.setattr(engine.runner.model, "forward", run_out)
     with pytest.raises(OptionError, match=r"tokens behind a text of 1504 does not fit .* use a lower max_model_len"):
         measure(engine, endless)

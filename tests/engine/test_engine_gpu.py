@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from antiphon import LLM, GeneratedOutput, SamplingParams
-from antiphon.accuracy.word_problems import word_problems
+from antiphon.accuracy.evaluate import word_problems
 from antiphon.config.cache import block_bytes
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.bundled import bundled_model

@@ -10,7 +10,7 @@ from torch import nn
 
 from antiphon import LLM, SamplingParams
 from antiphon.comm import Routes
-from antiphon.engine.expert_load import ExpertLoad
+from antiphon.engine.stats import ExpertLoad
 from antiphon.models.moe import MoELayer
 from tests.support.prompts import mixed_prompts
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from antiphon import LLM, SamplingParams
-from antiphon.accuracy.word_problems import word_problems
+from antiphon.accuracy.evaluate import word_problems
 from antiphon.bench.overlap.trial import Arm, interleaved_arms, simulated_transport, tuned_link
 from antiphon.runtime import EventKind
 from antiphon.runtime import lanes as lanes_module

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from antiphon import LLM, GeneratedOutput, SamplingParams
-from antiphon.accuracy.word_problems import word_problems
+from antiphon.accuracy.evaluate import word_problems
 from tests.support.prompts import mixed_prompts
 from tests.support.reference import reference_greedy, reference_logits, relative_error
 

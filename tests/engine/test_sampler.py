@@ -10,8 +10,7 @@ import torch
 
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.engine.sampling.sampler import Sampler
-from antiphon.engine.scheduling.request import Request
-from antiphon.engine.scheduling.sampled import NewToken, PromptPart
+from antiphon.engine.scheduling.request import NewToken, PromptPart, Request
 from tests.support.sampling import choose, make_batch, make_request
 
 HIDDEN, VOCAB = 6, 20

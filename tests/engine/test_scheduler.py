@@ -12,8 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from antiphon.core.batch import Batch
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.cache.block_pool import BlockPool, block_key
-from antiphon.engine.scheduling.request import Request, TokenOutput
-from antiphon.engine.scheduling.sampled import NewToken, PromptPart, Sampled
+from antiphon.engine.scheduling.request import NewToken, PromptPart, Request, Sampled, TokenOutput
 from antiphon.engine.scheduling.scheduler import Scheduler
 
 EOS = 2

@@ -18,8 +18,17 @@ from antiphon.config.cache import CacheSize
 from antiphon.config.engine_config import EngineConfig
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import ModelError
-from antiphon.engine.messages import AllLoaded, FromWorker, Loaded, Ready, ToWorker
-from antiphon.engine.starting import LOADING, Starting, Throttle, describe_start
+from antiphon.engine.messages import (
+    LOADING,
+    AllLoaded,
+    FromWorker,
+    Loaded,
+    Ready,
+    Starting,
+    Throttle,
+    ToWorker,
+    describe_start,
+)
 from antiphon.frontend.worker_client import WorkerClient
 from tests.models.twin import rewrite_config
 from tests.support.hub import LocalHub, local_hub

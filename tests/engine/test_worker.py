@@ -12,8 +12,7 @@ import zmq
 from antiphon import LLM, SamplingParams
 from antiphon.core.plan import Plan
 from antiphon.engine.messages import Stop, Tokens, Warned, Work, decode_from_worker, encode
-from antiphon.engine.scheduling.request import TokenOutput
-from antiphon.engine.scheduling.sampled import NewToken
+from antiphon.engine.scheduling.request import NewToken, TokenOutput
 from antiphon.engine.step import StepResult
 from antiphon.engine.worker import Worker
 from antiphon.engine.worker_warnings import KeptWarnings, SaidOnce

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from antiphon.core.bundled import bundled_model
 from antiphon.core.sampling import SamplingParams
-from antiphon.engine.scheduling.request import Request, TokenOutput
-from antiphon.engine.scheduling.sampled import NewToken, PromptPart
+from antiphon.engine.scheduling.request import NewToken, PromptPart, Request, TokenOutput
 from antiphon.frontend.detokenizer import Detokenizer, TextBefore, whole_characters
 from antiphon.frontend.outputs import Collector, StopFinder
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer

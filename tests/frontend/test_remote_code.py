@@ -17,7 +17,7 @@ from antiphon.accuracy.lm_eval_model import AntiphonLM
 from antiphon.config.engine_config import EngineConfig
 from antiphon.core.errors import ModelError
 from antiphon.frontend.async_engine import AsyncEngine
-from antiphon.frontend.tokenizer import Tokenizer
+from antiphon.frontend.tokenizer import _NEVER, Tokenizer
 from tests.support.checkpoints import copy_bundled, rewrite_json
 
 CLASSES = {"AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"]}
@@ -154,10 +154,9 @@ def test_every_call_that_loads_by_transformers_says_no() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith("from_"):
                 calls += [(path.name, ast.unparse(node))] if "pretrained" in ast.unparse(node.func) else []
-    assert calls == [("tokenizer_files.py", "kind.from_pretrained(str(folder), **_NEVER)")]
-    from antiphon.frontend import tokenizer_files
+    assert calls == [("tokenizer.py", "kind.from_pretrained(str(folder), **_NEVER)")]
 
-    assert tokenizer_files._NEVER == {"local_files_only": True, "trust_remote_code": False}
+    assert _NEVER == {"local_files_only": True, "trust_remote_code": False}
 
 
 def test_a_chat_template_cannot_reach_out(tmp_path: Path, marker: Path) -> None:

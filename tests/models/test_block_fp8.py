@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from antiphon import LLM, SamplingParams
-from antiphon.accuracy.word_problems import word_problems
+from antiphon.accuracy.evaluate import word_problems
 from antiphon.comm import RankGroup, create_transport
 from antiphon.core.batch import RequestSlice
 from antiphon.core.bundled import bundled_model

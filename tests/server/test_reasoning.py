@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import OptionError
-from antiphon.engine.scheduling.request import Request, TokenOutput
-from antiphon.engine.scheduling.sampled import NewToken
+from antiphon.engine.scheduling.request import NewToken, Request, TokenOutput
 from antiphon.frontend.open_request import StreamItem
 from antiphon.frontend.outputs import Collector
 from antiphon.frontend.tokenizer import Tokenizer

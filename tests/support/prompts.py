@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from antiphon.accuracy.word_problems import word_problems
+from antiphon.accuracy.evaluate import word_problems
 
 _OPENINGS = (
     "Once upon a time there was a",

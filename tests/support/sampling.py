@@ -12,8 +12,7 @@ from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.sampling.draw import draw_key
 from antiphon.engine.sampling.sampler import Sampler
-from antiphon.engine.scheduling.request import Request
-from antiphon.engine.scheduling.sampled import NewToken
+from antiphon.engine.scheduling.request import NewToken, Request
 
 EOS = 2
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm.collective.counts import exchange_counts
+from antiphon.comm.collective.alltoall import exchange_counts
 from antiphon.comm.group import Collective, RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows

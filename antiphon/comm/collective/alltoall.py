@@ -9,15 +9,72 @@ sent in `dispatch`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 
-from antiphon.comm.collective.counts import check_lanes, wait_for_counts
-from antiphon.comm.collective.routed_exchange import RoutedExchange
 from antiphon.comm.group import Collective, RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
-from antiphon.runtime import Streams
+from antiphon.core.errors import LaneError
+from antiphon.runtime import Pending, Streams
+
+
+def wait_for_counts(work: Collective, label: str) -> None:
+    """Wait for an exchange of counts inside a dispatch; recorded, so that it counts as exposed.
+
+    A pending of its own without messages: those of the counts are counted with the rows.
+    """
+    Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
+
+
+def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str) -> tuple[int, ...]:
+    """The tokens of every rank, where the caller does not know them. The host waits.
+
+    Raises `LaneError` if a rank is on another lane: counts are matched by their order over all lanes.
+    """
+    found_W2 = torch.empty(group.size, 2, dtype=torch.int64, device="cpu")
+    label = f"counts of {label}"
+    work = group.all_gather(found_W2, torch.tensor([[num_tokens, lane]], device="cpu"), label)
+    wait_for_counts(work, label)
+    counts, lanes = found_W2.T.tolist()
+    check_lanes(lanes, lane, label)
+    return tuple(counts)
+
+
+def check_lanes(lane_by_rank: Sequence[int], lane: int, label: str) -> None:
+    """Raise `LaneError` if a rank is on another lane than this one."""
+    for rank, other in enumerate(lane_by_rank):
+        if other != lane:
+            raise LaneError(
+                f"{label} on lane {lane} met rank {rank} on lane {other}; all ranks must call dispatch and combine in "
+                "the same order over all lanes, so lanes must switch alike on all of them"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class RoutedExchange:
+    """Rows by destination and source rank. A late launch fills in the counts."""
+
+    num_tokens: int
+    tokens_N: torch.Tensor  # token of every row sent, ordered by destination rank; the first sum(sent) count
+    sent: list[int] = field(default_factory=list)  # rows sent to each rank
+    received: list[int] = field(default_factory=list)  # rows received from each rank
+
+    def remote_rows(self, rank: int) -> int:
+        """Rows to or from other ranks than `rank`, whichever are more."""
+        return max(sum(rows) - rows[rank] for rows in (self.sent, self.received))
+
+    def add_home(self, home_ND: torch.Tensor) -> torch.Tensor:
+        """The sums that came home for every token, added in order of rank, in float32 at least: [T, D], new."""
+        wide = torch.promote_types(home_ND.dtype, torch.float32)
+        out_TD = torch.zeros(self.num_tokens, home_ND.shape[1], dtype=wide, device=home_ND.device)
+        tokens_N = self.tokens_N[: sum(self.sent)]
+        for tokens, rows in zip(torch.split(tokens_N, self.sent), torch.split(home_ND, self.sent), strict=True):
+            out_TD.index_add_(0, tokens, rows.to(wide))
+        return out_TD.to(home_ND.dtype)
 
 
 class AllToAllTransport(Transport):

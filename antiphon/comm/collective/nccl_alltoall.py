@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.comm.collective.alltoall import RoutedExchange
 from antiphon.comm.collective.nccl import NcclCollective, NcclGroup
-from antiphon.comm.collective.routed_exchange import RoutedExchange
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows

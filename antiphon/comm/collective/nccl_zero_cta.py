@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm.collective.counts import exchange_counts
+from antiphon.comm.collective.alltoall import exchange_counts
 from antiphon.comm.collective.nccl import NcclCollective, NcclGroup
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import RowFormat

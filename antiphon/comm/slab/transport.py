@@ -21,7 +21,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from antiphon.comm.collective.counts import exchange_counts
+from antiphon.comm.collective.alltoall import exchange_counts
 from antiphon.comm.group import RankGroup
 from antiphon.comm.row_format import RowFormat
 from antiphon.comm.slab.log import MailboxLog

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 
-from antiphon.config.cache import block_bytes
-from antiphon.core.errors import OptionError
-from antiphon.models import ModelConfig
+from antiphon.comm import RankGroup
+from antiphon.config.cache import CacheSize, block_bytes
+from antiphon.config.engine_config import ResolvedConfig
+from antiphon.core.batch import Batch, RequestSlice
+from antiphon.core.errors import OptionError, first_line
+from antiphon.core.plan import Plan
+from antiphon.device.device import memory, peak_bytes, reset_peak
+from antiphon.engine.runner import Runner
+from antiphon.models import CausalLM, ModelConfig
+from antiphon.runtime import Streams
+from antiphon.splitting import join, split
 
 
 def allocate_cache(
@@ -26,3 +36,109 @@ def allocate_cache(
             f"a KV cache of {size} bytes cannot be allocated on this rank; use a lower kv_cache_memory "
             "(--kv-cache-memory), or a lower max_model_len (--max-model-len), if it is made for one text"
         ) from error
+
+
+_GIB = 2**30
+_SCATTER = 2_654_435_761  # Knuth's multiplier: neighbours in a text get tokens that are far apart
+
+
+def blocks_that_fit(*, total_bytes: int, used_bytes: int, utilization: float, bytes_per_block: int) -> int:
+    """Blocks that fit into the share `utilization` of a device beside the most that was used without a cache."""
+    return max(0, int(total_bytes * utilization) - used_bytes) // bytes_per_block
+
+
+def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams, group: RankGroup) -> CacheSize:
+    """Run the largest step that is not split and take what it leaves; the smallest number of all ranks.
+
+    All ranks call it together, with their weights loaded. It binds a cache of one block, which the caller replaces.
+    Raises `OptionError`, on every rank, if a rank has no room for two blocks.
+    """
+    # Ranks load at different speeds, and may take longer than the time limit inside a step allows.
+    group.all_gather_object("loaded")
+    reset_peak(streams.device)
+    run_largest_step(config, model, streams=streams, rank=group.rank)
+    used_bytes, total_bytes = peak_bytes(streams.device), memory(streams.device).total_bytes
+    reset_peak(streams.device)
+    utilization = config.options.gpu_memory_utilization
+    bytes_per_block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
+    mine = blocks_that_fit(
+        total_bytes=total_bytes, used_bytes=used_bytes, utilization=utilization, bytes_per_block=bytes_per_block
+    )
+    num_blocks, used_bytes, total_bytes = min(group.all_gather_object((mine, used_bytes, total_bytes)))
+    fact = (
+        f"{utilization:.0%} of {total_bytes / _GIB:.1f} GiB less {used_bytes / _GIB:.1f} GiB for weights, buffers and "
+        f"a step of {config.max_num_batched_tokens} tokens"
+    )
+    if num_blocks < 2:
+        raise OptionError(
+            f"there is no room for the KV cache: {fact} leave {num_blocks} blocks of {bytes_per_block} bytes, and 2 "
+            "are needed; use more ranks, a lower max_num_batched_tokens or a higher gpu_memory_utilization"
+        )
+    return CacheSize(num_blocks=num_blocks, source=fact)
+
+
+@torch.inference_mode()
+def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Streams, rank: int) -> None:
+    """Prefill steps of `max_num_batched_tokens` on every rank, serial, and the logits of `max_num_seqs` requests.
+
+    One is of whole prompts; where a text can be longer than a step, another one is the last chunk of the longest text,
+    whose attention looks at all that is before it. Every text is written to block 0, over and over: the values mean
+    nothing.
+    """
+    options, num_tokens = config.options, config.max_num_batched_tokens
+    cache = allocate_cache(
+        config.model, num_blocks=1, block_size=options.block_size, dtype=config.dtype, device=streams.device
+    )
+    model.bind_kv_cache(cache)
+    plan = Plan(part_tokens=((num_tokens,),) * options.ranks, reason="the largest step, to measure its memory")
+    runner, longest = Runner(model, streams=streams), _longest_text(config, streams)
+    contexts = [0] if longest <= num_tokens else [0, longest - num_tokens]
+    try:
+        for context_len in contexts:
+            batch = largest_batch(
+                rank,
+                num_tokens=num_tokens,
+                longest=min(num_tokens, longest),
+                context_len=context_len,
+                vocab_size=config.model.vocab_size,
+                block_size=options.block_size,
+            )
+            hidden_TD = join(runner.run(split(batch, plan, block_size=options.block_size)))
+            logits_NV = model.logits(hidden_TD[: options.max_num_seqs])
+            logits_NV.clone()  # what the sampler makes of them
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        behind = f" behind a text of {context_len}" if context_len else ""
+        lower = "a lower max_model_len (--max-model-len), " if context_len else ""
+        raise OptionError(
+            f"a step of max_num_batched_tokens={num_tokens} tokens{behind} does not fit into the memory that the "
+            f"weights leave ({first_line(error)}); use {lower}a lower max_num_batched_tokens or more ranks"
+        ) from error
+
+
+def _longest_text(config: ResolvedConfig, streams: Streams) -> int:
+    """No text is longer than the cache, and no cache is larger than the device, whatever the model allows."""
+    block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
+    in_memory = memory(streams.device).total_bytes // block * config.options.block_size
+    return min(config.max_model_len, max(in_memory, config.max_num_batched_tokens))
+
+
+def largest_batch(
+    rank: int, *, num_tokens: int, longest: int, vocab_size: int, block_size: int, context_len: int = 0
+) -> Batch:
+    """Prompts of `num_tokens` in all, each as long as can be: attention takes most memory then.
+
+    context_len: tokens of each text that are in the cache already.
+    """
+    lengths = [longest] * (num_tokens // longest) + [num_tokens % longest] * (num_tokens % longest > 0)
+    return Batch(
+        rank=rank,
+        requests=tuple(
+            RequestSlice(
+                request_id=number,
+                token_ids=tuple((number + 1) * (place + 1) * _SCATTER % vocab_size for place in range(length)),
+                context_len=context_len,
+                block_ids=(0,) * ceil((context_len + length) / block_size),
+            )
+            for number, length in enumerate(lengths)
+        ),
+    )

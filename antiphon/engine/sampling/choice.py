@@ -20,8 +20,8 @@ from itertools import groupby, pairwise
 
 import torch
 
+from antiphon.core.batch import upload
 from antiphon.core.sampling import SamplingParams
-from antiphon.core.upload import upload
 from antiphon.engine.sampling.draw import Limits, draw, draw_key, draw_ordered, likeliest, scaled
 from antiphon.engine.sampling.edits import (
     PenaltyCounts,

@@ -19,8 +19,7 @@ from itertools import chain
 
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.engine.cache.block_pool import BlockPool, block_key
-from antiphon.engine.scheduling.request import Request, TokenOutput
-from antiphon.engine.scheduling.sampled import NewToken, Sampled
+from antiphon.engine.scheduling.request import NewToken, Request, Sampled, TokenOutput
 from antiphon.engine.stats import SchedulerStats
 
 
