@@ -22,18 +22,11 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
-        self._device = torch.device("cuda", index)
-        self._compute = torch.cuda.current_stream(self._device)
+        self.device = torch.device("cuda", index)
+        self.device_types = ("cuda", "cpu")
+        self._compute = torch.cuda.current_stream(self.device)
         self._compute_handle: int = self._compute.cuda_stream
         self._comm: dict[str, torch.cuda.Stream] = {}
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    @property
-    def device_types(self) -> tuple[str, ...]:
-        return ("cuda", "cpu")
 
     def record(self) -> Event:
         event: torch.cuda.Event = self._current().record_event()
@@ -79,7 +72,7 @@ class CudaStreams:
             self._compute.wait_stream(stream)
 
     def on_compute_stream(self) -> bool:
-        handle: int = torch._C._cuda_getCurrentRawStream(self._device.index)
+        handle: int = torch._C._cuda_getCurrentRawStream(self.device.index)
         return handle == self._compute_handle
 
     @contextmanager
@@ -95,11 +88,11 @@ class CudaStreams:
 
     def _current(self) -> torch.cuda.Stream:
         """The stream that is current; asked for at every switch and exchange, so by the quick way."""
-        return self._compute if self.on_compute_stream() else torch.cuda.current_stream(self._device)
+        return self._compute if self.on_compute_stream() else torch.cuda.current_stream(self.device)
 
     def _comm_stream(self, name: str) -> torch.cuda.Stream:
         stream = self._comm.get(name)
         if stream is None:
-            stream = torch.cuda.Stream(self._device, priority=_HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(self.device, priority=_HIGH_PRIORITY)  # type: ignore[no-untyped-call]
             self._comm[name] = stream
         return stream

@@ -74,13 +74,8 @@ _HAPPENED = _CpuEvent()
 class CpuStreams:
     """Streams of a CPU rank: the calling thread is both of them."""
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def device_types(self) -> tuple[str, ...]:
-        return ("cpu",)
+    device = torch.device("cpu")
+    device_types: tuple[str, ...] = ("cpu",)
 
     def record(self) -> Event:
         return _HAPPENED

@@ -10,13 +10,14 @@ If only some layers are split, the others run on one lane, over the whole batch 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
-from antiphon.core.batch import MicroBatch, use_micro_batch
-from antiphon.models import CausalLM
+from antiphon.core.batch import MicroBatch
+from antiphon.models import CausalLM, run_micro_batch
 from antiphon.runtime import Recorder, Streams, run_lanes
 from antiphon.splitting import cut_tensors, join_tensors
 
@@ -27,7 +28,9 @@ class Runner:
     def __init__(self, model: CausalLM, *, streams: Streams, recorder: Recorder | None = None) -> None:
         self.model = model
         self.reserved_sms = 0
+        self._num_layers = model.num_layers
         self._streams = streams
+        self._device = streams.device
         self._recorder = recorder
 
     @torch.inference_mode()
@@ -41,13 +44,13 @@ class Runner:
         All ranks must call it with the same layers.
         """
         # Outside the lanes: all copies before the first layer.
-        parts = [part.to(self._streams.device) for part in parts]
-        in_lanes = range(self.model.num_layers)[layers]
-        if len(parts) == 1 or len(in_lanes) == self.model.num_layers:
+        parts = [part.to(self._device) for part in parts]
+        in_lanes = range(self._num_layers)[layers]
+        if len(parts) == 1 or len(in_lanes) == self._num_layers:
             return self._run_lanes(parts)
-        assert whole is not None, f"layers {in_lanes} of {self.model.num_layers} are split, and the others need a whole"
-        whole = whole.to(self._streams.device)
-        before, after = range(in_lanes.start), range(in_lanes.stop, self.model.num_layers)
+        assert whole is not None, f"layers {in_lanes} of {self._num_layers} are split, and the others need a whole"
+        whole = whole.to(self._device)
+        before, after = range(in_lanes.start), range(in_lanes.stop, self._num_layers)
         states: list[Any] = []
         for micro_batches, some_layers in (([whole], before), (parts, in_lanes), ([whole], after)):
             if some_layers:
@@ -58,17 +61,12 @@ class Runner:
         self, parts: Sequence[MicroBatch], layers: range | None = None, states: Sequence[Any] = ()
     ) -> list[Any]:
         """A lane for each part. states: of the layers before, for the same tokens, in other parts or the same."""
-        part_tokens = [part.num_tokens for part in parts]
-        begun = cut_tensors(join_tensors(states) if states else None, part_tokens)
-        functions = [partial(self._forward, part, layers, state) for part, state in zip(parts, begun, strict=True)]
-        with self._streams.leave_free(self.reserved_sms if len(parts) > 1 else 0):
+        begun: Sequence[Any] = [None] * len(parts)
+        if states:
+            begun = cut_tensors(join_tensors(states), [part.num_tokens for part in parts])
+        functions = [
+            partial(run_micro_batch, self.model, part, layers, state) for part, state in zip(parts, begun, strict=True)
+        ]
+        spared = self._streams.leave_free(self.reserved_sms) if len(parts) > 1 else nullcontext()
+        with spared:
             return run_lanes(functions, streams=self._streams, recorder=self._recorder)
-
-    def _forward(self, part: MicroBatch, layers: range | None, state: Any) -> Any:
-        """Hidden states behind the last layer, else a `LayerState`."""
-        with use_micro_batch(part):
-            if layers is None:
-                return self.model(part.token_ids_T, part.positions_T)
-            state = self.model.begin(part.token_ids_T, part.positions_T) if state is None else state
-            state = self.model.run_layers(state, layers)
-            return self.model.finish(state) if layers.stop == self.model.num_layers else state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,6 @@ from antiphon.comm import Routes
 from antiphon.core.plan import Plan, plan_kind
 from antiphon.models import CausalLM
 from antiphon.models.moe import MoELayer
-from antiphon.timeline import OverlapTotals, StepTimeline, measure_overlap
-
-logger = logging.getLogger("antiphon.engine")
 
 
 @dataclass(slots=True)
@@ -41,27 +37,21 @@ class SchedulerStats:
 
 
 class StepStats:
-    """Steps by plan, reasons of serial ones, and what was hidden."""
+    """Steps by plan, and the reasons of serial ones."""
 
     def __init__(self, micro_batches: int) -> None:
         self._by_plan: Counter[str] = Counter({"serial": 0, plan_kind(micro_batches): 0})
         self._serial_reasons: Counter[str] = Counter()
-        self._overlap = OverlapTotals()
         self._last_plan = ""
-        self._measuring = True
+        self.num_steps = 0
 
-    @property
-    def num_steps(self) -> int:
-        return self._by_plan.total()
-
-    def add(self, plan: Plan, timeline: StepTimeline) -> None:
+    def add(self, plan: Plan) -> None:
         """Count one step that has run."""
+        self.num_steps += 1
         self._by_plan[plan.kind] += 1
         if plan.num_lanes == 1:
             self._serial_reasons[plan.reason] += 1
         self._last_plan = str(plan)
-        if self._measuring:
-            self._measure(plan, timeline)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -69,15 +59,7 @@ class StepStats:
             "steps_by_plan": dict(self._by_plan),
             "serial_reasons": dict(self._serial_reasons),
             "last_plan": self._last_plan,
-            "overlap": self._overlap.to_dict(),
         }
-
-    def _measure(self, plan: Plan, timeline: StepTimeline) -> None:
-        try:
-            self._overlap.add(plan.kind, measure_overlap(timeline))
-        except Exception as error:  # an instrument must not end the run
-            self._measuring = False
-            logger.warning("overlap is not measured any more: %r", error)
 
 
 _EVERY = 64  # steps

@@ -6,20 +6,21 @@ scheduler ─► agreement ─► splitting ─► lanes ─► sampler ─► s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from antiphon.comm import RankGroup, Transport
 from antiphon.config.cache import CacheSize
 from antiphon.core.batch import Batch, MicroBatch
-from antiphon.core.plan import Plan, Proposal
+from antiphon.core.plan import Plan
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.sampler import Sampler
-from antiphon.engine.scheduling.request import TokenOutput
+from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.engine.scheduling.scheduler import Scheduler
 from antiphon.engine.stats import ExpertLoad, StepStats
-from antiphon.planning import Planner, exchange
+from antiphon.planning import Planner
 from antiphon.splitting import join, split
 from antiphon.timeline import StepRecorder
 
@@ -48,22 +49,23 @@ class StepEngine:
     expert_load: ExpertLoad
     wave: int = 0  # the newest message of the front process
 
-    def step(self) -> StepResult:
-        """Run one step of the whole group; every rank must call it."""
+    def step(self, new: Iterable[Request] = ()) -> StepResult:
+        """Run one step of the whole group; every rank must call it. new: requests that have come since the last one."""
+        self.scheduler.add(new)
         batch = self.scheduler.next_batch()  # 1 what to run; may be empty
-        plan = self.agree(self.planner.propose(batch, wave=self.wave, order=self.group.order_fingerprint()))  # 2
+        plan = self.planner.agree(batch, self.group, wave=self.wave)  # 2 one plan for all ranks
         if plan.is_empty:
             return StepResult(plan, [])
         number = self.stats.num_steps
         with (
-            self.recorder.step(number, kind=plan.kind, num_tokens=batch.num_tokens) as timeline,
+            self.recorder.step(number, kind=plan.kind, num_tokens=batch.num_tokens),
             self.expert_load.step(number),
         ):
             parts = split(batch, plan, block_size=self.scheduler.pool.block_size)  # 3 one micro-batch or several
             whole = self._whole(batch, plan)
             hidden = self.runner.run(parts, whole=whole, layers=self._layers)  # 4 the lanes overlap here
         sampled = self.sampler(join(hidden), batch)  # 5
-        self.stats.add(plan, timeline)
+        self.stats.add(plan)
         return StepResult(plan, self.scheduler.commit(batch, sampled))  # 6
 
     @property
@@ -78,12 +80,6 @@ class StepEngine:
         (whole,) = split(batch, plan.unsplit(), block_size=self.scheduler.pool.block_size)
         return whole
 
-    def agree(self, proposal: Proposal) -> Plan:
-        """One plan for all ranks: exchange the proposals, then decide by the same pure function."""
-        proposals = exchange(self.group, proposal)
-        self.group.clear_order()
-        return self.planner.decide(proposals)
-
     def reconfigure(self, policy: OverlapPolicy) -> None:
         """Decide by another policy from the next step on; all ranks must change it between the same steps."""
         self.planner.policy = policy
@@ -94,6 +90,7 @@ class StepEngine:
         blocks = {"total": pool.num_usable, "free": pool.num_free, "block_size": pool.block_size}
         return {
             **self.stats.to_dict(),
+            "overlap": self.recorder.totals.to_dict(),
             **scheduler.stats.to_dict(),
             "kv_blocks": blocks,
             "unfinished": scheduler.num_unfinished,

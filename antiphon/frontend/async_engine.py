@@ -32,7 +32,7 @@ from antiphon.engine.messages import Answer, FromWorker, Tokens
 from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.frontend.open_request import OpenRequest
 from antiphon.frontend.outputs import Collector
-from antiphon.frontend.prompts import Prompt, RequestMaker
+from antiphon.frontend.prompts import Prompt, RequestMaker, most_tokens
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer, with_end_token_of
 from antiphon.frontend.worker_client import WorkerClient
 
@@ -146,8 +146,8 @@ class AsyncEngine:
             opened = OpenRequest(collectors, requests[0].prompt_ids, self._forget)
             for request in requests:
                 rank = self._load.index(min(self._load))
-                self._load[rank] += request.most_tokens
-                self._running[request.request_id] = _Running(opened, rank, request.most_tokens)
+                self._load[rank] += most_tokens(request)
+                self._running[request.request_id] = _Running(opened, rank, most_tokens(request))
                 by_rank[rank].append(request)
             found.append(opened)
         self._command(lambda: self._client.submit(by_rank))

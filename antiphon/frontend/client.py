@@ -73,12 +73,15 @@ class InProcessClient:
         self.ready = ready_message(engine)
         self._engine: StepEngine | None = engine
         self._ended = ""
+        self._submitted: list[Request] = []  # for the next step
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
-        self._running().scheduler.add(requests_by_rank[0])
+        self._running()
+        self._submitted += requests_by_rank[0]
 
     def abort(self, request_ids: Sequence[int]) -> None:
         if self._engine is not None:
+            self._submitted = [request for request in self._submitted if request.request_id not in set(request_ids)]
             self._engine.scheduler.abort(request_ids)
 
     def cancel(self, request_ids: Sequence[int]) -> None:
@@ -87,7 +90,8 @@ class InProcessClient:
     def poll(self) -> list[TokenOutput]:
         engine = self._running()
         try:
-            return engine.step().outputs
+            submitted, self._submitted = self._submitted, []
+            return engine.step(submitted).outputs
         except Exception as error:
             self._ended = f"a step failed on rank 0: {type(error).__name__}: {error}"
             raise EngineError(self._ended) from error

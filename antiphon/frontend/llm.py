@@ -24,7 +24,7 @@ from antiphon.frontend.chat import Message
 from antiphon.frontend.client import Client, InProcessClient
 from antiphon.frontend.detokenizer import whole_characters
 from antiphon.frontend.outputs import Collector
-from antiphon.frontend.prompts import Prompt, RequestMaker, params_for, prompt_list
+from antiphon.frontend.prompts import Prompt, RequestMaker, most_tokens, params_for, prompt_list
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer, with_end_token_of
 from antiphon.frontend.worker_client import WorkerClient
 from antiphon.timeline import StepTimeline
@@ -157,6 +157,7 @@ class LLM:
         self._warn(but_not=warned)
         self._settled = self.config.settled_policy
         self._requests = RequestMaker(self.config, self._tokenizer)
+        self._logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
 
     def __enter__(self) -> Self:
         return self
@@ -319,13 +320,12 @@ class LLM:
     def _open(self, made: list[list[Request]]) -> dict[int, _Open]:
         """By request id. Each goes to the rank that has the fewest tokens to come."""
         load = [0] * self.config.options.ranks
-        logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
         opened = {}
         for place, requests in enumerate(made):
             for request in requests:
                 rank = load.index(min(load))
-                load[rank] += request.most_tokens
-                collector = Collector(self._tokenizer, request, logits_dtype=logits_dtype, streaming=False)
+                load[rank] += most_tokens(request)
+                collector = Collector(self._tokenizer, request, logits_dtype=self._logits_dtype, streaming=False)
                 opened[request.request_id] = _Open(place, rank, request, collector)
         return opened
 

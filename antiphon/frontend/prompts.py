@@ -58,6 +58,11 @@ def params_for(
     return list(sampling_params)
 
 
+def most_tokens(request: Request) -> int:
+    """How many tokens a request can ever have in the KV cache: the last one that is generated is never computed."""
+    return len(request.prompt_ids) + request.max_tokens - 1
+
+
 def child_seed(seed: int, index: int) -> int:
     """Of result `index` of a prompt: `seed` itself for the first, so that it does not depend on n."""
     if not index:
@@ -71,6 +76,7 @@ class RequestMaker:
 
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | NoTokenizer) -> None:
         self._config = config
+        self._capacity = config.kv_capacity_tokens
         self._tokenizer = tokenizer
         self._num_prompts = 0
         self._num_requests = 0
@@ -115,12 +121,12 @@ class RequestMaker:
                 f"{config.max_model_len - 1}; shorten it"
             )
         # The last token of an output is never computed, so it needs no place in the cache.
-        room_in_cache = config.kv_capacity_tokens + 1 - num_prompt
+        room_in_cache = self._capacity + 1 - num_prompt
         max_tokens = min(room, max(1, room_in_cache)) if params.max_tokens is None else min(params.max_tokens, room)
         if max_tokens > room_in_cache:
             raise RequestError(
                 f"prompt {place} and its output need {num_prompt + max_tokens - 1} tokens of KV cache, but a rank "
-                f"holds {config.kv_capacity_tokens}; lower max_tokens or raise kv_cache_memory"
+                f"holds {self._capacity}; lower max_tokens or raise kv_cache_memory"
             )
         if params.return_prompt_logits:
             self._check_logits(place, num_prompt)

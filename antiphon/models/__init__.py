@@ -2,7 +2,7 @@
 
 from antiphon.models.architectures.registry import KNOWN_ARCHITECTURES, read_config
 from antiphon.models.build import build_model, expert_shape, num_parameters, skeleton, weight_bytes
-from antiphon.models.causal_lm import CausalLM, LayerState
+from antiphon.models.causal_lm import CausalLM, LayerState, run_micro_batch
 from antiphon.models.checkpoint.dummy import fill_dummy_weights
 from antiphon.models.checkpoint.dummy_routing import RoutingSpec, parse_routing
 from antiphon.models.checkpoint.files import Checkpoint
@@ -34,6 +34,7 @@ __all__ = [
     "preset_file",
     "read_config",
     "resolve_model",
+    "run_micro_batch",
     "skeleton",
     "weight_bytes",
 ]

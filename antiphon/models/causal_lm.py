@@ -1,11 +1,13 @@
-"""What the engine calls of a model, whatever its architecture."""
+"""What the engine calls of a model, whatever its architecture: the interface, and what one lane runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
+
+from antiphon.core.batch import MicroBatch, use_micro_batch
 
 LayerState: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
 """Between two layers: what the last one adds [T, D], what it is to be added to [T, D] (`None` before the first layer),
@@ -49,3 +51,17 @@ class CausalLM(Protocol):
     def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint names of everything that this rank reads, and the tensors or views that they fill."""
         ...
+
+
+def run_micro_batch(model: CausalLM, part: MicroBatch, layers: range | None = None, state: Any = None) -> Any:
+    """What one lane runs: `part` through the model, or through some of its layers.
+
+    layers: all by default. state: the `LayerState` before the first of them; `None` begins with the embedding.
+    Returns hidden states [T, D] if the last layer is among them, else the `LayerState` behind the layers.
+    """
+    with use_micro_batch(part):
+        if layers is None:
+            return model(part.token_ids_T, part.positions_T)
+        state = model.begin(part.token_ids_T, part.positions_T) if state is None else state
+        state = model.run_layers(state, layers)
+        return model.finish(state) if layers.stop == model.num_layers else state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from antiphon.comm.group import RankGroup
@@ -10,13 +12,16 @@ from antiphon.core.plan import ROW_SIZE, Proposal
 
 
 def exchange(group: RankGroup, proposal: Proposal) -> list[Proposal]:
-    """Every rank's proposal, in order of rank: the same list on every rank.
+    """Every rank's proposal, in rank order: the same list on every rank.
+
+    Adds the fingerprint of the collectives that this rank has issued since the last exchange, where they are recorded.
 
     Raises `PeerError` if a rank does not come in time, or if the ranks run under different policies or (in the
     debug mode that records it) issued their collectives in a different order.
     """
     if group.size == 1:
         return [proposal]
+    proposal = replace(proposal, order=group.order_fingerprint())
     mine = torch.tensor(proposal.to_row(), dtype=torch.int64, device="cpu")
     rows = torch.empty(group.size * ROW_SIZE, dtype=torch.int64, device="cpu")
     group.all_gather(rows, mine, "agreement").wait()
@@ -29,4 +34,5 @@ def exchange(group: RankGroup, proposal: Proposal) -> list[Proposal]:
         )
     if len({p.order for p in proposals}) > 1:
         raise PeerError(f"the ranks issued different collectives: {group.first_order_difference()}")
+    group.clear_order()
     return proposals

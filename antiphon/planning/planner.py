@@ -1,12 +1,14 @@
-"""What one rank proposes for its batch."""
+"""One rank's part in finding the plan of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
+from antiphon.comm.group import RankGroup
 from antiphon.core.batch import Batch
 from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
+from antiphon.planning.agreement import exchange
 from antiphon.planning.decision import decide
 from antiphon.splitting import find_cut
 
@@ -17,26 +19,28 @@ class Planner:
     def __init__(self, policy: OverlapPolicy) -> None:
         self.policy = policy
 
-    def propose(self, batch: Batch, *, wave: int = 0, order: int = 0) -> Proposal:
-        """This rank's offer; `wave` and `order` as in `Proposal`."""
+    def agree(self, batch: Batch, group: RankGroup, *, wave: int = 0) -> Plan:
+        """The plan of the next step, the same on all ranks, which must call it together. Raises as `exchange` does."""
+        return decide(exchange(group, self.propose(batch, wave=wave)), self.policy)
+
+    def propose(self, batch: Batch, *, wave: int = 0) -> Proposal:
+        """This rank's offer for its batch; `wave` as in `Proposal`."""
         decode_only = batch.decode_only
+        whole = Proposal(
+            num_tokens=batch.num_tokens,
+            decode_only=decode_only,
+            num_prefill_tokens=batch.num_prefill_tokens,
+            part_tokens=(batch.num_tokens,),
+            wave=wave,
+            policy=self.policy.fingerprint(),
+        )
+        if self.policy.dbo == "off":
+            return whole
         cut = find_cut(
             batch.query_lens,
-            num_parts=1 if self.policy.dbo == "off" else self.policy.micro_batches,
+            num_parts=self.policy.micro_batches,
             rule=self.policy.split,
             decode_only=decode_only,
             imbalance_ratio=self.policy.imbalance_ratio,
         )
-        return Proposal(
-            num_tokens=batch.num_tokens,
-            decode_only=decode_only,
-            num_prefill_tokens=batch.num_prefill_tokens,
-            part_tokens=cut.part_tokens,
-            refusal=cut.refusal,
-            wave=wave,
-            policy=self.policy.fingerprint(),
-            order=order,
-        )
-
-    def decide(self, proposals: Sequence[Proposal]) -> Plan:
-        return decide(proposals, self.policy)
+        return replace(whole, part_tokens=cut.part_tokens, refusal=cut.refusal)

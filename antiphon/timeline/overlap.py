@@ -11,11 +11,29 @@ there what is hidden.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from antiphon.runtime import EventKind
-from antiphon.timeline.recorder import StepTimeline
+from antiphon.runtime import EventKind, LaneEvent
+
+
+@dataclass(slots=True, kw_only=True)
+class StepTimeline:
+    """One step of one rank. Times are `time.perf_counter_ns` of the rank's process: the host's.
+
+    On a GPU the host only queues: the step's time is how long that took, and no event says when data arrived.
+    """
+
+    number: int
+    kind: str  # the plan's
+    num_tokens: int  # of this rank
+    start_ns: int
+    end_ns: int = 0
+    events: list[LaneEvent] = field(default_factory=list)
+
+    @property
+    def duration_s(self) -> float:
+        return (self.end_ns - self.start_ns) * 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,54 +1,53 @@
-"""Records the events of each step and keeps the last ones whole."""
+"""Records the events of each step, keeps the last steps whole, and sums the overlap of all."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from antiphon.runtime import LaneEvent
+from antiphon.timeline.overlap import OverlapTotals, StepTimeline, measure_overlap
+
+logger = logging.getLogger("antiphon.timeline")
 
 
-@dataclass(slots=True, kw_only=True)
-class StepTimeline:
-    """One step of one rank. Times are `time.perf_counter_ns` of the rank's process: the host's.
-
-    On a GPU the host only queues: the step's time is how long that took, and no event says when data arrived.
-    """
-
-    number: int
-    kind: str  # the plan's
-    num_tokens: int  # of this rank
-    start_ns: int
-    end_ns: int = 0
-    events: list[LaneEvent] = field(default_factory=list)
-
-    @property
-    def duration_s(self) -> float:
-        return (self.end_ns - self.start_ns) * 1e-9
+def _ignore(event: LaneEvent) -> None:
+    """What comes between two steps belongs to none."""
 
 
 class StepRecorder:
-    """A recorder of lanes that cuts the stream of events into steps; keeps the last `num_kept` steps."""
+    """A recorder of lanes that cuts the stream of events into steps.
+
+    steps: the last `num_kept` of them. totals: the overlap of all steps that have ended well. If measuring it fails,
+    it is switched off with one warning, and the run goes on.
+    """
 
     def __init__(self, num_kept: int = 64) -> None:
         self.steps: deque[StepTimeline] = deque(maxlen=num_kept)
-        self._current: StepTimeline | None = None
-
-    def on_event(self, event: LaneEvent) -> None:
-        if self._current is not None:
-            self._current.events.append(event)
+        self.totals = OverlapTotals()
+        self.on_event: Callable[[LaneEvent], None] = _ignore  # in a step, the list of its events takes them itself
+        self._measuring = True
 
     @contextmanager
     def step(self, number: int, *, kind: str, num_tokens: int) -> Iterator[StepTimeline]:
         """Record what happens inside as one step."""
         timeline = StepTimeline(number=number, kind=kind, num_tokens=num_tokens, start_ns=time.perf_counter_ns())
-        self._current = timeline
+        self.on_event = timeline.events.append
         try:
             yield timeline
         finally:
-            self._current = None
+            self.on_event = _ignore
             timeline.end_ns = time.perf_counter_ns()
             self.steps.append(timeline)
+        if self._measuring:
+            self._measure(timeline)
+
+    def _measure(self, timeline: StepTimeline) -> None:
+        try:
+            self.totals.add(timeline.kind, measure_overlap(timeline))
+        except Exception as error:  # an instrument must not end the run
+            self._measuring = False
+            logger.warning("overlap is no longer measured: %r", error)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from antiphon.comm import RankGroup
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.plan import Plan, Refusal
 from antiphon.core.policy import DBO_MODES, SPLIT_RULES, OverlapPolicy
@@ -72,21 +73,19 @@ def test_off_offers_the_batch_whole():
     assert not proposal.can_split
 
 
-def test_wave_order_and_fingerprint_go_into_the_offer():
+def test_wave_and_fingerprint_go_into_the_offer():
     policy = OverlapPolicy(dbo="on")
-    proposal = Planner(policy).propose(batch_of((4, 0)), wave=11, order=12)
-    assert (proposal.wave, proposal.order, proposal.policy) == (11, 12, policy.fingerprint())
-    unset = Planner(policy).propose(batch_of((4, 0)))
-    assert (unset.wave, unset.order) == (0, 0)
+    proposal = Planner(policy).propose(batch_of((4, 0)), wave=11)
+    assert (proposal.wave, proposal.order, proposal.policy) == (11, 0, policy.fingerprint())
+    assert Planner(policy).propose(batch_of((4, 0))).wave == 0
 
 
 def test_the_planner_decides_by_its_present_policy():
-    planner = Planner(OverlapPolicy(dbo="off"))
-    proposals = [Planner(OverlapPolicy(dbo="on")).propose(batch_of((40, 0)))]
-    assert planner.decide(proposals).kind == "serial"
+    planner, group, batch = Planner(OverlapPolicy(dbo="off")), RankGroup(rank=0, size=1), batch_of((40, 0))
+    assert planner.agree(batch, group).kind == "serial"
     planner.policy = OverlapPolicy(dbo="on")
-    assert planner.decide(proposals).kind == "dual"
-    assert planner.decide(proposals) == decide(proposals, planner.policy)
+    assert planner.agree(batch, group).kind == "dual"
+    assert planner.agree(batch, group) == decide([planner.propose(batch)], planner.policy)
 
 
 shapes = st.lists(st.tuples(st.sampled_from([1, 1, 2, 7, 40]), st.integers(0, 9)), max_size=8)
@@ -106,8 +105,7 @@ policies = st.builds(
 def test_every_plan_can_be_split_on_every_rank(shapes_by_rank, policy):
     """From batches to micro-batches: each rank gets its tokens in the lanes that all ranks have."""
     batches = [batch_of(*rank_shapes, rank=rank) for rank, rank_shapes in enumerate(shapes_by_rank)]
-    planner = Planner(policy)
-    plan = planner.decide([planner.propose(batch) for batch in batches])
+    plan = decide([Planner(policy).propose(batch) for batch in batches], policy)
     parts_by_rank = [split(batch, plan, block_size=4) for batch in batches]
     assert {len(parts) for parts in parts_by_rank} == {plan.num_lanes}
     for batch, parts in zip(batches, parts_by_rank, strict=True):
@@ -121,9 +119,8 @@ def test_every_plan_can_be_split_on_every_rank(shapes_by_rank, policy):
 
 
 def plan_of(shapes_by_rank: list[list[tuple[int, int]]], policy: OverlapPolicy) -> Plan:
-    planner = Planner(policy)
     batches = [batch_of(*rank_shapes, rank=rank) for rank, rank_shapes in enumerate(shapes_by_rank)]
-    return planner.decide([planner.propose(batch) for batch in batches])
+    return decide([Planner(policy).propose(batch) for batch in batches], policy)
 
 
 @pytest.mark.parametrize("dbo", ["on", "auto"])

@@ -89,11 +89,6 @@ class Request:
             return self.prompt_ids[start:stop]
         return (*self.prompt_ids[start:], *self.output_ids[max(0, start - num_prompt) : stop - num_prompt])
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens that can ever be in the cache: the last one that is generated is never computed."""
-        return len(self.prompt_ids) + self.max_tokens - 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOutput:
