@@ -39,7 +39,7 @@ def settle_transports(text: str | None, *, device: str, ranks: int, peer_access:
 
 def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
     """What `antiphon doctor` calls usable, but for what only tests need."""
-    from antiphon.comm.usable import usable_transports
+    from antiphon.comm import usable_transports
     from antiphon.machine.probe import examine_machine  # asks the machine, for seconds
 
     judged = usable_transports(examine_machine(), ranks=ranks, device_kind=device, peer_access=peer_access)

@@ -1,6 +1,6 @@
 """`antiphon doctor`: what this machine allows, which transports are usable and what would help, before a start.
 
-Finds nothing out and judges nothing itself; see `comm.machine` and `comm.usable`.
+Finds nothing out and judges nothing itself; `machine` examines, and each transport answers for itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 import antiphon
-from antiphon.comm.usable import Advice, Usability, advise, format_bytes, format_cpus, usable_transports
+from antiphon.comm import Usability, usable_transports
+from antiphon.machine.advice import Advice, advise, format_bytes, format_cpus
 from antiphon.machine.facts import UNLIMITED, Check, Facts, Gpus
 from antiphon.machine.probe import examine_machine
 

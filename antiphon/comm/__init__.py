@@ -9,13 +9,17 @@ Uses the streams that it is given and never switches lanes. The one place that c
 """
 
 from antiphon.comm.group import RankGroup
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.progress import ProgressBoard
 from antiphon.comm.registry import (
     TransportSpec,
+    Usability,
     choose_transport,
     create_transport,
     load_transport,
     parse_transport,
+    refused,
+    usable_transports,
 )
 from antiphon.comm.simulated import Link
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
@@ -29,14 +33,20 @@ __all__ = [
     "Link",
     "ProgressBoard",
     "RankGroup",
+    "Refusal",
     "Routes",
     "Rows",
     "Transport",
     "TransportPart",
     "TransportSpec",
+    "Usability",
+    "Way",
+    "World",
     "choose_transport",
     "create_transport",
     "load_transport",
     "parse_transport",
     "peers_forbidden",
+    "refused",
+    "usable_transports",
 ]

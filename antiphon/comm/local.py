@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm.tokens import Routes, Rows
+from antiphon.comm.needs import Refusal, Way, World
+from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import Flight, Transport
+from antiphon.machine.facts import Facts
 
 
 class LocalTransport(Transport):
     """Rows are the tokens themselves, and partial sums are the whole sums."""
 
     name = "local"
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        if world.ranks == 1:
+            return None
+        return Refusal(f"for one rank, and there are {world.ranks}", "ask for --ranks 1, or use auto")
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        return Way("one rank holds all experts, nothing is sent")
 
     def send_tokens(
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str

@@ -18,31 +18,42 @@ from typing import Any
 import torch
 
 from antiphon.comm.group import RankGroup
+from antiphon.comm.needs import Refusal, World
 from antiphon.comm.simulated import Link, parse_link
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Transport
 from antiphon.core.errors import OptionError, unknown_value
-from antiphon.machine.facts import peers_forbidden
+from antiphon.machine.facts import Facts, peers_forbidden
 from antiphon.runtime import Streams
 
 _CLASSES = {
-    "local": "antiphon.comm.local:LocalTransport",
-    "allgather": "antiphon.comm.collective.allgather:AllGatherTransport",
-    "alltoall": "antiphon.comm.collective.alltoall:AllToAllTransport",
-    "copy-engine": "antiphon.comm.slab.copy_engine:CopyEngineTransport",
-    "nccl-zero-cta": "antiphon.comm.collective.nccl_zero_cta:NcclZeroCtaTransport",
-    "host-staged": "antiphon.comm.slab.host_staged:HostStagedTransport",
-    "shared-memory": "antiphon.comm.slab.shared_memory:SharedMemoryTransport",
+    "local": ("antiphon.comm.local:LocalTransport",),
+    "allgather": (
+        "antiphon.comm.collective.allgather:AllGatherTransport",
+        "antiphon.comm.collective.allgather:NcclAllGatherTransport",
+    ),
+    "alltoall": (
+        "antiphon.comm.collective.alltoall:AllToAllTransport",
+        "antiphon.comm.collective.nccl_alltoall:NcclAllToAllTransport",
+    ),
+    "copy-engine": ("antiphon.comm.slab.copy_engine:CopyEngineTransport",),
+    "host-staged": ("antiphon.comm.slab.host_staged:HostStagedTransport",),
+    "shared-memory": ("antiphon.comm.slab.shared_memory:SharedMemoryTransport",),
+    "nccl-zero-cta": ("antiphon.comm.collective.nccl_zero_cta:NcclZeroCtaTransport",),
 }
-_CUDA_CLASSES = {
-    "allgather": "antiphon.comm.collective.allgather:NcclAllGatherTransport",
-    "alltoall": "antiphon.comm.collective.nccl_alltoall:NcclAllToAllTransport",
+"""The class of each transport, and that for GPUs where it is another one, by NCCL."""
+
+_BASELINES = ("nccl-zero-cta",)
+"""For measurements: not among those that `usable_transports` judges."""
+
+_LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
+"""Of DeepSeek-V3: the largest rows that are usual."""
+
+_SLABS_OF_GPUS = {
+    "copy-engine": "copies between peers take no SM from compute",
+    "host-staged": "without peer access; copies through host memory take no SM",
 }
-"""Where a GPU needs another implementation."""
-
-_NAMES = ("auto", *_CLASSES, "simulated")
-
-_CUDA_ONLY = ("copy-engine", "host-staged", "nccl-zero-cta")
+"""What `auto` takes on GPUs, the first that is not refused, and why."""
 
 _WORTHWHILE_SAVING = 0.25
 """Share of the bytes that exact routing must save before it is worth the exchange of counts."""
@@ -68,14 +79,15 @@ class TransportSpec:
 def parse_transport(text: str) -> TransportSpec:
     """Raises `OptionError` for a name or link that is not known."""
     first, *rest = text.split(":")
-    if first not in _NAMES and (rest or "." in first):
+    names = ("auto", *_CLASSES, "simulated")
+    if first not in names and (rest or "." in first):
         if len(rest) != 1 or not rest[0].isidentifier():
             raise OptionError(f"transport={text!r} is not package.module:Class; name the class after one colon")
         return TransportSpec(name=text)
-    if first not in _NAMES:
-        raise unknown_value("transport", text, _NAMES)
+    if first not in names:
+        raise unknown_value("transport", text, names)
     if first != "simulated":
-        if len(rest) == 1 and first in _CUDA_CLASSES and re.fullmatch(r"[1-9]\d{0,2}ctas", rest[0]):
+        if len(rest) == 1 and len(_CLASSES.get(first, ())) > 1 and re.fullmatch(r"[1-9]\d{0,2}ctas", rest[0]):
             return TransportSpec(name=first, ctas=int(rest[0].removesuffix("ctas")))
         if rest:
             raise OptionError(f"transport={text!r} has settings, which only simulated takes; use {first!r}")
@@ -97,7 +109,7 @@ def choose_transport(
     device_kind: str = "cpu",
     peer_access: bool = True,
 ) -> tuple[TransportSpec, str]:
-    """The transport to use, with `auto` settled, and why.
+    """The transport to use, with `auto` resolved, and why.
 
     On GPUs `auto` takes a transport that needs no SM: copy-engine with peer access, else host-staged. Both send all
     tokens to all ranks, so from some number of ranks on exact routing is worth more.
@@ -109,37 +121,88 @@ def choose_transport(
     """
     if num_ranks == 1 and (spec.name == "auto" or spec.name in _CLASSES):
         return replace(spec, name="local"), "one rank holds all experts, nothing is sent"
-    _check_fit(spec.name, num_ranks, device_kind, peer_access)
+    world = World(ranks=num_ranks, device_kind=device_kind, peer_access=peer_access)
+    if spec.name in _CLASSES and (refusal := _refusal(spec.name, None, shape, world)):
+        raise refused(spec, refusal)
     if spec.ctas is not None and device_kind != "cuda":
-        raise OptionError(f"transport {str(spec)!r} limits the blocks of NCCL's kernels; on CPUs use {spec.name!r}")
+        raise OptionError(
+            f"transport {str(spec)!r} limits the blocks of NCCL's kernels",
+            limit="the ranks run on CPUs",
+            remedy=f"use {spec.name!r}",
+            option="transport",
+            value=str(spec),
+        )
     if spec.name != "auto":
         return spec, "as asked"
     reached = num_ranks * (1 - (1 - 1 / num_ranks) ** shape.top_k)
     saving = 1 - reached / num_ranks
     fact = f"routed uniformly, a token with {shape.top_k} experts reaches {reached:.1f} of {num_ranks} ranks"
     if device_kind == "cuda" and saving < _WORTHWHILE_SAVING_OF_SLABS:
-        if peer_access:
-            return replace(spec, name="copy-engine"), "copies between peers take no multiprocessor from compute"
-        reason = "without peer access; copies through host memory take no multiprocessor"
-        return replace(spec, name="host-staged"), reason
+        for name, reason in _SLABS_OF_GPUS.items():
+            if _refusal(name, None, shape, world) is None:
+                return replace(spec, name=name), reason
     if saving < _WORTHWHILE_SAVING:
         limit = f"alltoall is taken from {_WORTHWHILE_SAVING:.0%}"
         return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes, {limit}"
     return replace(spec, name="alltoall"), f"{fact}: exact routing saves {saving:.0%} of the bytes"
 
 
-def _check_fit(name: str, num_ranks: int, device_kind: str, peer_access: bool) -> None:
-    if name == "local":
-        raise OptionError(f"transport 'local' works on one rank, not on {num_ranks}; use auto, alltoall or allgather")
-    if name in _CUDA_ONLY and device_kind != "cuda":
-        raise OptionError(f"transport {name!r} moves data by the copy engines of GPUs; on CPUs use auto or alltoall")
-    if name == "shared-memory" and device_kind == "cuda":
-        raise OptionError("transport 'shared-memory' works on CPUs; on GPUs use auto or host-staged")
-    if name == "copy-engine" and not peer_access:
-        raise OptionError(
-            "transport 'copy-engine' needs peer access, which --no-peer-access or NCCL_P2P_DISABLE=1 forbids; "
-            "use host-staged"
-        )
+def refused(spec: TransportSpec, refusal: Refusal, cause: str = "") -> OptionError:
+    """The error for a transport that somebody named and that cannot serve. cause: what failed, in one line."""
+    shown = f" ({cause})" if cause else ""
+    return OptionError(
+        f"transport {str(spec)!r} cannot be used here",
+        limit=f"{refusal.fact}{shown}",
+        remedy=refusal.remedy or "use another transport",
+        option="transport",
+        value=str(spec),
+    )
+
+
+def _refusal(name: str, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+    return load_transport(TransportSpec(name=name), world.device_kind).refusal(facts, shape, world)
+
+
+@dataclass(frozen=True, slots=True)
+class Usability:
+    """Whether a transport can be used, why (not), and what would help; a usable one may have a remedy too."""
+
+    name: str
+    usable: bool
+    reason: str
+    remedy: str = ""
+
+
+def usable_transports(
+    facts: Facts, *, ranks: int, device_kind: str, peer_access: bool = True, shared_bytes: int | None = None
+) -> list[Usability]:
+    """One `Usability` for every transport, for `ranks` ranks of one host, each with a device of its own.
+
+    A transport is called usable only where everything that it needs has been shown to work; naming it tries it all the
+    same. device_kind: "cpu" or "cuda". peer_access: False under `--no-peer-access`; `NCCL_P2P_DISABLE` in the facts
+    implies it. shared_bytes: host memory that slabs between processes need, by default that of a large model.
+
+    Raises `OptionError` for no ranks or an unknown kind of device.
+    """
+    if ranks < 1:
+        raise OptionError(f"ranks={ranks} is out of range", remedy="use an integer of at least 1", option="ranks")
+    if device_kind not in ("cpu", "cuda"):
+        raise unknown_value("device_kind", device_kind, ("cpu", "cuda"))
+    world = World(ranks=ranks, device_kind=device_kind, peer_access=peer_access, host_bytes=shared_bytes)
+    judged = [_judge(name, facts, world) for name in _CLASSES if name not in _BASELINES]
+    inner = [found.name for found in judged if found.usable]
+    if inner:
+        reason = f"around {' or '.join(inner)}, only slower: for tests and planning"
+        return [*judged, Usability("simulated", True, reason)]
+    return [*judged, Usability("simulated", False, "there is no transport for it to go around", "see those above")]
+
+
+def _judge(name: str, facts: Facts, world: World) -> Usability:
+    kind = load_transport(TransportSpec(name=name), world.device_kind)
+    if refusal := kind.refusal(facts, _LARGE_SHAPE, world):
+        return Usability(name, False, refusal.fact, refusal.remedy)
+    way = kind.way(facts, _LARGE_SHAPE, world)
+    return Usability(name, True, way.description, way.remedy)
 
 
 def create_transport(
@@ -189,8 +252,8 @@ def _peers_reach(group: RankGroup, device: torch.device, *, allowed: bool) -> bo
 
 def load_transport(spec: TransportSpec, device_type: str = "cpu") -> type[Transport]:
     """The class behind a name that is not `auto`. Raises `OptionError` if it cannot be loaded."""
-    path = _CUDA_CLASSES.get(spec.name) if device_type == "cuda" else None
-    path = path or _CLASSES.get(spec.name, spec.name)
+    paths = _CLASSES.get(spec.name, (spec.name,))
+    path = paths[-1 if device_type == "cuda" else 0]
     module_name, _, class_name = path.partition(":")
     try:
         loaded = getattr(import_module(module_name), class_name)

@@ -38,7 +38,10 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """Where a router sends each token: expert ids [T, K] (int64, all different in a row) and weights [T, K]."""
+    """Where a router sends each token: expert ids [T, K] (int64) and weights [T, K].
+
+    The ids of a row are all different, or all -1 for a row that is padding: no expert computes it, its sum is zero.
+    """
 
     ids_TK: torch.Tensor
     weights_TK: torch.Tensor

@@ -28,8 +28,10 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 
 from antiphon.comm.group import RankGroup
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.core.errors import LaneError, OptionError
+from antiphon.machine.facts import Facts
 from antiphon.runtime import Pending, Streams, current_lane
 
 T = TypeVar("T")
@@ -102,6 +104,19 @@ class Transport(ABC):
         self.experts_per_rank = shape.experts_per_rank(group.size)
         self._phases = [_Phase.IDLE] * num_lanes
         self._num_rows = [0] * num_lanes  # received last
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        """Why this transport cannot serve `world` with experts of `shape`; `None` if nothing is known against it.
+
+        facts: of the machine; `None` before it has been examined, when only what was asked for can be judged.
+        """
+        return None
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        """How its data would travel there, where it is not refused."""
+        return Way("")
 
     @property
     def data_path(self) -> DataPath:
@@ -238,8 +253,11 @@ class Transport(ABC):
             )
         if routes.ids_TK.device.type == "cpu" and routes.ids_TK.numel():  # elsewhere the host would have to wait
             low, high = (int(bound) for bound in routes.ids_TK.aminmax())
-            if low < 0 or high >= shape.num_experts:
-                raise OptionError(f"expert ids run from {low} to {high}; use 0 to {shape.num_experts - 1}")
+            if low < -1 or high >= shape.num_experts:
+                raise OptionError(
+                    f"expert ids run from {low} to {high}",
+                    remedy=f"use 0 to {shape.num_experts - 1}, and -1 for rows that are padding",
+                )
 
     def _checked_counts(self, tokens_by_rank: Sequence[int], num_tokens: int) -> tuple[int, ...]:
         counts = tuple(tokens_by_rank)

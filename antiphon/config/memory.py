@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm.usable import format_bytes
 from antiphon.config.cache import block_bytes
 from antiphon.config.engine_config import ResolvedConfig
 from antiphon.core.errors import OptionError
+from antiphon.machine.advice import format_bytes
 from antiphon.machine.host import obtainable_memory
 from antiphon.models import weight_bytes
 

@@ -73,7 +73,7 @@ class DecodeGroup:
 
     rows_N: torch.Tensor  # int64, their rows in the micro-batch
     block_table_NB: torch.Tensor  # int64, padded with block 0, which the mask hides
-    seq_lens_N: torch.Tensor  # int64, context plus the new token
+    seq_lens_N: torch.Tensor  # int64, context plus the new token; 0 for padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,11 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One part of a batch. A part without tokens is a dummy: its peers' experts still need it."""
+    """One part of a batch. A part without tokens is a dummy: its peers' experts still need it.
+
+    In a padded step, rows without a token lie behind the others: their keys and values go to block 0, which nobody
+    holds, their texts have length 0, and no expert computes them. Their hidden states mean nothing.
+    """
 
     # set by splitting
     lane: int
@@ -106,11 +110,12 @@ class MicroBatch:
     positions_T: torch.Tensor  # int64
     attention: AttentionMetadata
     # set by the plan
-    tokens_by_rank: tuple[int, ...]  # tokens of this lane on every rank
+    rows_by_rank: tuple[int, ...]  # rows of this lane on every rank
+    num_padding: int = 0  # rows at the end that are no tokens
 
     @property
     def num_tokens(self) -> int:
-        return self.token_ids_T.shape[0]
+        return self.token_ids_T.shape[0] - self.num_padding
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same with every tensor on `device`, by one copy; itself if it is there already. See `core.upload`."""

@@ -99,7 +99,8 @@ def plan_kind(num_lanes: int) -> str:
 class Plan:
     """One step's plan, equal on all ranks."""
 
-    part_tokens: tuple[tuple[int, ...], ...]  # [rank][lane]
+    part_tokens: tuple[tuple[int, ...], ...]  # [rank][lane], real tokens
+    graph: int = 0  # rows that every lane of every rank runs, padding included; 0 where lanes run their tokens alone
     reason: str  # a short fixed text, counted in the statistics
     detail: str = ""  # the numbers behind the reason
     idle: bool = False  # no rank has work, and all have seen the same messages
@@ -119,10 +120,13 @@ class Plan:
 
     def unsplit(self) -> Plan:
         """The same tokens on one lane: what the layers of a split step run that are not split themselves."""
+        assert not self.graph, "a padded step has no layers that are not split"
         return replace(self, part_tokens=tuple((sum(parts),) for parts in self.part_tokens))
 
-    def tokens_by_rank(self, lane: int) -> tuple[int, ...]:
-        return tuple(parts[lane] for parts in self.part_tokens)
+    def rows_by_rank(self, lane: int) -> tuple[int, ...]:
+        """What a lane sends on each rank: its tokens, or the padded size."""
+        return tuple(self.graph or parts[lane] for parts in self.part_tokens)
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.detail or self.reason}"
+        padded = f", padded to {self.graph} a lane" if self.graph else ""
+        return f"{self.kind}: {self.detail or self.reason}{padded}"

@@ -92,6 +92,10 @@ class OverlapPolicy:
         if not is_number(self.imbalance_ratio) or not 0 <= self.imbalance_ratio <= 1:
             raise OptionError(f"imbalance_ratio={self.imbalance_ratio!r} is out of range; use a number from 0 to 1")
 
+    @property
+    def splits_all_layers(self) -> bool:
+        return self.start_layer == 0 and self.end_layer is None
+
     def threshold(self, *, decode_only: bool) -> int:
         """Tokens on the busiest rank from which a step is split."""
         chosen = self.decode_threshold if decode_only else self.prefill_threshold

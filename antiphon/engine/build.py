@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from antiphon.comm import RankGroup, Transport, create_transport, parse_transport
-from antiphon.comm.usable import Usability, slab_bytes, usable_transports
+from antiphon.comm import (
+    RankGroup,
+    Refusal,
+    Transport,
+    World,
+    create_transport,
+    load_transport,
+    parse_transport,
+    refused,
+)
 from antiphon.config.engine_config import ResolvedConfig
 from antiphon.config.memory import is_out_of_memory
 from antiphon.core.errors import AntiphonError, OptionError, first_line
@@ -141,32 +149,24 @@ def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -
                 f"({first_line(error)}); use a lower max_num_batched_tokens, which by default follows "
                 "max_model_len"
             ) from error
-        found = None if options.transport == "auto" else _unusable(config)  # auto has asked the devices
-        if found is None:
+        refusal = None if options.transport == "auto" else _refusal(config)  # auto has asked the devices
+        if refusal is None:
             raise
-        raise OptionError(
-            f"transport {found.name!r} cannot be used on this machine: {found.reason} ({first_line(error)}); "
-            f"{found.remedy or 'use another transport'}"
-        ) from error
+        raise refused(config.transport, refusal, first_line(error)) from error
 
 
-def _unusable(config: ResolvedConfig) -> Usability | None:
-    """What forbids the transport here, if anything does. Examines the machine, which takes seconds."""
+def _refusal(config: ResolvedConfig) -> Refusal | None:
+    """What forbids the transport on this machine, if anything does. Examines it, which takes seconds."""
     options = config.options
-    needed_bytes = slab_bytes(
-        options.ranks,
-        shape=expert_shape(config.model, config.dtype),
-        num_lanes=options.policy.micro_batches,
-        max_tokens=config.max_num_batched_tokens,
-    )
-    judged = usable_transports(
-        examine_machine(),
+    world = World(
         ranks=options.ranks,
         device_kind=config.device_kind,
         peer_access=options.peer_access,
-        shared_bytes=needed_bytes,
+        num_lanes=options.policy.micro_batches,
+        max_tokens=config.max_num_batched_tokens,
     )
-    return next((found for found in judged if found.name == config.transport.name and not found.usable), None)
+    kind = load_transport(config.transport, config.device_kind)
+    return kind.refusal(examine_machine(), expert_shape(config.model, config.dtype), world)
 
 
 def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starting], None]) -> CausalLM:

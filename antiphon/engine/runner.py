@@ -37,7 +37,7 @@ class Runner:
     def run(
         self, parts: Sequence[MicroBatch], *, whole: MicroBatch | None = None, layers: slice = slice(None)
     ) -> list[torch.Tensor]:
-        """Hidden states [T, D] of every part, on the device. One part runs without lanes, by the same code.
+        """Hidden states [T, D] of the tokens of every part, on the device. One part runs alone, by the same code.
 
         layers: those that run in lanes. whole: the micro-batch of all parts together, on which the other layers run;
         needed if there are any. Then the result may be one tensor for all parts: `splitting.join` takes either.
@@ -47,7 +47,8 @@ class Runner:
         parts = [part.to(self._device) for part in parts]
         in_lanes = range(self._num_layers)[layers]
         if len(parts) == 1 or len(in_lanes) == self._num_layers:
-            return self._run_lanes(parts)
+            hidden = self._run_lanes(parts)
+            return [rows_TD[: part.num_tokens] for rows_TD, part in zip(hidden, parts, strict=True)]
         assert whole is not None, f"layers {in_lanes} of {self._num_layers} are split, and the others need a whole"
         whole = whole.to(self._device)
         before, after = range(in_lanes.start), range(in_lanes.stop, self._num_layers)

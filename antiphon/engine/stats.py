@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from antiphon.comm import Routes
+from antiphon.core.batch import current_micro_batch
 from antiphon.core.plan import Plan, plan_kind
 from antiphon.models import CausalLM
 from antiphon.models.moe import MoELayer
@@ -100,7 +101,7 @@ class ExpertLoad:
         counts_E = self._counts_LE[layer]
 
         def count(_router: nn.Module, _inputs: object, routes: Routes) -> None:
-            ids_X = routes.ids_TK.flatten().to(torch.int64)
+            ids_X = routes.ids_TK[: current_micro_batch().num_tokens].flatten().to(torch.int64)
             counts_E.index_add_(0, ids_X, torch.ones_like(ids_X))  # bincount would make the host wait
 
         return count

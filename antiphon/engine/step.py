@@ -75,7 +75,7 @@ class StepEngine:
 
     def _whole(self, batch: Batch, plan: Plan) -> MicroBatch | None:
         """The unsplit micro-batch of a split step, where some of its layers run unsplit."""
-        if plan.num_lanes == 1 or self._layers == slice(0, None):
+        if plan.num_lanes == 1 or self.planner.policy.splits_all_layers:
             return None
         (whole,) = split(batch, plan.unsplit(), block_size=self.scheduler.pool.block_size)
         return whole

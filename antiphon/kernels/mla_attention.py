@@ -122,8 +122,8 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of one new token for each of `N` requests, in latent space: [N, H, V].
 
-    q_NHQ: [N, H, Q + P2]. seq_lens_N counts the new token, whose latent is in the cache already. All texts are padded
-    to the longest one; most_positions bounds how many are gathered at once.
+    q_NHQ: [N, H, Q + P2]. seq_lens_N counts the new token, whose latent is in the cache already; 0 gives zeros. All
+    texts are padded to the longest one; most_positions bounds how many are gathered at once.
     """
     groups = request_groups(q_NHQ.shape[0], block_table_NB.shape[1] * cache_blocks.shape[1], most_positions)
     parts = [
@@ -151,6 +151,7 @@ def _decode(
     hidden_NL = torch.arange(latents_NLC.shape[1], device=q_NHQ.device) >= seq_lens_N.unsqueeze(1)
     scores_NHL = scores_NHL.masked_fill(hidden_NL.unsqueeze(1), float("-inf"))
     weights_NHL = scores_NHL.softmax(dim=-1, dtype=wide).to(q_NHQ.dtype)
+    weights_NHL = weights_NHL.masked_fill(hidden_NL.unsqueeze(1), 0)  # nan where the length is 0
     # Unused blocks may hold anything, infinities too: 0 * inf would be nan.
     latents_NLC = latents_NLC[..., :latent_size].masked_fill(hidden_NL.unsqueeze(2), 0)
     context_NHC = torch.matmul(weights_NHL, latents_NLC)

@@ -88,8 +88,10 @@ class Experts(nn.Module):
         self.down_EDF = parameter(num_local, shape.hidden_size, expert_width, dtype=shape.dtype)
 
     def dispatch(self, x_TD: torch.Tensor, routes: Routes) -> Pending[Rows]:
-        tokens_by_rank = current_micro_batch().tokens_by_rank
-        return self.transport.dispatch(x_TD, routes, tokens_by_rank=tokens_by_rank, label=self.label)
+        part = current_micro_batch()
+        if part.num_padding:
+            routes.ids_TK[part.num_tokens :] = -1
+        return self.transport.dispatch(x_TD, routes, tokens_by_rank=part.rows_by_rank, label=self.label)
 
     def compute(self, rows: Rows) -> torch.Tensor:
         """Partial sums [R, D] of the rows over this rank's experts."""

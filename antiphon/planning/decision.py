@@ -15,16 +15,26 @@ An idle rank, or one that fits into a lane whole, adds nothing and never switche
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from antiphon.core.plan import Plan, Proposal, plan_kind
 from antiphon.core.policy import NEVER, OverlapPolicy
 
 
-def decide(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Plan:
+def decide(proposals: Sequence[Proposal], policy: OverlapPolicy, ladder: Sequence[int] = ()) -> Plan:
     """The plan for the step that the ranks propose, the same for the same proposals, in order of rank.
 
     While a message has reached only some ranks the plan is empty, so that it takes effect at the same step on all.
+    ladder: rising sizes to which steps without prefill are padded; none are where it is empty.
     """
+    plan = _split_or_serial(proposals, policy)
+    if plan.is_empty or any(proposal.num_prefill_tokens for proposal in proposals):
+        return plan
+    longest = max(max(parts) for parts in plan.part_tokens)
+    return replace(plan, graph=next((size for size in ladder if size >= longest), 0))
+
+
+def _split_or_serial(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Plan:
     if len({proposal.wave for proposal in proposals}) > 1:
         return Plan(part_tokens=((0,),) * len(proposals), reason="a message is under way")
     if not any(proposal.num_tokens for proposal in proposals):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from antiphon.comm.group import RankGroup
@@ -14,14 +15,20 @@ from antiphon.splitting import find_cut
 
 
 class Planner:
-    """Proposes by the policy's cut rule and decides by its thresholds. The policy changes only between runs."""
+    """Proposes by the policy's cut rule and decides by its thresholds. The policy changes only between runs.
 
-    def __init__(self, policy: OverlapPolicy) -> None:
+    ladder: sizes to which steps without prefill are padded, as in `decide`; the same on all ranks. Where only some
+    layers are split, none is padded.
+    """
+
+    def __init__(self, policy: OverlapPolicy, ladder: Sequence[int] = ()) -> None:
         self.policy = policy
+        self.ladder = tuple(ladder)
 
     def agree(self, batch: Batch, group: RankGroup, *, wave: int = 0) -> Plan:
         """The plan of the next step, the same on all ranks, which must call it together. Raises as `exchange` does."""
-        return decide(exchange(group, self.propose(batch, wave=wave)), self.policy)
+        ladder = self.ladder if self.policy.splits_all_layers else ()
+        return decide(exchange(group, self.propose(batch, wave=wave)), self.policy, ladder)
 
     def propose(self, batch: Batch, *, wave: int = 0) -> Proposal:
         """This rank's offer for its batch; `wave` as in `Proposal`."""

@@ -30,8 +30,9 @@ def split(batch: Batch, plan: Plan, *, block_size: int) -> list[MicroBatch]:
         build_micro_batch(
             _requests_of(batch.requests, slices[lane]) if lane in slices else (),
             lane=lane,
-            tokens_by_rank=plan.tokens_by_rank(lane),
+            rows_by_rank=plan.rows_by_rank(lane),
             block_size=block_size,
+            num_padding=plan.graph - part_tokens[lane] if plan.graph else 0,
         )
         for lane in range(plan.num_lanes)
     ]
@@ -59,13 +60,18 @@ def build_micro_batch(
     requests: Sequence[RequestSlice],
     *,
     lane: int,
-    tokens_by_rank: tuple[int, ...],
+    rows_by_rank: tuple[int, ...],
     block_size: int,
+    num_padding: int = 0,
 ) -> MicroBatch:
-    """Tokens, positions and attention metadata of the given slices. Tensors are on the CPU."""
+    """Tokens, positions and attention metadata of the given slices. Tensors are on the CPU.
+
+    num_padding: rows behind the tokens that stand for nothing (`MicroBatch`).
+    """
+    assert num_padding >= 0, "a padded size that does not hold the tokens"
     # Growing these by ranges keeps the host fast: a step has thousands of tokens, and the device may be waiting.
     token_ids, positions, slots = array("q"), array("q"), array("q")
-    decodes: list[tuple[int, RequestSlice]] = []
+    decodes: list[tuple[int, tuple[int, ...], int]] = []  # row, blocks, length of the text
     prefills: list[PrefillSlice] = []
     for request in requests:
         start = len(token_ids)
@@ -73,7 +79,7 @@ def build_micro_batch(
         positions.extend(range(request.context_len, request.context_len + request.query_len))
         _add_slots(slots, request, block_size)
         if request.query_len == 1:
-            decodes.append((start, request))
+            decodes.append((start, _used_blocks(request, block_size), request.context_len + 1))
         else:
             prefills.append(
                 PrefillSlice(
@@ -83,6 +89,11 @@ def build_micro_batch(
                     block_ids_B=_int64(_used_blocks(request, block_size)),
                 )
             )
+    for _ in range(num_padding):
+        decodes.append((len(token_ids), (), 0))
+        token_ids.append(0)
+        positions.append(0)
+        slots.append(0)
     return MicroBatch(
         lane=lane,
         requests=tuple(requests),
@@ -90,10 +101,11 @@ def build_micro_batch(
         positions_T=_int64(positions),
         attention=AttentionMetadata(
             slots_T=_int64(slots),
-            decodes=_decode_group(decodes, block_size) if decodes else None,
+            decodes=_decode_group(decodes) if decodes else None,
             prefills=tuple(prefills),
         ),
-        tokens_by_rank=tokens_by_rank,
+        rows_by_rank=rows_by_rank,
+        num_padding=num_padding,
     )
 
 
@@ -118,15 +130,15 @@ def _used_blocks(request: RequestSlice, block_size: int) -> tuple[int, ...]:
     return request.block_ids[: -(-num_tokens // block_size)]
 
 
-def _decode_group(decodes: Sequence[tuple[int, RequestSlice]], block_size: int) -> DecodeGroup:
-    tables = [_used_blocks(request, block_size) for _, request in decodes]
-    width = max(map(len, tables))
+def _decode_group(decodes: Sequence[tuple[int, tuple[int, ...], int]]) -> DecodeGroup:
+    """decodes: of each request its row, its blocks and the length of its text."""
+    width = max(1, *(len(table) for _, table, _ in decodes))
     padded = array("q")
-    for table in tables:
+    for _, table, _ in decodes:
         padded.extend(table)
         padded.extend([0] * (width - len(table)))
     return DecodeGroup(
-        rows_N=_int64(row for row, _ in decodes),
-        block_table_NB=_int64(padded).view(len(tables), width),
-        seq_lens_N=_int64(request.context_len + 1 for _, request in decodes),
+        rows_N=_int64(row for row, _, _ in decodes),
+        block_table_NB=_int64(padded).view(len(decodes), width),
+        seq_lens_N=_int64(length for _, _, length in decodes),
     )

@@ -106,7 +106,7 @@ def test_two_gpus_in_a_container() -> None:
         "NUMA node 0: CPUs 0-3,8, node 1: CPUs 4; this process may use CPUs 4",
         "environment NCCL_P2P_DISABLE=1",
         "copy-engine no peer access is forbidden by NCCL_P2P_DISABLE",
-        "remedy: unset that variable",
+        "remedy: unset that variable, or use host-staged",
         "remedy: docker: --shm-size=1g or --ipc=host",
         "advice",
         "remedy: start it by `numactl --cpunodebind=0` (docker: --cpuset-cpus=0-3,8)",
@@ -114,7 +114,7 @@ def test_two_gpus_in_a_container() -> None:
         assert line in lines, line
     assert any(line.startswith("host-staged yes ") for line in lines)
     (remedy_after_copy_engine,) = [lines[place + 1] for place, line in enumerate(lines) if line.startswith("copy-")]
-    assert remedy_after_copy_engine == "remedy: unset that variable"
+    assert remedy_after_copy_engine == "remedy: unset that variable, or use host-staged"
 
 
 def test_launches_through_triton_are_said_with_their_cost() -> None:

@@ -222,9 +222,9 @@ def _fresh_media(driver: FakeDriver) -> Iterator[None]:
     bindings = ModuleType("cuda.bindings")
     bindings.driver = driver.module()  # type: ignore[attr-defined]
     ours = {f"antiphon.comm.slab.{name}": name for name in _FRESH_MODULES}
-    replaced = {name: sys.modules.pop(name, None) for name in (*ours, "cuda", "cuda.bindings")}
+    replaced = {name: sys.modules.pop(name, None) for name in (*ours, "cuda", "cuda.bindings", "cuda.bindings.driver")}
     attributes = {name: package.pop(name, None) for name in _FRESH_MODULES}
-    sys.modules |= {"cuda": ModuleType("cuda"), "cuda.bindings": bindings}
+    sys.modules |= {"cuda": ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.driver": bindings.driver}
     try:
         for name in ours:
             import_module(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,14 +23,17 @@ from antiphon.comm import (
     load_transport,
     parse_transport,
     registry,
+    usable_transports,
 )
 from antiphon.comm.collective.alltoall import AllToAllTransport
 from antiphon.comm.local import LocalTransport
 from antiphon.comm.simulated import SimulatedTransport
 from antiphon.core.errors import OptionError
 from antiphon.core.warn_once import warn_once
+from antiphon.machine.probe import examine_machine
 from antiphon.runtime import CpuStreams
 from tests.comm.protocol_checks import FakeDriver
+from tests.support.errors import raises
 
 
 def make_shape(num_experts: int = 8, top_k: int = 2) -> ExpertShape:
@@ -128,7 +132,7 @@ def test_which_is_taken(name: str, num_ranks: int, top_k: int, chosen: str, why:
 
 
 def test_local_is_refused_on_several_ranks() -> None:
-    with pytest.raises(OptionError, match="'local' works on one rank, not on 2; use auto, alltoall or allgather"):
+    with raises(OptionError, "2", option="transport", value="local", remedy="auto"):
         choose_transport(TransportSpec(name="local"), make_shape(), 2)
 
 
@@ -229,18 +233,45 @@ def test_exact_routing_for_many_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "options", "remedy"),
     [
-        ("copy-engine", {}, "on CPUs use auto or alltoall"),
-        ("host-staged", {}, "on CPUs use auto or alltoall"),
-        ("shared-memory", {"device_kind": "cuda"}, "on GPUs use auto or host-staged"),
-        ("alltoall:16ctas", {}, "on CPUs use 'alltoall'"),
-        ("copy-engine", {"device_kind": "cuda", "peer_access": False}, "use host-staged"),
+        ("copy-engine", {}, "shared-memory"),
+        ("host-staged", {}, "shared-memory"),
+        ("nccl-zero-cta", {}, "shared-memory"),
+        ("shared-memory", {"device_kind": "cuda"}, "host-staged"),
+        ("alltoall:16ctas", {}, "alltoall"),
+        ("copy-engine", {"device_kind": "cuda", "peer_access": False}, "host-staged"),
     ],
 )
-def test_transports_that_the_devices_cannot_serve(name: str, options: dict[str, object], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
+def test_transports_that_the_devices_cannot_serve(name: str, options: dict[str, object], remedy: str) -> None:
+    with raises(OptionError, option="transport", value=name, remedy=remedy):
         choose_transport(parse_transport(name), make_shape(), 2, **options)
+
+
+def test_adding_a_transport_touches_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that answers for itself and its line in the registry: then doctor, the option and `auto` know it."""
+    (tmp_path / "pigeons.py").write_text(
+        "from antiphon.comm import Refusal, Way\n"
+        "from antiphon.comm.collective.alltoall import AllToAllTransport\n\n\n"
+        "class PigeonTransport(AllToAllTransport):\n"
+        "    name = 'pigeon'\n\n"
+        "    @classmethod\n"
+        "    def refusal(cls, facts, shape, world):\n"
+        "        return Refusal('too many ranks', 'ask for --ranks 2') if world.ranks > 2 else None\n\n"
+        "    @classmethod\n"
+        "    def way(cls, facts, shape, world):\n"
+        "        return Way('through the air')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry._CLASSES, "pigeon", ("pigeons:PigeonTransport",))
+    spec = parse_transport("pigeon")
+    assert choose_transport(spec, make_shape(), 2)[0].name == "pigeon"
+    with raises(OptionError, "too many ranks", option="transport", value="pigeon", remedy="--ranks 2"):
+        choose_transport(spec, make_shape(), 4)
+    found = {one.name: one for one in usable_transports(examine_machine(), ranks=2, device_kind="cpu")}
+    assert (found["pigeon"].usable, found["pigeon"].reason) == (True, "through the air")
+    assert "pigeon" in found["simulated"].reason
+    assert load_transport(spec).name == "pigeon"
 
 
 def test_blocks_of_nccl() -> None:
@@ -260,6 +291,7 @@ def test_an_nccl_without_copy_engines_is_no_silent_baseline(
             only_here.delitem(sys.modules, f"antiphon.comm.{name}", raising=False)
         only_here.setitem(sys.modules, "cuda", ModuleType("cuda"))
         only_here.setitem(sys.modules, "cuda.bindings", bindings)
+        only_here.setitem(sys.modules, "cuda.bindings.driver", bindings.driver)
         before = set(sys.modules)
         module = import_module("antiphon.comm.collective.nccl_zero_cta")
         for _ in range(2):
@@ -334,7 +366,6 @@ def test_all_devices_are_asked_whatever_the_transport(
     monkeypatch.setenv("NCCL_P2P_DISABLE", variable)
     monkeypatch.setattr("antiphon.machine.cuda.identity", lambda index: (index, f"GPU-{index}"))
     monkeypatch.setattr("antiphon.machine.cuda.reaches", lambda device, devices: reaches)
-    monkeypatch.setattr(registry, "_check_fit", lambda *arguments: None)
     monkeypatch.setattr(registry, "load_transport", lambda *arguments: Anything)
     gathered = iter([[(0, "GPU-0"), (1, "GPU-1")], None])
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from antiphon.comm.tokens import ExpertShape
-from antiphon.comm.usable import Usability, advise, format_bytes, slab_bytes, usable_transports
+from antiphon.comm import ExpertShape, Usability, World, usable_transports
+from antiphon.comm.slab.transport import slab_bytes
 from antiphon.core.errors import OptionError
+from antiphon.machine.advice import advise, format_bytes
 from antiphon.machine.facts import UNLIMITED, Check, Device, Facts, Gpus, Host, Numa, NumaNode, Peer, Versions
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -91,8 +92,8 @@ NCCL = ("allgather", "alltoall")
 
 GPU_CASES: list[tuple[str, Facts, tuple[str, ...], bool, str, str]] = [
     ("all is well", facts(), NCCL, True, "over NCCL 2.28.9, by peer access (NV18)", ""),
-    ("all is well", facts(), ("copy-engine",), True, "peer access between all 2 GPUs (NV18), no multiproc", ""),
-    ("all is well", facts(), ("host-staged",), True, "GiB of pinned host memory, no multiproc", ""),
+    ("all is well", facts(), ("copy-engine",), True, "peer access between all 2 GPUs (NV18), no SMs", ""),
+    ("all is well", facts(), ("host-staged",), True, "GiB of pinned host memory, no SMs", ""),
     ("all is well", facts(), ("shared-memory",), False, "between CPUs, and the ranks run on GPUs", "use host-staged"),
     ("all is well", facts(), ("local",), False, "for one rank, and there are 2", "--ranks 1"),
     ("all is well", facts(), ("simulated",), True, "around allgather or alltoall or copy-engine or host-staged", ""),
@@ -323,7 +324,7 @@ def test_peer_access_can_be_forbidden() -> None:
     found = usable_transports(facts(), ranks=2, device_kind="cuda", peer_access=False)
     one = find("copy-engine", found)
     assert (one.usable, one.reason) == (False, "peer access is forbidden by --no-peer-access")
-    assert one.remedy == "leave that option out"
+    assert "leave that option out" in one.remedy and "host-staged" in one.remedy
     assert find("host-staged", found).usable
     assert "through host memory" in find("alltoall", found).reason
 
@@ -392,8 +393,10 @@ def test_a_question_without_sense_is_an_error(ranks: int, device_kind: str, patt
 def test_slabs_hold_tokens_once_and_sums_for_every_rank() -> None:
     shape = ExpertShape(num_experts=8, top_k=2, hidden_size=100, dtype=torch.bfloat16)
     row_bytes = 224  # 200 of the state, 8 of weights, 8 of ids, up to a multiple of 16
-    assert slab_bytes(2, shape=shape, num_lanes=3, max_tokens=10) == 2 * 3 * 10 * (row_bytes + 2 * 200)
-    assert slab_bytes(1, shape=shape) == 0
+    world = World(ranks=2, device_kind="cuda", num_lanes=3, max_tokens=10)
+    assert slab_bytes(shape, world) == 2 * 3 * 10 * (row_bytes + 2 * 200)
+    assert slab_bytes(shape, replace(world, ranks=1)) == 0
+    assert slab_bytes(shape, replace(world, host_bytes=77)) == 77
 
 
 # ---- advice

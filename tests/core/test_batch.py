@@ -14,7 +14,7 @@ def request_slice(query_len: int, context_len: int = 0) -> RequestSlice:
 
 
 def micro_batch(lane: int):
-    return build_micro_batch([], lane=lane, tokens_by_rank=(0,), block_size=4)
+    return build_micro_batch([], lane=lane, rows_by_rank=(0,), block_size=4)
 
 
 @settings(deadline=None)

@@ -73,8 +73,8 @@ def test_kinds_are_named_by_lanes(lanes, kind):
 
 def test_tokens_by_rank_are_those_of_one_lane():
     plan = Plan(part_tokens=((1, 2), (3, 4), (5, 6)), reason="")
-    assert plan.tokens_by_rank(0) == (1, 3, 5)
-    assert plan.tokens_by_rank(1) == (2, 4, 6)
+    assert plan.rows_by_rank(0) == (1, 3, 5)
+    assert plan.rows_by_rank(1) == (2, 4, 6)
 
 
 @pytest.mark.parametrize(

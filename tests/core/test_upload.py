@@ -33,7 +33,7 @@ def make_part(*, decodes: bool = True, num_prefills: int = 2) -> MicroBatch:
                 PrefillSlice(start=n, stop=n + 2, context_len=9, block_ids_B=tensor(n + 1)) for n in range(num_prefills)
             ),
         ),
-        tokens_by_rank=(6, 0),
+        rows_by_rank=(6, 0),
     )
 
 
@@ -60,7 +60,7 @@ def test_every_tensor_of_a_micro_batch_moves(decodes: bool, num_prefills: int) -
     assert len(tensors) == len(expected) == 3 + 3 * decodes + num_prefills
     assert {tensor.device for tensor in tensors} == {META}
     assert [tensor.shape for tensor in tensors] == [tensor.shape for tensor in expected]
-    assert (moved.lane, moved.requests, moved.tokens_by_rank) == (1, part.requests, (6, 0))
+    assert (moved.lane, moved.requests, moved.rows_by_rank) == (1, part.requests, (6, 0))
     assert [(p.start, p.stop, p.context_len) for p in moved.attention.prefills] == [
         (p.start, p.stop, p.context_len) for p in part.attention.prefills
     ]

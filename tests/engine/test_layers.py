@@ -117,13 +117,13 @@ def test_the_other_layers_know_the_tokens_of_all_ranks() -> None:
     batch = Batch(rank=1, requests=mixed_requests(seed=0))
     plan = Plan(part_tokens=((5, 6, 0), (9, 0, 10), (0, 0, 0)), reason="test")
     (whole,) = split(batch, plan.unsplit(), block_size=BLOCK_SIZE)
-    assert (whole.lane, whole.tokens_by_rank) == (0, (11, 19, 0))
+    assert (whole.lane, whole.rows_by_rank) == (0, (11, 19, 0))
     parts = split(batch, plan, block_size=BLOCK_SIZE)
     for name in ("token_ids_T", "positions_T"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert torch.equal(torch.cat([part.attention.slots_T for part in parts]), whole.attention.slots_T)
     (idle,) = split(Batch(rank=2, requests=()), plan.unsplit(), block_size=BLOCK_SIZE)
-    assert (idle.num_tokens, idle.tokens_by_rank) == (0, (11, 19, 0))
+    assert (idle.num_tokens, idle.rows_by_rank) == (0, (11, 19, 0))
 
 
 def test_some_layers_need_the_whole(twin: Twin) -> None:

@@ -284,7 +284,7 @@ def micro_batch(lane: int, slots: list[int]) -> MicroBatch:
         token_ids_T=torch.zeros(len(slots), dtype=torch.int64),
         positions_T=torch.zeros(len(slots), dtype=torch.int64),
         attention=AttentionMetadata(slots_T=torch.tensor(slots), decodes=None, prefills=()),
-        tokens_by_rank=(len(slots),),
+        rows_by_rank=(len(slots),),
     )
 
 

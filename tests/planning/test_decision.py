@@ -73,7 +73,7 @@ def test_no_lane_is_empty_on_all_ranks(case):
     proposals, policy = case
     plan = decide(proposals, policy)
     if plan.num_lanes > 1:
-        assert all(any(plan.tokens_by_rank(lane)) for lane in range(plan.num_lanes))
+        assert all(any(plan.rows_by_rank(lane)) for lane in range(plan.num_lanes))
 
 
 @settings(deadline=None)
@@ -125,7 +125,7 @@ def test_the_busiest_rank_decides_but_where_lanes_are_uneven(case):
 
 def lane_tokens(plan: Plan) -> int:
     """The tokens of the rank that has most in a lane, over all lanes: what a split step does one after another."""
-    return sum(max(plan.tokens_by_rank(lane)) for lane in range(plan.num_lanes))
+    return sum(max(plan.rows_by_rank(lane)) for lane in range(plan.num_lanes))
 
 
 def test_off_is_serial_with_its_reason():
@@ -343,3 +343,32 @@ def test_the_plan_prints_the_numbers_of_the_rank_that_decided(case):
     assume(any(tokens) and policy.dbo != "off")
     text = str(decide(proposals, policy))
     assert f"{max(tokens)} tokens on rank {tokens.index(max(tokens))}" in text
+
+
+# ---- padded sizes
+
+
+def _tokens(*counts: int, prefill: int = 0) -> list[Proposal]:
+    return [Proposal(num_tokens=n, decode_only=n > 0, part_tokens=(n,), num_prefill_tokens=prefill) for n in counts]
+
+
+@pytest.mark.parametrize(
+    ("counts", "size"), [((1, 1), 1), ((3, 1), 4), ((0, 5), 8), ((8, 8), 8), ((9, 0), 0), ((0, 0), 0)]
+)
+def test_a_step_is_padded_to_the_smallest_size_that_holds_every_rank(counts: tuple[int, ...], size: int) -> None:
+    plan = decide(_tokens(*counts), OverlapPolicy(dbo="off"), (1, 2, 4, 8))
+    assert plan.graph == size
+    assert plan.part_tokens == tuple((count,) for count in counts)
+    assert plan.rows_by_rank(0) == (tuple(counts) if not size else (size,) * len(counts))
+
+
+def test_prefill_is_not_padded_and_nothing_is_without_a_ladder() -> None:
+    assert decide(_tokens(3, 3, prefill=2), OverlapPolicy(dbo="off"), (4, 8)).graph == 0
+    assert decide(_tokens(3, 3), OverlapPolicy(dbo="off")).graph == 0
+
+
+def test_each_lane_is_padded_to_the_longest_part_of_all_ranks() -> None:
+    offers = [Proposal(num_tokens=n, decode_only=True, part_tokens=(n // 2, n - n // 2)) for n in (7, 2)]
+    plan = decide(offers, OverlapPolicy(dbo="on"), (2, 4, 8))
+    assert (plan.num_lanes, plan.graph) == (2, 4)
+    assert "4" in str(plan)

@@ -114,7 +114,7 @@ def test_every_plan_can_be_split_on_every_rank(shapes_by_rank, policy):
         for lane in range(plan.num_lanes):
             tokens = tuple(parts[lane].num_tokens for parts in parts_by_rank)
             assert any(tokens)
-            assert all(parts[lane].tokens_by_rank == tokens for parts in parts_by_rank)
+            assert all(parts[lane].rows_by_rank == tokens for parts in parts_by_rank)
     assert plan.idle is not any(shapes_by_rank)
 
 

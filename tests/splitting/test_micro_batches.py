@@ -152,7 +152,7 @@ def test_any_split_does_the_work_of_the_unsplit_step(case):
     batch, plan, block_size = case
     parts = check_split(batch, plan, block_size)
     for lane, part in enumerate(parts):
-        assert part.tokens_by_rank == tuple(row[lane] for row in plan.part_tokens)
+        assert part.rows_by_rank == tuple(row[lane] for row in plan.part_tokens)
 
 
 @settings(deadline=None, max_examples=100)
@@ -215,7 +215,7 @@ def test_a_lane_without_tokens_is_a_dummy_that_knows_its_peers(part_tokens):
     plan = plan_of(part_tokens, tuple(range(7, 7 + len(part_tokens))))
     batch = make_batch([5], [2], block_size=4)
     for lane, part in enumerate(check_split(batch, plan, block_size=4)):
-        assert part.tokens_by_rank == (part_tokens[lane], 7 + lane)
+        assert part.rows_by_rank == (part_tokens[lane], 7 + lane)
         if part_tokens[lane] == 0:
             assert part.requests == ()
             assert part.attention.decodes is None
@@ -226,7 +226,7 @@ def test_a_lane_without_tokens_is_a_dummy_that_knows_its_peers(part_tokens):
 
 def test_an_idle_rank_gets_dummies_only():
     parts = split(Batch(rank=1, requests=()), plan_of((8, 8), (0, 0)), block_size=4)
-    assert [(part.num_tokens, part.tokens_by_rank) for part in parts] == [(0, (8, 0)), (0, (8, 0))]
+    assert [(part.num_tokens, part.rows_by_rank) for part in parts] == [(0, (8, 0)), (0, (8, 0))]
 
 
 def test_a_prompt_of_one_token_reads_itself_only():
@@ -290,8 +290,8 @@ def test_the_batch_is_left_as_it_was():
 
 def test_build_micro_batch_of_given_slices():
     request = make_request(0, query_len=6, context_len=3, block_size=4).cut(2, 5)
-    part = build_micro_batch([request], lane=3, tokens_by_rank=(1, 3), block_size=4)
-    assert (part.lane, part.tokens_by_rank, part.requests) == (3, (1, 3), (request,))
+    part = build_micro_batch([request], lane=3, rows_by_rank=(1, 3), block_size=4)
+    assert (part.lane, part.rows_by_rank, part.requests) == (3, (1, 3), (request,))
     assert part.positions_T.tolist() == [5, 6, 7]
     assert work_of_metadata(part, 4) == work_of_requests([request], 4)
 

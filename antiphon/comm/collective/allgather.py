@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.comm import needs
 from antiphon.comm.collective.alltoall import exchange_counts
 from antiphon.comm.group import Collective, RankGroup
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import OptionError
+from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams, Streams
 
 
@@ -25,6 +28,14 @@ class AllGatherTransport(Transport):
     """All-gather of tokens, reduce-scatter of partial sums."""
 
     name = "allgather"
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        return needs.library(facts, world, "gloo")
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        return Way("over gloo, between the CPUs of this host")
 
     def __init__(
         self,
@@ -104,6 +115,14 @@ class AllGatherTransport(Transport):
 
 class NcclAllGatherTransport(AllGatherTransport):
     """The same on CUDA devices, by NCCL. max_ctas: see `NcclGroup`."""
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        return needs.library(facts, world, "nccl") or needs.shm_of_nccl(facts, world)
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        return needs.way_of_nccl(facts, world)
 
     def __init__(
         self,

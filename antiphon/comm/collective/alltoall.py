@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from antiphon.comm import needs
 from antiphon.comm.group import Collective, RankGroup
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import LaneError
+from antiphon.machine.facts import Facts
 from antiphon.runtime import Pending, Streams
 
 
@@ -54,6 +57,13 @@ def check_lanes(lane_by_rank: Sequence[int], lane: int, label: str) -> None:
             )
 
 
+def reached_ranks(ids_TK: torch.Tensor, experts_per_rank: int, num_ranks: int) -> torch.Tensor:
+    """Which token goes to which rank: bool [T, W]. Padding, whose ids are -1, goes nowhere."""
+    ranks_TK = (ids_TK // experts_per_rank).to(torch.int64) % (num_ranks + 1)  # -1 becomes a rank behind the last
+    reached_TW = torch.zeros(ids_TK.shape[0], num_ranks + 1, dtype=torch.bool, device=ids_TK.device)
+    return reached_TW.scatter_(1, ranks_TK, True)[:, :num_ranks]
+
+
 @dataclass(slots=True, kw_only=True)
 class RoutedExchange:
     """Rows by destination and source rank. A late launch fills in the counts."""
@@ -81,6 +91,14 @@ class AllToAllTransport(Transport):
     """Exact routing over the process group's variable all-to-all."""
 
     name = "alltoall"
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        return needs.library(facts, world, "gloo")
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        return Way("over gloo, between the CPUs of this host")
 
     def __init__(
         self,
@@ -156,8 +174,7 @@ class AllToAllTransport(Transport):
 
     def _order_by_rank(self, routes: Routes) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows for each rank [W], and the token of every row, ordered by destination rank [N]."""
-        reached_TW = torch.zeros(routes.ids_TK.shape[0], self.group.size, dtype=torch.bool, device="cpu")
-        reached_TW.scatter_(1, routes.ids_TK // self.experts_per_rank, True)
+        reached_TW = reached_ranks(routes.ids_TK, self.experts_per_rank, self.group.size)
         return reached_TW.sum(0), reached_TW.t().nonzero()[:, 1]
 
     def _plan_exchange(self, lane: int, routes: Routes, label: str) -> RoutedExchange:

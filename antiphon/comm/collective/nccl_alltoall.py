@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm.collective.alltoall import RoutedExchange
+from antiphon.comm import needs
+from antiphon.comm.collective.alltoall import RoutedExchange, reached_ranks
 from antiphon.comm.collective.nccl import NcclCollective, NcclGroup
 from antiphon.comm.group import RankGroup
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import OptionError
+from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams, Streams
 
 
@@ -26,6 +29,14 @@ class NcclAllToAllTransport(Transport):
     """Exact routing over NCCL's variable all-to-all. max_ctas: see `NcclGroup`."""
 
     name = "alltoall"
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        return needs.library(facts, world, "nccl") or needs.shm_of_nccl(facts, world)
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        return needs.way_of_nccl(facts, world)
 
     def __init__(
         self,
@@ -143,10 +154,7 @@ class NcclAllToAllTransport(Transport):
         return Flight(wait=wait)
 
     def _reached(self, routes: Routes) -> torch.Tensor:
-        """Which token goes to which rank: bool [T, W]."""
-        ids_TK = routes.ids_TK
-        reached_TW = torch.zeros(ids_TK.shape[0], self.group.size, dtype=torch.bool, device=ids_TK.device)
-        return reached_TW.scatter_(1, (ids_TK // self.experts_per_rank).to(torch.int64), True)
+        return reached_ranks(routes.ids_TK, self.experts_per_rank, self.group.size)
 
     def _pack(self, packed: torch.Tensor, x_TD: torch.Tensor, routes: Routes, tokens_N: torch.Tensor) -> None:
         self._format.pack(packed, x_TD[tokens_N], Routes(routes.ids_TK[tokens_N], routes.weights_TK[tokens_N]))

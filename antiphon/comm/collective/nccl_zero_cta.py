@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.comm import needs
 from antiphon.comm.collective.alltoall import exchange_counts
 from antiphon.comm.collective.nccl import NcclCollective, NcclGroup
 from antiphon.comm.group import RankGroup
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import RowFormat
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
 from antiphon.core.errors import OptionError
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.pack import add_in_rank_order
+from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams, Streams
 
 _COPY_ENGINES_SINCE = (2, 28)
@@ -30,6 +33,18 @@ class NcclZeroCtaTransport(Transport):
     """Every rank gets all tokens; needs NVLink between all ranks."""
 
     name = "nccl-zero-cta"
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        return (
+            needs.gpus(world)
+            or needs.library(facts, world, "nccl")
+            or needs.refusal_of(needs.lacks_of_peer_access(facts, world))
+        )
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        return needs.way_of_nccl(facts, world)
 
     def __init__(
         self,

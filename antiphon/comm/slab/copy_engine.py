@@ -14,13 +14,17 @@ from collections.abc import Callable
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from antiphon.comm import needs
 from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.group import RankGroup, located
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
 from antiphon.comm.slab.log import CommStreams, MailboxLog
 from antiphon.comm.slab.mailbox import Exchange, Phase
 from antiphon.comm.slab.stream_memory import StreamOperations, check_stream_memory_operations, copy_async
 from antiphon.comm.slab.transport import CudaSlabTransport
+from antiphon.comm.tokens import ExpertShape
+from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams
 
 _ALIGNMENT = 512
@@ -146,4 +150,17 @@ class CopyEngineTransport(CudaSlabTransport):
 
     name = "copy-engine"
     medium = PeerCopyMailbox
-    instead = "alltoall"
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        lacks = (
+            *needs.lacks_of_peer_access(facts, world),
+            *needs.lacks_of_flags(facts, world),
+            *needs.lacks_of_descriptors(facts),
+        )
+        return needs.gpus(world) or needs.peers_to_talk_to(facts, world) or needs.refusal_of(lacks)
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        found = needs.links(facts, world)
+        return Way(f"peer access between all {world.ranks} GPUs{found}, no SMs")

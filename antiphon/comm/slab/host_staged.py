@@ -19,8 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
+from antiphon.comm import needs
 from antiphon.comm.device_watch import ALL_PEERS
 from antiphon.comm.group import RankGroup, located
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
 from antiphon.comm.slab.chunks import MAX_CHUNKS, chunks_of
 from antiphon.comm.slab.host_memory import share_host_memory
@@ -34,7 +36,10 @@ from antiphon.comm.slab.stream_memory import (
     register_host_memory,
     unregister_host_memory,
 )
-from antiphon.comm.slab.transport import CudaSlabTransport
+from antiphon.comm.slab.transport import CudaSlabTransport, slab_bytes
+from antiphon.comm.tokens import ExpertShape
+from antiphon.machine.advice import for_docker, format_bytes
+from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams, Event
 
 _ALIGNMENT = 4096
@@ -272,4 +277,27 @@ class HostStagedTransport(CudaSlabTransport):
     name = "host-staged"
     through_host = True
     medium = HostStagedMailbox
-    instead = "shared-memory"
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        lacks = [*needs.lacks_of_flags(facts, world)]
+        if facts is not None:
+            need, pinned = "pinning of shared host memory", facts.gpus.pinned_memory
+            lacks += needs.lacks_of_shared_memory(facts, slab_bytes(shape, world))
+            lacks += needs.lack_of(pinned, need, _raise_limit(facts))
+        return needs.gpus(world) or needs.peers_to_talk_to(facts, world) or needs.refusal_of(lacks)
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        needed = slab_bytes(shape, world)
+        description = f"{format_bytes(needed)} of pinned host memory, no SMs"
+        tried, limit = facts.gpus.pinned_bytes, facts.host.locked_memory_bytes
+        if limit is None or not tried <= limit < needed:
+            return Way(description)
+        doubt = f"tried with {format_bytes(tried)}, within the limit on locked memory, which may bind"
+        return Way(f"{description}; {doubt}", _raise_limit(facts))
+
+
+def _raise_limit(facts: Facts) -> str:
+    limit = f"raise the limit on locked memory ({format_bytes(facts.host.locked_memory_bytes)}): `ulimit -l unlimited`"
+    return limit + for_docker(facts, "--ulimit memlock=-1")

@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from antiphon.comm import needs
 from antiphon.comm.group import RankGroup
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
 from antiphon.comm.slab.host_memory import share_host_memory
 from antiphon.comm.slab.log import Action, MailboxLog
 from antiphon.comm.slab.mailbox import Exchange, Mailbox, Phase
 from antiphon.comm.slab.transport import SlabTransport
-from antiphon.core.errors import OptionError
+from antiphon.comm.tokens import ExpertShape
+from antiphon.machine.facts import Facts
 
 _FLAG_WORDS = 2
 _ALIGNMENT = 256
@@ -117,11 +120,19 @@ class SharedMemoryTransport(SlabTransport):
 
     name = "shared-memory"
 
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        if world.device_kind != "cpu":
+            return Refusal("between CPUs, and the ranks run on GPUs", "use host-staged")
+        # Only pages that are written to are taken, so nothing is asked for beforehand unless somebody names it.
+        lacks = needs.lacks_of_shared_memory(facts, world.host_bytes or 0)
+        return needs.peers_to_talk_to(facts, world) or needs.refusal_of(lacks)
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        return Way("memory that the processes of this host share")
+
     def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
-        if self.streams.device.type != "cpu":
-            raise OptionError(
-                f"transport 'shared-memory' works on CPUs, not on {self.streams.device}; use host-staged there"
-            )
         return SharedMemoryMailbox(
             self.group, num_lanes=self.num_lanes, dispatch_bytes=dispatch_bytes, combine_bytes=combine_bytes
         )

@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
-from cuda.bindings import driver
 
 from antiphon.comm.slab.host_memory import HostMemory
 from antiphon.comm.slab.log import MemoryStep
 from antiphon.core.errors import OptionError
 
-_OPERATION = driver.CUstreamBatchMemOpType
-_WAIT = driver.CUstreamWaitValue_flags
+
+def _find_driver() -> Any:
+    try:
+        return import_module("cuda.bindings.driver")
+    except ImportError:  # transports that need it refuse then: they must be there to be asked
+        return None
+
+
+driver = _find_driver()
+_OPERATION: Any = None if driver is None else driver.CUstreamBatchMemOpType
+_WAIT: Any = None if driver is None else driver.CUstreamWaitValue_flags
 _MAPPED_FOR_ALL = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 
 
 def check_stream_memory_operations(device: torch.device, what: str) -> bool:
     """Whether waits can flush remote writes. Raises `OptionError` if the device has no such operations."""
+    if driver is None:
+        raise OptionError(f"{what} needs the Python package cuda-bindings", remedy="`pip install cuda-bindings`")
     attribute = driver.CUdevice_attribute
     if not _attribute(device, attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS):
         raise OptionError(

@@ -23,14 +23,14 @@ import torch
 
 from antiphon.comm.collective.alltoall import exchange_counts
 from antiphon.comm.group import RankGroup
+from antiphon.comm.needs import World
 from antiphon.comm.row_format import RowFormat
 from antiphon.comm.slab.log import MailboxLog
 from antiphon.comm.slab.mailbox import Arrival, Exchange, Mailbox, Phase, Put
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
-from antiphon.core.errors import OptionError
 from antiphon.kernels.pack import add_in_rank_order, pack_rows
-from antiphon.runtime import CudaStreams, Streams
+from antiphon.runtime import Streams
 
 T = TypeVar("T")
 
@@ -224,15 +224,8 @@ class CudaSlabTransport(SlabTransport):
     """The slab protocol between GPUs, over a mailbox of the class `medium`."""
 
     medium: ClassVar[Callable[..., Mailbox]]
-    instead: ClassVar[str]  # what to use without GPUs
 
     def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
-        if not isinstance(self.streams, CudaStreams):
-            raise OptionError(
-                f"transport {self.name!r} needs CUDA devices, not {self.streams.device}; use {self.instead}"
-            )
-        if self.group.size == 1:
-            raise OptionError(f"transport {self.name!r} works between ranks; one rank uses local")
         return type(self).medium(
             self.group,
             self.streams,
@@ -240,3 +233,11 @@ class CudaSlabTransport(SlabTransport):
             dispatch_bytes=dispatch_bytes,
             combine_bytes=combine_bytes,
         )
+
+
+def slab_bytes(shape: ExpertShape, world: World) -> int:
+    """Host memory of all ranks for the slabs that go through it: a rank's tokens once, its sums for every rank."""
+    if world.host_bytes is not None:
+        return world.host_bytes
+    row_bytes = RowFormat(shape).row_bytes + world.ranks * shape.hidden_size * shape.dtype.itemsize
+    return world.ranks * world.num_lanes * world.max_tokens * row_bytes if world.ranks > 1 else 0

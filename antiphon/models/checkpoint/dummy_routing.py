@@ -96,7 +96,10 @@ class RouteTable:
         self._rows_by_lane: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def ids(self, *, look_up: bool) -> torch.Tensor:
-        """The expert ids [T, K] of the current micro-batch; not to be changed. look_up: even if they are known."""
+        """The expert ids [T, K] of the current micro-batch; what is changed in them is changed for all layers.
+
+        look_up: even if they are known.
+        """
         part = current_micro_batch()
         slots_T = part.attention.slots_T
         known_T, ids_TK = self._rows_by_lane.get(part.lane, (None, None))

@@ -1,0 +1,70 @@
+"""What is slow on a machine, or likely to fail later, and how its figures are written: functions of `Facts`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antiphon.kernels.dispatch import LAUNCH_COST, LAUNCH_REMEDY
+from antiphon.machine.facts import UNLIMITED, Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Something that is wrong or slow, and what would mend it ("" if nothing would)."""
+
+    fact: str
+    remedy: str = ""
+
+
+def advise(facts: Facts, *, ranks: int, device_kind: str) -> list[Advice]:
+    """What forbids no transport, but is likely to be slow or to fail later."""
+    advice = []
+    if device_kind == "cuda":
+        for device in facts.gpus.devices[:ranks]:
+            node = device.numa_node
+            near = next((found.cpus for found in facts.numa.nodes if found.index == node), ())
+            if near and facts.numa.affinity and not set(near) & set(facts.numa.affinity):
+                fact = f"this process may run on no CPU of NUMA node {node}, where GPU {device.index} is"
+                remedy = f"start it by `numactl --cpunodebind={node}`"
+                remedy += for_docker(facts, f"--cpuset-cpus={format_cpus(near)}")
+                advice.append(Advice(f"{fact}: copies through host memory cross the nodes", remedy))
+        if facts.gpus.direct_launches.ok is False:
+            fact = f"kernels are launched by Triton's own call, because {facts.gpus.direct_launches.detail}"
+            advice.append(Advice(f"{fact}: {LAUNCH_COST}", LAUNCH_REMEDY))
+        settings = facts.environment.get("PYTORCH_ALLOC_CONF", "") + facts.environment.get(
+            "PYTORCH_CUDA_ALLOC_CONF", ""
+        )
+        if "expandable_segments:true" in settings.lower() and facts.host.pidfd_getfd.ok is False:
+            fact = f"PyTorch's expandable segments cannot be shared: pidfd_getfd says {facts.host.pidfd_getfd.detail}"
+            remedy = "leave expandable_segments out of PYTORCH_ALLOC_CONF" + for_docker(facts, "--cap-add=SYS_PTRACE")
+            advice.append(Advice(fact, remedy))
+    return advice
+
+
+def format_bytes(num_bytes: int | None) -> str:
+    """In the largest binary unit that leaves a number of at least 1."""
+    if num_bytes is None:
+        return "unknown"
+    if num_bytes == UNLIMITED:
+        return "unlimited"
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            number = num_bytes / size
+            return f"{number:.0f} {unit}" if number >= 100 or number == int(number) else f"{number:.1f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def format_cpus(cpus: tuple[int, ...]) -> str:
+    """0-3,8 for (0, 1, 2, 3, 8)."""
+    runs: list[list[int]] = []
+    for cpu in cpus:
+        if runs and runs[-1][1] == cpu - 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def for_docker(facts: Facts, flag: str) -> str:
+    """The flag for whoever starts the container; nothing outside of one."""
+    return f" (docker: {flag})" if facts.host.container else ""
