@@ -1,7 +1,7 @@
 """Antiphon: Mixture-of-Experts inference with dual-batch overlap.
 
-`LLM` and `SamplingParams` are the offline API; `antiphon.runtime` and `antiphon.comm` are a library of their own and
-load nothing of the engine.
+`LLM` and `SamplingParams` are the offline API, `AsyncEngine` is its asynchronous form. `antiphon.runtime` and
+`antiphon.comm` are a library of their own and load nothing of the engine.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError, RequestError
-    from antiphon.core.sampling import CompletionOutput, GeneratedOutput, Logprob, SamplingParams
+    from antiphon.core.sampling import CompletionOutput, GeneratedOutput, Logprob, RequestOutput, SamplingParams
+    from antiphon.frontend.async_engine import AsyncEngine
     from antiphon.frontend.llm import LLM
+    from antiphon.frontend.stats import EngineStats
 
 __all__ = [
     "LLM",
     "AntiphonError",
+    "AsyncEngine",
     "CompletionOutput",
     "EngineError",
+    "EngineStats",
     "GeneratedOutput",
     "Logprob",
     "ModelError",
     "OptionError",
     "RequestError",
+    "RequestOutput",
     "SamplingParams",
     "__version__",
 ]
@@ -31,7 +36,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "antiphon.frontend.llm",
-    **dict.fromkeys(("CompletionOutput", "GeneratedOutput", "Logprob", "SamplingParams"), "antiphon.core.sampling"),
+    "AsyncEngine": "antiphon.frontend.async_engine",
+    "EngineStats": "antiphon.frontend.stats",
+    **dict.fromkeys(
+        ("CompletionOutput", "GeneratedOutput", "Logprob", "RequestOutput", "SamplingParams"), "antiphon.core.sampling"
+    ),
     **dict.fromkeys(
         ("AntiphonError", "EngineError", "ModelError", "OptionError", "RequestError"), "antiphon.core.errors"
     ),

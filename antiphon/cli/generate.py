@@ -127,7 +127,7 @@ def generate(
         with _progress_bar(console) as progress:
             outputs = llm.generate(format_prompts(prompts, llm, **template), params, progress=progress)
         seconds = time.perf_counter() - start
-        stats = llm.stats()
+        stats = llm.stats().to_dict()
     if as_json:
         _print_json(outputs, stats)
     else:

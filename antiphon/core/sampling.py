@@ -224,7 +224,7 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratedOutput:
+class RequestOutput:
     """The results of one prompt, owned by the caller; `outputs` has n of them.
 
     `text`, `token_ids`, `finish_reason` and `logits` are those of the first. `prompt_logits` [len(prompt_token_ids), V]
@@ -254,3 +254,7 @@ class GeneratedOutput:
     @property
     def logits(self) -> torch.Tensor | None:
         return self.outputs[0].logits
+
+
+GeneratedOutput = RequestOutput
+"""The former name of `RequestOutput`."""

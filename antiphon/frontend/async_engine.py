@@ -18,36 +18,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import zmq
 
 from antiphon.config.engine_config import EngineConfig, ResolvedConfig
-from antiphon.config.memory import check_memory
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.sampling import SamplingParams
 from antiphon.engine.messages import Answer, FromWorker, Tokens
-from antiphon.engine.scheduling.request import Request, TokenOutput
+from antiphon.engine.scheduling.request import TokenOutput
+from antiphon.frontend.core import Core
 from antiphon.frontend.open_request import OpenRequest
-from antiphon.frontend.outputs import Collector
-from antiphon.frontend.prompts import Prompt, RequestMaker, most_tokens
-from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer, with_end_token_of
+from antiphon.frontend.prompts import Prompt
 from antiphon.frontend.worker_client import WorkerClient
 
 logger = logging.getLogger("antiphon.engine")
 
 _WAKE = "inproc://antiphon-wake"
-
-
-@dataclass(slots=True)
-class _Running:
-    """A request that is with a rank."""
-
-    opened: OpenRequest
-    rank: int
-    num_tokens: int  # that it may come to
 
 
 @dataclass(slots=True)
@@ -75,27 +63,13 @@ class AsyncEngine:
     """
 
     def __init__(self, options: EngineConfig, *, on_start: Callable[[str], None] | None = None) -> None:
-        config = options.resolve()
-        for sentence in config.checkpoint_notes:
-            logger.warning(sentence)
-        check_memory(config)
-        options = config.options
-        self.tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
-        config = with_end_token_of(self.tokenizer, config)
-        self._client = WorkerClient(config, on_start)
-        ready = self._client.ready
-        self.config: ResolvedConfig = config.started(
-            device_name=ready.device_name,
-            transport_name=ready.transport_name,
-            data_path=ready.data_path,
-            cache=ready.cache,
-        )
+        self._core = Core(options)
+        self._client = WorkerClient(self._core.config, on_start)
+        self._core.started(self._client.ready)
+        self.tokenizer = self._core.tokenizer
         self.error: EngineError | None = None
         self.on_failure: Callable[[EngineError], None] | None = None
-        self._requests = RequestMaker(self.config, self.tokenizer)
-        self._logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
-        self._running: dict[int, _Running] = {}
-        self._load = [0] * options.ranks
+        self._streams: dict[int, OpenRequest] = {}  # by request id
         self._waiting: set[asyncio.Future[list[dict[str, Any]]]] = set()  # for answers
         self._commands: deque[Callable[[], None]] = deque()
         self._questions: dict[int, _Question] = {}  # of the engine thread, by wave
@@ -116,9 +90,14 @@ class AsyncEngine:
         self._thread.start()
 
     @property
+    def config(self) -> ResolvedConfig:
+        """The options of this engine, with every `auto` resolved."""
+        return self._core.config
+
+    @property
     def num_open(self) -> int:
         """Results under way, on the ranks or on their way to them."""
-        return len(self._running)
+        return self._core.num_open
 
     def open(self, prompt: Prompt, params: SamplingParams, *, streaming: bool = True) -> OpenRequest:
         """Start a request on the rank with the fewest tokens to come. Raises `RequestError` if it cannot be served.
@@ -134,22 +113,13 @@ class AsyncEngine:
         """Start a request for every prompt, or none: as `open`, but all of them are checked before the first starts."""
         if self.error is not None:
             raise self.error
-        by_rank: list[list[Request]] = [[] for _ in self._load]
         found = []
-        for requests in self._requests.make(prompts, [params] * len(prompts)):
-            collectors = {
-                request.request_id: Collector(
-                    self.tokenizer, request, logits_dtype=self._logits_dtype, streaming=streaming
-                )
-                for request in requests
-            }
-            opened = OpenRequest(collectors, requests[0].prompt_ids, self._forget)
-            for request in requests:
-                rank = self._load.index(min(self._load))
-                self._load[rank] += most_tokens(request)
-                self._running[request.request_id] = _Running(opened, rank, most_tokens(request))
-                by_rank[rank].append(request)
-            found.append(opened)
+        placed = self._core.place(prompts, [params] * len(prompts), streaming=streaming)
+        for results in placed:
+            collectors = {one.request.request_id: one.collector for one in results}
+            found.append(OpenRequest(collectors, results[0].request.prompt_ids, self._forget))
+            self._streams |= dict.fromkeys(collectors, found[-1])
+        by_rank = self._core.by_rank(one for results in placed for one in results)
         self._command(lambda: self._client.submit(by_rank))
         return found
 
@@ -159,10 +129,16 @@ class AsyncEngine:
 
     async def reconfigure(self, *, dbo: str) -> None:
         """Change `dbo` of all ranks while nothing is under way. Raises `OptionError` for another value, or if not."""
-        if self._running:
-            raise OptionError(f"{self.num_open} results are under way; change dbo when they have finished")
-        policy = self.config.settle(replace(self.config.options.policy, dbo=dbo)).policy
-        await self._ask(lambda: self._client.send_policy(policy))
+        if self.num_open:
+            raise OptionError(
+                f"{self.num_open} results are under way",
+                remedy="change dbo when they have finished",
+                option="dbo",
+                value=dbo,
+            )
+        policy = self._core.resolve_policy(dbo=dbo)
+        await self._ask(lambda: self._client.send_policy(policy.policy))
+        self._core.reconfigured(policy, dbo=dbo)
 
     async def close(self) -> None:
         """End the ranks. Open requests get an `EngineError`."""
@@ -177,21 +153,15 @@ class AsyncEngine:
         self._wake_context.term()
 
     def _forget(self, request_ids: Sequence[int]) -> None:
-        known = [number for number in request_ids if self._drop(number)]
+        known = self._core.forget(request_ids)
+        for number in known:
+            del self._streams[number]
         if not known or self.error is not None:
             return
         self._command(lambda: self._client.cancel(known))
-        if not self._running:
-            # Nothing is to come any more, but whether the ranks have heard it, and live, is to be known.
+        if not self.num_open:
+            # Nothing is pending; ping the ranks to confirm that they got the cancellation and are alive.
             self._command(lambda: self._put_question(self._client.ask, _Question()))
-
-    def _drop(self, request_id: int) -> bool:
-        """Whether it was there."""
-        running = self._running.pop(request_id, None)
-        if running is None:
-            return False
-        self._load[running.rank] -= running.num_tokens
-        return True
 
     def _command(self, command: Callable[[], None]) -> None:
         """To be run by the engine thread."""
@@ -213,12 +183,13 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Sequence[TokenOutput], at_s: float) -> None:
         for output in outputs:
-            running = self._running.get(output.request_id)
-            if running is None:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
                 continue  # it was cancelled
             if output.finish_reason is not None:
-                self._drop(output.request_id)
-            running.opened.put((at_s, output))
+                self._core.forget([output.request_id])
+                del self._streams[output.request_id]
+            stream.put((at_s, output))
 
     def _fail(self, error: EngineError, *, announce: bool = True) -> None:
         for answer in self._waiting:
@@ -227,9 +198,10 @@ class AsyncEngine:
         if self.error is not None:
             return
         self.error = error
-        for opened in {id(running.opened): running.opened for running in self._running.values()}.values():
-            opened.put(error)
-        self._running.clear()
+        for stream in {id(stream): stream for stream in self._streams.values()}.values():
+            stream.put(error)
+        self._core.forget(self._streams)
+        self._streams.clear()
         if announce and self.on_failure is not None:
             self.on_failure(error)
 
@@ -240,7 +212,7 @@ class AsyncEngine:
             while not self._closing:
                 while self._commands:
                     self._commands.popleft()()
-                idle = not self._running and not self._questions
+                idle = not self._streams and not self._questions
                 self._take(self._client.receive(self._wake_receiver, patient=idle))
                 with suppress(zmq.Again):
                     while True:
@@ -270,9 +242,9 @@ class AsyncEngine:
     def _answer(self, rank: int, answer: Answer) -> None:
         question = self._questions[answer.wave]
         question.by_rank[rank] = answer.stats
-        if len(question.by_rank) == len(self._load):
+        if len(question.by_rank) == self.config.options.ranks:
             del self._questions[answer.wave]
-            stats = [question.by_rank[number] for number in range(len(self._load))]
+            stats = [question.by_rank[number] for number in range(self.config.options.ranks)]
             self._call(lambda: question.tell(stats))
 
     def _call(self, function: Callable[[], object]) -> None:

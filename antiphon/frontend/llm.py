@@ -7,39 +7,24 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from antiphon.config.engine_config import ResolvedConfig
 from antiphon.config.keywords import OPTION_DEFAULTS, make_config
-from antiphon.config.memory import check_memory
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, RequestError
-from antiphon.core.sampling import GeneratedOutput, SamplingParams
-from antiphon.engine.scheduling.request import Request
+from antiphon.core.sampling import RequestOutput, SamplingParams
 from antiphon.frontend.chat import Message
 from antiphon.frontend.client import Client, InProcessClient
+from antiphon.frontend.core import Core, Placed
 from antiphon.frontend.detokenizer import whole_characters
-from antiphon.frontend.outputs import Collector
-from antiphon.frontend.prompts import Prompt, RequestMaker, most_tokens, params_for, prompt_list
-from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer, with_end_token_of
+from antiphon.frontend.prompts import Prompt, params_for, prompt_list
+from antiphon.frontend.stats import EngineStats
 from antiphon.frontend.worker_client import WorkerClient
 from antiphon.timeline import StepTimeline
 
 logger = logging.getLogger("antiphon")
-
-
-@dataclass(slots=True, eq=False)
-class _Open:
-    """A request under way: one of the results for a prompt."""
-
-    place: int  # of the prompt in the call
-    rank: int
-    request: Request
-    collector: Collector
 
 
 class LLM:
@@ -133,31 +118,24 @@ class LLM:
             )
         self._turn = threading.RLock()  # `progress` may ask for statistics
         self._is_running = False
-        options = make_config({name: given[name] for name in OPTION_DEFAULTS}, foreign)
-        self.config: ResolvedConfig = options.resolve()
-        options = self.config.options
-        self._asked_policy = options.policy
-        for sentence in self.config.checkpoint_notes:
-            logger.warning(sentence)
-        warned = self._warn(but_not=())
-        check_memory(self.config)
-        self._tokenizer = NoTokenizer() if options.load_format == "dummy" else Tokenizer(options.model)
-        self.config = with_end_token_of(self._tokenizer, self.config)
+        self._core = Core(make_config({name: given[name] for name in OPTION_DEFAULTS}, foreign))
+        config = self._core.config
         self._client: Client = (
-            InProcessClient(self.config, on_start) if options.ranks == 1 else WorkerClient(self.config, on_start)
+            InProcessClient(config, on_start) if config.options.ranks == 1 else WorkerClient(config, on_start)
         )
         self._close = weakref.finalize(self, self._client.close)
-        ready = self._client.ready
-        self.config = self.config.started(
-            device_name=ready.device_name,
-            transport_name=ready.transport_name,
-            data_path=ready.data_path,
-            cache=ready.cache,
-        )
-        self._warn(but_not=warned)
-        self._settled = self.config.settled_policy
-        self._requests = RequestMaker(self.config, self._tokenizer)
-        self._logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
+        self._core.started(self._client.ready)
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """The options of this engine, with every `auto` resolved."""
+        return self._core.config
+
+    def __repr__(self) -> str:
+        config = self.config
+        model, where = config.options.model, config.device_name or config.device_kind
+        dbo = self._core.policy.policy.dbo
+        return f"LLM({model!r}, ranks={config.options.ranks}, {where}, {config.transport}, dbo={dbo!r})"
 
     def __enter__(self) -> Self:
         return self
@@ -176,10 +154,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Callable[[int, int, int], None] | None = None,
-    ) -> list[GeneratedOutput]:
+    ) -> list[RequestOutput]:
         """Continue every prompt; the results are in the order of the prompts.
 
-        prompts: texts, or lists of token ids; one prompt alone is a list of one.
+        prompts: texts, lists of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or one of these alone.
         sampling_params: one for all prompts, or one for each.
         progress: called with (prompts finished, prompts in all, tokens generated) after every step. A prompt has
             finished when all its n results have. It may ask for `stats`, and not call `generate`.
@@ -190,12 +168,45 @@ class LLM:
         if progress is not None and not callable(progress):
             raise RequestError(f"progress is a {type(progress).__name__}; pass a function of three numbers, or None")
         with self._turn:
-            opened = self._open(self._requests.make(texts, params_for(texts, sampling_params)))
-            self._run(opened, len(texts), progress)
-        results: list[list[_Open]] = [[] for _ in texts]
-        for one in opened.values():
-            results[one.place].append(one)
-        return [self._output(text, ones) for text, ones in zip(texts, results, strict=True)]
+            if self._is_running:
+                raise RequestError(
+                    "generate was called by its own progress function", remedy="call it when it has returned"
+                )
+            placed = self._core.place(texts, params_for(texts, sampling_params), streaming=False)
+            self._run(placed, progress)
+        return [self._output(text, results) for text, results in zip(texts, placed, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a chat, or each of several chats; the results are in their order.
+
+        messages: `[{"role": "user", "content": "..."}]`, or a list of such lists. The other parameters are those of
+        `chat_prompt` and of `generate`, and so are the errors.
+        """
+        one = not isinstance(messages, Sequence) or not messages or isinstance(messages[0], Mapping)
+        chats = [messages] if one else messages
+        prompts = [
+            self.chat_prompt(
+                chat,  # type: ignore[arg-type]  # one or the other, by its first item
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for chat in chats
+        ]
+        return self.generate(prompts, sampling_params, progress=progress)
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer of transformers that this engine uses. Raises `ModelError` in a run with dummy weights."""
+        return self._core.tokenizer.of_transformers()
 
     def chat_prompt(
         self,
@@ -214,7 +225,7 @@ class LLM:
         Raises `RequestError` for messages and settings that the template does not take, `ModelError` if the checkpoint
         has none.
         """
-        return self._tokenizer.chat(
+        return self._core.tokenizer.chat(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -224,117 +235,62 @@ class LLM:
     def reconfigure(self, *, dbo: str | None = None, split: str | None = None) -> None:
         """Change `dbo` or `split` of all ranks between two calls of `generate`, without loading the model again."""
         with self._turn:
-            asked = self._asked_policy
-            asked = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)
-            settled = self.config.settle(asked)
-            self._client.reconfigure(settled.policy)
-            self._asked_policy, self._settled = asked, settled
+            policy = self._core.resolve_policy(dbo=dbo, split=split)
+            self._client.reconfigure(policy.policy)
+            self._core.reconfigured(policy, dbo=dbo, split=split)
 
-    def stats(self) -> dict[str, Any]:
-        """Counts since the start.
-
-        `steps`, `steps_by_plan` (plan -> steps), `serial_reasons` (reason -> steps), which are the same on all ranks;
-        `overlap` (plan -> seconds of rank 0: `time_s`, `communication_s`, `hidden_s`, `exposed_s`, and `num_bytes`; on
-        GPUs, where the host only queues and sees no arrival, the middle three are `None`);
-        `last_plan`, in words and with its numbers; `kv_cache` (tokens of a rank, and where the size comes from);
-        summed over ranks: `kv_blocks`, `unfinished` and `running` requests, `preemptions`, `prefix_cache` (tokens of
-        texts that were admitted, and how many of them were found, once more after a preemption); and `ranks`,
-        `device`, `transport`, `dbo`, and `dbo_reason` (what "auto" chose and why).
-        """
+    def stats(self) -> EngineStats:
+        """Counts since the start."""
         with self._turn:
             by_rank = self._client.statistics()
-        first = by_rank[0]
-        blocks = {name: sum(rank["kv_blocks"][name] for rank in by_rank) for name in ("total", "free")}
-        return {
-            "steps": first["steps"],
-            "steps_by_plan": first["steps_by_plan"],
-            "serial_reasons": first["serial_reasons"],
-            "overlap": first["overlap"],
-            "kv_blocks": {**blocks, "block_size": first["kv_blocks"]["block_size"]},
-            "unfinished": sum(rank["unfinished"] for rank in by_rank),
-            "running": sum(rank["running"] for rank in by_rank),
-            "preemptions": sum(rank["preemptions"] for rank in by_rank),
-            "prefix_cache": {
-                name: sum(rank["prefix_cache"][name] for rank in by_rank) for name in first["prefix_cache"]
-            },
-            "kv_cache": self.config.cache_facts(),
-            "ranks": self.config.options.ranks,
-            "device": self.config.device_name,
-            "transport": str(self.config.transport),
-            "dbo": self._settled.policy.dbo,
-            "dbo_reason": self._settled.reason,
-            "last_plan": first["last_plan"],
-        }
+        return EngineStats.of(self.config, self._core.policy, by_rank)
 
     def timelines(self) -> list[list[StepTimeline]]:
         """The last steps of every rank with all their events, oldest first; times are the host's (`StepTimeline`)."""
         with self._turn:
             return self._client.timelines()
 
-    def _warn(self, *, but_not: Sequence[str]) -> list[str]:
-        """Say which options change nothing, but for what was said before; what `auto` is is known late."""
-        sentences = self.config.without_effect()
-        for sentence in sentences:
-            if sentence not in but_not:
-                logger.warning(sentence)
-        return sentences
-
     # ---- requests
 
-    def _run(
-        self, opened: dict[int, _Open], num_prompts: int, progress: Callable[[int, int, int], None] | None
-    ) -> None:
+    def _run(self, placed: list[list[Placed]], progress: Callable[[int, int, int], None] | None) -> None:
         """Until all have finished; after an error none of them is left on a rank."""
-        if self._is_running:
-            raise RequestError("generate was called by its own progress function; call it when it has returned")
-        by_rank: list[list[Request]] = [[] for _ in range(self.config.options.ranks)]
-        for one in opened.values():
-            by_rank[one.rank].append(one.request)
-        num_open = Counter(one.place for one in opened.values())
+        by_id = {one.request.request_id: (place, one) for place, ones in enumerate(placed) for one in ones}
+        num_open = Counter(place for place, _ in by_id.values())
         num_tokens = 0
         self._is_running = True
         try:
-            self._client.submit(by_rank)
+            self._client.submit(self._core.by_rank(one for _, one in by_id.values()))
             while num_open:
                 to_cancel = []
                 for output in self._client.poll():
-                    item = opened.get(output.request_id)
-                    if item is None or item.collector.finished:
+                    place, one = by_id.get(output.request_id, (0, None))
+                    if one is None or one.collector.finished:
                         continue
-                    delta = item.collector.take(output)
+                    delta = one.collector.take(output)
                     num_tokens += len(delta.token_ids)
                     if delta.finish_reason is not None:
-                        num_open -= Counter([item.place])
-                    if item.collector.must_cancel:
+                        num_open -= Counter([place])
+                    if one.collector.must_cancel:
                         to_cancel.append(output.request_id)
                 if to_cancel:
                     self._client.cancel(to_cancel)
                 if progress is not None:
-                    progress(num_prompts - len(num_open), num_prompts, num_tokens)
+                    progress(len(placed) - len(num_open), len(placed), num_tokens)
         except BaseException:
-            self._client.abort([number for number, one in opened.items() if not one.collector.finished])
+            self._client.abort([number for number, (_, one) in by_id.items() if not one.collector.finished])
             raise
         finally:
             self._is_running = False
+            self._core.forget(by_id)
 
-    def _open(self, made: list[list[Request]]) -> dict[int, _Open]:
-        """By request id. Each goes to the rank that has the fewest tokens to come."""
-        load = [0] * self.config.options.ranks
-        opened = {}
-        for place, requests in enumerate(made):
-            for request in requests:
-                rank = load.index(min(load))
-                load[rank] += most_tokens(request)
-                collector = Collector(self._tokenizer, request, logits_dtype=self._logits_dtype, streaming=False)
-                opened[request.request_id] = _Open(place, rank, request, collector)
-        return opened
-
-    def _output(self, prompt: Prompt, results: list[_Open]) -> GeneratedOutput:
+    def _output(self, prompt: str | Sequence[int], results: list[Placed]) -> RequestOutput:
         first = results[0]
         prompt_ids = list(first.request.prompt_ids)
         skips = first.request.params.skip_special_tokens
-        text = prompt if isinstance(prompt, str) else whole_characters(self._tokenizer, prompt_ids, skip_special=skips)
-        return GeneratedOutput(
+        text = prompt
+        if not isinstance(text, str):
+            text = whole_characters(self._core.tokenizer, prompt_ids, skip_special=skips)
+        return RequestOutput(
             prompt=text,
             prompt_token_ids=prompt_ids,
             outputs=[one.collector.completion(index) for index, one in enumerate(results)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from numbers import Integral
@@ -16,7 +16,10 @@ from antiphon.core.sampling import SamplingParams
 from antiphon.engine.scheduling.request import Request
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+
+_KEYS = ("prompt", "prompt_token_ids")
 
 _MOST_LOGITS_BYTES = 2**31  # msgpack ends at twice that
 
@@ -29,22 +32,46 @@ def plain_ints(items: Sequence[Any]) -> list[Any]:
     return [item if isinstance(item, bool) or not isinstance(item, Integral) else int(item) for item in ids]
 
 
-def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, text or token ids, as a list of one. Raises `RequestError` for what is no prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:
+    """Texts or token ids; one prompt alone is a list of one. Raises `RequestError` for what is no prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [content_of(0, prompts)]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise RequestError(f"prompts is a {type(prompts).__name__}; pass a text, a list of texts, or token ids")
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}",
+            remedy="pass a text, a list of texts, or token ids",
+            option="prompts",
+        )
     if prompts and all(isinstance(item, Integral) for item in prompts):
         return [prompts]  # type: ignore[list-item]
-    for place, prompt in enumerate(prompts):
-        if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
-            raise RequestError(f"prompt {place} is a {type(prompt).__name__}; pass a text or a list of token ids")
-    return list(prompts)  # type: ignore[arg-type]
+    return [content_of(place, prompt) for place, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+
+
+def content_of(place: int, prompt: Prompt) -> str | Sequence[int]:
+    """The text or the token ids of one prompt. Raises `RequestError` for what is no prompt."""
+    if isinstance(prompt, Mapping):
+        if len(prompt) != 1 or next(iter(prompt)) not in _KEYS:
+            raise RequestError(
+                f"prompt {place} has the keys {', '.join(map(repr, prompt)) or 'of none'}",
+                remedy=f"give exactly one of {' and '.join(map(repr, _KEYS))}",
+                option="prompts",
+                value=prompt,
+            )
+        ((key, prompt),) = prompt.items()
+        if isinstance(prompt, str) is not (key == "prompt"):
+            raise _no_prompt(place, prompt)
+    if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
+        raise _no_prompt(place, prompt)
+    return prompt
+
+
+def _no_prompt(place: int, value: object) -> RequestError:
+    remedy = "pass a text or a list of token ids"
+    return RequestError(f"prompt {place} is a {type(value).__name__}", remedy=remedy, option="prompts", value=value)
 
 
 def params_for(
-    prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[SamplingParams]:
     """One item for each prompt. Raises `RequestError` for another number of them, or another type."""
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -56,11 +83,6 @@ def params_for(
             f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params; pass one, or one each"
         )
     return list(sampling_params)
-
-
-def most_tokens(request: Request) -> int:
-    """How many tokens a request can ever have in the KV cache: the last one that is generated is never computed."""
-    return len(request.prompt_ids) + request.max_tokens - 1
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -157,6 +179,7 @@ class RequestMaker:
 
     def _token_ids(self, place: int, prompt: Prompt) -> list[int]:
         vocab_size = self._config.model.vocab_size
+        prompt = content_of(place, prompt)
         if isinstance(prompt, str):
             if fault := unicode_fault(prompt):
                 raise RequestError(f"prompt {place} is not valid Unicode text ({fault}); repair or drop it")

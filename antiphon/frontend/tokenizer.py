@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, and the lack of one. How its files are loaded is `tokenizer_files`' concern."""
+"""The checkpoint's tokenizer, and the lack of one. How its files are loaded is at the end."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ class Tokenizer:
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         self._token_texts: dict[int, str] = {}
         self._special_texts: dict[str, int] | None = None
+
+    def of_transformers(self) -> Any:
+        """The object of transformers behind this one."""
+        return self._tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens that the checkpoint puts in front, unless they are not wanted."""
@@ -190,6 +194,9 @@ class NoTokenizer:
     has_text = False
     special_ids: frozenset[int] = frozenset()
     eos_token_id: int | None = None
+
+    def of_transformers(self) -> Any:
+        raise ModelError("a run with dummy weights has no tokenizer", remedy="use a checkpoint with its tokenizer")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         raise RequestError("a run with dummy weights has no tokenizer; pass token ids instead of a text")

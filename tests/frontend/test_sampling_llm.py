@@ -291,7 +291,7 @@ def test_logits_that_no_message_can_hold(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_requests_that_are_refused_use_up_no_seed(one_rank: LLM) -> None:
     """What follows draws as if the wrong call had not been made."""
-    make: Callable[..., Any] = one_rank._requests.make
+    make: Callable[..., Any] = one_rank._core._requests.make
     with pytest.raises(RequestError):
         make([[5], []], [SamplingParams(), SamplingParams()])
     first, second = make([[5], [6]], [SamplingParams(n=3), SamplingParams()])

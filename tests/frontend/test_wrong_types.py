@@ -75,7 +75,8 @@ def test_an_option_of_a_wrong_type_or_value(name: str, value: Any) -> None:
 
 PROMPTS: list[Any] = [
     *(None, 5, b"x", {"a"}, iter(["a"]), [None], [5.0], [[]], np.array([5]), ["a", None]),
-    *("\ud800", [[5, -1]], [[10**30]], [True, False], {"prompt": "a"}),
+    *("\ud800", [[5, -1]], [[10**30]], [True, False], {"prompt": [5]}, {"prompt_token_ids": "a"}),
+    *({}, {"text": "a"}, {"prompt": "a", "prompt_token_ids": [5]}, [{"prompt": None}]),
 ]
 
 
