@@ -1,6 +1,6 @@
 """Models: straight-line code, in which overlap is two `finish` calls of the MoE layer, and their checkpoints."""
 
-from antiphon.models.architectures.registry import KNOWN_ARCHITECTURES, read_config
+from antiphon.models.architectures.registry import read_config
 from antiphon.models.build import build_model, expert_shape, num_parameters, skeleton, weight_bytes
 from antiphon.models.causal_lm import CausalLM, LayerState, run_micro_batch
 from antiphon.models.checkpoint.dummy import fill_dummy_weights
@@ -13,7 +13,6 @@ from antiphon.models.config import ModelConfig
 from antiphon.models.match import MatchedCheckpoint, MatchedFiles, match_checkpoint
 
 __all__ = [
-    "KNOWN_ARCHITECTURES",
     "PRESETS",
     "CausalLM",
     "Checkpoint",

@@ -20,7 +20,7 @@ from antiphon.cli.arguments import OwnOption, read_config_file
 from antiphon.config.aliases import FOREIGN_OPTIONS
 from antiphon.config.keywords import OPTION_DEFAULTS
 from antiphon.models import PRESETS
-from antiphon.models.architectures.registry import KNOWN_ARCHITECTURES
+from antiphon.models.architectures.registry import READERS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -140,7 +140,7 @@ def test_the_file_of_options_in_the_documents_is_read(tmp_path: Path) -> None:
 def test_the_table_of_architectures_is_complete() -> None:
     table = rows("docs/models.md", "# Models")
     architectures = {row[0].strip("`"): set(re.findall(r"[\w.-]+", row[2])) for row in table}
-    assert set(architectures) == set(KNOWN_ARCHITECTURES)
+    assert set(architectures) == set(READERS)
     assert set.union(*architectures.values()) == set(PRESETS)
 
 

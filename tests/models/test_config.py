@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from antiphon.core.errors import ModelError
-from antiphon.models import KNOWN_ARCHITECTURES, read_config, skeleton
+from antiphon.models import read_config, skeleton
+from antiphon.models.architectures.registry import READERS
 from antiphon.models.attention.gqa import GroupedQueryConfig
 from antiphon.models.decoder import DecoderConfig
 from tests.models.twin import rewrite_config, tiny_config
@@ -205,8 +206,8 @@ def test_an_odd_number_of_rotary_dimensions(folder: Path) -> None:
 )
 def test_unknown_architectures(folder: Path, name: str, nearest: str | None) -> None:
     rewrite_config(folder, architectures=[name])
-    remedy = refused(folder, option="architectures", value=name, remedy=", ".join(KNOWN_ARCHITECTURES)).remedy
-    assert remedy.count("ForCausalLM") == len(KNOWN_ARCHITECTURES) + (nearest is not None)
+    remedy = refused(folder, option="architectures", value=name, remedy=", ".join(READERS)).remedy
+    assert remedy.count("ForCausalLM") == len(READERS) + (nearest is not None)
     assert nearest is None or remedy.endswith(nearest)
 
 

@@ -27,8 +27,6 @@ READERS = {
 }
 """The module and function of each architecture's `Reader`."""
 
-KNOWN_ARCHITECTURES = tuple(READERS)
-
 
 def read_config(source: Path | str, *, num_layers: int | None = None) -> ModelConfig:
     """The model in a folder, or of a preset. num_layers: keep only the first ones.
