@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Transport
-from antiphon.kernels.expert_workspace import ExpertWorkspace
+from antiphon.kernels.grouped_experts import ExpertWorkspace
 from antiphon.models.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.attention.mla import LatentAttention, LatentAttentionConfig
 from antiphon.models.attention.rope import rope_angles, rope_tables

@@ -13,8 +13,7 @@ from torch import nn
 
 from antiphon.comm import Routes, Rows, Transport
 from antiphon.core.batch import current_micro_batch
-from antiphon.kernels.expert_workspace import ExpertWorkspace
-from antiphon.kernels.grouped_experts import grouped_experts
+from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 from antiphon.models.layers import GatedFeedForward, checkpoint_tensors, parameter
 from antiphon.runtime import Pending, finish
 

@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("triton")
 
 from antiphon.kernels.activation import gated_silu
-from antiphon.kernels.expert_workspace import ExpertWorkspace
 from antiphon.kernels.fused import experts as fused_experts
 from antiphon.kernels.fused.activation import gated_silu_fused, launch_gated_silu
 from antiphon.kernels.fused.experts import add_up, grouped_experts_fused, place_pairs, spread_rows
@@ -18,7 +17,7 @@ from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fuse
 from antiphon.kernels.fused.pack import pack_rows_fused
 from antiphon.kernels.fused.router import choose_experts_fused
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
-from antiphon.kernels.grouped_experts import grouped_experts
+from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 from antiphon.kernels.latent_write import norm_rotate_write_latents
 from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, rms_norm
 from antiphon.kernels.pack import pack_rows

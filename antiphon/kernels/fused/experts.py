@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.expert_workspace import ExpertWorkspace
 from antiphon.kernels.fused.activation import launch_gated_silu
 from antiphon.kernels.fused.launch import (
     NUM_SHAPES,
@@ -30,7 +29,7 @@ from antiphon.kernels.fused.launch import (
     power_of_two,
     stride_unit,
 )
-from antiphon.kernels.grouped_experts import grouped_product
+from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_product
 
 _MAX_BLOCKS = 128  # of pairs: about as many as there are streaming multiprocessors, and few counts to add up
 _MIN_PART, _MAX_PART = 16, 128  # pairs that a block takes at a time

@@ -6,15 +6,16 @@ of the same length, `S` new tokens and `L` tokens of context and new ones of eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from antiphon.core.batch import PrefillSlice, current_micro_batch
+from antiphon.core.batch import DecodeGroup, PrefillSlice, current_micro_batch
 from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values, prefill_attention
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
-from antiphon.models.attention.prefill_runs import prefill_runs
+from antiphon.models.attention.paged import attend
 from antiphon.models.attention.rope import DEFAULT_THETA, RopeConfig, rotary_size
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import Linear, MergedLinear, RMSNorm
@@ -110,18 +111,13 @@ class GroupedQueryAttention(nn.Module):
         )
         order_point(("keys and values", self.layer))
 
-        runs = prefill_runs(metadata.prefills)
-        parts_TX = [self._prefill(run, q_THQ, key_TGQ, value_TGQ) for run in runs]
-        if metadata.decodes is None and len(parts_TX) == 1:
-            return self.o_proj.forward(parts_TX[0])  # one call took all tokens: nothing to put together
-        out_TX = x_TD.new_empty(x_TD.shape[0], self.o_proj.weight.shape[1])
-        for run, part_TX in zip(runs, parts_TX, strict=True):
-            out_TX[run[0].start : run[-1].stop] = part_TX
-        if (decodes := metadata.decodes) is not None:
-            out_NHQ = decode_attention(
-                q_THQ[decodes.rows_N], self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale
-            )
-            out_TX[decodes.rows_N] = out_NHQ.flatten(1)
+        out_TX = attend(
+            metadata,
+            x_TD,
+            self.o_proj.weight.shape[1],
+            prefill=lambda run: self._prefill(run, q_THQ, key_TGQ, value_TGQ),
+            decode=lambda decodes: self._decode(decodes, q_THQ),
+        )
         return self.o_proj.forward(out_TX)
 
     def _norms(self) -> HeadNorms | None:
@@ -130,7 +126,7 @@ class GroupedQueryAttention(nn.Module):
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def _prefill(
-        self, run: list[PrefillSlice], q_THQ: torch.Tensor, key_TGQ: torch.Tensor, value_TGQ: torch.Tensor
+        self, run: Sequence[PrefillSlice], q_THQ: torch.Tensor, key_TGQ: torch.Tensor, value_TGQ: torch.Tensor
     ) -> torch.Tensor:
         """The attention of the tokens of a run of slices, heads side by side."""
         first, start, stop = run[0], run[0].start, run[-1].stop
@@ -146,3 +142,10 @@ class GroupedQueryAttention(nn.Module):
             self.scale,
         )
         return out_NSHQ.reshape(stop - start, -1)
+
+    def _decode(self, decodes: DecodeGroup, q_THQ: torch.Tensor) -> torch.Tensor:
+        """The attention of the tokens of a group, heads side by side."""
+        out_NHQ = decode_attention(
+            q_THQ[decodes.rows_N], self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale
+        )
+        return out_NHQ.flatten(1)

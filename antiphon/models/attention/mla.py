@@ -6,16 +6,17 @@ without rotary, `V` value dimensions, `P` pairs of rotary dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from antiphon.core.batch import PrefillSlice, current_micro_batch
+from antiphon.core.batch import DecodeGroup, PrefillSlice, current_micro_batch
 from antiphon.kernels.latent_write import norm_rotate_write_latents
 from antiphon.kernels.mla_attention import decode_attention, gather_blocks, prefill_attention
 from antiphon.kernels.norm_rope import apply_rope
-from antiphon.models.attention.prefill_runs import prefill_runs
+from antiphon.models.attention.paged import attend
 from antiphon.models.attention.rope import RopeConfig, score_scale
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import Linear, MergedLinear, RMSNorm
@@ -111,28 +112,17 @@ class LatentAttention(nn.Module):
         order_point(("keys and values", self.layer))
 
         up_HXC = self.kv_b_proj.weight.view(config.num_heads, -1, config.latent_size)
-        runs = prefill_runs(metadata.prefills)
-        parts_TX = [self._prefill(run, q_THQ, latent_TC, up_HXC) for run in runs]
-        if metadata.decodes is None and len(parts_TX) == 1:
-            return self.o_proj.forward(parts_TX[0])  # one call took all tokens: nothing to put together
-        out_TX = x_TD.new_empty(x_TD.shape[0], config.num_heads * config.value_size)
-        for run, part_TX in zip(runs, parts_TX, strict=True):
-            out_TX[run[0].start : run[-1].stop] = part_TX
-        if (decodes := metadata.decodes) is not None:
-            out_NHV = decode_attention(
-                q_THQ[decodes.rows_N],
-                self.cache_blocks,
-                decodes.block_table_NB,
-                decodes.seq_lens_N,
-                up_HXC[:, : config.query_size],
-                up_HXC[:, config.query_size :],
-                self.scale,
-            )
-            out_TX[decodes.rows_N] = out_NHV.flatten(1)
+        out_TX = attend(
+            metadata,
+            x_TD,
+            config.num_heads * config.value_size,
+            prefill=lambda run: self._prefill(run, q_THQ, latent_TC, up_HXC),
+            decode=lambda decodes: self._decode(decodes, q_THQ, up_HXC),
+        )
         return self.o_proj.forward(out_TX)
 
     def _prefill(
-        self, run: list[PrefillSlice], q_THQ: torch.Tensor, latent_TC: torch.Tensor, up_HXC: torch.Tensor
+        self, run: Sequence[PrefillSlice], q_THQ: torch.Tensor, latent_TC: torch.Tensor, up_HXC: torch.Tensor
     ) -> torch.Tensor:
         """The attention of the tokens of a run of slices, heads side by side."""
         first, start, stop = run[0], run[0].start, run[-1].stop
@@ -148,6 +138,20 @@ class LatentAttention(nn.Module):
             self.scale,
         )
         return out_NSHV.reshape(stop - start, -1)
+
+    def _decode(self, decodes: DecodeGroup, q_THQ: torch.Tensor, up_HXC: torch.Tensor) -> torch.Tensor:
+        """The attention of the tokens of a group, heads side by side."""
+        query_size = self.config.query_size
+        out_NHV = decode_attention(
+            q_THQ[decodes.rows_N],
+            self.cache_blocks,
+            decodes.block_table_NB,
+            decodes.seq_lens_N,
+            up_HXC[:, :query_size],
+            up_HXC[:, query_size:],
+            self.scale,
+        )
+        return out_NHV.flatten(1)
 
     def _queries(self, first_TX: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
         """[T, H, Q + P2], rotary part behind. first_TX: the queries, or their bottleneck."""
