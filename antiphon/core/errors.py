@@ -91,6 +91,11 @@ def unknown_value(option: str, value: object, valid: Iterable[str]) -> OptionErr
     )
 
 
+def out_of_range(option: str, value: object, valid: str) -> OptionError:
+    """The error for a number that is not one of `valid`, such as "2 to 8"."""
+    return OptionError(f"{option}={value!r} is out of range", remedy=f"use {valid}", option=option, value=value)
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer; `True` is not."""
     return isinstance(value, int) and not isinstance(value, bool)

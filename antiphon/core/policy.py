@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import asdict, dataclass, fields
 
-from antiphon.core.errors import OptionError, is_number, is_whole, unknown_value
+from antiphon.core.errors import OptionError, is_number, is_whole, out_of_range, unknown_value
 from antiphon.core.plan import MAX_LANES
 
 DBO_MODES = ("auto", "on", "off")
@@ -77,20 +77,25 @@ class OverlapPolicy:
         if self.split not in SPLIT_RULES:
             raise unknown_value("split", self.split, SPLIT_RULES)
         if not is_whole(self.micro_batches) or not 2 <= self.micro_batches <= MAX_LANES:
-            raise OptionError(f"micro_batches={self.micro_batches!r} is out of range; use 2 to {MAX_LANES}")
+            raise out_of_range("micro_batches", self.micro_batches, f"2 to {MAX_LANES}")
         for name, what in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if value is None and _DEFAULTS[name] is None:
                 continue
             if not is_whole(value) or value < 0:
-                raise OptionError(f"{OPTION_NAMES[name]}={value!r} is not {what}; use 0 or more")
+                option = OPTION_NAMES[name]
+                raise OptionError(
+                    f"{option}={value!r} is not {what}", remedy="use 0 or more", option=option, value=value
+                )
         if self.end_layer is not None and self.end_layer <= self.start_layer:
             raise OptionError(
-                f"dbo_start_layer={self.start_layer} and dbo_end_layer={self.end_layer} leave no layer to split; "
-                "use an end above the start, or dbo='off'"
+                f"dbo_start_layer={self.start_layer} and dbo_end_layer={self.end_layer} leave no layer to split",
+                remedy="use an end above the start, or dbo='off'",
+                option="dbo_end_layer",
+                value=self.end_layer,
             )
         if not is_number(self.imbalance_ratio) or not 0 <= self.imbalance_ratio <= 1:
-            raise OptionError(f"imbalance_ratio={self.imbalance_ratio!r} is out of range; use a number from 0 to 1")
+            raise out_of_range("imbalance_ratio", self.imbalance_ratio, "a number from 0 to 1")
 
     @property
     def splits_all_layers(self) -> bool:

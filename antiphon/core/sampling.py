@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from antiphon.core.errors import OptionError, is_number, is_whole, unicode_fault
+from antiphon.core.errors import OptionError, is_number, is_whole, out_of_range, unicode_fault
 
 _MOST_N = 128
 _MOST_LOGPROBS = 20
@@ -85,10 +85,15 @@ class SamplingParams:
                 if value is not None or "None" not in str(item.type):
                     _check_number(item.name, value)
             elif item.type == "bool" and not isinstance(value, bool):
-                raise OptionError(f"{item.name}={value!r} is not True or False")
+                raise OptionError(
+                    f"{item.name}={value!r} is not True or False", remedy="use one", option=item.name, value=value
+                )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise OptionError(
-                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower it or raise max_tokens"
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}",
+                remedy="lower it or raise max_tokens",
+                option="min_tokens",
+                value=self.min_tokens,
             )
         object.__setattr__(self, "stop", _checked_stops(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
@@ -136,7 +141,7 @@ def _check_number(name: str, value: object) -> None:
     low, high, whole, text = _LIMITS[name]
     right_type = is_whole(value) if whole else is_number(value)
     if not right_type or not low <= value <= high:  # type: ignore[operator]
-        raise OptionError(f"{name}={value!r} is out of range; use {text}")
+        raise out_of_range(name, value, text)
 
 
 def _checked_stops(stop: object) -> tuple[str, ...] | None:
@@ -145,21 +150,21 @@ def _checked_stops(stop: object) -> tuple[str, ...] | None:
     elif isinstance(stop, Sequence) and not isinstance(stop, bytes):
         stops = list(stop)
     else:
-        raise OptionError(f"stop={stop!r} is a {type(stop).__name__}; use a text, a list of texts, or None")
+        raise _wrong_type("stop", stop, "use a text, a list of texts, or None")
     if len(stops) > _MOST_STOPS:
-        raise OptionError(
-            f"stop has {len(stops)} texts, but at most {_MOST_STOPS} are looked for after every token; use fewer"
-        )
+        limit = f"at most {_MOST_STOPS} are looked for after every token"
+        raise OptionError(f"stop has {len(stops)} texts", limit=limit, remedy="use fewer", option="stop", value=stop)
     for text in stops:
         if not isinstance(text, str) or not text:
-            raise OptionError(f"stop has {text!r}, which is no text to look for; use texts of at least one character")
+            fact = f"stop has {text!r}, which is no text to look for"
+            raise OptionError(fact, remedy="use texts of at least one character", option="stop", value=text)
         if fault := unicode_fault(text):
-            raise OptionError(f"stop has {text!r}, which is not valid Unicode text ({fault}); repair it")
+            fact = f"stop has {text!r}, which is not valid Unicode text"
+            raise OptionError(fact, limit=fault, remedy="repair it", option="stop", value=text)
         if len(text) > _LONGEST_STOP:
-            raise OptionError(
-                f"stop has a text of {len(text)} characters, but at most {_LONGEST_STOP} are looked for after every "
-                "token; use its beginning"
-            )
+            fact = f"stop has a text of {len(text)} characters"
+            limit = f"at most {_LONGEST_STOP} are looked for after every token"
+            raise OptionError(fact, limit=limit, remedy="use its beginning", option="stop", value=text)
     return tuple(str(text) for text in stops) or None
 
 
@@ -167,11 +172,12 @@ def _checked_ids(ids: object) -> tuple[int, ...] | None:
     if ids is None:
         return None
     if not isinstance(ids, Iterable) or isinstance(ids, str | bytes):
-        raise OptionError(f"stop_token_ids={ids!r} is a {type(ids).__name__}; use a list of token ids, or None")
+        raise _wrong_type("stop_token_ids", ids, "use a list of token ids, or None")
     found = list(ids)
     for token_id in found:
         if not is_whole(token_id) or token_id < 0:
-            raise OptionError(f"stop_token_ids has {token_id!r}, which is no token id; use integers of at least 0")
+            fact = f"stop_token_ids has {token_id!r}, which is no token id"
+            raise OptionError(fact, remedy="use integers of at least 0", option="stop_token_ids", value=token_id)
     return tuple(found) or None
 
 
@@ -179,19 +185,23 @@ def _checked_bias(bias: object) -> dict[int, float] | None:
     if bias is None:
         return None
     if not isinstance(bias, Mapping):
-        raise OptionError(
-            f"logit_bias={bias!r} is a {type(bias).__name__}; use a dict of token ids and numbers from -100 to 100"
-        )
+        raise _wrong_type("logit_bias", bias, "use a dict of token ids and numbers from -100 to 100")
     checked: dict[int, float] = {}
     for key, value in bias.items():
         # JSON has only such keys; int refuses thousands of digits with an error of its own.
         token_id = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
         if not is_whole(token_id) or token_id < 0:
-            raise OptionError(f"logit_bias has the token id {key!r:.40}, which is none; use integers of at least 0")
+            fact = f"logit_bias has {key!r:.40}, which is no token id"
+            raise OptionError(fact, remedy="use integers of at least 0", option="logit_bias", value=key)
         if not is_number(value) or not -100 <= value <= 100:
-            raise OptionError(f"logit_bias has {value!r} for token {key}; use numbers from -100 to 100")
+            fact = f"logit_bias has {value!r} for token {key}"
+            raise OptionError(fact, remedy="use numbers from -100 to 100", option="logit_bias", value=value)
         checked[token_id] = float(value)
     return checked or None
+
+
+def _wrong_type(option: str, value: object, remedy: str) -> OptionError:
+    return OptionError(f"{option}={value!r} is a {type(value).__name__}", remedy=remedy, option=option, value=value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

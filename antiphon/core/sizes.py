@@ -24,11 +24,11 @@ def parse_size(value: str | int, *, shown: str = "", of_bytes: bool = False) -> 
     """
     shown = shown or repr(value)
     examples = "20000000, 20G or 20GiB (2**30 each), or 20g or 20GB" if of_bytes else "32768, 32K, or 32k for 32000"
+    such = f"a number such as {examples}"
     what = "a number of bytes" if of_bytes else "a count"
     if value == _WHAT_FITS:
-        raise OptionError(
-            f"{shown} asks for what fits, which is not looked for here; leave it out for its default, or use a number "
-            f"such as {examples}"
+        raise _no_number(
+            shown, "asks for what fits, which is not looked for here", value, f"use its default, or {such}"
         )
     try:
         return int(value)
@@ -36,10 +36,15 @@ def parse_size(value: str | int, *, shown: str = "", of_bytes: bool = False) -> 
         pass
     found = _SIZE.fullmatch(str(value).strip())
     if found is None or (found[3] and not of_bytes):
-        raise OptionError(f"{shown} is not {what}; use a number such as {examples}")
+        raise _no_number(shown, f"is not {what}", value, f"use {such}")
     digits, letter, unit = found.groups()
     binary = letter.isupper() if unit is None else len(unit) == len("iB")
     number = Fraction(digits) * (1024 if binary else 1000) ** _POWERS[letter.lower()]
     if number.denominator != 1:
-        raise OptionError(f"{shown} is {float(number):.15g}, which is not an integer; use a number such as {examples}")
+        raise _no_number(shown, f"is {float(number):.15g}, which is not an integer", value, f"use {such}")
     return int(number)
+
+
+def _no_number(shown: str, fault: str, value: int | str, remedy: str) -> OptionError:
+    option, _, written = shown.partition("=")
+    return OptionError(f"{shown} {fault}", remedy=remedy, option=option if written else None, value=value)

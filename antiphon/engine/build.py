@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from antiphon.comm import (
@@ -15,6 +16,7 @@ from antiphon.comm import (
     parse_transport,
     refused,
 )
+from antiphon.comm.slab.transport import slab_bytes
 from antiphon.config.engine_config import ResolvedConfig
 from antiphon.config.memory import is_out_of_memory
 from antiphon.core.errors import AntiphonError, OptionError, first_line
@@ -145,9 +147,11 @@ def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -
         if is_out_of_memory(error):
             raise OptionError(
                 f"the buffers of transport {config.transport.name!r} for steps of max_num_batched_tokens="
-                f"{config.max_num_batched_tokens} tokens do not fit into the memory of this rank "
-                f"({first_line(error)}); use a lower max_num_batched_tokens, which by default follows "
-                "max_model_len"
+                f"{config.max_num_batched_tokens} tokens do not fit into the memory of this rank",
+                limit=first_line(error),
+                remedy="use a lower max_num_batched_tokens, which by default follows max_model_len",
+                option="max_num_batched_tokens",
+                value=config.max_num_batched_tokens,
             ) from error
         refusal = None if options.transport == "auto" else _refusal(config)  # auto has asked the devices
         if refusal is None:
@@ -165,8 +169,9 @@ def _refusal(config: ResolvedConfig) -> Refusal | None:
         num_lanes=options.policy.micro_batches,
         max_tokens=config.max_num_batched_tokens,
     )
-    kind = load_transport(config.transport, config.device_kind)
-    return kind.refusal(examine_machine(), expert_shape(config.model, config.dtype), world)
+    shape = expert_shape(config.model, config.dtype)
+    world = replace(world, host_bytes=slab_bytes(shape, world))  # the buffers have just been asked for
+    return load_transport(config.transport, config.device_kind).refusal(examine_machine(), shape, world)
 
 
 def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starting], None]) -> CausalLM:
@@ -179,7 +184,11 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
             raise
         raise OptionError(
             f"the weights of one of {options.ranks} ranks are {_weight_gib(config):.1f} GiB and do not fit into the "
-            f"memory of {transport.streams.device} ({first_line(error)}); use more ranks or a lower num_layers"
+            f"memory of {transport.streams.device}",
+            limit=first_line(error),
+            remedy="use more ranks or a lower num_layers",
+            option="ranks",
+            value=options.ranks,
         ) from error
     if config.matched is None:
         fill_dummy_weights(model, seed=options.seed)

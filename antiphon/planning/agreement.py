@@ -1,4 +1,4 @@
-"""The exchange by which all ranks see the same proposals before a step. The decision itself is `planning`'s."""
+"""The exchange by which all ranks see the same proposals before a step."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def exchange(group: RankGroup, proposal: Proposal) -> list[Proposal]:
     same_wave = len({p.wave for p in proposals}) == 1
     if same_wave and len({p.policy for p in proposals}) > 1:
         raise PeerError(
-            f"the ranks decide by different options (fingerprints {[p.policy for p in proposals]}); "
-            "start every rank with the same options"
+            "the ranks decide by different options",
+            limit=f"their fingerprints are {[p.policy for p in proposals]}",
+            remedy="start every rank with the same options",
         )
     if len({p.order for p in proposals}) > 1:
-        raise PeerError(f"the ranks issued different collectives: {group.first_order_difference()}")
+        raise PeerError("the ranks issued different collectives", limit=group.first_order_difference())
     group.clear_order()
     return proposals

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.errors import OptionError, out_of_range, unknown_value
 from antiphon.core.plan import MAX_LANES, Refusal
 from antiphon.core.policy import SPLIT_RULES
 
@@ -44,7 +44,7 @@ def request_boundary(
     _check_ratio(imbalance_ratio)
     if decode_only:
         if num_tokens < 0:
-            raise OptionError(f"num_tokens={num_tokens} is negative; it is a count of tokens")
+            raise _negative("num_tokens", num_tokens)
         middle = num_tokens // 2
         return (middle, middle)
     query_lens = [] if query_lens is None else query_lens
@@ -67,7 +67,7 @@ def find_cut(
     if rule not in SPLIT_RULES:
         raise unknown_value("split", rule, SPLIT_RULES)
     if not 1 <= num_parts <= MAX_LANES:
-        raise OptionError(f"num_parts={num_parts} is out of range; use 1 to {MAX_LANES}")
+        raise out_of_range("num_parts", num_parts, f"1 to {MAX_LANES}")
     _check_ratio(imbalance_ratio)
     total = _checked_sum(query_lens)
     whole = (total,)
@@ -113,10 +113,14 @@ def _lengths(cuts: Sequence[int], total: int) -> tuple[int, ...]:
 def _checked_sum(query_lens: Sequence[int]) -> int:
     for index, length in enumerate(query_lens):
         if length < 0:
-            raise OptionError(f"query_lens[{index}]={length} is negative; lengths are counts of tokens")
+            raise _negative(f"query_lens[{index}]", length)
     return sum(query_lens)
+
+
+def _negative(name: str, value: int) -> OptionError:
+    return OptionError(f"{name}={value} is negative", remedy="use a count of tokens", option=name, value=value)
 
 
 def _check_ratio(imbalance_ratio: float) -> None:
     if not 0 <= imbalance_ratio <= 1:
-        raise OptionError(f"imbalance_ratio={imbalance_ratio} is out of range; use 0 to 1")
+        raise out_of_range("imbalance_ratio", imbalance_ratio, "0 to 1")

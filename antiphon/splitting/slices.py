@@ -29,14 +29,21 @@ def token_slices(query_lens: Sequence[int], cuts: Sequence[int]) -> list[MicroSl
     ends, total = [], 0
     for index, length in enumerate(query_lens):
         if length < 1:
-            raise OptionError(f"query_lens[{index}]={length} is less than 1; leave requests without tokens out")
+            raise OptionError(
+                f"query_lens[{index}]={length} is less than 1",
+                remedy="leave requests without tokens out",
+                option=f"query_lens[{index}]",
+                value=length,
+            )
         total += length
         ends.append(total)
     edges = [0, *cuts, total]
     if any(stop <= start for start, stop in pairwise(edges)):
         raise OptionError(
-            f"cuts {list(cuts)} do not cut {total} tokens into parts that are not empty; "
-            f"use strictly increasing positions, above 0 and below {total}"
+            f"cuts={list(cuts)} would make an empty part of {total} tokens",
+            remedy=f"use strictly increasing positions, above 0 and below {total}",
+            option="cuts",
+            value=list(cuts),
         )
     parts = []
     for start, stop in pairwise(edges):

@@ -21,11 +21,14 @@ def cut_tensors(value: Any, part_tokens: Sequence[int], *, dim: int = 0) -> list
         return [None] * len(part_tokens)
     if isinstance(value, torch.Tensor):
         if value.dim() == 0:
-            raise OptionError("a tensor without dimensions cannot be cut by tokens; give it a token dimension")
+            raise OptionError("a tensor without dimensions cannot be cut by tokens", remedy="give it a token dimension")
         if sum(part_tokens) != value.shape[dim] or min(part_tokens, default=0) < 0:
             raise OptionError(
-                f"parts of {list(part_tokens)} tokens do not add up to the {value.shape[dim]} tokens of a tensor of "
-                f"shape {tuple(value.shape)}, dimension {dim}"
+                f"parts of {list(part_tokens)} tokens do not add up to {value.shape[dim]}",
+                limit=f"the tensor has the shape {tuple(value.shape)}, and its tokens are dimension {dim}",
+                remedy="pass the counts of this tensor, or another dim",
+                option="part_tokens",
+                value=list(part_tokens),
             )
         return list(torch.split(value, list(part_tokens), dim=dim))
     if type(value) in (list, tuple):
@@ -43,23 +46,29 @@ def join_tensors(parts: Sequence[Any], *, dim: int = 0) -> Any:
     Raises `TypeError` for a type that cannot be joined, `OptionError` for parts of different structure or none.
     """
     if not parts:
-        raise OptionError("there are no parts to join; pass at least one")
+        raise OptionError("there are no parts to join", remedy="pass at least one", option="parts", value=[])
     first = parts[0]
     if any(type(part) is not type(first) for part in parts):
-        raise OptionError(f"parts have different types: {', '.join(type(part).__name__ for part in parts)}")
+        raise _unlike("types", ", ".join(type(part).__name__ for part in parts))
     if first is None:
         return None
     if isinstance(first, torch.Tensor):
         return first if len(parts) == 1 else torch.cat(list(parts), dim=dim)
     if type(first) in (list, tuple):
         if len({len(part) for part in parts}) > 1:
-            raise OptionError(f"parts have different lengths: {[len(part) for part in parts]}")
+            raise _unlike("lengths", str([len(part) for part in parts]))
         return type(first)(join_tensors(items, dim=dim) for items in zip(*parts, strict=True))
     if isinstance(first, dict):
         if any(part.keys() != first.keys() for part in parts):
-            raise OptionError(f"parts have different keys: {[sorted(part) for part in parts]}")
+            raise _unlike("keys", str([sorted(part) for part in parts]))
         return {key: join_tensors([part[key] for part in parts], dim=dim) for key in first}
     raise _wrong_type("join", first)
+
+
+def _unlike(what: str, found: str) -> OptionError:
+    return OptionError(
+        f"the parts have different {what}", limit=found, remedy="join what one call of cut_tensors gave", option="parts"
+    )
 
 
 def _wrong_type(verb: str, value: object) -> TypeError:

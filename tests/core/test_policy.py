@@ -10,6 +10,7 @@ import pytest
 from antiphon.core.errors import OptionError
 from antiphon.core.plan import MAX_LANES
 from antiphon.core.policy import DBO_MODES, OPTION_NAMES, SPLIT_RULES, OverlapPolicy
+from tests.support.errors import raises
 
 OTHER_VALUES = {
     "dbo": ["on", "off"],
@@ -50,53 +51,50 @@ def test_defaults():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("field", "value", "remedy"),
     [
-        ({"dbo": "onn"}, "dbo='onn' .*auto, off, on; did you mean 'on'"),
-        ({"dbo": "Auto"}, "did you mean 'auto'"),
-        ({"dbo": "of"}, "did you mean 'off'"),
-        ({"dbo": True}, "dbo=True is not known; use one of auto, off, on"),
-        ({"dbo": None}, "dbo=None is not known"),
-        ({"split": "tokens"}, "split='tokens' .*did you mean 'token'"),
-        ({"split": "request_boundary"}, "did you mean 'request-boundary'"),
-        ({"micro_batches": 1}, f"micro_batches=1 is out of range; use 2 to {MAX_LANES}"),
-        ({"micro_batches": MAX_LANES + 1}, f"micro_batches={MAX_LANES + 1} .*use 2 to {MAX_LANES}"),
-        ({"micro_batches": 2.0}, "micro_batches=2.0"),
-        ({"micro_batches": "2"}, "micro_batches='2'"),
-        ({"micro_batches": True}, "micro_batches=True"),
-        ({"micro_batches": None}, "micro_batches=None"),
-        ({"prefill_threshold": -1}, "dbo_prefill_token_threshold=-1 .*use 0 or more"),
-        ({"decode_threshold": -1}, "dbo_decode_token_threshold=-1 .*use 0 or more"),
-        ({"prefill_threshold": 1.5}, "dbo_prefill_token_threshold=1.5"),
-        ({"decode_threshold": "32"}, "dbo_decode_token_threshold='32'"),
-        ({"min_total_tokens": -1}, "min_total_tokens_to_split=-1 is not a count of tokens; use 0 or more"),
-        ({"min_prefill_tokens": -1}, "min_prefill_tokens_to_split=-1 is not a count of tokens; use 0 or more"),
-        ({"min_total_tokens": None}, "min_total_tokens_to_split=None"),
-        ({"min_prefill_tokens": 6.4}, "min_prefill_tokens_to_split=6.4"),
-        ({"start_layer": -1}, "dbo_start_layer=-1 is not the number of a layer; use 0 or more"),
-        ({"start_layer": None}, "dbo_start_layer=None"),
-        ({"end_layer": "4"}, "dbo_end_layer='4' is not the number of a layer"),
-        ({"end_layer": 0}, "dbo_start_layer=0 and dbo_end_layer=0 leave no layer to split"),
-        ({"start_layer": 3, "end_layer": 3}, "dbo_start_layer=3 and dbo_end_layer=3 .*use an end above the start"),
-        ({"imbalance_ratio": -0.01}, "imbalance_ratio=-0.01 .*from 0 to 1"),
-        ({"imbalance_ratio": 1.01}, "imbalance_ratio=1.01 .*from 0 to 1"),
-        ({"imbalance_ratio": float("nan")}, "imbalance_ratio=nan"),
+        ("dbo", "onn", "'on'"),
+        ("dbo", "Auto", "'auto'"),
+        ("dbo", "of", "'off'"),
+        ("dbo", True, "auto, off, on"),
+        ("dbo", None, "auto, off, on"),
+        ("split", "tokens", "'token'"),
+        ("split", "request_boundary", "'request-boundary'"),
+        *(("micro_batches", value, f"2 to {MAX_LANES}") for value in (1, MAX_LANES + 1, 2.0, "2", True, None)),
+        *(("prefill_threshold", value, "0") for value in (-1, 1.5)),
+        *(("decode_threshold", value, "0") for value in (-1, "32")),
+        *(("min_total_tokens", value, "0") for value in (-1, None)),
+        *(("min_prefill_tokens", value, "0") for value in (-1, 6.4)),
+        *(("start_layer", value, "0") for value in (-1, None)),
+        ("end_layer", "4", "0"),
+        *(("imbalance_ratio", value, "0 to 1") for value in (-0.01, 1.01)),
     ],
 )
-def test_values_out_of_range_are_errors_that_say_what_is_valid(options, message):
-    with pytest.raises(OptionError, match=message):
-        OverlapPolicy(**options)
+def test_values_out_of_range_are_errors_that_say_what_is_valid(field, value, remedy):
+    with raises(OptionError, option=OPTION_NAMES[field], value=value, remedy=remedy):
+        OverlapPolicy(**{field: value})
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 0), (3, 3), (4, 3)])
+def test_a_range_without_layers_is_an_error_that_names_both_ends(start, end):
+    with raises(OptionError, f"dbo_start_layer={start}", option="dbo_end_layer", value=end, remedy="dbo='off'"):
+        OverlapPolicy(start_layer=start, end_layer=end)
+
+
+def test_a_ratio_that_is_no_number_is_an_error():
+    with raises(OptionError, "nan", option="imbalance_ratio", remedy="0 to 1"):
+        OverlapPolicy(imbalance_ratio=float("nan"))
 
 
 @pytest.mark.parametrize("ratio", ["0.1", None, [0.1]])
 def test_a_ratio_of_the_wrong_type_is_an_option_error(ratio):
-    with pytest.raises(OptionError, match="imbalance_ratio"):
+    with raises(OptionError, option="imbalance_ratio", value=ratio, remedy="0 to 1"):
         OverlapPolicy(imbalance_ratio=ratio)
 
 
 @pytest.mark.parametrize("name", ["prefill_threshold", "decode_threshold"])
 def test_a_bool_is_no_count_of_tokens(name):
-    with pytest.raises(OptionError, match="token_threshold=True"):
+    with raises(OptionError, option=OPTION_NAMES[name], value=True):
         OverlapPolicy(**{name: True})
 
 

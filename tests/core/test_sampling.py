@@ -10,6 +10,7 @@ import pytest
 
 from antiphon.core.errors import OptionError
 from antiphon.core.sampling import SamplingParams
+from tests.support.errors import raises
 
 NAN, INF = float("nan"), float("inf")
 
@@ -60,60 +61,70 @@ NUMBER = [NAN, INF, -INF, True, False, "1", None, 1j]
 @pytest.mark.parametrize(
     ("name", "values", "remedy"),
     [
-        ("n", [*COUNT, None, 129], "an integer from 1 to 128"),
-        ("max_tokens", COUNT, "an integer of at least 1, or None"),
-        ("min_tokens", [-1, 1.0, NAN, True, "1", None], "an integer of at least 0"),
-        ("temperature", [-0.1, -1, 100.5, 101, *NUMBER], "a number from 0"),
-        ("top_k", [-2, 0.0, 1.5, NAN, INF, True, False, "5", None], "an integer of at least 1, or 0 or -1"),
-        ("top_p", [0, 0.0, -0.5, 1.0001, 2, *NUMBER], "a number above 0 and at most 1"),
-        ("min_p", [-0.01, 1.01, *NUMBER], r"a number from 0 \(all tokens\) to 1"),
-        ("presence_penalty", [-2.1, 2.1, *NUMBER], "a number from -2 to 2"),
-        ("frequency_penalty", [-2.1, 2.1, *NUMBER], "a number from -2 to 2"),
-        ("repetition_penalty", [0, 0.009, -1, 100.1, *NUMBER], "a number from 0.01 to 100"),
-        ("seed", [-1, 2**63, 1.0, NAN, True, False, "1", [1]], "an integer from 0"),
-        ("logprobs", [-1, 21, 1.0, True, "5"], "an integer from 0 to 20, or None; return_logits gives"),
-        ("prompt_logprobs", [-1, 21, 1.0, True, "5"], "from 0 to 20, or None; return_prompt_logits gives"),
-        ("ignore_eos", [0, 1, None, "yes"], "not True or False"),
-        ("include_stop_str_in_output", [0, 1, None, "yes"], "not True or False"),
-        ("return_logits", [0, 1, None, "yes"], "not True or False"),
-        ("return_prompt_logits", [0, 1, None, "yes"], "not True or False"),
+        ("n", [*COUNT, None, 129], "1 to 128"),
+        ("max_tokens", COUNT, "1, or None"),
+        ("min_tokens", [-1, 1.0, NAN, True, "1", None], "0"),
+        ("temperature", [-0.1, -1, 100.5, 101, *NUMBER], "100"),
+        ("top_k", [-2, 0.0, 1.5, NAN, INF, True, False, "5", None], "-1"),
+        ("top_p", [0, 0.0, -0.5, 1.0001, 2, *NUMBER], "1"),
+        ("min_p", [-0.01, 1.01, *NUMBER], "1"),
+        ("presence_penalty", [-2.1, 2.1, *NUMBER], "-2 to 2"),
+        ("frequency_penalty", [-2.1, 2.1, *NUMBER], "-2 to 2"),
+        ("repetition_penalty", [0, 0.009, -1, 100.1, *NUMBER], "0.01 to 100"),
+        ("seed", [-1, 2**63, 1.0, NAN, True, False, "1", [1]], "2**63 - 1"),
+        ("logprobs", [-1, 21, 1.0, True, "5"], "return_logits"),
+        ("prompt_logprobs", [-1, 21, 1.0, True, "5"], "return_prompt_logits"),
+        ("ignore_eos", [0, 1, None, "yes"], ""),
+        ("include_stop_str_in_output", [0, 1, None, "yes"], ""),
+        ("return_logits", [0, 1, None, "yes"], ""),
+        ("return_prompt_logits", [0, 1, None, "yes"], ""),
     ],
 )
 def test_values_out_of_range_or_of_a_wrong_type_are_errors(name, values, remedy):
     for value in values:
-        with pytest.raises(OptionError, match=remedy) as caught:
+        with raises(OptionError, f"{name}={value!r}", option=name, remedy=remedy) as raised:
             SamplingParams(**{name: value})
-        assert str(caught.value).startswith(f"{name}={value!r} is ")
+        assert raised.error.value is value
 
 
 @pytest.mark.parametrize(
-    ("params", "message"),
+    ("option", "given", "value", "names"),
     [
-        ({"min_tokens": 17}, "min_tokens=17 is above max_tokens=16; lower it or raise max_tokens"),
-        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens=3 is above max_tokens=2"),
-        ({"stop": 5}, "stop=5 is a int; use a text, a list of texts, or None"),
-        ({"stop": b"a"}, "stop=b'a' is a bytes; use a text"),
-        ({"stop": ""}, "stop has '', which is no text to look for"),
-        ({"stop": ["a", ""]}, "stop has '', which is no text to look for"),
-        ({"stop": ["a", 3]}, "stop has 3, which is no text to look for"),
-        ({"stop": ["a"] * 17}, "stop has 17 texts, but at most 16 are looked for after every token; use fewer"),
-        ({"stop": "x" * 257}, "stop has a text of 257 characters, but at most 256 are looked for after every token"),
-        ({"stop_token_ids": 7}, "stop_token_ids=7 is a int; use a list of token ids"),
-        ({"stop_token_ids": "7"}, "stop_token_ids='7' is a str; use a list of token ids"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids has -1, which is no token id; use integers of at least 0"),
-        ({"stop_token_ids": [1.0]}, "stop_token_ids has 1.0, which is no token id"),
-        ({"logit_bias": [1]}, r"logit_bias=\[1\] is a list; use a dict of token ids and numbers from -100 to 100"),
-        ({"stop": ["a", "\udcff"]}, "stop has .* which is not valid Unicode text"),
-        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias has the token id '9999.*, which is none"),
-        ({"logit_bias": {-1: 1}}, "logit_bias has the token id -1, which is none; use integers of at least 0"),
-        ({"logit_bias": {"x": 1}}, "logit_bias has the token id 'x', which is none"),
-        ({"logit_bias": {1: 100.5}}, "logit_bias has 100.5 for token 1; use numbers from -100 to 100"),
-        ({"logit_bias": {1: NAN}}, "logit_bias has nan for token 1; use numbers from -100 to 100"),
-        ({"logit_bias": {1: "2"}}, "logit_bias has '2' for token 1; use numbers from -100 to 100"),
+        ("stop", 5, 5, ["int"]),
+        ("stop", b"a", b"a", ["bytes"]),
+        ("stop", "", "", []),
+        ("stop", ["a", ""], "", []),
+        ("stop", ["a", 3], 3, []),
+        ("stop", ["a"] * 17, ["a"] * 17, ["17", "16"]),
+        ("stop", "x" * 257, "x" * 257, ["257", "256"]),
+        ("stop", ["a", "\udcff"], "\udcff", ["surrogates not allowed"]),
+        ("stop_token_ids", 7, 7, ["int"]),
+        ("stop_token_ids", "7", "7", ["str"]),
+        ("stop_token_ids", [-1], -1, ["0"]),
+        ("stop_token_ids", [1.0], 1.0, ["0"]),
+        ("logit_bias", [1], [1], ["list"]),
+        ("logit_bias", {"9" * 5000: 1}, "9" * 5000, ["9999"]),
+        ("logit_bias", {-1: 1}, -1, ["-1"]),
+        ("logit_bias", {"x": 1}, "x", ["'x'"]),
+        ("logit_bias", {1: 100.5}, 100.5, ["token 1", "-100 to 100"]),
+        ("logit_bias", {1: NAN}, NAN, ["token 1", "-100 to 100"]),
+        ("logit_bias", {1: "2"}, "2", ["token 1", "-100 to 100"]),
     ],
 )
-def test_refusals(params, message):
-    with pytest.raises(OptionError, match=message):
+def test_refusals(option, given, value, names):
+    with raises(OptionError, *names, option=option) as raised:
+        SamplingParams(**{option: given})
+    assert raised.error.value is value or raised.error.value == value
+    assert raised.error.remedy
+    assert len(str(raised.error)) < 400 or option == "stop"
+
+
+@pytest.mark.parametrize("params", [{"min_tokens": 17}, {"min_tokens": 3, "max_tokens": 2}])
+def test_more_tokens_at_least_than_at_most_is_an_error(params):
+    most = params.get("max_tokens", 16)
+    with raises(
+        OptionError, f"max_tokens={most}", option="min_tokens", value=params["min_tokens"], remedy="max_tokens"
+    ):
         SamplingParams(**params)
 
 

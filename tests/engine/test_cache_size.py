@@ -17,6 +17,7 @@ from antiphon.engine.build import build_engine
 from antiphon.engine.cache import kv_cache
 from antiphon.engine.cache.kv_cache import blocks_that_fit, largest_batch, measured_cache
 from antiphon.engine.step import StepEngine
+from tests.support.errors import raises
 
 GIB = 2**30
 
@@ -120,7 +121,7 @@ def test_no_room_is_an_error_that_says_what_there_is(
     if fits:
         assert measure(engine, config).num_blocks == 2
         return
-    with pytest.raises(OptionError, match=r"there is no room for the KV cache: 90% of .* use more ranks"):
+    with raises(OptionError, "90%", f"{block} bytes", option="gpu_memory_utilization", value=0.9, remedy="ranks"):
         measure(engine, config)
 
 
@@ -143,8 +144,10 @@ def test_a_step_that_does_not_fit_names_the_option(
         raise torch.OutOfMemoryError("tried to allocate 3 GiB\nand much advice")
 
     monkeypatch.setattr(engine.runner.model, "forward", run_out)
-    with pytest.raises(OptionError, match=r"max_num_batched_tokens=96 tokens does not fit .*3 GiB\); use a lower"):
+    with raises(OptionError, option="max_num_batched_tokens", value=96, remedy="more ranks") as raised:
         measure(engine, config)
+    assert raised.error.limit == "tried to allocate 3 GiB"
+    assert "max_model_len" not in raised.error.remedy
 
 
 def test_a_text_is_never_longer_than_the_memory_of_the_device(
@@ -163,7 +166,7 @@ def test_a_text_is_never_longer_than_the_memory_of_the_device(
     endless = replace(config, max_model_len=2**40)
     monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
     monkeypatch.setattr(engine.runner.model, "forward", run_out)
-    with pytest.raises(OptionError, match=r"tokens behind a text of 1504 does not fit .* use a lower max_model_len"):
+    with raises(OptionError, "1504", option="max_num_batched_tokens", value=96, remedy="max_model_len"):
         measure(engine, endless)
     assert lengths == [96, 1600]
 

@@ -10,6 +10,7 @@ from antiphon.core.errors import OptionError
 from antiphon.core.plan import MAX_LANES, Refusal
 from antiphon.core.policy import SPLIT_RULES
 from antiphon.splitting import Cut, find_cut, request_boundary
+from tests.support.errors import raises
 
 lengths = st.lists(st.integers(1, 40), max_size=30)
 parts = st.integers(2, MAX_LANES)
@@ -124,17 +125,17 @@ def test_one_part_is_the_whole_batch_and_no_refusal(rule, query_lens):
 
 
 def test_an_unknown_rule_is_an_error_that_names_the_nearest():
-    with pytest.raises(OptionError, match="did you mean 'request-boundary'"):
+    with raises(OptionError, option="split", value="request_boundary", remedy="'request-boundary'"):
         find_cut([5, 5], num_parts=2, rule="request_boundary")
 
 
 @pytest.mark.parametrize("num_parts", [0, -1, MAX_LANES + 1])
 def test_a_number_of_parts_out_of_range_is_an_error(num_parts):
-    with pytest.raises(OptionError, match=f"num_parts={num_parts} .*use 1 to {MAX_LANES}"):
+    with raises(OptionError, option="num_parts", value=num_parts, remedy=f"1 to {MAX_LANES}"):
         find_cut([50], num_parts=num_parts, rule="token")
 
 
 @pytest.mark.parametrize("rule", SPLIT_RULES)
 def test_a_negative_length_is_an_error_that_names_it(rule):
-    with pytest.raises(OptionError, match=r"query_lens\[0\]=-1"):
+    with raises(OptionError, option="query_lens[0]", value=-1):
         find_cut([-1, 9], num_parts=2, rule=rule)

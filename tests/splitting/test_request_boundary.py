@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from antiphon.core.errors import OptionError
 from antiphon.splitting import request_boundary
+from tests.support.errors import raises
 
 NO_CUT = (0, 0)
 lengths = st.lists(st.integers(1, 40), max_size=12)
@@ -131,15 +132,15 @@ def test_requests_without_tokens_make_no_empty_part(query_lens, ratio):
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan"), float("inf"), -1])
 @pytest.mark.parametrize("decode_only", [False, True])
 def test_a_ratio_out_of_range_is_an_error(ratio, decode_only):
-    with pytest.raises(OptionError, match=r"imbalance_ratio=.*use 0 to 1"):
+    with raises(OptionError, str(ratio), option="imbalance_ratio", remedy="0 to 1"):
         request_boundary([5, 5], num_tokens=10, decode_only=decode_only, imbalance_ratio=ratio)
 
 
 def test_a_negative_length_is_an_error_that_names_it():
-    with pytest.raises(OptionError, match=r"query_lens\[1\]=-3"):
+    with raises(OptionError, option="query_lens[1]", value=-3):
         request_boundary([5, -3, 8], num_tokens=10)
 
 
 def test_a_negative_number_of_decode_tokens_is_an_error():
-    with pytest.raises(OptionError, match="num_tokens=-3"):
+    with raises(OptionError, option="num_tokens", value=-3):
         request_boundary(None, num_tokens=-3, decode_only=True)

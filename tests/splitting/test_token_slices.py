@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from antiphon.core.errors import OptionError
 from antiphon.splitting import MicroSlice, token_slices
+from tests.support.errors import raises
 
 
 def micro_slice(tokens: tuple[int, int], requests: tuple[int, int]) -> MicroSlice:
@@ -71,13 +72,13 @@ def test_a_request_can_be_in_every_part():
 
 @pytest.mark.parametrize("cuts", [[0], [16], [17], [-1], [8, 8], [9, 8], [4, 16]])
 def test_cuts_that_make_an_empty_part_are_errors(cuts):
-    with pytest.raises(OptionError, match=r"16 tokens .* above 0 and below 16"):
+    with raises(OptionError, "16", option="cuts", value=cuts, remedy="below 16"):
         token_slices([8, 8], cuts)
 
 
 @pytest.mark.parametrize("length", [0, -1])
 def test_requests_without_tokens_are_errors(length):
-    with pytest.raises(OptionError, match=rf"query_lens\[1\]={length}"):
+    with raises(OptionError, option="query_lens[1]", value=length):
         token_slices([8, length, 8], [4])
 
 

@@ -33,8 +33,11 @@ def allocate_cache(
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # the last two: not even a size in 64 bits
         size = num_blocks * block_bytes(config, block_size=block_size, dtype=dtype)
         raise OptionError(
-            f"a KV cache of {size} bytes cannot be allocated on this rank; use a lower kv_cache_memory "
-            "(--kv-cache-memory), or a lower max_model_len (--max-model-len), if it is made for one text"
+            f"a KV cache of {size} bytes cannot be allocated on this rank",
+            limit=first_line(error),
+            remedy="use a lower kv_cache_memory (--kv-cache-memory), or a lower max_model_len (--max-model-len)",
+            option="kv_cache_memory",
+            value=size,
         ) from error
 
 
@@ -71,8 +74,11 @@ def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams,
     )
     if num_blocks < 2:
         raise OptionError(
-            f"there is no room for the KV cache: {fact} leave {num_blocks} blocks of {bytes_per_block} bytes, and 2 "
-            "are needed; use more ranks, a lower max_num_batched_tokens or a higher gpu_memory_utilization"
+            "there is no room for the KV cache",
+            limit=f"{fact} leave {num_blocks} blocks of {bytes_per_block} bytes, and 2 are needed",
+            remedy="use more ranks, a lower max_num_batched_tokens or a higher gpu_memory_utilization",
+            option="gpu_memory_utilization",
+            value=utilization,
         )
     return CacheSize(num_blocks=num_blocks, source=fact)
 
@@ -111,7 +117,11 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
         lower = "a lower max_model_len (--max-model-len), " if context_len else ""
         raise OptionError(
             f"a step of max_num_batched_tokens={num_tokens} tokens{behind} does not fit into the memory that the "
-            f"weights leave ({first_line(error)}); use {lower}a lower max_num_batched_tokens or more ranks"
+            "weights leave",
+            limit=first_line(error),
+            remedy=f"use {lower}a lower max_num_batched_tokens or more ranks",
+            option="max_num_batched_tokens",
+            value=num_tokens,
         ) from error
 
 
