@@ -28,7 +28,10 @@ def parse_size(value: str | int, *, shown: str = "", of_bytes: bool = False) -> 
     what = "a number of bytes" if of_bytes else "a count"
     if value == _WHAT_FITS:
         raise _no_number(
-            shown, "asks for what fits, which is not looked for here", value, f"use its default, or {such}"
+            shown,
+            "asks for what fits, which is not looked for here",
+            value,
+            f"leave it out for its default, or use {such}",
         )
     try:
         return int(value)

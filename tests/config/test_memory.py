@@ -24,6 +24,7 @@ from antiphon.engine.cache.kv_cache import allocate_cache
 from antiphon.frontend.async_engine import AsyncEngine
 from antiphon.models import weight_bytes
 from antiphon.runtime import CpuStreams
+from tests.support.errors import raises
 
 GIB = 2**30
 
@@ -155,7 +156,7 @@ def test_the_allocator_is_understood() -> None:
 @pytest.mark.parametrize("num_blocks", [2**50, 2**70])
 def test_a_cache_that_cannot_be_allocated(num_blocks: int) -> None:
     config = EngineConfig(device="cpu").resolve()
-    with pytest.raises(OptionError, match=r"bytes cannot be allocated on this rank; use a lower kv_cache_memory"):
+    with raises(OptionError, option="kv_cache_memory", remedy="max_model_len"):
         allocate_cache(config.model, num_blocks=num_blocks, block_size=16, dtype=torch.float32)
 
 

@@ -24,6 +24,7 @@ from antiphon.core.errors import EngineError, OptionError
 from antiphon.engine.sampling.sampler import Sampler
 from antiphon.engine.scheduling.request import Request
 from antiphon.models import read_config
+from tests.support.errors import raises
 from tests.support.processes import assert_no_new_workers, worker_pids
 from tests.support.prompts import mixed_prompts
 from tests.support.reference import reference_logits, relative_error
@@ -243,7 +244,7 @@ def test_all_ranks_agree_on_the_cache_though_one_has_less_memory() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(NUM_DEVICES < 1, reason="needs a CUDA device")
 def test_a_share_that_the_weights_fill_is_refused() -> None:
-    with pytest.raises(OptionError, match="there is no room for the KV cache"):
+    with raises(OptionError, option="gpu_memory_utilization", value=1e-6, remedy="more ranks"):
         LLM(device="cuda", gpu_memory_utilization=1e-6)
 
 
