@@ -25,7 +25,7 @@ from antiphon.bench.conditions import check_writable, conditions, write_json
 from antiphon.bench.dbo import compare_modes
 from antiphon.bench.serve.load import ServeOptions, run_serve
 from antiphon.bench.serve.workload import Workload
-from antiphon.config.resolve import settle_device
+from antiphon.config.resolve import resolve_device
 from antiphon.device.device import describe, device_for_rank
 from antiphon.machine.versions import versions
 
@@ -115,7 +115,7 @@ def one_load(url: str, options: argparse.Namespace, *, seed: int) -> dict[str, A
 
 
 def to_result(options: argparse.Namespace, words: list[str], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    kind, _ = settle_device(options.device or "auto", options.ranks)
+    kind, _ = resolve_device(options.device or "auto", options.ranks)
     where = [{"device": describe(device_for_rank(kind, rank)), "versions": versions()} for rank in range(options.ranks)]
     told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     return {

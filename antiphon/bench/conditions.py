@@ -1,4 +1,4 @@
-"""What the benches share around a measurement: options settled, transports chosen, conditions written down."""
+"""What the benches share around a measurement: options resolved, transports chosen, conditions written down."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rank_environment(*, peer_access: bool) -> dict[str, str]:
     return {} if peer_access else dict(_NO_PEERS)
 
 
-def settle_transports(text: str | None, *, device: str, ranks: int, peer_access: bool) -> list[str]:
+def resolve_transports(text: str | None, *, device: str, ranks: int, peer_access: bool) -> list[str]:
     """The transports asked for, or all that this machine can use. Raises `OptionError` for a name that is not known."""
     if text is None:
         return _usable(device, ranks, peer_access)

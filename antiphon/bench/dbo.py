@@ -99,7 +99,7 @@ async def _run(engine: AsyncEngine, options: DboOptions, say: Callable[[str], No
             say(f"request rate: {rate:.2f}/s, {options.capacity_share:g} of the capacity of dbo {options.modes[0]}")
             options = replace(options, request_rate=rate, capacity_share=None)
         if "auto" in options.modes:
-            say(f"dbo auto: {engine.config.settle(replace(engine.config.options.policy, dbo='auto')).reason}")
+            say(f"dbo auto: {engine.config.resolve_policy(replace(engine.config.options.policy, dbo='auto')).reason}")
         runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
         for number in range(1 + options.repeats):
             order = options.modes if number % 2 == 0 else options.modes[::-1]

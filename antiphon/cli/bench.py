@@ -65,19 +65,19 @@ def comm(
         check_writable,
         parse_names,
         parse_sizes,
-        settle_transports,
+        resolve_transports,
         write_json,
     )
-    from antiphon.config.resolve import settle_device, settle_peer_access
+    from antiphon.config.resolve import resolve_device, resolve_peer_access
 
     check_ranks(ranks)
-    kind, _ = settle_device(device, ranks)
-    peer_access = settle_peer_access(not no_peer_access)
+    kind, _ = resolve_device(device, ranks)
+    peer_access = resolve_peer_access(not no_peer_access)
     bodies = [name for name in parse_names(beside, "beside", (_NO_BODY, *BODY_NAMES)) if name != _NO_BODY]
     options = CommOptions(
         ranks=ranks,
         device=kind,
-        transports=settle_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
+        transports=resolve_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
         sizes=parse_sizes(sizes or _DEFAULT_SIZES[kind]),
         beside=bodies,
         beside_from=parse_sizes(beside_from or _DEFAULT_BESIDE_FROM[kind], "beside-from")[0],
@@ -117,16 +117,16 @@ def overlap(
         check_ranks,
         check_writable,
         parse_counts,
-        settle_transports,
+        resolve_transports,
         write_json,
     )
     from antiphon.bench.overlap.steps import OverlapOptions, check_outputs, print_steps, run_overlap
     from antiphon.config.engine_config import DTYPES
-    from antiphon.config.resolve import settle_device, settle_peer_access
+    from antiphon.config.resolve import resolve_device, resolve_peer_access
 
     check_ranks(ranks)
-    kind, _ = settle_device(device, ranks)
-    peer_access = settle_peer_access(not no_peer_access)
+    kind, _ = resolve_device(device, ranks)
+    peer_access = resolve_peer_access(not no_peer_access)
     if dtype not in ("auto", *DTYPES):
         raise unknown_value("dtype", dtype, ("auto", *DTYPES))
     options = OverlapOptions(
@@ -134,7 +134,7 @@ def overlap(
         ranks=ranks,
         device=kind,
         tokens=parse_counts(tokens or _DEFAULT_TOKENS[kind], "tokens"),
-        transports=settle_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
+        transports=resolve_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
         routing=routing,
         dtype=dtype if dtype != "auto" else {"cpu": "float32", "cuda": "bfloat16"}[kind],
         num_layers=num_layers,

@@ -52,14 +52,14 @@ def _steps(config: ResolvedConfig) -> str:
 
 
 def _dbo(config: ResolvedConfig) -> str:
-    asked, settled = config.options.policy.dbo, config.settled_policy
-    policy = settled.policy
+    asked, resolved = config.options.policy.dbo, config.resolved_policy
+    policy = resolved.policy
     if asked != policy.dbo:
-        return f"{asked}: {policy.dbo}, {settled.cause}"
+        return f"{asked}: {policy.dbo}, {resolved.cause}"
     if config.data_path is None and asked == "auto":
-        text = f"{asked}: {settled.cause}"
+        text = f"{asked}: {resolved.cause}"
     else:
-        text = policy.describe() + (f": {settled.cause}" if settled.cause else "")
+        text = policy.describe() + (f": {resolved.cause}" if resolved.cause else "")
         most, prefill = config.max_num_batched_tokens, policy.threshold(decode_only=False)
         text += f"; a step has at most {most} tokens" if policy.dbo != "off" and most <= prefill < NEVER else ""
     return text + (f", by {config.dbo_source}" if config.dbo_source else "")

@@ -1,6 +1,6 @@
 """The options of an engine: what the user says, and what becomes of `auto`.
 
-Here and not in `core`, because settling `auto` needs the model's configuration and the transports.
+Here and not in `core`, because resolving `auto` needs the model's configuration and the transports.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from antiphon.config.cache import CacheSize, block_bytes
 from antiphon.config.resolve import (
     check_layers,
     overruled_dbo,
-    settle_dbo,
-    settle_device,
-    settle_model,
-    settle_peer_access,
-    settle_routing,
+    resolve_dbo,
+    resolve_device,
+    resolve_peer_access,
+    resolve_routing,
+    resolve_source,
 )
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, is_number, is_whole, unknown_value
 from antiphon.core.policy import OverlapPolicy
 from antiphon.models import MatchedFiles, ModelConfig, RoutingSpec, expert_shape, match_checkpoint, read_config
-from antiphon.planning import Conditions, SettledPolicy, settle_policy
+from antiphon.planning import Conditions, ResolvedPolicy, resolve_policy
 
 logger = logging.getLogger("antiphon.engine")
 
@@ -71,26 +71,26 @@ class EngineConfig:
     debug_order: bool = False
 
     def resolve(self, *, matched: MatchedFiles | None = None) -> ResolvedConfig:
-        """Check everything that can be checked before a process starts, and settle every `auto`.
+        """Check everything that can be checked before a process starts, and resolve every `auto`.
 
         matched: what another process has found of the checkpoint, which is then not compared again.
         Raises `OptionError` for options, `ModelError` for the checkpoint.
         """
         # 1 the options alone
         self._check_values()
-        device_kind, device_reason = settle_device(self.device, self.ranks)
+        device_kind, device_reason = resolve_device(self.device, self.ranks)
         requested = parse_transport(self.transport)
         # 2 the model
-        policy, dbo_source = settle_dbo(self.policy)
-        source = settle_model(self.model, self.load_format, revision=self.revision)
-        routing = settle_routing(self.routing, self.load_format)
+        policy, dbo_source = resolve_dbo(self.policy)
+        source = resolve_source(self.model, self.load_format, revision=self.revision)
+        routing = resolve_routing(self.routing, self.load_format)
         model = read_config(source, num_layers=self.num_layers)
         check_layers(policy, model.num_layers)
         # 3 the way between the ranks
         dtype_name = _DEFAULT_DTYPES[device_kind] if self.dtype == "auto" else self.dtype
         shape = expert_shape(model, DTYPES[dtype_name])
         shape.experts_per_rank(self.ranks)
-        peer_access = settle_peer_access(self.peer_access)
+        peer_access = resolve_peer_access(self.peer_access)
         transport, transport_reason = choose_transport(
             requested, shape, self.ranks, device_kind=device_kind, peer_access=peer_access
         )
@@ -128,7 +128,7 @@ class EngineConfig:
             cache=self._cache(model, max_model_len, DTYPES[dtype_name], device_kind),
             data_path=DataPath.NONE if self.ranks == 1 else None,
         )
-        for name, value, reason in resolved.settled():
+        for name, value, reason in resolved.chosen():
             logger.info("%s: auto -> %s (%s)", name, value, reason)
         return resolved
 
@@ -223,7 +223,7 @@ class ResolvedConfig:
         """With what only the ranks could tell: whether their devices reach each other is seen on the devices."""
         started = replace(self, device_name=device_name, data_path=data_path, cache=cache)
         if self.options.policy.dbo == "auto" and self.data_path is None:
-            logger.info("dbo: auto -> %s", started.settled_policy.reason)
+            logger.info("dbo: auto -> %s", started.resolved_policy.reason)
         if self.options.transport != "auto" or transport_name == self.transport.name:
             return started
         reason = f"not {self.transport}, for not all of these devices reach each other's memory"
@@ -236,20 +236,20 @@ class ResolvedConfig:
 
     @property
     def policy(self) -> OverlapPolicy:
-        """The policy that was asked for, settled."""
-        return self.settled_policy.policy
+        """The policy that was asked for, resolved."""
+        return self.resolved_policy.policy
 
     @property
-    def settled_policy(self) -> SettledPolicy:
+    def resolved_policy(self) -> ResolvedPolicy:
         """The same with the reason."""
-        return self.settle(self.options.policy)
+        return self.resolve_policy(self.options.policy)
 
-    def settle(self, policy: OverlapPolicy) -> SettledPolicy:
+    def resolve_policy(self, policy: OverlapPolicy) -> ResolvedPolicy:
         """Another policy for these devices and the way between them; `auto` stays open until the ranks have started."""
         if self.data_path is None:
-            cause = "settled when the ranks know whether their devices reach each other"
-            return SettledPolicy(policy, cause if policy.dbo == "auto" else "")
-        return settle_policy(policy, Conditions(device_kind=self.device_kind, data_path=self.data_path))
+            cause = "resolved when the ranks know whether their devices reach each other"
+            return ResolvedPolicy(policy, cause if policy.dbo == "auto" else "")
+        return resolve_policy(policy, Conditions(device_kind=self.device_kind, data_path=self.data_path))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -280,19 +280,19 @@ class ResolvedConfig:
         assert self.cache is not None, "the cache is not measured yet"
         return {"tokens": self.kv_capacity_tokens, "source": self.cache.source}
 
-    def settled(self) -> list[tuple[str, str, str]]:
+    def chosen(self) -> list[tuple[str, str, str]]:
         """(option, value, reason) of every `auto`."""
-        settled = []
+        chosen = []
         if self.options.device == "auto":
-            settled.append(("device", self.device_kind, self.device_reason))
+            chosen.append(("device", self.device_kind, self.device_reason))
         if "auto" in self.options.transport or self.options.transport == "simulated":
-            settled.append(("transport", str(self.transport), self.transport_reason))
+            chosen.append(("transport", str(self.transport), self.transport_reason))
         if self.options.policy.dbo != self.policy.dbo:
-            settled.append(("dbo", self.policy.dbo, self.settled_policy.cause))
+            chosen.append(("dbo", self.policy.dbo, self.resolved_policy.cause))
         if self.options.dtype == "auto":
             reason = "exact and fast on CPUs" if self.device_kind == "cpu" else "what GPUs compute fastest"
-            settled.append(("dtype", self.dtype_name, reason))
-        return settled
+            chosen.append(("dtype", self.dtype_name, reason))
+        return chosen
 
 
 def _check_count(name: str, value: object) -> None:

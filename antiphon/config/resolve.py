@@ -34,7 +34,7 @@ _DBO_WORDS: dict[str, str | None] = {**{mode: mode for mode in DBO_MODES}, "1": 
 _ASCEND_DBO_WORDS: dict[str, str | None] = {"1": "on", "0": None}
 
 
-def settle_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
+def resolve_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
     """The policy with what the environment makes of `auto`, and the setting that did, such as "ANTIPHON_DBO=1".
 
     Raises `OptionError` for a setting that is not known.
@@ -47,7 +47,7 @@ def settle_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
 
 
 def overruled_dbo(policy: OverlapPolicy, source: str) -> list[str]:
-    """A sentence for each setting of the environment that asks for another `dbo` than what `settle_dbo` returned."""
+    """A sentence for each setting of the environment that asks for another `dbo` than what `resolve_dbo` returned."""
     return [
         f"{setting} has no effect: {source or 'the option'} asks for dbo={policy.dbo!r}, and comes first"
         for setting, dbo in _dbo_settings()
@@ -79,7 +79,7 @@ def check_layers(policy: OverlapPolicy, num_layers: int) -> None:
             raise OptionError(f"{name}={value} is beyond the model's {num_layers} layers; use at most {most}")
 
 
-def settle_device(device: str, ranks: int) -> tuple[str, str]:
+def resolve_device(device: str, ranks: int) -> tuple[str, str]:
     """The kind of device, and why. Warns if `auto` leaves GPUs idle.
 
     Raises `OptionError` for an unknown kind, and for more ranks than CUDA devices.
@@ -124,14 +124,14 @@ def _warn_of_idle_gpus(found: int, ranks: int) -> None:
     )
 
 
-def settle_peer_access(peer_access: bool) -> bool:
+def resolve_peer_access(peer_access: bool) -> bool:
     """No peer access if the user forbids it, to us or by `NCCL_P2P_DISABLE=1` to NCCL."""
     if not isinstance(peer_access, bool):
         raise OptionError(f"peer_access={peer_access!r} is not True or False")
     return peer_access and not peers_forbidden(os.environ)
 
 
-def settle_model(model: str, load_format: str, *, revision: str | None = None) -> Path | str:
+def resolve_source(model: str, load_format: str, *, revision: str | None = None) -> Path | str:
     """The folder of a checkpoint, or the name of a preset. Downloads what the hub's cache lacks of a hub's model.
 
     Raises `OptionError` for a preset that is to be loaded, `ModelError` for a model that cannot be found.
@@ -151,7 +151,7 @@ def settle_model(model: str, load_format: str, *, revision: str | None = None) -
     return model
 
 
-def settle_routing(routing: str, load_format: str) -> RoutingSpec:
+def resolve_routing(routing: str, load_format: str) -> RoutingSpec:
     """Raises `OptionError` for a routing that is not known, and for a table in place of what a router has learned."""
     spec = parse_routing(routing)
     if str(spec) != "model" and load_format != "dummy":

@@ -46,10 +46,10 @@ class OverlapPolicy:
     """Dual-batch overlap: whether, from which size on, and where to cut.
 
     dbo: `on` splits every step that can be cut (from the thresholds on, if they are given), `off` none, `auto` from
-        the thresholds on, which `planning.settle_policy` chooses where they are not given.
+        the thresholds on, which `planning.resolve_policy` chooses where they are not given.
     split: the cut rule, `token` or `request-boundary`. micro_batches: lanes of a split step, 2 to `MAX_LANES`.
     prefill_threshold, decode_threshold: tokens on the busiest rank from which a step is split, or `NEVER`; `None` is no
-        threshold under `on`, and 512 and 32 under an `auto` that nobody settled. The decode threshold holds where that
+        threshold under `on`, and 512 and 32 under an `auto` that nobody resolved. The decode threshold holds where that
         rank only decodes.
     imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens. The lanes of a split
         step, one after another, may be longer than the serial step by twice this share, else it is not split.

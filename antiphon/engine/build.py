@@ -38,7 +38,7 @@ from antiphon.models import (
     load_weights,
     weight_bytes,
 )
-from antiphon.planning import Conditions, Planner, settle_policy
+from antiphon.planning import Conditions, Planner, resolve_policy
 from antiphon.runtime import Streams, streams_for
 from antiphon.timeline import StepRecorder
 
@@ -97,7 +97,7 @@ def build_engine(
     return StepEngine(
         group=group,
         scheduler=scheduler,
-        planner=Planner(settle_policy(options.policy, conditions).policy),
+        planner=Planner(resolve_policy(options.policy, conditions).policy),
         runner=runner,
         sampler=Sampler(
             model.logits,

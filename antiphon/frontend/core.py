@@ -20,7 +20,7 @@ from antiphon.engine.scheduling.request import Request
 from antiphon.frontend.outputs import Collector
 from antiphon.frontend.prompts import Prompt, RequestMaker
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer, with_end_token_of
-from antiphon.planning import SettledPolicy
+from antiphon.planning import ResolvedPolicy
 
 logger = logging.getLogger("antiphon")
 
@@ -68,7 +68,7 @@ class Core:
             cache=ready.cache,
         )
         self._warn(but_not=self._warned)  # what `auto` is is known now
-        self.policy = self.config.settled_policy
+        self.policy = self.config.resolved_policy
         self._requests = RequestMaker(self.config, self.tokenizer)
         self._logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
 
@@ -112,12 +112,12 @@ class Core:
             self._load[placed.rank] -= placed.most_tokens
         return known
 
-    def resolve_policy(self, *, dbo: str | None = None, split: str | None = None) -> SettledPolicy:
+    def resolve_policy(self, *, dbo: str | None = None, split: str | None = None) -> ResolvedPolicy:
         """The policy with `dbo` or `split` changed from what was asked for at the start, `auto` resolved."""
         asked = self._asked_policy
-        return self.config.settle(replace(asked, dbo=dbo or asked.dbo, split=split or asked.split))
+        return self.config.resolve_policy(replace(asked, dbo=dbo or asked.dbo, split=split or asked.split))
 
-    def reconfigured(self, policy: SettledPolicy, *, dbo: str | None = None, split: str | None = None) -> None:
+    def reconfigured(self, policy: ResolvedPolicy, *, dbo: str | None = None, split: str | None = None) -> None:
         """The ranks have changed to `resolve_policy` of the same words."""
         asked = self._asked_policy
         self._asked_policy = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)

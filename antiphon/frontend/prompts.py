@@ -113,16 +113,16 @@ class RequestMaker:
         made = []
         number = self._num_requests
         for place, (ids, params) in enumerate(zip(token_lists, params_list, strict=True)):
-            settled = self._settled(place, ids, params)
+            resolved = self._resolved(place, ids, params)
             seed = params.seed if params.seed is not None else self._config.options.seed + self._num_prompts + place
-            others = replace(settled, prompt_logprobs=None, return_prompt_logits=False)
+            others = replace(resolved, prompt_logprobs=None, return_prompt_logits=False)
             made.append(
                 [
                     Request(
                         request_id=number + index,
                         prompt_ids=tuple(ids),
-                        params=others if index else settled,
-                        max_tokens=settled.max_tokens or 1,
+                        params=others if index else resolved,
+                        max_tokens=resolved.max_tokens or 1,
                         seed=child_seed(seed, index),
                     )
                     for index in range(params.n)
@@ -132,7 +132,7 @@ class RequestMaker:
         self._num_prompts, self._num_requests = self._num_prompts + len(token_lists), number
         return made
 
-    def _settled(self, place: int, prompt_ids: list[int], params: SamplingParams) -> SamplingParams:
+    def _resolved(self, place: int, prompt_ids: list[int], params: SamplingParams) -> SamplingParams:
         """The parameters of one result, within what the model and the cache allow."""
         config, num_prompt = self._config, len(prompt_ids)
         vocab_size = config.model.vocab_size

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from antiphon.config.engine_config import ResolvedConfig
-from antiphon.planning import SettledPolicy
+from antiphon.planning import ResolvedPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class EngineStats:
     last_plan: str
 
     @staticmethod
-    def of(config: ResolvedConfig, policy: SettledPolicy, by_rank: Sequence[dict[str, Any]]) -> EngineStats:
+    def of(config: ResolvedConfig, policy: ResolvedPolicy, by_rank: Sequence[dict[str, Any]]) -> EngineStats:
         """From `StepEngine.statistics` of every rank. policy: by which the ranks decide now."""
         first = by_rank[0]
         blocks = {name: sum(rank["kv_blocks"][name] for rank in by_rank) for name in ("total", "free")}

@@ -6,8 +6,8 @@
     CPUs                                  off
     CPUs, the link is simulated           split from 512 tokens in prefill and 32 in decode
 
-tests/planning/test_settle_policy.py has what the rule loses against the better of serial and split, over all step times
-in benchmarks/results.
+tests/planning/test_resolve_policy.py has what the rule loses against the better of serial and split, over all step
+times in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Conditions:
 
 
 @dataclass(frozen=True, slots=True)
-class SettledPolicy:
+class ResolvedPolicy:
     """A policy of which `auto` leaves nothing open. cause: why `auto` chose so; "" if it was not asked."""
 
     policy: OverlapPolicy
@@ -44,15 +44,15 @@ class SettledPolicy:
         return f"{'off' if self.policy.dbo == 'off' else self.policy.describe_thresholds()}: {self.cause}"
 
 
-def settle_policy(policy: OverlapPolicy, conditions: Conditions) -> SettledPolicy:
+def resolve_policy(policy: OverlapPolicy, conditions: Conditions) -> ResolvedPolicy:
     """What `auto` is under these conditions; other policies stay as they are.
 
     A threshold that the user gives holds for its kind of step, prefill or decode, and `auto` decides about the other.
     """
     if policy.dbo != "auto":
-        return SettledPolicy(policy)
+        return ResolvedPolicy(policy)
     if conditions.data_path is DataPath.NONE:
-        return SettledPolicy(replace(policy, dbo="off"), "one rank has no communication to hide")
+        return ResolvedPolicy(replace(policy, dbo="off"), "one rank has no communication to hide")
     prefill, decode, cause = _rule(conditions)
     asked = [
         kind
@@ -60,8 +60,8 @@ def settle_policy(policy: OverlapPolicy, conditions: Conditions) -> SettledPolic
         if threshold is not None
     ]
     if not asked and prefill == decode == NEVER:
-        return SettledPolicy(replace(policy, dbo="off"), cause)
-    settled = replace(
+        return ResolvedPolicy(replace(policy, dbo="off"), cause)
+    resolved = replace(
         policy,
         prefill_threshold=prefill if policy.prefill_threshold is None else policy.prefill_threshold,
         decode_threshold=decode if policy.decode_threshold is None else policy.decode_threshold,
@@ -70,7 +70,7 @@ def settle_policy(policy: OverlapPolicy, conditions: Conditions) -> SettledPolic
         cause = "as asked"
     elif asked:
         cause = f"{asked[0]} as asked, and {cause}"
-    return SettledPolicy(settled, cause)
+    return ResolvedPolicy(resolved, cause)
 
 
 def _rule(conditions: Conditions) -> tuple[int, int, str]:

@@ -17,7 +17,7 @@ from antiphon.bench.conditions import (
     parse_names,
     parse_sizes,
     rank_environment,
-    settle_transports,
+    resolve_transports,
     write_json,
 )
 from antiphon.cli import app
@@ -67,10 +67,10 @@ def test_one_rank_is_refused() -> None:
 
 
 def test_transports_asked_for_are_taken_as_they_are() -> None:
-    names = settle_transports("alltoall,simulated:allgather:1GB/s:1ms", device="cpu", ranks=2, peer_access=True)
+    names = resolve_transports("alltoall,simulated:allgather:1GB/s:1ms", device="cpu", ranks=2, peer_access=True)
     assert names == ["alltoall", "simulated:allgather:1GB/s:1ms"]
     with pytest.raises(OptionError, match="did you mean 'alltoall'"):
-        settle_transports("alltoal", device="cpu", ranks=2, peer_access=True)
+        resolve_transports("alltoal", device="cpu", ranks=2, peer_access=True)
 
 
 def test_without_peer_access_nccl_is_told() -> None:

@@ -13,11 +13,11 @@ import torch
 from antiphon import LLM, SamplingParams
 from antiphon.comm import DataPath
 from antiphon.config import engine_config as config_module
-from antiphon.config import resolve as settle
+from antiphon.config import resolve
 from antiphon.config.cache import CacheSize
 from antiphon.config.describe import describe_config
 from antiphon.config.engine_config import EngineConfig, ResolvedConfig
-from antiphon.config.resolve import DEVICE_VARIABLE, settle_device, settle_peer_access
+from antiphon.config.resolve import DEVICE_VARIABLE, resolve_device, resolve_peer_access
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.policy import NEVER, OverlapPolicy
 from antiphon.core.warn_once import warn_once
@@ -33,7 +33,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def machine_with(monkeypatch: pytest.MonkeyPatch, num_cuda: int) -> None:
-    monkeypatch.setattr(settle, "num_devices", lambda kind: num_cuda if kind == "cuda" else 1)
+    monkeypatch.setattr(resolve, "num_devices", lambda kind: num_cuda if kind == "cuda" else 1)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_device(
     machine_with(monkeypatch, num_cuda)
     if variable is not None:
         monkeypatch.setenv(DEVICE_VARIABLE, variable)
-    assert settle_device(device, ranks)[0] == expected
+    assert resolve_device(device, ranks)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_device_that_cannot_be_had(
     if variable is not None:
         monkeypatch.setenv(DEVICE_VARIABLE, variable)
     with pytest.raises(OptionError, match=pattern):
-        settle_device(device, 2)
+        resolve_device(device, 2)
 
 
 @pytest.mark.parametrize(
@@ -116,15 +116,15 @@ def test_auto_says_once_that_gpus_are_left_idle(
 ) -> None:
     warn_once.cache_clear()
     machine_with(monkeypatch, num_cuda)
-    monkeypatch.setattr(settle, "nvidia_gpus", lambda: idle)
+    monkeypatch.setattr(resolve, "nvidia_gpus", lambda: idle)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for _ in range(2):
-        settle_device("auto", ranks)
-    settle_device("cpu", ranks)  # as asked
+        resolve_device("auto", ranks)
+    resolve_device("cpu", ranks)  # as asked
     assert len(caplog.messages) == bool(said)
     for part in [*said, "orders of magnitude"] if said else []:
         assert part in caplog.messages[0]
@@ -134,8 +134,8 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
     machine_with(monkeypatch, 1)
     config = EngineConfig().resolve()
     assert (config.device_kind, config.dtype_name, config.cache) == ("cuda", "bfloat16", None)
-    assert ("device", "cuda", "CUDA devices: 1, ranks: 1") in config.settled()
-    assert ("dtype", "bfloat16", "what GPUs compute fastest") in config.settled()
+    assert ("device", "cuda", "CUDA devices: 1, ranks: 1") in config.chosen()
+    assert ("dtype", "bfloat16", "what GPUs compute fastest") in config.chosen()
     described = dict(describe_config(config))
     assert described["ranks"].startswith("1 on cuda, ")
     assert described["KV cache"].startswith("measured when the weights are loaded")
@@ -204,7 +204,7 @@ def test_the_ready_message_carries_the_cache() -> None:
 def test_peer_access(asked: bool, variable: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if variable is not None:
         monkeypatch.setenv("NCCL_P2P_DISABLE", variable)
-    assert settle_peer_access(asked) is expected
+    assert resolve_peer_access(asked) is expected
     options = EngineConfig(peer_access=asked, device="cpu").resolve().options
     assert options.peer_access is expected
     assert (_environment(options).get("NCCL_P2P_DISABLE") == "1") is not expected
@@ -322,7 +322,7 @@ def test_auto_is_open_until_the_ranks_have_looked(
     config = EngineConfig(ranks=2).resolve()
     assert config.policy == OverlapPolicy()
     assert dict(describe_config(config))["dbo"] == (
-        "auto: settled when the ranks know whether their devices reach each other"
+        "auto: resolved when the ranks know whether their devices reach each other"
     )
     cache = CacheSize(num_blocks=10, source="a test")
     with caplog.at_level(logging.INFO):

@@ -57,9 +57,9 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def make_request(prompt_ids: Sequence[int] = (1, 2, 3), **params: Any) -> Request:
-    settled = SamplingParams(**params)
-    max_tokens = settled.max_tokens or 1
-    return Request(request_id=5, prompt_ids=tuple(prompt_ids), params=settled, max_tokens=max_tokens, seed=0)
+    resolved = SamplingParams(**params)
+    max_tokens = resolved.max_tokens or 1
+    return Request(request_id=5, prompt_ids=tuple(prompt_ids), params=resolved, max_tokens=max_tokens, seed=0)
 
 
 def outputs_of(token_ids: Sequence[int], *, end: str = "length", stop_reason: int | None = None) -> list[TokenOutput]:

@@ -20,7 +20,7 @@ from antiphon.bench.ranks import run_on_ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommOptions:
-    """A settled `antiphon bench comm`."""
+    """A resolved `antiphon bench comm`."""
 
     ranks: int
     device: str

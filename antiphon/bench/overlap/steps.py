@@ -35,7 +35,7 @@ class OutputsDiffer(AntiphonError, RuntimeError):  # noqa: N818 (says what is th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapOptions:
-    """A settled `antiphon bench overlap`."""
+    """A resolved `antiphon bench overlap`."""
 
     model: str
     ranks: int

@@ -13,7 +13,7 @@ import pytest
 from antiphon.comm import DataPath, parse_transport
 from antiphon.core.plan import Proposal
 from antiphon.core.policy import NEVER, OverlapPolicy
-from antiphon.planning import Conditions, decide, settle_policy
+from antiphon.planning import Conditions, decide, resolve_policy
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -41,8 +41,8 @@ ONE_CPU, ONE_GPU = (Conditions(device_kind=kind, data_path=DataPath.NONE) for ki
     ],
 )
 def test_where_auto_is_off(conditions: Conditions, reason: str) -> None:
-    settled = settle_policy(AUTO, conditions)
-    assert (settled.policy, settled.reason) == (OverlapPolicy(dbo="off"), reason)
+    resolved = resolve_policy(AUTO, conditions)
+    assert (resolved.policy, resolved.reason) == (OverlapPolicy(dbo="off"), reason)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_where_auto_is_off(conditions: Conditions, reason: str) -> None:
     ],
 )
 def test_from_when_on_auto_splits(conditions: Conditions, prefill: int, decode: int, reason: str) -> None:
-    settled = settle_policy(AUTO, conditions)
-    policy = settled.policy
-    assert (policy.dbo, settled.reason) == ("auto", reason)
+    resolved = resolve_policy(AUTO, conditions)
+    policy = resolved.policy
+    assert (policy.dbo, resolved.reason) == ("auto", reason)
     for decode_only, threshold in ((False, prefill), (True, decode)):
         assert policy.threshold(decode_only=decode_only) == threshold
         assert kind_of_step(policy, threshold, decode_only=decode_only) == "dual"
@@ -108,11 +108,11 @@ def test_from_when_on_auto_splits(conditions: Conditions, prefill: int, decode: 
 def test_thresholds_of_the_user_hold_under_auto(
     conditions: Conditions, asked: dict[str, int], prefill: int, decode: int, reason: str | None
 ) -> None:
-    settled = settle_policy(OverlapPolicy(**asked), conditions)
-    policy = settled.policy
+    resolved = resolve_policy(OverlapPolicy(**asked), conditions)
+    policy = resolved.policy
     assert policy.dbo == "auto"
     assert (policy.threshold(decode_only=False), policy.threshold(decode_only=True)) == (prefill, decode)
-    assert reason is None or settled.reason == reason
+    assert reason is None or resolved.reason == reason
     for decode_only, threshold in ((False, prefill), (True, decode)):
         expected = "serial" if threshold == NEVER else "dual"
         assert kind_of_step(policy, 100_000, decode_only=decode_only) == expected
@@ -120,7 +120,7 @@ def test_thresholds_of_the_user_hold_under_auto(
 
 @pytest.mark.parametrize("conditions", [ONE_CPU, ONE_GPU])
 def test_one_rank_has_nothing_to_hide_whatever_the_thresholds(conditions: Conditions) -> None:
-    assert settle_policy(OverlapPolicy(prefill_threshold=5), conditions).policy.dbo == "off"
+    assert resolve_policy(OverlapPolicy(prefill_threshold=5), conditions).policy.dbo == "off"
 
 
 @pytest.mark.parametrize("conditions", [PEERS, THROUGH_HOST, CPUS, SIMULATED, ONE_CPU, ONE_GPU])
@@ -133,14 +133,14 @@ def test_one_rank_has_nothing_to_hide_whatever_the_thresholds(conditions: Condit
     ],
 )
 def test_on_and_off_stay_as_they_are(policy: OverlapPolicy, conditions: Conditions) -> None:
-    settled = settle_policy(policy, conditions)
-    assert (settled.policy, settled.reason) == (policy, "as asked")
+    resolved = resolve_policy(policy, conditions)
+    assert (resolved.policy, resolved.reason) == (policy, "as asked")
 
 
 @pytest.mark.parametrize("conditions", [PEERS, THROUGH_HOST, CPUS, SIMULATED])
 def test_other_options_are_kept(conditions: Conditions) -> None:
     asked = OverlapPolicy(split="request-boundary", micro_batches=3, imbalance_ratio=0.2, min_total_tokens=9)
-    policy = settle_policy(asked, conditions).policy
+    policy = resolve_policy(asked, conditions).policy
     kept = replace(policy, dbo="auto", prefill_threshold=None, decode_threshold=None)
     assert kept == asked
 
@@ -169,8 +169,8 @@ class Cell:
 
     def loss(self, policy: OverlapPolicy) -> float:
         """What this policy's choice takes longer than the better one, as a share."""
-        settled = settle_policy(policy, self.conditions).policy
-        chosen = self.S if kind_of_step(settled, self.tokens, ranks=self.ranks) == "serial" else self.D
+        resolved = resolve_policy(policy, self.conditions).policy
+        chosen = self.S if kind_of_step(resolved, self.tokens, ranks=self.ranks) == "serial" else self.D
         return chosen / min(self.S, self.D) - 1
 
 
