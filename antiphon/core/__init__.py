@@ -1,0 +1,1 @@
+"""Data and errors that all rooms share: batches, plans, policies, sampling parameters. It imports no other room."""

@@ -165,11 +165,15 @@ class Warned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The rank is about to end. `kind` is the class of the error, `traceback` is for the log."""
+    """The rank is about to end.
+
+    kind: the class of the error. fields: those of an `AntiphonError`, to make it anew. traceback: for the log.
+    """
 
     kind: str
     message: str
     traceback: str
+    fields: dict[str, Any] = {}  # msgspec copies it
 
 
 FromWorker = Starting | Loaded | Ready | Tokens | Answer | Warned | Failed

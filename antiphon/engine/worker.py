@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -40,13 +41,13 @@ from antiphon.engine.messages import (
     Throttle,
     Tokens,
     ToWorker,
+    Warned,
     Work,
     decode_to_worker,
     encode,
     keep_all,
 )
 from antiphon.engine.step import StepEngine
-from antiphon.engine.worker_warnings import KeptWarnings
 from antiphon.models import MatchedFiles
 
 logger = logging.getLogger("antiphon.engine.worker")
@@ -78,6 +79,25 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     def resolve(self) -> ResolvedConfig:
         """In a worker: the front's configuration again, without a look at weights. Raises as `EngineConfig.resolve`."""
         return self.options.resolve(matched=self.matched).with_end_tokens(self.eos_token_ids)
+
+
+class KeptWarnings(logging.Handler):
+    """Keeps what is logged as a warning until it is sent: nobody reads the log of a worker while all is well.
+
+    Errors are left out: `Failed` brings them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._kept: deque[Warned] = deque()  # loggers may be used by any thread
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            self._kept.append(Warned(logger=record.name, text=record.getMessage()))
+
+    def take(self) -> list[Warned]:
+        """What has come since the last call."""
+        return [self._kept.popleft() for _ in range(len(self._kept))]
 
 
 class Worker:
@@ -162,8 +182,7 @@ def main() -> int:
         _serve(socket, arguments.rank, arguments.folder)
     except Exception as error:
         logger.exception("rank %d fails", arguments.rank)
-        message = str(error) if isinstance(error, AntiphonError) else f"{type(error).__name__}: {error}"
-        _send(socket, Failed(kind=type(error).__name__, message=message, traceback=traceback.format_exc()))
+        _send(socket, _failed(error))
         exit_code = 1
     else:
         exit_code = 0
@@ -229,6 +248,13 @@ def read_report(rank: int, folder: Path) -> Failed | None:
 
 def _report_file(rank: int, folder: Path) -> Path:
     return folder / f"failed-rank{rank}.json"
+
+
+def _failed(error: Exception) -> Failed:
+    kind, trace = type(error).__name__, traceback.format_exc()
+    if isinstance(error, AntiphonError):
+        return Failed(kind=kind, message=str(error), traceback=trace, fields=error.fields())
+    return Failed(kind=kind, message=f"{kind}: {error}", traceback=trace)
 
 
 def _threads_per_rank(ranks: int) -> int:

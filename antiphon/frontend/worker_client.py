@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,13 +35,24 @@ from antiphon.engine.messages import (
 )
 from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.engine.worker import START_S, WorkerStart
-from antiphon.engine.worker_warnings import SaidOnce
 from antiphon.frontend.worker_processes import WorkerProcesses
 from antiphon.timeline import StepTimeline
 
 _POLL_MS = 100
 _CAUSE_S = 2.0  # how long other ranks get to report before the cause of a failure is named
 _STOP_S = 5.0
+
+
+class SaidOnce:
+    """Logs each warning of the ranks once, however many of them have it."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, warned: Warned) -> None:
+        if warned.text not in self._said:
+            self._said.add(warned.text)
+            logging.getLogger(warned.logger).warning("%s", warned.text)
 
 
 class WorkerClient:
@@ -278,7 +290,7 @@ class WorkerClient:
         kind = {"ModelError": ModelError, "OptionError": OptionError}.get(failure.kind)
         if kind is not None:
             self._end(failure.message)
-            return kind(failure.message)
+            return kind(**(failure.fields or {"fact": failure.message}))
         error = self._end(f"rank {rank} failed during {what}: {failure.message}")
         if failure.traceback:
             error.add_note(f"On rank {rank}:\n{failure.traceback}")

@@ -14,8 +14,8 @@ from antiphon.core.plan import Plan
 from antiphon.engine.messages import Stop, Tokens, Warned, Work, decode_from_worker, encode
 from antiphon.engine.scheduling.request import NewToken, TokenOutput
 from antiphon.engine.step import StepResult
-from antiphon.engine.worker import Worker
-from antiphon.engine.worker_warnings import KeptWarnings, SaidOnce
+from antiphon.engine.worker import KeptWarnings, Worker
+from antiphon.frontend.worker_client import SaidOnce
 
 BUSY = Plan(part_tokens=((3,),), reason="test")
 IDLE = Plan(part_tokens=((0,),), reason="test", idle=True)

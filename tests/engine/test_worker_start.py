@@ -22,6 +22,7 @@ from antiphon.engine.worker import WorkerStart
 from antiphon.frontend.worker_processes import WorkerProcesses
 from antiphon.models import Checkpoint, MatchedFiles
 from tests.support.checkpoints import copy_bundled
+from tests.support.errors import raises
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -190,5 +191,6 @@ def test_a_file_that_goes_before_the_ranks_start(folder: Path, monkeypatch: pyte
         really_start(processes)
 
     monkeypatch.setattr(WorkerProcesses, "start", start)
-    with pytest.raises(ModelError, match=r"model-00002-of-00002.safetensors does not exist, though the index names it"):
+    with raises(ModelError, "model-00002-of-00002.safetensors") as raised:
         LLM(str(folder), ranks=2, device="cpu", max_model_len=64)
+    assert raised.error.remedy and raised.error.remedy not in raised.error.fact, "its fields came from the worker"

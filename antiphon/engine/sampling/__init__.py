@@ -1,1 +1,1 @@
-"""From hidden states to tokens and their log probabilities."""
+"""From hidden states to tokens and their log probabilities: `Sampler`, called once a step."""
