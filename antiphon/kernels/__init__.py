@@ -1,4 +1,4 @@
 """Computation on tensors, without state: each function is a plain-torch reference that any device can run.
 
-Kernels written for a device stand beside the reference that they are tested against.
+Where there is a fused kernel for CUDA devices, `dispatch.fused` finds it behind the name of its reference.
 """

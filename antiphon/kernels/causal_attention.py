@@ -1,10 +1,10 @@
-"""Causal attention of the last tokens of a text: torch's fused kernels where one of them can, else in pieces.
+"""Causal attention of the last tokens of a sequence: by one of torch's fused kernels if possible, else in pieces.
 
-torch's kernels take a causal mask without a tensor where there is no context. With one, only the flash kernel does, by
-an operator of its own: `torch.nn.attention.bias` calls the same one, but brings torch's compiler with it (a second and
-more in the middle of serving) and reserves memory of the host for the whole mask.
+Without context, all of torch's kernels are causal without a mask tensor. With context only the flash kernel is, through
+an operator of its own. `torch.nn.attention.bias` calls the same operator, but imports torch's compiler (a second or
+more in the middle of serving) and allocates host memory for the whole mask.
 
-Shapes: `N` texts, `H` query heads, `G` key/value heads, `S` new tokens, `L` tokens of context and new ones, `Q`
+Shapes: `N` sequences, `H` query heads, `G` key/value heads, `S` new tokens, `L` tokens of context and new ones, `Q`
 dimensions of queries and keys, `V` of values.
 """
 
@@ -17,10 +17,10 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from antiphon.core.warn_once import warn_once
 
 MOST_POSITIONS = 1 << 18
-"""Positions of decoding requests gathered at once, padded to the longest: 512 MiB at 1,024 bfloat16 a position."""
+"""Positions of decoding requests gathered at once, padded to the longest: 512 MiB at 1,024 bfloat16 numbers each."""
 
 _MOST_MASKED = 1 << 22
-"""Pairs of a new token and a token that it may see, of one piece; where scores are stored, of each head."""
+"""Pairs of a new token and a token that it may see in one piece; where scores are materialized, per head."""
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _FLASH_ALIGNMENT = 8  # of the dimensions of a head
@@ -29,7 +29,7 @@ _FLASH_ALIGNMENT = 8  # of the dimensions of a head
 def causal_attention(
     q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor, value_NGLV: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention of the last `S` of `L` tokens, the last of which sees all: [N, H, S, V]. The host does not wait.
+    """Attention of the last `S` of `L` tokens, where the last token sees all: [N, H, S, V]. The host does not wait.
 
     Query head h uses key/value head h // (H / G).
     """
@@ -54,7 +54,7 @@ def causal_attention_reference(
     *,
     most_masked: int = _MOST_MASKED,
 ) -> torch.Tensor:
-    """The same with masks that are stored, one piece of the new tokens after the other. Any device and dtype."""
+    """The same with explicit masks, one piece of the new tokens after the other, for any device and dtype."""
     num_new, length = q_NHSQ.shape[2], key_NGLQ.shape[2]
     context, step = length - num_new, max(1, most_masked // length)
     pieces = []
@@ -73,7 +73,7 @@ def _warn_of_pieces(dtype: torch.dtype, head_size: int) -> None:
     warn_once(
         f"prompts with context are attended to in pieces on a GPU, because torch's flash kernel does not take heads of "
         f"{head_size} dimensions in {kind} here",
-        cost="masks are stored, and kernels are slower and more",
+        cost="masks are materialized, and there are more and slower kernels",
         remedy=f"use {other if dtype in _FLASH_DTYPES else 'bfloat16 where speed matters'}",
     )
 
@@ -111,7 +111,7 @@ def _takes_flash(q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor, value_NGLV: torch
 def request_groups(num_requests: int, length: int, most_positions: int) -> list[slice]:
     """Slices of decoding requests that bound the memory of attention over gathered blocks.
 
-    Each has at most `most_positions` padded positions, but one request at least.
+    Each has at least one request, and apart from that at most `most_positions` padded positions.
     """
     step = max(1, most_positions // max(1, length))
     return [slice(start, min(start + step, num_requests)) for start in range(0, num_requests, step)]

@@ -32,7 +32,7 @@ class Kernel(Generic[P, R]):
     """A function on tensors with a plain-torch reference and a fused twin for CUDA devices.
 
     Its first argument is a tensor, given by position, whose device decides. Where the twin wants one dtype for several
-    tensors and they differ, the reference runs on the GPU too, and that is said once.
+    tensors and they differ, the reference runs on the GPU too, with one warning.
     """
 
     def __init__(self, reference: Callable[P, R], module: str, one_dtype: tuple[str, ...]) -> None:

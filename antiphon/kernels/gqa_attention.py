@@ -53,8 +53,8 @@ def decode_attention(
     """Attention of one new token for each of `N` requests: [N, H, Q].
 
     seq_lens_N counts the new token, whose keys and values are in the cache already; 0 gives zeros. The host does not
-    wait: the lengths stay on the device, and whatever lies behind them in the blocks is hidden. All texts are padded to
-    the longest one; most_positions bounds how many are gathered at once.
+    wait: the lengths stay on the device, and whatever follows them in the blocks is masked. All sequences are padded to
+    the longest one; most_positions bounds how many positions are gathered at once.
     """
     groups = request_groups(q_NHQ.shape[0], block_table_NB.shape[1] * cache_blocks.shape[1], most_positions)
     parts = [_decode(q_NHQ[some], cache_blocks, block_table_NB[some], seq_lens_N[some], scale) for some in groups]
@@ -79,6 +79,6 @@ def _decode(
     scores_NGhL = scores_NGhL.masked_fill(hidden_N1L1.transpose(2, 3), float("-inf"))
     weights_NGhL = scores_NGhL.softmax(dim=-1, dtype=wide).to(q_NHQ.dtype)
     weights_NGhL = weights_NGhL.masked_fill(hidden_N1L1.transpose(2, 3), 0)  # nan where the length is 0
-    # Unused places may hold anything, infinities too: 0 * inf would be nan.
+    # Unused slots may hold anything, even infinities: 0 * inf would be nan.
     out_NGhQ = torch.matmul(weights_NGhL, value_NGLQ.masked_fill(hidden_N1L1, 0))
     return out_NGhQ.reshape(num_requests, num_heads, head_size)

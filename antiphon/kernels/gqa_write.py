@@ -1,6 +1,6 @@
 """From the merged projection of grouped-query attention to its queries, keys and values, and into the paged cache.
 
-On a CUDA device one pass: norm of queries and keys, rotary embedding, and the write of keys and values.
+The fused twin does the norms, the rotary embedding and the write of keys and values in one pass.
 
 Shapes: `T` tokens, `H` query heads, `G` key/value heads, `Q` dimensions of a head, `P` pairs of rotary dimensions (the
 first 2P of a head), `X` = (H + 2G)Q: the queries of a token, then its keys, then its values.
@@ -37,10 +37,10 @@ def norm_rotate_write(
     head_size: int,
     norms: HeadNorms | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [T, H, Q], keys and values [T, G, Q], ready for attention; the cache has the keys and values after it.
+    """Queries [T, H, Q], keys and values [T, G, Q], ready for attention; also writes keys and values to the cache.
 
-    The results are views of `qkv_TX`, which is changed, or new: what it held is lost. norms: applied before rotating,
-    rounded as `rms_norm` does; None for none. Pairs are (x0, xP), (x1, xP+1), ...
+    The results may be views of `qkv_TX`, whose contents are lost. norms: applied before rotating, rounded as `rms_norm`
+    does; None without them. Pairs are (x0, xP), (x1, xP+1), ...
     cache_blocks: [num_blocks, block_size, 2GQ], contiguous. slots_T: int64, block * block_size + offset, all different.
     """
     num_heads = qkv_TX.shape[1] // head_size - 2 * num_kv_heads

@@ -1,7 +1,7 @@
-"""The experts of one rank over the rows it received: sort by expert, two grouped products, add up.
+"""The experts of one rank over the rows it received: sort by expert, two grouped GEMMs, weighted sum.
 
 Shapes: `R` rows, `K` experts per token, `E` experts of this rank, `D` hidden size, `F` expert width,
-`X` (row, expert) pairs that this rank computes, `G` = 2F (gate and up), `N` outputs of a product.
+`X` (row, expert) pairs that this rank computes, `G` = 2F (gate and up), `N` outputs of a GEMM.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.dispatch import fused
 
-_ALIGNMENT_BYTES = 16  # torch's grouped product needs it of the strides
-_GROUPED_KERNELS = (9, 10)  # major compute capabilities that torch has a grouped kernel for, up to 2.14
+_ALIGNMENT_BYTES = 16  # torch's grouped GEMM requires it of the strides
+_GROUPED_KERNELS = (9, 10)  # major compute capabilities for which torch up to 2.14 has a grouped kernel
 _MAX_VIEWS = 1024
-_LOOP_COST = "one product after the other, and the host waits for the device in every layer"
+_LOOP_COST = "one GEMM after the other, and the host waits for the device in every layer"
 
 
 class ExpertWorkspace:
-    """Buffers that only grow, for `grouped_experts` on a CUDA device; elsewhere it is not used.
+    """Buffers that `grouped_experts` keeps between calls on a CUDA device; they only grow.
 
-    All lanes and all layers of a rank may share one: lanes queue their expert computation on the one compute stream, so
-    a call's first kernel runs after the last kernel of the call before it, and nothing in here outlives a call: the
-    result is the caller's. Computation on two streams needs a workspace each.
+    All lanes and layers of a rank may share one. Lanes queue their expert computation on the same compute stream, so
+    the kernels of two calls never overlap, and nothing in here outlives a call. Computation on two streams needs two
+    workspaces.
 
     max_pairs: (row, expert) pairs, local or not, that one pass handles; more rows take several passes over the weights.
     It bounds the memory: buffers are sized for the case that all of them are local.
@@ -38,13 +38,13 @@ class ExpertWorkspace:
         self._views: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The first numbers of a buffer, contents undefined; valid until the next `get` of that name."""
+        """A view of a buffer, contents undefined; valid until the next `get` of that name."""
         return self.get_shared(name, (shape,), dtype, device)[0]
 
     def get_shared(
         self, name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, ...]:
-        """Several views of the same memory; for one tensor after the other."""
+        """Several views of the same memory, to be used one after the other."""
         key = (name, shapes, dtype, device)
         views = self._views.get(key)
         if views is None:
@@ -67,7 +67,7 @@ class ExpertWorkspace:
 
     @property
     def num_bytes(self) -> int:
-        """Held now."""
+        """Bytes held by all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
@@ -86,11 +86,11 @@ def grouped_experts(
     """Weighted sum over this rank's experts of `down(silu(gate x) * up x)`, for every row: [R, D] in x's dtype.
 
     x_RD, weights_RK and ids_RK may be views of the packed rows of a slab. ids_RK: int64 or int32; this rank holds the
-    experts from `first_expert` on, and any other id, -1 for one, is another rank's. weights_RK: float32 (or float64).
+    experts from `first_expert` on, and any other id, such as -1, is another rank's. weights_RK: float32 (or float64).
     gate_up_EGD: [E, 2F, D], gate rows above up rows. down_EDF: [E, D, F].
     Products are in x's dtype, the sum over experts in float32 at least. A row without local experts is zero.
-    The result is written into `out_RD` if that is given, else new and the caller's; safe on the stream that is current.
-    workspace: memory kept from call to call, on CUDA devices; without it a call allocates its own.
+    The result is written into `out_RD` if given, else it is new; it is the caller's, and safe on the current stream.
+    workspace: memory kept between calls, on CUDA devices; without it a call allocates its own.
     """
     if x_RD.shape[0] == 0:
         return x_RD.new_empty(x_RD.shape) if out_RD is None else out_RD
@@ -112,11 +112,11 @@ def grouped_experts(
 def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """`x @ weight[e].T` for the rows of each expert e, which end at `ends_E[e]`: [X, N].
 
-    Rows behind the last end are undefined. On a CUDA device only bfloat16 runs without waiting for the host.
+    Rows after the last end are undefined. On a CUDA device, the host waits for it unless the dtype is bfloat16.
     """
     number_bytes = x_XD.element_size()
     unaligned = x_XD.shape[1] * number_bytes % _ALIGNMENT_BYTES or weight_END.shape[1] * number_bytes % _ALIGNMENT_BYTES
-    # On CUDA devices torch has a grouped kernel for bfloat16 only; what it does with other types has changed.
+    # On CUDA devices torch has a grouped kernel for bfloat16 only; its handling of other dtypes varies by version.
     in_a_loop = x_XD.dtype != torch.bfloat16 if x_XD.is_cuda else x_XD.dtype == torch.float64
     if x_XD.is_cuda:
         _warn_of_loop(x_XD.dtype, bool(unaligned), _major(x_XD.device))
@@ -128,17 +128,17 @@ def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.
 
 @lru_cache(maxsize=64)
 def _warn_of_loop(dtype: torch.dtype, unaligned: bool, major: int) -> None:
-    """On a GPU: say so if the experts run one by one there, in our loop or in torch's own."""
+    """Warn if the experts run one by one on a GPU, in the loop below or in torch's own."""
     if dtype != torch.bfloat16:
         kind = str(dtype).removeprefix("torch.")
         warn_once(
             f"experts run one by one on a GPU in {kind}", cost=_LOOP_COST, remedy="use bfloat16 where speed matters"
         )
     elif unaligned:
-        fact = f"experts run one by one on a GPU, because their widths are no multiples of {_ALIGNMENT_BYTES} bytes"
+        fact = f"experts run one by one on a GPU, because their widths are not multiples of {_ALIGNMENT_BYTES} bytes"
         warn_once(fact, cost=_LOOP_COST, remedy="use a model with wider experts, or pad them with zeros")
     elif major not in _GROUPED_KERNELS:
-        fact = f"experts run one by one on a GPU, because torch has no grouped product for compute capability {major}.x"
+        fact = f"experts run one by one on a GPU, because torch has no grouped GEMM for compute capability {major}.x"
         warn_once(fact, cost=_LOOP_COST, remedy="use a GPU of compute capability 9 or 10")
 
 
@@ -148,7 +148,7 @@ def _major(device: torch.device) -> int:
 
 
 def grouped_product_reference(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """The same as a loop over experts: any dtype, any size."""
+    """The same as a loop over experts, for any dtype and size."""
     out_XN = x_XD.new_empty(x_XD.shape[0], weight_END.shape[1])
     start = 0
     for expert, end in enumerate(ends_E.tolist()):

@@ -1,6 +1,6 @@
 """From the projection of latent attention to latents with their rotary keys, and into the paged cache.
 
-On a CUDA device one pass: norm of the latents, rotary embedding of the keys, and the write.
+The fused twin does the norm of the latents, the rotary embedding of the keys and the write in one pass.
 
 Shapes: `T` tokens, `C` latent size, `P` pairs of rotary dimensions, `X` = C + 2P.
 """
@@ -26,7 +26,7 @@ def norm_rotate_write_latents(
     *,
     interleaved: bool,
 ) -> torch.Tensor:
-    """Latents [T, C + 2P] as the cache keeps them, new and contiguous; the cache has them after it.
+    """Latents [T, C + 2P] as the cache keeps them, new and contiguous; also writes them to the cache.
 
     latent_TX: may have gaps between rows. interleaved: see `apply_rope`; the norm is `rms_norm`.
     cache_blocks: [num_blocks, block_size, C + 2P], contiguous.

@@ -21,9 +21,9 @@ from antiphon.core.warn_once import warn_once
 from antiphon.kernels.causal_attention import MOST_POSITIONS, causal_attention, request_groups
 
 MOST_EXPANDED = 1 << 20
-"""Heads by positions whose keys and values exist at once: 1.25 GiB in bfloat16 at DeepSeek's sizes, padding included.
+"""Heads times positions whose keys and values exist at once: 1.25 GiB in bfloat16 at DeepSeek's sizes with padding.
 
-8,192 tokens of 128 heads are as many, so prompts without context are not cut.
+That is 8,192 tokens of 128 heads, so prompts without context are not cut.
 """
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -49,9 +49,9 @@ def prefill_attention(
 ) -> torch.Tensor:
     """Causal attention of the last `S` of `L` tokens of `N` requests: [N, S, H, V].
 
-    q_NSHQ: [N, S, H, Q + P2], rotary part behind. latents_NLC: [N, L, C + P2] of all `L` tokens.
+    q_NSHQ: [N, S, H, Q + P2], rotary part last. latents_NLC: [N, L, C + P2] of all `L` tokens.
     up_HXC: [H, Q + V, C], from a latent to the key and the value of each head, contiguous.
-    most_expanded bounds the keys and values that exist at once, for long contexts: some heads after the others.
+    most_expanded bounds the keys and values that exist at once: a long context is computed a few heads at a time.
     """
     groups = _head_groups(up_HXC.shape[0], latents_NLC.shape[0] * latents_NLC.shape[1], most_expanded)
     parts = [_prefill(q_NSHQ[:, :, heads], latents_NLC, up_HXC[heads], scale) for heads in groups]
@@ -59,7 +59,7 @@ def prefill_attention(
 
 
 def _head_groups(num_heads: int, num_positions: int, most_expanded: int) -> list[slice]:
-    """As few slices of the heads as can be, as even as can be; one head at least in each."""
+    """As few and as even slices of the heads as possible, with at least one head in each."""
     at_most = max(1, most_expanded // max(1, num_positions))
     num_groups = -(-num_heads // at_most)
     edges = [num_heads * number // num_groups for number in range(num_groups + 1)]
@@ -83,12 +83,12 @@ def _prefill(q_NSHQ: torch.Tensor, latents_NLC: torch.Tensor, up_HXC: torch.Tens
 
 
 def _takes_short_values(q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV: torch.Tensor) -> bool:
-    """Whether cuDNN, which does not mind that values are shorter than keys, has a kernel for them.
+    """Whether cuDNN, which accepts values that are shorter than keys, has a kernel for these.
 
-    On Hopper it took 0.4 of the time of the flash kernel that wants padding.
+    On Hopper it took 0.4 times as long as the flash kernel, which needs padded values.
     """
     if q_NHSQ.shape[2] != key_NHLQ.shape[2]:
-        return False  # its causal mask is that of a text without context
+        return False  # its causal mask assumes that there is no context
     if can_use_cudnn_attention(SDPAParams(q_NHSQ, key_NHLQ, value_NHLV, None, 0.0, True, False)):
         return True
     sizes = f"heads of {q_NHSQ.shape[3]} and {value_NHLV.shape[3]} dimensions"
@@ -103,7 +103,7 @@ def _takes_short_values(q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV
 def _causal_padded(
     q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """`causal_attention` by torch's flash kernels, which want values as long as keys."""
+    """`causal_attention` by torch's flash kernels, which need values as long as keys."""
     value_size = value_NHLV.shape[3]
     padded_NHLQ = F.pad(value_NHLV, (0, key_NHLQ.shape[3] - value_size))
     return causal_attention(q_NHSQ, key_NHLQ, padded_NHLQ, scale)[..., :value_size]
@@ -123,7 +123,7 @@ def decode_attention(
     """Attention of one new token for each of `N` requests, in latent space: [N, H, V].
 
     q_NHQ: [N, H, Q + P2]. seq_lens_N counts the new token, whose latent is in the cache already; 0 gives zeros. All
-    texts are padded to the longest one; most_positions bounds how many are gathered at once.
+    sequences are padded to the longest one; most_positions bounds how many positions are gathered at once.
     """
     groups = request_groups(q_NHQ.shape[0], block_table_NB.shape[1] * cache_blocks.shape[1], most_positions)
     parts = [
@@ -152,7 +152,7 @@ def _decode(
     scores_NHL = scores_NHL.masked_fill(hidden_NL.unsqueeze(1), float("-inf"))
     weights_NHL = scores_NHL.softmax(dim=-1, dtype=wide).to(q_NHQ.dtype)
     weights_NHL = weights_NHL.masked_fill(hidden_NL.unsqueeze(1), 0)  # nan where the length is 0
-    # Unused blocks may hold anything, infinities too: 0 * inf would be nan.
+    # Unused slots may hold anything, even infinities: 0 * inf would be nan.
     latents_NLC = latents_NLC[..., :latent_size].masked_fill(hidden_NL.unsqueeze(2), 0)
     context_NHC = torch.matmul(weights_NHL, latents_NLC)
     return torch.einsum("nhc,hvc->nhv", context_NHC, value_up_HVC)

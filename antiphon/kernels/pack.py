@@ -1,4 +1,4 @@
-"""Packing: tokens into the rows that they travel in, and partial sums back into one.
+"""Packing of tokens into the rows that are sent, and the sum of the partial sums that come back.
 
 Shapes: `T` tokens, `D` hidden size, `K` experts per token.
 """
@@ -21,7 +21,7 @@ def pack_rows(
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
 ) -> None:
-    """Write hidden states, routing weights and expert ids into packed rows: views with gaps between rows.
+    """Write hidden states, routing weights and expert ids into packed rows, given as views with gaps between rows.
 
     Numbers are converted to the dtypes of the outputs (ids from int64 to int32). The numbers of a row are contiguous.
     """
@@ -37,7 +37,7 @@ def add_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     if len(parts) == 1:
         return parts[0].clone()
-    if len(parts) == 2:  # an addition of two is computed wide and rounded once on every device
+    if len(parts) == 2:  # adding two is computed wide and rounded once on every device
         return torch.add(*parts)
     wide = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
     for part in parts[1:]:

@@ -13,7 +13,7 @@ from antiphon.kernels.dispatch import fused
 
 
 class Scoring(Enum):
-    """From logits to scores."""
+    """How scores are computed from logits."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -37,7 +37,7 @@ def choose_experts(
     """
     check_choice(logits_TE, top_k, scoring, bias_E)
     if scoring is Scoring.SOFTMAX:
-        scores_TE, choice_TE = logits_TE.softmax(-1), logits_TE  # logits keep an order that softmax may round away
+        scores_TE, choice_TE = logits_TE.softmax(-1), logits_TE  # softmax may round differences between logits away
     else:
         scores_TE = logits_TE.sigmoid()
         choice_TE = scores_TE if bias_E is None else scores_TE + bias_E

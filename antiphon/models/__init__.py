@@ -1,4 +1,8 @@
-"""Models: straight-line code, in which overlap is two `finish` calls of the MoE layer, and their checkpoints."""
+"""Models and their checkpoints: straight-line code in which overlap is the two `finish` calls of the MoE layer.
+
+`read_config`, `match_checkpoint`, `build_model` and `load_weights` make a model, in this order; `CausalLM` is what the
+engine then calls.
+"""
 
 from antiphon.models.architectures.registry import read_config
 from antiphon.models.build import build_model, expert_shape, num_parameters, skeleton, weight_bytes

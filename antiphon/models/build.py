@@ -1,4 +1,4 @@
-"""From a model's configuration to this rank's part of it, and to the sizes of any rank's part."""
+"""Building a rank's part of a model from its configuration, and the size of any rank's part."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from antiphon.runtime import CpuStreams
 
 
 def expert_shape(config: ModelConfig, dtype: torch.dtype) -> ExpertShape:
-    """The experts of a model, for its transport."""
+    """The shape of a model's experts, as its transport needs it."""
     return ExpertShape(num_experts=config.num_experts, top_k=config.top_k, hidden_size=config.hidden_size, dtype=dtype)
 
 
 def build_model(config: ModelConfig, transport: Transport, routing: RoutingSpec | None = None) -> Decoder:
-    """This rank's part of the model, weights not yet filled, in the dtype of the transport's shape, on its device.
+    """This rank's part of the model with uninitialized weights, on the transport's device and in its dtype.
 
-    routing: replaces the choice of every router, see `models.routing`.
+    routing: replaces the choice of every router, see `checkpoint.dummy_routing`.
     """
     with torch.device(transport.streams.device):
         model = Decoder(_decoder_config(config), transport)
@@ -45,7 +45,7 @@ def _route_by_table(model: Decoder, routing: RoutingSpec, transport: Transport) 
         rank=transport.group.rank,
         num_ranks=transport.group.size,
     )
-    on_device: dict[int, RouteTable] = {}  # a table that layers share is copied once, and looked up once a step
+    on_device: dict[int, RouteTable] = {}  # a table that layers share is copied once, and looked up once per step
     for number, table_NK in tables.items():
         if id(table_NK) not in on_device:
             on_device[id(table_NK)] = RouteTable(table_NK.to(transport.streams.device))
@@ -55,9 +55,9 @@ def _route_by_table(model: Decoder, routing: RoutingSpec, transport: Transport) 
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The whole model without memory behind it: for the names and shapes that a checkpoint must have.
+    """The whole model on the meta device, for the names and shapes that a checkpoint must have.
 
-    Raises `ModelError` for sizes that tensors cannot have, wherever they are.
+    Raises `ModelError` for sizes that no tensor can have on any device.
     """
     group = RankGroup(rank=0, size=1)
     try:
@@ -74,14 +74,14 @@ def skeleton(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Of the whole model; a correction bias of a router counts too."""
+    """Number of parameters of the whole model, correction biases of routers included."""
     return sum(tensor.numel() for _, tensor in skeleton(config).checkpoint_tensors())
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> int:
-    """Memory for the weights of one rank, which holds all of the model but only its share of the experts.
+    """Bytes of weights on one rank: its share of the experts, and all other weights.
 
-    Layers with experts are all of one size: two of them say what any number takes, without making each.
+    MoE layers are all of one size, so building two of them is enough to know the size of any number.
     Raises as `skeleton` does.
     """
     num_first = min(config.num_layers, _decoder_config(config).num_dense_layers + 1)

@@ -1,4 +1,4 @@
-"""What the engine calls of a model, whatever its architecture: the interface, and what one lane runs."""
+"""What the engine calls on a model of any architecture: the interface, and what one lane runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from antiphon.core.batch import MicroBatch, use_micro_batch
 
 LayerState: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
-"""Between two layers: what the last one adds [T, D], what it is to be added to [T, D] (`None` before the first layer),
-cosines and sines [T, P]. All by tokens, so that it can be cut and joined; the next layer may write into it."""
+"""What passes between two layers: the output of the last one [T, D], the residual that it is still to be added to
+[T, D] (`None` before the first layer), cosines and sines [T, P]. Every tensor has a row per token, so that the state
+can be cut and joined; the next layer may write into it."""
 
 
 class CausalLM(Protocol):
-    """One rank's part of a language model: all of attention, this rank's experts.
+    """One rank's part of a language model: all of the attention, and this rank's experts.
 
-    A call is `finish(run_layers(begin(...), range(num_layers)))`. Whoever calls the three may go on with the same
-    tokens in other micro-batches between two layers.
+    A call is `finish(run_layers(begin(...), range(num_layers)))`. A caller of the three may cut the tokens into other
+    micro-batches between two layers.
     """
 
     @property
@@ -29,23 +30,23 @@ class CausalLM(Protocol):
         ...
 
     def begin(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> LayerState:
-        """What comes before the first layer."""
+        """The state before the first layer."""
         ...
 
     def run_layers(self, state: LayerState, layers: range) -> LayerState:
-        """These layers, for the current micro-batch; writes its keys and values."""
+        """The state after these layers, for the current micro-batch; writes its keys and values."""
         ...
 
     def finish(self, state: LayerState) -> torch.Tensor:
-        """What comes behind the last layer: hidden states [T, D]."""
+        """Hidden states [T, D] from the state after the last layer."""
         ...
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """[N, V] in float32 at least."""
+        """Logits [N, V] in float32 at least."""
         ...
 
     def bind_kv_cache(self, cache_by_layer: torch.Tensor) -> None:
-        """Give every layer its part of the cache [layers, num_blocks, block_size, kv_width]."""
+        """Give every layer its part of a cache of shape [layers, num_blocks, block_size, kv_width]."""
         ...
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -54,7 +55,7 @@ class CausalLM(Protocol):
 
 
 def run_micro_batch(model: CausalLM, part: MicroBatch, layers: range | None = None, state: Any = None) -> Any:
-    """What one lane runs: `part` through the model, or through some of its layers.
+    """Run `part` through the model, or through some of its layers, as one lane does.
 
     layers: all by default. state: the `LayerState` before the first of them; `None` begins with the embedding.
     Returns hidden states [T, D] if the last layer is among them, else the `LayerState` behind the layers.

@@ -1,4 +1,4 @@
-"""What the engine needs to know of any model, and the reading of a Hugging Face `config.json`."""
+"""What the engine needs to know about any model, and how a Hugging Face `config.json` is read."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ModelConfig:
     max_positions: int
     num_experts: int
     top_k: int
-    kv_width: int  # numbers that the KV cache keeps of a token in a layer
+    kv_width: int  # numbers per token and layer in the KV cache
     eos_token_ids: tuple[int, ...]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `ModelError` if there is none."""
+    """The JSON object in a file. Raises `ModelError` if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,7 +82,7 @@ class ConfigFile:
         return value
 
     def positions(self) -> int:
-        """The longest text of the model, as far as the file says. Not a dimension: no tensor is as long."""
+        """The longest sequence according to the file. It may exceed any tensor's size, because no tensor is as long."""
         return self.count("max_position_embeddings", maximum=LARGEST_POSITION)
 
     def number(self, key: str, default: float) -> float:
@@ -105,10 +105,9 @@ class ConfigFile:
             raise self.fault(key, value, limit=f"only {names} is supported", remedy=USE_ANOTHER_MODEL)
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Those of `config.json` and of `generation_config.json`; the tokenizer may know another one.
+        """End-of-sequence tokens of `config.json` and `generation_config.json`; the tokenizer may add another one.
 
-        Warns where the second file does not have all of the first. Leaves out, with a warning, those that the model has
-        no token for.
+        Warns if the second file lacks some of the first. Ids beyond the vocabulary are dropped with a warning.
         """
         generation = self.path.with_name("generation_config.json")
         own = self._end_tokens(self.path, self._values)

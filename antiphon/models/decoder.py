@@ -3,7 +3,7 @@
 What differs is data (`DecoderConfig`): the kind of attention, the kind of router, and sizes.
 
 Shapes: `T` tokens, `D` hidden size, `P` pairs of rotary dimensions, `N` rows whose logits are wanted, `V` vocabulary.
-Names of parameters are those of Hugging Face checkpoints.
+Parameters are named as in Hugging Face checkpoints.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ HEAD_NAME = "lm_head.weight"
 DEFAULT_EPS = 1e-6
 """The epsilon of norms in most architectures."""
 
-_MOST_LAYERS = 10_000  # a hundred times more than there are; each takes time to make, even without memory
+_MOST_LAYERS = 10_000  # a hundred times more than any model has; each takes time to build, even without memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig(ModelConfig):
-    """All of a `config.json` that the forward pass depends on."""
+    """Everything in a `config.json` that the forward pass depends on."""
 
     attention: LatentAttentionConfig | GroupedQueryConfig
     routing: RoutingConfig
@@ -49,7 +49,7 @@ class DecoderConfig(ModelConfig):
     tied_embeddings: bool
     moe_names: MoENames
     # set by `match_checkpoint`
-    embedding_name: str = EMBEDDING_NAME  # of a tied one, which a checkpoint may hold under the name of the head
+    embedding_name: str = EMBEDDING_NAME  # a checkpoint may hold a tied one under the name of the head
 
     @staticmethod
     def read(
@@ -63,9 +63,9 @@ class DecoderConfig(ModelConfig):
         default_eps: float = DEFAULT_EPS,
         moe_names: MoENames | None = None,
     ) -> DecoderConfig:
-        """The keys that all architectures name alike. Raises `ModelError` for those that are missing or wrong.
+        """Read the keys that all architectures share. Raises `ModelError` for those that are missing or wrong.
 
-        default_eps: of norms, where the file does not say.
+        default_eps: epsilon of the norms if the file has none.
         """
         check_groups(file, routing)
         file.require("hidden_act", ("silu",), "silu")
@@ -75,7 +75,7 @@ class DecoderConfig(ModelConfig):
             num_layers=file.count("num_hidden_layers", maximum=_MOST_LAYERS),
             hidden_size=attention.hidden_size,
             vocab_size=file.count("vocab_size"),
-            # Some checkpoints leave the length of the training there when yarn stretches it.
+            # Some checkpoints that use yarn still have the length of their training there.
             max_positions=max(file.positions(), attention.rope.stretched_positions),
             num_experts=routing.num_experts,
             top_k=routing.top_k,
@@ -122,9 +122,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None, cos_TP: torch.Tensor, sin_TP: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What this layer adds last, and what it is to be added to: whoever norms the sum next adds it, in one pass.
+        """The output of the feed-forward, and the residual that it is still to be added to.
 
-        residual_TD: of the layer before, whose other result `x_TD` is; None if `x_TD` is all there is.
+        The next norm adds the two in one pass. x_TD, residual_TD: both results of the layer before, or the embedding
+        and None.
         """
         if residual_TD is None:
             normed_TD, residual_TD = self.input_layernorm.forward(x_TD), x_TD
@@ -147,7 +148,7 @@ def _moe_layer(config: DecoderConfig, layer: int, transport: Transport, workspac
 
 
 class Decoder(nn.Module):
-    """The whole model on one rank; the calls are those of `CausalLM`."""
+    """The whole model on one rank, as a `CausalLM`."""
 
     def __init__(self, config: DecoderConfig, transport: Transport) -> None:
         super().__init__()
@@ -203,7 +204,7 @@ class Decoder(nn.Module):
             yield HEAD_NAME, self.lm_head.weight
 
     def decoder_layers(self, layers: range | None = None) -> Iterator[DecoderLayer]:
-        """The layers, or those of a range, by their type."""
+        """All layers, or those of a range, with their type."""
         for number in range(self.num_layers) if layers is None else layers:
             layer = self.layers[number]
             assert isinstance(layer, DecoderLayer)

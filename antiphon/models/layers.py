@@ -1,7 +1,7 @@
 """Layers without communication: linear, norm, gated feed-forward.
 
-Weights are left uninitialised: the checkpoint fills them. Parameter names are those of Hugging Face checkpoints,
-but for modules that keep several of its tensors as one (`InParts`).
+Weights are uninitialized until the checkpoint fills them. Parameters are named as in Hugging Face checkpoints, except
+in modules that merge several of a checkpoint's tensors (`InParts`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from antiphon.kernels.norm_rope import add_rms_norm, rms_norm
 
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised weight that is never trained."""
+    """An uninitialized weight that is never trained."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
 @runtime_checkable
 class InParts(Protocol):
-    """A module whose tensors have other names or other shapes in a checkpoint."""
+    """A module whose tensors have other names or shapes in a checkpoint."""
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Checkpoint names and the views that they fill. prefix: of the module that holds this one."""
+        """Checkpoint names and the views that they fill. prefix: that of the parent module."""
         ...
 
 
@@ -56,9 +56,9 @@ class Linear(nn.Module):
 
 
 class MergedLinear(nn.Module):
-    """Several linear layers of the same input in one product: their outputs side by side.
+    """Several linear layers over the same input as one GEMM, with their outputs side by side.
 
-    sizes: output size by the name that each layer has in a checkpoint. with_bias: those of them that have a bias.
+    sizes: the output size of each layer, by its name in the checkpoint. with_bias: names of the layers with a bias.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """See `kernels.norm_rope`."""
+    """Root-mean-square norm with a weight per dimension; see `kernels.norm_rope`."""
 
     def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model and the checkpoint in a folder, brought together: by names and headers, before a process starts.
+"""Matching a model with the checkpoint in a folder, by names and headers, before any worker starts.
 
 matched = match_checkpoint(read_config(folder), folder)
 model = build_model(matched.config, transport)
@@ -25,10 +25,10 @@ from antiphon.models.unread import check_unread
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchedFiles:
-    """What `match_checkpoint` resolved, in plain values, so that another process need not compare anything again.
+    """What `match_checkpoint` resolved, as plain values, so that another process need not compare anything again.
 
-    single_file: the checkpoint is model.safetensors, whatever index is beside it. tied_embeddings, embedding_name: as
-    in `DecoderConfig`.
+    single_file: the checkpoint is model.safetensors, even if there is an index. tied_embeddings, embedding_name: as in
+    `DecoderConfig`.
     """
 
     single_file: bool
@@ -36,18 +36,18 @@ class MatchedFiles:
     embedding_name: str
 
     def resolve(self, config: ModelConfig) -> DecoderConfig:
-        """The configuration that `read_config` gives, as the checkpoint has it."""
+        """The configuration from `read_config`, adapted to the checkpoint."""
         assert isinstance(config, DecoderConfig), "configs come from read_config"
         return replace(config, tied_embeddings=self.tied_embeddings, embedding_name=self.embedding_name)
 
     def open(self, folder: Path) -> Checkpoint:
-        """The files that were matched, never others in their place. Raises `ModelError` if they have gone since."""
+        """Open the files that were matched, never others instead. Raises `ModelError` if they have disappeared."""
         return Checkpoint(folder, single_file=self.single_file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchedCheckpoint:
-    """config: the model as the checkpoint has it. notes: sentences about what is not as one would think."""
+    """A checkpoint and the configuration adapted to it. notes: one sentence for each thing that may surprise a user."""
 
     config: DecoderConfig
     checkpoint: Checkpoint
@@ -55,7 +55,7 @@ class MatchedCheckpoint:
 
     @property
     def files(self) -> MatchedFiles:
-        """For whoever opens the checkpoint again."""
+        """What another process needs to open the same checkpoint."""
         return MatchedFiles(
             single_file=self.checkpoint.single_file,
             tied_embeddings=self.config.tied_embeddings,
@@ -64,11 +64,11 @@ class MatchedCheckpoint:
 
 
 def match_checkpoint(config: ModelConfig, folder: Path) -> MatchedCheckpoint:
-    """Choose the files, resolve the head, and see that every tensor has its place.
+    """Choose the files, resolve the head, and check that every tensor has its place.
 
-    Reads headers; of tensors only the embedding and a head that the configuration says are the same.
-    Raises `ModelError` for tensors that are missing or do not fit, and for those that the model has no place for though
-    they would change its results.
+    Only headers are read, and where embeddings are tied, both matrices to compare them.
+    Raises `ModelError` for tensors that are missing or do not fit, and for tensors that the model has no place for
+    although they would change its results.
     """
     assert isinstance(config, DecoderConfig), "configs come from read_config"
     checkpoint = Checkpoint(folder)
@@ -82,7 +82,7 @@ def match_checkpoint(config: ModelConfig, folder: Path) -> MatchedCheckpoint:
 
 
 def _choose_files(checkpoint: Checkpoint, names: Collection[str]) -> tuple[Checkpoint, str]:
-    """The index and its shards, unless only the single file beside them has everything; and a note where both exist."""
+    """The shards of the index, unless only the single file beside them has everything; and a note if both exist."""
     folder = checkpoint.folder
     if checkpoint.single_file:
         fault = checkpoint.index_fault
@@ -91,7 +91,7 @@ def _choose_files(checkpoint: Checkpoint, names: Collection[str]) -> tuple[Check
         return checkpoint, ""
     lacking = next((name for name in names if name not in checkpoint), None)
     if lacking is not None:
-        with suppress(ModelError):  # of a file that cannot be opened either
+        with suppress(ModelError):  # the single file may be broken too
             single = Checkpoint(folder, single_file=True)
             if all(name in single for name in names):
                 return single, f"{folder}: model.safetensors is read, not the index beside it, which lacks {lacking!r}"
@@ -99,9 +99,9 @@ def _choose_files(checkpoint: Checkpoint, names: Collection[str]) -> tuple[Check
 
 
 def _resolve_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[DecoderConfig, str]:
-    """Where embedding and head are said to be one, the file decides, as in transformers 5.
+    """The configuration with the head that the checkpoint has, as transformers 5 decides it; and a note.
 
-    Two that differ stay two, with a note; the one that is there alone is both, whatever its name.
+    Where embeddings are tied, two matrices that differ are both kept; a single one serves as both, whatever its name.
     """
     if not config.tied_embeddings or HEAD_NAME not in checkpoint:
         return config, ""
@@ -117,6 +117,6 @@ def _resolve_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[Decode
 
 
 def _with_resolved_head(tensors: Mapping[str, torch.Tensor], config: DecoderConfig) -> dict[str, torch.Tensor]:
-    """What the resolved model reads: `tensors` are of the model as its config.json has it. The order is the same."""
+    """The tensors of the resolved model, from those of the model as config.json has it, in the same order."""
     resolved = {config.embedding_name if name == EMBEDDING_NAME else name: tensor for name, tensor in tensors.items()}
     return resolved if config.tied_embeddings else {**resolved, HEAD_NAME: resolved[EMBEDDING_NAME]}

@@ -20,7 +20,7 @@ from antiphon.runtime import Pending, finish
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoENames:
-    """How a checkpoint calls the layer, and the parts of an expert."""
+    """The names of the layer and of the parts of an expert in a checkpoint."""
 
     layer: str = "mlp"
     gate: str = "gate_proj"

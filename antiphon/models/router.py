@@ -19,7 +19,7 @@ from antiphon.models.layers import parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingConfig:
-    """How experts are chosen and weighed."""
+    """How experts are chosen and weighted."""
 
     scores: Scoring
     num_experts: int
@@ -32,12 +32,12 @@ class RoutingConfig:
 
     @property
     def best_of_group(self) -> int:
-        """How many of its best experts a group is judged by."""
+        """How many of a group's best experts make its score."""
         return 2 if self.scores is Scoring.SIGMOID else 1
 
 
 def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
-    """Raises `ModelError` if the groups do not fit the experts."""
+    """Check that the groups fit the experts. Raises `ModelError` if not."""
     per_group, rest = divmod(routing.num_experts, routing.num_groups)
     if rest or routing.top_groups > routing.num_groups:
         limit = f"n_routed_experts={routing.num_experts}, topk_group={routing.top_groups}"
@@ -50,10 +50,10 @@ def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
 
 
 class Router(nn.Module):
-    """Scores of all experts, perhaps a limit on groups, then the best ones.
+    """Scores all experts, keeps the best groups if the model has groups, and chooses the best experts.
 
-    Softmax: DeepSeek-V2 paper, 2.2, and Qwen3. Sigmoid, with a correction bias that only chooses: DeepSeek-V3 paper,
-    2.1.2, and GLM-4.5.
+    Softmax: DeepSeek-V2 paper, 2.2, and Qwen3. Sigmoid, with a correction bias that affects the choice only:
+    DeepSeek-V3 paper, 2.1.2, and GLM-4.5.
     """
 
     e_score_correction_bias: torch.Tensor | None
@@ -83,11 +83,11 @@ class Router(nn.Module):
         return Routes(ids_TK, weights_TK)
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """[T, E] in float32 at least."""
+        """Logits [T, E] in float32 at least."""
         if self.config.narrow:
             return F.linear(x_TD, self.weight).to(self.wide)
         if x_TD.is_cuda and x_TD.dtype != self.wide and x_TD.shape[0]:
-            # Products of narrow numbers are exact in float32: the same without converting both sides.
+            # Products of 16-bit numbers are exact in float32, so neither side needs converting.
             return torch.mm(x_TD, self.weight.t(), out_dtype=self.wide)
         return F.linear(x_TD.to(self.wide), self.weight.to(self.wide))
 

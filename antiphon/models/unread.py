@@ -1,8 +1,7 @@
-"""Tensors of a checkpoint that no rank reads: passed over, listed once, or refused.
+"""Checkpoint tensors that no rank reads: ignored, listed once, or refused.
 
-A tensor inside a layer, embedding, norm or head that is read, but for which the model has no place (a bias, a norm, an
-expert, a scale), would change results, so it is refused. `_harmless` knows what can be passed over. One sentence lists
-the rest.
+A tensor of a layer, embedding, norm or head that is read, for which the model has no place (a bias, a norm, an expert,
+a scale), would change results, so it is refused. `_harmless` knows what can be ignored. One sentence lists the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _READ_BESIDE_LAYERS = ("model.embed_tokens.", "model.norm.", "lm_head.")
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # older checkpoints keep these buffers
-_CACHE_SCALES = (".k_scale", ".v_scale")  # of a float8 KV cache; ours is never quantised
+_CACHE_SCALES = (".k_scale", ".v_scale")  # of a float8 KV cache; this one is never quantized
 _PREDICTS = ".eh_proj.weight"  # only in layers for multi-token prediction
 _MOST_GROUPS = 4
 
@@ -37,7 +36,7 @@ _MEANINGS = (
     _Meaning("lora_", "an adapter", "merge it into the weights first"),
     _Meaning(
         r"qweight|qzeros|g_idx|zero_point|weight_packed|absmax|quant_|SCB$|scales?(_\w+)?$",
-        "a part of quantised weights",
+        "part of a quantized weight",
         "use the config.json that was published with these weights, or a bfloat16 checkpoint",
     ),
     _Meaning(r"\.e_score_correction_bias$", "a correction of the router"),
@@ -52,7 +51,7 @@ _MEANINGS = (
 def check_unread(checkpoint: Checkpoint, config: DecoderConfig, read: Set[str]) -> str:
     """One sentence about tensors that are neither read nor known to be harmless; empty if there are none.
 
-    read: names of all that the model has. Raises `ModelError` for tensors without which results would be wrong.
+    read: names of all tensors of the model. Raises `ModelError` for tensors without which results would be wrong.
     """
     unread = checkpoint.names() - read - {scale_name(name) for name in read}
     unread -= _harmless(unread, checkpoint, config)
@@ -65,9 +64,9 @@ def check_unread(checkpoint: Checkpoint, config: DecoderConfig, read: Set[str]) 
 
 
 def _harmless(names: Collection[str], checkpoint: Checkpoint, config: DecoderConfig) -> set[str]:
-    """Layers that were cut off and those for multi-token prediction; what is computed, or is there under another name.
+    """Tensors of layers that are cut off or for multi-token prediction, recomputed buffers, and copies of others.
 
-    A head of tied embeddings is the embedding again: `match_checkpoint` has compared them.
+    The head of tied embeddings is a copy of the embedding: `match_checkpoint` has compared them.
     """
     num_published = ConfigFile(checkpoint.folder / "config.json").count("num_hidden_layers")
     predicting = {_layer_of(name) for name in names if name.endswith(_PREDICTS)}
@@ -96,7 +95,7 @@ def _is_of_a_read_part(name: str, config: DecoderConfig) -> bool:
 
 
 def _is_empty(name: str, checkpoint: Checkpoint) -> bool:
-    """No shared experts may be weights without numbers."""
+    """Whether the tensor has no elements, as weights of zero shared experts may be stored."""
     return name in checkpoint and not checkpoint.stored(name).num_bytes
 
 
@@ -115,7 +114,7 @@ def _refusal(names: list[str], checkpoint: Checkpoint, config: DecoderConfig) ->
 
 
 def _listing(names: list[str], checkpoint: Checkpoint) -> str:
-    """By what is alike but for numbers, the largest group first."""
+    """The names, with those that differ only in numbers as one group, the largest group first."""
     first_of: dict[str, str] = {}
     sizes: Counter[str] = Counter()
     for name in names:

@@ -1,4 +1,4 @@
-"""Triton kernels against their plain-torch twins, on random inputs between poisoned neighbours."""
+"""Triton kernels against their plain-torch twins, on random inputs between poisoned neighbors."""
 
 from __future__ import annotations
 
@@ -357,7 +357,7 @@ def test_norm_rotate_write_latents(
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize(("num_tokens", "size", "top_k"), [(9, 40, 3), (3, 2500, 8), (5, 16, 1), (1, 1, 1), (0, 16, 2)])
 def test_pack(num_tokens: int, size: int, top_k: int, across: bool, dtype: torch.dtype) -> None:
-    """Every part between neighbours that stay as they are, from sources with gaps. across: columns lie together."""
+    """Every part between neighbors that stay as they are, from sources with gaps. across: columns lie together."""
     wide = torch.promote_types(dtype, torch.float32)
     sources = (
         padded(randn(num_tokens, size, seed=40, dtype=dtype), 4),

@@ -168,7 +168,7 @@ def test_choice(num_experts: int, top_k: int, scoring: Scoring) -> None:
     ids_TK, weights_TK = choose_experts(logits_TE, top_k, scoring, bias_E=bias_E, normalize=True)
     expected_ids_TK, expected_TK = choose_experts.reference(logits_TE, top_k, scoring, bias_E=bias_E, normalize=True)
     same_T = (ids_TK == expected_ids_TK).all(1)
-    assert same_T.float().mean() > 0.995  # sigmoids in another last digit swap neighbours now and then
+    assert same_T.float().mean() > 0.995  # sigmoids in another last digit swap neighbors now and then
     torch.testing.assert_close(weights_TK[same_T], expected_TK[same_T], rtol=1e-4, atol=1e-6)
 
 

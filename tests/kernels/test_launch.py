@@ -78,7 +78,7 @@ def test_the_first_call_goes_through_triton_and_the_next_ones_do_not() -> None:
     ]
 
 
-def test_whatever_triton_would_specialise_on_goes_through_triton_once() -> None:
+def test_whatever_triton_would_specialize_on_goes_through_triton_once() -> None:
     """Pointers that are no multiple of 16, each on its own; dtypes; another device."""
     fake = FakeDriver()
     kernel, launch = make_launch(fake)

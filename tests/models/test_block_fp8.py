@@ -29,7 +29,7 @@ from antiphon.models import (
 from antiphon.models.checkpoint.block_fp8 import BlockFp8
 from antiphon.models.decoder import Decoder
 from antiphon.runtime import CpuStreams
-from tests.models.quantise import QUANTISATION, quantise_checkpoint, quantised
+from tests.models.quantize import QUANTIZATION, quantize_checkpoint, quantized
 from tests.models.twin import Twin, random_checkpoint, random_ids, rewrite_config, scattered_blocks
 from tests.support.errors import raises
 
@@ -50,11 +50,11 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, rank: int = 0, siz
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """A tiny checkpoint in blocks of 8 x 16, with blocks at the edges that are smaller, and its plain twin."""
     random_checkpoint(tmp_path / "source")
-    num_quantised = quantise_checkpoint(
-        tmp_path / "source", tmp_path / "quantised", plain=tmp_path / "plain", block=(8, 16)
+    num_quantized = quantize_checkpoint(
+        tmp_path / "source", tmp_path / "quantized", plain=tmp_path / "plain", block=(8, 16)
     )
-    assert num_quantised == 3 * 5 + 3 + 2 * (3 + 12 * 3)  # attention, dense layer, experts
-    return tmp_path / "quantised", tmp_path / "plain"
+    assert num_quantized == 3 * 5 + 3 + 2 * (3 + 12 * 3)  # attention, dense layer, experts
+    return tmp_path / "quantized", tmp_path / "plain"
 
 
 def change_tensors(folder: Path, file: str, **changes: torch.Tensor | None) -> None:
@@ -82,11 +82,11 @@ def error_of(folder: Path) -> ModelError:
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (300, 20), (5, 700)], ids=str)
 @pytest.mark.parametrize("block", [(128, 128), (3, 7)], ids=str)
 def test_every_number_gets_the_scale_of_its_block(shape: tuple[int, int], block: tuple[int, int]) -> None:
-    stored_OI, scale_BC, plain_OI = quantised(torch.randn(shape), *block)
+    stored_OI, scale_BC, plain_OI = quantized(torch.randn(shape), *block)
     assert scale_BC.shape == BlockFp8(rows=block[0], columns=block[1]).scale_shape(*shape)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         out_OI = torch.full(shape, float("nan"), dtype=dtype)
-        BlockFp8(rows=block[0], columns=block[1]).dequantise(stored_OI, scale_BC, out_OI)
+        BlockFp8(rows=block[0], columns=block[1]).dequantize(stored_OI, scale_BC, out_OI)
         assert torch.equal(out_OI, plain_OI.to(dtype))
 
 
@@ -123,11 +123,11 @@ def test_bytes_of_weights_and_scales_are_counted(pair: tuple[Path, Path]) -> Non
 @pytest.mark.parametrize("kind", ["deepseek-v3", "deepseek-v2", "qwen3-moe", "glm4-moe"])
 def test_logits_are_those_of_the_plain_checkpoint(kind: str, tmp_path: Path) -> None:
     theirs = random_checkpoint(tmp_path / "source", kind=kind)
-    quantise_checkpoint(tmp_path / "source", tmp_path / "quantised", plain=tmp_path / "plain", block=(16, 8))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "quantized", plain=tmp_path / "plain", block=(16, 8))
     ids = random_ids(20, seed=4)
     (blocks,) = scattered_blocks(1, 20)
     request = RequestSlice(request_id=0, token_ids=tuple(ids), context_len=0, block_ids=blocks)
-    ours, plain = (Twin.load(theirs, tmp_path / name).our_logits([request], (7,)) for name in ("quantised", "plain"))
+    ours, plain = (Twin.load(theirs, tmp_path / name).our_logits([request], (7,)) for name in ("quantized", "plain"))
     assert ours.isfinite().all()
     assert torch.equal(ours, plain)
 
@@ -136,8 +136,8 @@ def test_logits_are_those_of_the_plain_checkpoint(kind: str, tmp_path: Path) -> 
 def bundled_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The bundled model in blocks of 128 x 128, which some of its sizes do not fill."""
     folder = tmp_path_factory.mktemp("bundled")
-    quantise_checkpoint(bundled_model(), folder / "quantised", plain=folder / "plain")
-    return folder / "quantised", folder / "plain"
+    quantize_checkpoint(bundled_model(), folder / "quantized", plain=folder / "plain")
+    return folder / "quantized", folder / "plain"
 
 
 def test_the_bundled_model_still_solves_word_problems(bundled_pair: tuple[Path, Path]) -> None:
@@ -167,16 +167,16 @@ def test_the_bundled_model_still_solves_word_problems(bundled_pair: tuple[Path, 
         ({"load_in_8bit": True}, "quant_method", "unknown"),
         ({"quant_method": "fp8"}, "quant_method", "fp8"),
         ({"quant_method": "fp8", "weight_block_size": None}, "quant_method", "fp8"),
-        (QUANTISATION | {"fmt": "e5m2"}, "fmt", "e5m2"),
-        (QUANTISATION | {"activation_scheme": "static"}, "activation_scheme", "static"),
-        (QUANTISATION | {"weight_block_size": 128}, "weight_block_size", 128),
-        (QUANTISATION | {"weight_block_size": [128]}, "weight_block_size", [128]),
-        (QUANTISATION | {"weight_block_size": [128, 0]}, "weight_block_size", [128, 0]),
-        (QUANTISATION | {"weight_block_size": [128, "1"]}, "weight_block_size", [128, "1"]),
+        (QUANTIZATION | {"fmt": "e5m2"}, "fmt", "e5m2"),
+        (QUANTIZATION | {"activation_scheme": "static"}, "activation_scheme", "static"),
+        (QUANTIZATION | {"weight_block_size": 128}, "weight_block_size", 128),
+        (QUANTIZATION | {"weight_block_size": [128]}, "weight_block_size", [128]),
+        (QUANTIZATION | {"weight_block_size": [128, 0]}, "weight_block_size", [128, 0]),
+        (QUANTIZATION | {"weight_block_size": [128, "1"]}, "weight_block_size", [128, "1"]),
         ("fp8", "quantization_config", "fp8"),
     ],
 )
-def test_other_ways_to_quantise(pair: tuple[Path, Path], settings: Any, option: str, value: Any) -> None:
+def test_other_ways_to_quantize(pair: tuple[Path, Path], settings: Any, option: str, value: Any) -> None:
     rewrite_config(pair[0], quantization_config=settings)
     with raises(ModelError, option=option, value=value):
         read_config(pair[0])
@@ -184,7 +184,7 @@ def test_other_ways_to_quantise(pair: tuple[Path, Path], settings: Any, option: 
         Checkpoint(pair[0])
 
 
-@pytest.mark.parametrize("settings", [QUANTISATION | {"scale_fmt": "ue8m0"}, QUANTISATION | {"fmt": "e4m3"}])
+@pytest.mark.parametrize("settings", [QUANTIZATION | {"scale_fmt": "ue8m0"}, QUANTIZATION | {"fmt": "e4m3"}])
 def test_what_published_checkpoints_say(pair: tuple[Path, Path], settings: dict[str, Any]) -> None:
     rewrite_config(pair[0], quantization_config=settings)
     read_config(pair[0])
@@ -224,13 +224,13 @@ def test_a_scale_beside_a_vector(pair: tuple[Path, Path]) -> None:
     assert all(name in fact for name in ("'model.norm.weight_scale_inv'", "[24]", "F32"))
 
 
-def test_a_config_that_does_not_say_that_weights_are_quantised(pair: tuple[Path, Path]) -> None:
+def test_a_config_that_does_not_say_that_weights_are_quantized(pair: tuple[Path, Path]) -> None:
     rewrite_config(pair[0], remove=["quantization_config"])
     error = error_of(pair[0])
     assert "quantization_config" in error.fact and "config.json" in error.remedy
 
 
-def test_a_quantised_config_over_plain_weights(pair: tuple[Path, Path]) -> None:
+def test_a_quantized_config_over_plain_weights(pair: tuple[Path, Path]) -> None:
     """What has no scale is plain: some matrices always are."""
-    rewrite_config(pair[1], quantization_config=QUANTISATION)
+    rewrite_config(pair[1], quantization_config=QUANTIZATION)
     load(pair[1])

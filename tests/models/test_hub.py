@@ -127,7 +127,7 @@ def test_what_the_hub_does_not_give(hub: LocalHub, tmp_path: Path) -> None:
 def test_offline_without_a_cache(hub: LocalHub, tmp_path: Path) -> None:
     (answer,) = ask(tmp_path / "home", hub.endpoint, {"name": MODEL, "revision": "v2"}, HF_HUB_OFFLINE="1")
     message = error_of(answer)
-    assert f"model {MODEL}, revision 'v2', is not, or not completely, in the cache {tmp_path / 'home'}" in message
+    assert f"model {MODEL}, revision 'v2', is missing or incomplete in the cache {tmp_path / 'home'}" in message
     assert "HF_HUB_OFFLINE forbids asking the hub; unset HF_HUB_OFFLINE, or pass the folder" in message
     assert hub.asked == []
 
@@ -139,7 +139,7 @@ def test_offline_with_a_part_in_the_cache(hub: LocalHub, tmp_path: Path) -> None
     (config_only,) = ask(home, hub.endpoint, {"name": MODEL, "weights": False})
     again, answer = ask(home, hub.endpoint, {"name": MODEL, "weights": False}, {"name": MODEL}, HF_HUB_OFFLINE="1")
     assert again == config_only
-    assert f"model {MODEL} is not, or not completely, in the cache" in error_of(answer)
+    assert f"model {MODEL} is missing or incomplete in the cache" in error_of(answer)
 
 
 @pytest.mark.slow  # many processes; the parts of it are in the tests of downloads, of offline use and of checkpoints
@@ -155,7 +155,7 @@ def test_only_what_a_run_with_dummy_weights_needs(hub: LocalHub, tmp_path: Path)
         with raises(ModelError, "safetensors"):
             check_checkpoint(Checkpoint(Path(folder)), skeleton(read_config(Path(folder))).checkpoint_tensors())
     else:
-        assert "is not, or not completely, in the cache" in error_of(answer)
+        assert "is missing or incomplete in the cache" in error_of(answer)
     assert ask(tmp_path / "home", hub.endpoint, full) == [folder]
     assert (Path(folder) / "model-00001-of-00002.safetensors").exists()
 

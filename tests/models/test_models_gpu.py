@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from antiphon.models.checkpoint.block_fp8 import BlockFp8
-from tests.models.quantise import quantised
+from tests.models.quantize import quantized
 from tests.models.test_parity import CASES, NUM_TOKENS, TOLERANCE, part_of
 from tests.models.twin import Twin, random_checkpoint, random_ids, relative_error, scattered_blocks
 
@@ -53,9 +53,9 @@ def test_prompts_of_the_same_length_beside_a_chunk(twin: Twin) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_block_fp8_is_multiplied_out_on_the_device(dtype: torch.dtype) -> None:
-    stored_OI, scale_BC, plain_OI = quantised(torch.randn(300, 700), 128, 128)
+    stored_OI, scale_BC, plain_OI = quantized(torch.randn(300, 700), 128, 128)
     merged_OI = torch.full((512, 700), float("nan"), dtype=dtype, device="cuda")
-    BlockFp8(rows=128, columns=128).dequantise(stored_OI.cuda(), scale_BC.cuda(), merged_OI[100:400])
+    BlockFp8(rows=128, columns=128).dequantize(stored_OI.cuda(), scale_BC.cuda(), merged_OI[100:400])
     assert torch.equal(merged_OI[100:400].cpu(), plain_OI.to(dtype))
     assert merged_OI[:100].isnan().all()
     assert merged_OI[400:].isnan().all()

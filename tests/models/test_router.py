@@ -134,7 +134,7 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (4, 2), (4, 1), (12, 5), (4, 4)])
 @torch.inference_mode()
 def test_softmax_in_groups(num_groups: int, top_groups: int) -> None:
-    """As DeepSeek-V2: a group is as good as its best expert, and weights are not normalised."""
+    """As DeepSeek-V2: a group is as good as its best expert, and weights are not normalized."""
     changes = {"topk_method": "group_limited_greedy", "n_group": num_groups, "topk_group": top_groups}
     theirs = DeepseekV2TopkRouter(tiny_config("deepseek-v2", **changes))
     routing = RoutingConfig(

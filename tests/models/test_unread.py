@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from antiphon.core.errors import ModelError
 from antiphon.models import Checkpoint, match_checkpoint, read_config
-from tests.models.quantise import quantise_checkpoint
+from tests.models.quantize import quantize_checkpoint
 from tests.models.test_match import SINGLE, spread, weight_map, write_index
 from tests.models.twin import change_tensors, random_checkpoint
 from tests.support.errors import raises
@@ -56,11 +56,11 @@ def add(folder: Path, *names: str, in_shards: bool = False) -> None:
         ("qwen3-moe", f"{LAYER}mlp.shared_expert.up_proj.weight", "a weight of shared experts"),
         ("qwen3-moe", f"{LAYER}mlp.experts.3.up_proj.bias", "a bias"),
         ("qwen3-moe", f"{LAYER}mlp.experts.12.up_proj.weight", "expert numbered above the 12"),
-        ("qwen3-moe", f"{LAYER}mlp.experts.3.up_proj.weight_scale", "quantised"),
-        ("qwen3-moe", f"{LAYER}mlp.experts.3.up_proj.input_scale", "quantised"),
-        ("qwen3-moe", f"{LAYER}self_attn.k_proj.qweight", "quantised"),
-        ("qwen3-moe", f"{LAYER}self_attn.k_proj.g_idx", "quantised"),
-        ("qwen3-moe", f"{LAYER}self_attn.k_proj.qzeros", "quantised"),
+        ("qwen3-moe", f"{LAYER}mlp.experts.3.up_proj.weight_scale", "quantized"),
+        ("qwen3-moe", f"{LAYER}mlp.experts.3.up_proj.input_scale", "quantized"),
+        ("qwen3-moe", f"{LAYER}self_attn.k_proj.qweight", "quantized"),
+        ("qwen3-moe", f"{LAYER}self_attn.k_proj.g_idx", "quantized"),
+        ("qwen3-moe", f"{LAYER}self_attn.k_proj.qzeros", "quantized"),
         ("qwen3-moe", f"{LAYER}self_attn.k_proj.lora_A.weight", "an adapter"),
         ("qwen3-moe", "base_model.model.model.layers.1.self_attn.k_proj.lora_A.default.weight", "an adapter"),
         ("qwen3-moe", f"{LAYER}attn.something.weight", "a weight"),
@@ -142,7 +142,7 @@ def test_weights_without_numbers_are_harmless(tmp_path: Path) -> None:
 def test_scales_of_weights_that_are_read_are_not_unread(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     random_checkpoint(source)
-    quantise_checkpoint(source, target, plain=tmp_path / "plain")
+    quantize_checkpoint(source, target, plain=tmp_path / "plain")
     assert notes_of(target) == ()
 
 

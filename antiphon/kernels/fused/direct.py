@@ -1,7 +1,7 @@
-"""Launches of compiled kernels without Triton's own call: how the launcher of each Triton takes its arguments.
+"""Launches of compiled kernels without Triton's own call, by what the launcher of each version takes.
 
-A compiled kernel has a `CudaLauncher`, whose C function `launch` queues the kernel on a stream. What that function is
-given has changed between versions of Triton; `_PROTOCOLS` says which version does it how.
+A compiled kernel has a `CudaLauncher`, whose C function `launch` queues the kernel on a stream. The arguments
+of that function have changed between versions of Triton; `_PROTOCOLS` has the order for each version.
 
     "arguments behind"   launch(x, y, z, stream, function, cooperative, pdl, scratch, profile scratch,
                                 metadata, launch metadata, enter hook, exit hook, *arguments)
@@ -9,8 +9,8 @@ given has changed between versions of Triton; `_PROTOCOLS` says which version do
                                 enter hook, exit hook, scratch, profile scratch, annotations, signature, arguments)
 
 The table is not trusted blindly. Before a kernel is launched directly, Triton's launcher is called with made-up
-arguments and a recorder in place of its C function: both ways must give that function the same. Whatever does not fit
-goes through Triton, and that is said once.
+arguments and a recorder in place of its C function: both ways must pass it the same. A kernel that does not fit is
+launched through Triton, with one warning.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Direct:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Driver:
-    """What launches of our own need of Triton and torch."""
+    """What direct launches need from Triton and torch."""
 
     device: Callable[[], int]  # the current one
     stream: Callable[[int], int]  # the current one of a device, as the driver names it
@@ -68,13 +68,13 @@ class Protocol:
 
 
 def find_protocol(version: str) -> Protocol | None:
-    """The protocol of a version of Triton; None if its launcher is not known."""
+    """The protocol of a version of Triton; None if its launcher is unknown."""
     series = ".".join(version.split(".")[:2])
     return next((protocol for protocol in _PROTOCOLS if series in protocol.versions), None)
 
 
 def launch_obstacle() -> str:
-    """Why no kernel can be launched directly on GPUs by this Triton and torch; "" if nothing is in the way."""
+    """Why this Triton and torch allow no direct launches on GPUs; "" if they do."""
     version = triton.__version__
     protocol = find_protocol(version)
     if protocol is None:
@@ -96,7 +96,10 @@ def launch_obstacle() -> str:
 
 @lru_cache(maxsize=1)
 def find_driver() -> Driver | None:
-    """None where kernels are interpreted, and where every launch goes through Triton, which is said once on a GPU."""
+    """The driver for direct launches; None where kernels are interpreted or nothing can be launched directly.
+
+    The latter is said once on a GPU.
+    """
     if not torch.cuda.is_available() or triton.knobs.runtime.interpret:
         return None
     if obstacle := launch_obstacle():
@@ -107,7 +110,7 @@ def find_driver() -> Driver | None:
 
 
 def _make_driver() -> Driver:
-    """Where there is no `launch_obstacle`."""
+    """The driver, where there is no `launch_obstacle`."""
     protocol = find_protocol(triton.__version__)
     assert protocol is not None
     runtime = triton.knobs.runtime
@@ -131,7 +134,7 @@ def _make_driver() -> Driver:
 
 
 def _reason_against(protocol: Protocol, compiled: Any) -> str:
-    """What the kernel needs of Triton's own call; "" if nothing."""
+    """Why the kernel must be launched by Triton's own call; "" if it need not be."""
     launcher = compiled.run
     if type(launcher) is not _launcher_class():
         return f"its launcher is a {type(launcher).__name__}"
@@ -149,7 +152,7 @@ def _reason_against(protocol: Protocol, compiled: Any) -> str:
 
 
 def _agree(protocol: Protocol, compiled: Any) -> bool:
-    """Whether Triton gives the C function of the launcher the same as the protocol; neither launches anything."""
+    """Whether Triton and the protocol pass the same to the C function of the launcher; neither launches anything."""
     theirs: list[tuple[Any, ...]] = []
     ours: list[tuple[Any, ...]] = []
     grid, stream, arguments = (3, 5), 7, (11, 13, True)
@@ -158,7 +161,7 @@ def _agree(protocol: Protocol, compiled: Any) -> bool:
     try:
         recorded(*grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
         protocol.adapt(compiled, lambda *given: ours.append(given))(grid, stream, arguments)
-    except Exception:  # of a launcher that takes other arguments
+    except Exception:  # from a launcher that takes other arguments
         return False
     return theirs == ours
 

@@ -1,12 +1,12 @@
-"""The experts of one rank without waiting for the host: places on the device, grouped products, weighted sum.
+"""The experts of one rank without a wait of the host: places on the device, grouped GEMMs, weighted sum.
 
     count      how many pairs each block of pairs has for each expert
     place      where each pair goes: pairs in order of expert, then of row; -1 for the experts of other ranks
     spread     each row is read once and written to the places of its pairs
-    product, gated silu, product                  work for real pairs only: the device knows how many there are
+    multiply   GEMM, gated silu, GEMM over the local pairs only: the device knows how many there are
     add up     for each row, the weighted sum over its places, in float32 at least
 
-Buffers are sized for the worst case, that every pair is local; memory traffic is that of the pairs that are.
+Buffers are sized for the worst case, that every pair is local; memory traffic is that of the local pairs only.
 
 Shapes: as in `grouped_experts`; `N` blocks of pairs.
 """
@@ -31,18 +31,18 @@ from antiphon.kernels.fused.launch import (
 )
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_product
 
-_MAX_BLOCKS = 128  # of pairs: about as many as there are streaming multiprocessors, and few counts to add up
+_MAX_BLOCKS = 128  # of pairs: about as many as there are SMs, and few counts to add up
 _MIN_PART, _MAX_PART = 16, 128  # pairs that a block takes at a time
 _TILE_ELEMENTS = 8192
 _COUNTS_PER_LOAD = 4096
 
 
-# ---- which place
+# ---- the place of each pair
 
 
 @triton.jit
 def _local_experts(ids, pairs, num_pairs, stride_row, stride_slot, first_expert, K: tl.constexpr, E: tl.constexpr):
-    """Index among this rank's experts of each pair; -1 for another rank's, and behind the last pair."""
+    """Index of each pair's expert among this rank's; -1 for another rank's, and past the last pair."""
     inside = pairs < num_pairs
     offsets = (pairs // K).to(tl.int64) * stride_row + (pairs % K) * stride_slot
     expert = (tl.load(ids + offsets, mask=inside, other=-1) - first_expert).to(tl.int32)
@@ -132,7 +132,7 @@ def _place_kernel(
 def _count_and_place(
     num_rows: int, top_k: int, strides: tuple[int, int], num_experts: int, first_expert: int
 ) -> tuple[int, Launch, Launch]:
-    """The number of blocks, and what counts and places."""
+    """The number of blocks, and the launches that count and place."""
     num_pairs = num_rows * top_k
     block_e = power_of_two(num_experts)
     part = max(_MIN_PART, min(_MAX_PART, _TILE_ELEMENTS // block_e))
@@ -159,7 +159,7 @@ def place_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Places [R, K] of all pairs, -1 for the experts of other ranks, and ends [E] of the experts' places; both int32.
 
-    Both belong to the workspace and hold until its next use. ids_RK: int32 or int64, any strides, R above 0.
+    Both belong to the workspace and are valid until its next use. ids_RK: int32 or int64, any strides, R above 0.
     """
     num_rows, top_k = ids_RK.shape
     num_blocks, count, place = _count_and_place(num_rows, top_k, ids_RK.stride(), num_experts, first_expert)
@@ -313,7 +313,7 @@ def _one_pass(
     x_XD, act_XF = workspace.get_shared("pairs", ((num_pairs, size), (num_pairs, width)), x_RD.dtype, x_RD.device)
     spread_rows(x_RD, places_RK, x_XD)
     gate_up_XG = grouped_product(x_XD, gate_up_EGD, ends_E)
-    launch_gated_silu(gate_up_XG, act_XF, ends_E)  # over x_XD, which the product behind us has read
+    launch_gated_silu(gate_up_XG, act_XF, ends_E)  # overwrites x_XD, which the first product has read
     del gate_up_XG  # before the next product allocates
     y_XD = grouped_product(act_XF, down_EDF, ends_E)
     add_up(y_XD, places_RK, weights_RK, out_RD)

@@ -1,6 +1,6 @@
 """Norm, rotation and write of keys and values in one pass over the merged projection, in place.
 
-A program takes one head of several tokens: whether it is a query, a key or a value is the same for all of them.
+A program takes one head of several tokens, so all that it handles are queries, or all keys, or all values.
 
 Shapes: as in `antiphon.kernels.gqa_write`.
 """
@@ -21,7 +21,7 @@ _TILE_ELEMENTS = 2048
 
 @triton.jit
 def _normed(x, scale_T1, q_weight_Q, k_weight_Q, columns, real, is_query, dtype: tl.constexpr, WIDE: tl.constexpr):
-    """Rounded before the weight and after it, as the reference does."""
+    """The norm, rounded before and after the weight, as in the reference."""
     q_weight = tl.load(q_weight_Q + columns, mask=real, other=0)
     k_weight = tl.load(k_weight_Q + columns, mask=real, other=0)
     weight = tl.where(is_query, q_weight, k_weight).to(WIDE)

@@ -1,9 +1,9 @@
-"""Launches that cost the host little, and the choices that all of them share.
+"""Kernel launches that cost the host little, and the choices of size that all kernels share.
 
-Triton's own launch binds arguments, derives what they are specialised on, makes a key of it and asks the driver about
-every pointer: 16 to 45 us on a slow host. A `Launch` is one kernel for one shape: everything but the tensors is fixed.
-It launches through Triton once, keeps the compiled kernel that this returns, and afterwards calls its launcher itself
-(`direct`).
+Triton's own launch binds arguments, derives what they are specialized on, builds a key from it and asks the driver
+about every pointer: 16 to 45 us on a slow host. A `Launch` is one kernel for one shape: everything but the tensors is
+fixed. It launches through Triton once, keeps the compiled kernel that this returns, and afterwards calls its launcher
+itself (`direct`).
 
     @lru_cache(maxsize=NUM_SHAPES)
     def _copy(num_rows: int, size: int) -> Launch:
@@ -11,8 +11,8 @@ It launches through Triton once, keeps the compiled kernel that this returns, an
 
     _copy(*x_TD.shape)(x_TD, out_TD)
 
-Because integers and constants are fixed, what Triton specialises on can only change with the dtypes of the tensors,
-with pointers that are no multiple of 16 bytes, and with the device: these are the key.
+Because integers and constants are fixed, what Triton specializes on can only change with the dtypes of the tensors,
+with pointers that are not multiples of 16 bytes, and with the device: these are the key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from antiphon.kernels.fused.direct import Direct, Driver, find_driver
 
 NUM_SHAPES = 1024
-"""Launches that are kept of each kernel."""
+"""How many launches are kept per kernel."""
 
 _POINTER_ALIGNMENT = 16
 _MAX_COLUMN_BLOCK = 1024
@@ -53,7 +53,7 @@ class Launch:
         num_warps: int = 4,
         driver: Driver | None = None,
     ) -> None:
-        """driver: another one than `find_driver` has, for tests."""
+        """driver: replaces the one from `find_driver`, for tests."""
         self._kernel = kernel
         self._grid = grid
         self._integers = integers
@@ -84,7 +84,7 @@ class Launch:
 
 
 def _misaligned(pointers: list[int]) -> int:
-    """A bit for each pointer that is no multiple of 16."""
+    """A bit for each pointer that is not a multiple of 16."""
     together = 0
     for pointer in pointers:
         together |= pointer
@@ -98,12 +98,12 @@ def divide_up(number: int, by: int) -> int:
 
 
 def power_of_two(number: int) -> int:
-    """The smallest that is not below the number."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def column_block(size: int) -> int:
-    """Columns of one program: a power of two."""
+    """Columns per program: a power of two."""
     return min(_MAX_COLUMN_BLOCK, power_of_two(size))
 
 

@@ -1,4 +1,4 @@
-"""RMS norm, alone or behind a residual addition, and rotary embedding: one pass over memory each.
+"""RMS norm, alone or after a residual addition, and rotary embedding: one pass over memory each.
 
 Shapes: as in `antiphon.kernels.norm_rope`.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 
-_NORM_ELEMENTS = 2048  # of a tile, unless one row has more
+_NORM_ELEMENTS = 2048  # per tile, unless one row has more
 _ROPE_ELEMENTS = 1024
 
 
@@ -68,7 +68,7 @@ def _norm(
     eps: float,
     double: bool,
 ) -> Launch:
-    """residual_stride: of the rows of a residual that is added first; None for none."""
+    """residual_stride: row stride of the residual that is added first; None without one."""
     block_d = power_of_two(size)
     block_r = max(1, _NORM_ELEMENTS // block_d)
     return Launch(
@@ -106,7 +106,7 @@ def rms_norm_fused(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch
 def add_rms_norm_fused(
     x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `add_rms_norm`; every number of the sum is written by the thread that read it."""
+    """See `add_rms_norm`. The thread that reads a number of the residual also writes the sum there."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     sum_TD = residual_TD = residual_TD.contiguous()
     num_tokens, size = x_TD.shape
@@ -204,5 +204,5 @@ def apply_rope_fused(
 
 
 def _one_head(x_TP: torch.Tensor) -> tuple[int, int, int]:
-    """Strides as if [T, P] were [T, 1, P]."""
+    """The strides of [T, P] seen as [T, 1, P]."""
     return x_TP.stride(0), 0, x_TP.stride(1)

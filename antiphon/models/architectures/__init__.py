@@ -1,1 +1,1 @@
-"""Architectures by the name in `config.json`: one reader each, and their registry."""
+"""One reader per architecture, and the registry that finds it by the name in `config.json`: `read_config`."""

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: grouped-query attention with normalised queries and keys, softmax routing, no shared experts.
+"""Qwen3-MoE: grouped-query attention with normalized queries and keys, softmax routing, no shared experts.
 
 Source: Qwen3 Technical Report.
 """

@@ -29,14 +29,14 @@ READERS = {
 
 
 def read_config(source: Path | str, *, num_layers: int | None = None) -> ModelConfig:
-    """The model in a folder, or of a preset. num_layers: keep only the first ones.
+    """The configuration of the model in a folder, or of a preset. num_layers: load only the first N layers.
 
-    A folder that exists is read even if it is called like a preset.
-    Raises `ModelError` if it is not there, unknown, asks for what is not supported, or has fewer layers.
+    An existing folder wins over a preset of the same name.
+    Raises `ModelError` if the model is missing, unknown or not supported, or has fewer than `num_layers` layers.
     """
     file = ConfigFile(_config_file(source))
     read = _reader(file)
-    BlockFp8.read(file)  # refuses what is not loaded
+    BlockFp8.read(file)  # refuses quantization that is not supported
     config = read(file)
     if num_layers is None:
         return config
@@ -44,7 +44,7 @@ def read_config(source: Path | str, *, num_layers: int | None = None) -> ModelCo
     if not least <= num_layers <= config.num_layers:
         raise ModelError(
             f"num_layers={num_layers} does not fit {source}",
-            limit=f"it has {config.num_layers} layers, the first {config.num_dense_layers} of them without experts",
+            limit=f"it has {config.num_layers} layers, of which the first {config.num_dense_layers} are dense",
             remedy=f"use {least} to {config.num_layers}",
             option="num_layers",
             value=num_layers,

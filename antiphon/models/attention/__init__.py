@@ -1,1 +1,1 @@
-"""Attention layers over the paged cache: grouped-query, latent, and rotary angles."""
+"""Attention layers over the paged KV cache (`gqa`, `mla`), what they share (`paged`), and rotary angles (`rope`)."""

@@ -24,7 +24,7 @@ from antiphon.runtime import order_point
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedQueryConfig:
-    """Sizes of the attention of one layer."""
+    """Sizes of one attention layer."""
 
     hidden_size: int
     num_heads: int
@@ -32,7 +32,7 @@ class GroupedQueryConfig:
     head_size: int
     bias: bool  # of the projections to queries, keys and values
     out_bias: bool
-    qk_norm_eps: float | None  # None: queries and keys are not normalised
+    qk_norm_eps: float | None  # None: queries and keys are not normalized
     rope: RopeConfig  # of the first dimensions of a head, or of all
 
     @property
@@ -49,7 +49,10 @@ class GroupedQueryConfig:
         default_share: float = 1.0,
         default_theta: float = DEFAULT_THETA,
     ) -> GroupedQueryConfig:
-        """default_share, default_theta: of rotary dimensions, where the file does not say. Raises `ModelError`."""
+        """Read the sizes. Raises `ModelError` for those that are missing or wrong.
+
+        default_share, default_theta: share and base of the rotary dimensions if the file has none.
+        """
         hidden_size, num_heads = file.count("hidden_size"), file.count("num_attention_heads")
         num_kv_heads = file.count("num_key_value_heads")
         if num_heads % num_kv_heads:
@@ -70,7 +73,7 @@ class GroupedQueryConfig:
         )
 
     def refuse_partial_rotation(self, file: ConfigFile) -> None:
-        """For architectures that rotate whole heads. Raises `ModelError`."""
+        """Raise `ModelError` if only part of a head rotates, for architectures that rotate whole heads."""
         if self.rope.size != self.head_size:
             share = self.rope.size / self.head_size
             limit = f"{file.architecture} is supported with whole heads rotated"

@@ -27,7 +27,7 @@ _LATENT_NORM_EPS = 1e-6  # not in the checkpoint's config; DeepSeek and transfor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentAttentionConfig:
-    """Sizes of the attention of one layer."""
+    """Sizes of one attention layer."""
 
     hidden_size: int
     num_heads: int
@@ -48,7 +48,7 @@ class LatentAttentionConfig:
 
     @staticmethod
     def read(file: ConfigFile, *, interleaved: bool) -> LatentAttentionConfig:
-        """Raises `ModelError` for sizes that are missing or wrong."""
+        """Read the sizes. Raises `ModelError` for those that are missing or wrong."""
         rope_size = file.count("qk_rope_head_dim")
         if rope_size % 2:
             raise file.fault(
@@ -154,7 +154,7 @@ class LatentAttention(nn.Module):
         return out_NHV.flatten(1)
 
     def _queries(self, first_TX: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
-        """[T, H, Q + P2], rotary part behind. first_TX: the queries, or their bottleneck."""
+        """Queries [T, H, Q + P2], rotary part last. first_TX: the queries, or their low-rank bottleneck."""
         config = self.config
         q_TX = first_TX if config.query_rank is None else self.q_b_proj.forward(self.q_a_layernorm.forward(first_TX))
         q_THQ = q_TX.view(-1, config.num_heads, config.head_size)

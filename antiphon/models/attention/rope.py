@@ -1,4 +1,4 @@
-"""Rotary angles: plain and yarn.
+"""Rotary embeddings: plain and yarn angles.
 
 Source of yarn: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", as DeepSeek uses it.
 """
@@ -15,12 +15,12 @@ from antiphon.core.errors import is_number
 from antiphon.models.config import LARGEST_POSITION, USE_ANOTHER_MODEL, ConfigFile
 
 DEFAULT_THETA = 10_000.0
-"""Base of the rotary angles where a file does not say, for most architectures."""
+"""Base of the rotary angles if a file has none, for most architectures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yarn:
-    """Stretching of the rotary angles to a longer context."""
+    """How yarn stretches the rotary angles to a longer context."""
 
     factor: float
     original_positions: int
@@ -43,12 +43,12 @@ class RopeConfig:
 
     @property
     def stretched_positions(self) -> int:
-        """How far yarn reaches; 0 without it."""
+        """How many positions yarn reaches; 0 without it."""
         return 0 if self.yarn is None else int(self.yarn.factor * self.yarn.original_positions)
 
     @staticmethod
     def read(file: ConfigFile, *, size: int, interleaved: bool, default_theta: float = DEFAULT_THETA) -> RopeConfig:
-        """From `rope_parameters`, or `rope_theta` and `rope_scaling` of older checkpoints."""
+        """Read `rope_parameters`, or `rope_theta` and `rope_scaling` of older checkpoints."""
         parameters = _parameters(file)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "yarn"):
@@ -63,17 +63,17 @@ class RopeConfig:
 
 
 def rotary_size(file: ConfigFile, head_size: int, *, default_share: float) -> int:
-    """How many dimensions of a head rotate, by `partial_rotary_factor`. Raises `ModelError` if there is no such number.
+    """How many dimensions of a head rotate, from `partial_rotary_factor`. Raises `ModelError` if that is invalid.
 
-    default_share: what a missing factor means.
+    default_share: the factor if the file has none.
     """
     share = _parameters(file).get("partial_rotary_factor", file.get("partial_rotary_factor", default_share))
     if not is_number(share) or not 0 < share <= 1:
         raise file.fault("partial_rotary_factor", share, remedy="use a number above 0 and at most 1")
     size = int(head_size * share)
     if size < 2 or size % 2:
-        limit = f"of head_dim={head_size} that is {size} dimensions"
-        remedy = "use a share that is an even number of them, because dimensions rotate in pairs"
+        limit = f"that makes {size} rotary dimensions of head_dim={head_size}"
+        remedy = "use a factor that makes an even number, because dimensions rotate in pairs"
         raise file.fault("partial_rotary_factor", share, limit=limit, remedy=remedy)
     return size
 
@@ -84,7 +84,7 @@ def _parameters(file: ConfigFile) -> dict[str, Any]:
         raise file.fault("rope_parameters", parameters, remedy="use an object")
     for key, value in parameters.items():
         if isinstance(value, dict):
-            limit = f"those of {key!r} differ, but only one kind of rotary embedding for all layers is supported"
+            limit = f"{key!r} has its own, but only one rotary embedding for all layers is supported"
             raise file.fault("rope_parameters", value, limit=limit, remedy=USE_ANOTHER_MODEL)
     return parameters
 
@@ -115,7 +115,7 @@ def _read_yarn(file: ConfigFile, parameters: dict[str, Any]) -> Yarn:
 
 
 def rope_angles(config: RopeConfig) -> torch.Tensor:
-    """Angle per position of every pair: float32 [size / 2]."""
+    """The angle of every pair per position: float32 [size / 2]."""
     exponents = torch.arange(0, config.size, 2, dtype=torch.float32) / config.size
     plain = 1.0 / config.theta**exponents
     yarn = config.yarn
@@ -149,7 +149,7 @@ def _table_scale(yarn: Yarn) -> float:
 
 
 def score_scale(config: RopeConfig, head_size: int) -> float:
-    """The factor of attention scores: 1 / sqrt(head size), with yarn's correction."""
+    """The scale of attention scores: 1 / sqrt(head size), with yarn's correction."""
     scale = 1 / math.sqrt(head_size)
     if config.yarn is not None and config.yarn.mscale_all_dim:
         scale *= _magnitude(config.yarn.factor, config.yarn.mscale_all_dim) ** 2

@@ -1,1 +1,1 @@
-"""Where weights come from: files, the hub, quantised formats, and dummies."""
+"""Where weights come from: `hub` finds a checkpoint, `files` opens it, `weights` loads it, `dummy` replaces it."""

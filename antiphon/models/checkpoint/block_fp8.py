@@ -1,7 +1,7 @@
-"""Block-wise float8 checkpoints, as DeepSeek-V3 is published: what they are, and how they become plain weights.
+"""Block-wise float8 checkpoints, as DeepSeek-V3 is published, and how they are dequantized.
 
-Beside a weight [out, in] in float8 (e4m3) stands its `..._scale_inv`, one factor a block of 128 x 128, fewer at the
-edges. Weights are multiplied out while they are loaded, one at a time; no layer knows of it.
+Beside each weight [out, in] in float8 (e4m3) there is a `..._scale_inv` with one factor per block of 128 x 128; blocks
+at the edges may be smaller. Weights are dequantized one by one during loading; layers never see float8.
 Source: DeepSeek-V3 Technical Report, 3.3.
 """
 
@@ -18,22 +18,22 @@ _USE_BFLOAT16 = "use a bfloat16 checkpoint"
 
 
 def scale_name(weight_name: str) -> str:
-    """Of the tensor that a checkpoint holds beside a quantised weight, and only there."""
+    """Name of the scale of a weight; a checkpoint has it if and only if the weight is quantized."""
     return weight_name + "_scale_inv"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFp8:
-    """The size of a block of one scale: rows of outputs, columns of inputs."""
+    """The block that one scale covers: rows of outputs, columns of inputs."""
 
     rows: int
     columns: int
 
     @staticmethod
     def read(file: ConfigFile) -> BlockFp8 | None:
-        """From `quantization_config`; `None` if the checkpoint is not quantised.
+        """Read `quantization_config`; `None` if the checkpoint is not quantized.
 
-        Raises `ModelError` for every other way to quantise, by its name.
+        Raises `ModelError` for any other quantization method, and names it.
         """
         settings = file.get("quantization_config")
         if settings is None:
@@ -53,13 +53,13 @@ class BlockFp8:
         return BlockFp8(rows=block[0], columns=block[1])
 
     def scale_shape(self, num_outputs: int, num_inputs: int) -> tuple[int, int]:
-        """Of the scales of a weight [outputs, inputs]."""
+        """Shape of the scales of a weight [outputs, inputs]."""
         return -(-num_outputs // self.rows), -(-num_inputs // self.columns)
 
-    def dequantise(self, weight_OI: torch.Tensor, scale_BC: torch.Tensor, out_OI: torch.Tensor) -> None:
-        """Fill `out_OI` with the weight times the scale of its block, multiplied in float32; all on one device.
+    def dequantize(self, weight_OI: torch.Tensor, scale_BC: torch.Tensor, out_OI: torch.Tensor) -> None:
+        """Fill `out_OI` with the weight times the scale of its block, computed in float32; all on one device.
 
-        One row of blocks at a time, so that the float32 numbers take no memory to speak of.
+        It takes one row of blocks at a time, so the copy in float32 stays small.
         """
         stripes = zip(torch.split(weight_OI, self.rows), scale_BC.float(), torch.split(out_OI, self.rows), strict=True)
         for weight_RI, scale_C, out_RI in stripes:

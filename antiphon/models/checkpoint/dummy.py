@@ -1,4 +1,4 @@
-"""Random weights in place of a checkpoint, for measurements of published shapes."""
+"""Random weights instead of a checkpoint, for benchmarks of published shapes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from antiphon.models.causal_lm import CausalLM
 
 @torch.no_grad()
 def fill_dummy_weights(model: CausalLM, *, seed: int = 0) -> None:
-    """Fill every weight of a model in place, by a generator on its own device.
+    """Fill every weight of a model in place, with a generator on its own device.
 
-    Norms are 1, biases 0, embeddings normal, other weights normal with deviation 1 / sqrt(inputs), a tenth of it for
-    what is added to the hidden states: activations stay finite at any depth, and tokens stay different, as routing by
-    the model needs it. Values depend on the seed, the checkpoint's name of the tensor and the kind of device: what
-    all ranks hold is the same on all of them, and an expert is the same on whichever rank it is.
+    Norms are 1, biases 0, embeddings standard normal. Other weights are normal with standard deviation
+    1 / sqrt(inputs), or a tenth of it for projections into the residual. Activations stay finite at any depth, and
+    tokens stay distinct, which the model's own routing needs.
+    Values depend on the seed, the tensor's name in the checkpoint and the kind of device. So replicated weights are
+    equal on all ranks, and an expert is the same whichever rank holds it.
     """
     generators: dict[torch.device, torch.Generator] = {}
     for name, tensor in model.checkpoint_tensors():

@@ -1,11 +1,11 @@
-"""Where the tokens of a dummy run go: as the random router says, or by a fixed table with a known balance.
+"""Routing of dummy runs: by the random router, or by a fixed table of known balance.
 
     spec = parse_routing("zipf:1.2")
     model = build_model(config, transport, spec)
 
-With a table every router still does all of its work, so that its time counts, but only its weights are used. The row of
-a token is its place in the KV cache, so it does not depend on how a batch is cut, nor on the plan or the transport: all
-arms of a measurement route alike. Every layer has the same table, but for recorded ones.
+With a table, every router still does all of its work, so that its time counts, but only its weights are used. A token's
+row is its slot in the KV cache. Routes therefore do not depend on the split, the plan or the transport, and all arms of
+a benchmark route alike. All layers share one table, unless it is recorded.
 
 Shapes: `T` tokens, `K` experts per token, `E` experts, `N` rows of a table.
 """
@@ -28,11 +28,11 @@ from antiphon.models.layers import checkpoint_tensors
 from antiphon.models.router import Router
 
 NUM_ROWS = 32768
-"""Rows of a table that is not recorded; rank r of W begins at row r * N / W."""
+"""Rows of a generated table; rank r of W begins at row r * N / W."""
 
 
 class RoutingKind(Enum):
-    """By the name in the option."""
+    """The kinds of routing, named as in the option."""
 
     MODEL = "model"
     UNIFORM = "uniform"
@@ -42,7 +42,7 @@ class RoutingKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingSpec:
-    """What `--routing` says."""
+    """The parsed value of `--routing`."""
 
     kind: RoutingKind = RoutingKind.MODEL
     exponent: float = 0.0  # zipf: an expert's share falls with this power of its rank in popularity
@@ -85,9 +85,9 @@ def parse_routing(text: str) -> RoutingSpec:
 
 
 class RouteTable:
-    """A table, and its rows for what the lanes run now: the first layer of a step looks them up, for all layers.
+    """A table, and its rows for each lane's current micro-batch: the first layer looks them up for all layers.
 
-    table_NK: int64, all different in a row.
+    table_NK: int64, with distinct ids in each row.
     """
 
     def __init__(self, table_NK: torch.Tensor) -> None:
@@ -96,9 +96,9 @@ class RouteTable:
         self._rows_by_lane: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def ids(self, *, look_up: bool) -> torch.Tensor:
-        """The expert ids [T, K] of the current micro-batch; what is changed in them is changed for all layers.
+        """Expert ids [T, K] of the current micro-batch. All layers share them, and changes to them.
 
-        look_up: even if they are known.
+        look_up: look them up even if they are known.
         """
         part = current_micro_batch()
         slots_T = part.attention.slots_T
@@ -116,7 +116,7 @@ class TableRouter(nn.Module):
         super().__init__()
         self.router = router
         self.table = table
-        # Of the layers, which are made in order. It always looks up: what a tensor holds may change between steps.
+        # Layers are built in order. The first one always looks up: what a tensor holds may change between steps.
         self.first = table.num_users == 0
         table.num_users += 1
 
@@ -124,16 +124,16 @@ class TableRouter(nn.Module):
         return Routes(self.table.ids(look_up=self.first), self.router.forward(x_TD).weights_TK)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Those of the router, as if it stood alone."""
+        """The tensors of the router, under the names that it has without a table."""
         return checkpoint_tensors(self.router, f"{prefix}gate.")
 
 
 def routing_tables(
     spec: RoutingSpec, *, num_experts: int, top_k: int, layers: Iterable[int], rank: int, num_ranks: int
 ) -> dict[int, torch.Tensor]:
-    """The table of each of `layers` on one rank: int64 [N, K] on the CPU; without recording one object for all.
+    """The table of each of `layers` on one rank: int64 [N, K] on the CPU. Generated ones are one object for all layers.
 
-    The same call gives the same tables everywhere. Raises `OptionError` for a recording that does not fit.
+    The same arguments give the same tables everywhere. Raises `OptionError` for a recording that does not fit.
     """
     if spec.kind is RoutingKind.RECORDED:
         assert spec.file is not None
@@ -144,6 +144,7 @@ def routing_tables(
                 f"{spec.file} has no routes of layer {missing[0]}",
                 remedy="record every layer with experts",
                 option="routing",
+                value=str(spec),
             )
         return {layer: _from_rank(recorded[layer], rank, num_ranks) for layer in layers}
     if spec.kind is RoutingKind.UNIFORM:
@@ -159,7 +160,7 @@ def _from_rank(table_NK: torch.Tensor, rank: int, num_ranks: int) -> torch.Tenso
 
 
 def _uniform_table(num_experts: int, top_k: int) -> torch.Tensor:
-    """Permutations of all experts, one behind the other, dealt out K at a time: every stretch of rows is balanced."""
+    """Permutations of all experts, one after the other, dealt K at a time, so every stretch of rows is balanced."""
     generator = torch.Generator().manual_seed(num_experts)
     dealt: list[int] = []
     while len(dealt) < NUM_ROWS * top_k:
@@ -170,49 +171,49 @@ def _uniform_table(num_experts: int, top_k: int) -> torch.Tensor:
 
 
 def _zipf_table(num_experts: int, top_k: int, exponent: float) -> torch.Tensor:
-    """K different experts a row, drawn one after the other with shares 1, 2^-A, 3^-A ...; who is popular is drawn too.
+    """K distinct experts per row, drawn one by one with shares 1, 2^-A, 3^-A, ...; which are popular is drawn too.
 
-    Because the experts of a row differ, none gets more than 1 / K of the load, whatever its share.
+    Because the experts of a row are distinct, none gets more than 1 / K of the load, whatever its share.
     """
     generator = torch.Generator().manual_seed(num_experts)
     log_share_E = -exponent * torch.arange(1, num_experts + 1, dtype=torch.float64).log()
     log_share_E = log_share_E[torch.randperm(num_experts, generator=generator)]
     noise_NE = torch.rand(NUM_ROWS, num_experts, generator=generator, dtype=torch.float64)
-    # The K largest of log share + Gumbel noise are such a draw (Vieira, "Gumbel-max trick and weighted reservoir
+    # The K largest values of log share + Gumbel noise are such a draw (Vieira, "Gumbel-max trick and weighted reservoir
     # sampling").
     return (log_share_E - noise_NE.log().neg().log()).topk(top_k).indices
 
 
 def _read_recording(file: Path, *, num_experts: int, top_k: int) -> dict[int, torch.Tensor]:
-    """Lines of JSON, one a layer: `{"layer": 3, "ids": [[5, 17, ...], ...]}`, one row of K expert ids a token."""
+    """Read JSON lines, one per layer: `{"layer": 3, "ids": [[5, 17, ...], ...]}`, one row of K ids per token."""
+
+    def fault(fact: str, remedy: str) -> OptionError:
+        return OptionError(fact, remedy=remedy, option="routing", value=f"recorded:{file}")
+
     tables = {}
     try:
         for _, entry in json_lines(file.read_text(encoding="utf-8-sig")):
             tables[int(entry["layer"])] = torch.tensor(entry["ids"], dtype=torch.int64)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:  # torch: numbers too large
-        raise OptionError(
+        raise fault(
             f"{file} cannot be read as a recording ({error!r})",
-            remedy='write each line as {"layer": number, "ids": [[expert, ...], ...]}',
-            option="routing",
+            'write each line as {"layer": number, "ids": [[expert, ...], ...]}',
         ) from error
     for layer, table_NK in tables.items():
         if table_NK.dim() != 2 or table_NK.shape[1] != top_k or not table_NK.numel():
-            raise OptionError(
+            raise fault(
                 f"{file}: ids of layer {layer} are {list(table_NK.shape)}",
-                remedy=f"record [tokens, {top_k}]",
-                option="routing",
+                f"record [tokens, {top_k}]",
             )
         low, high = int(table_NK.min()), int(table_NK.max())
         if low < 0 or high >= num_experts:
-            raise OptionError(
+            raise fault(
                 f"{file}: ids of layer {layer} run from {low} to {high}",
-                remedy=f"use 0 to {num_experts - 1}",
-                option="routing",
+                f"use 0 to {num_experts - 1}",
             )
         if bool((table_NK.sort(dim=1).values.diff(dim=1) == 0).any()):
-            raise OptionError(
+            raise fault(
                 f"{file}: layer {layer} has a token with the same expert twice",
-                remedy="record different ones",
-                option="routing",
+                "record different ones",
             )
     return tables

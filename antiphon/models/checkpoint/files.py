@@ -1,6 +1,6 @@
-"""The safetensors files of a checkpoint's folder: which of them hold it, what is in them, and one tensor at a time.
+"""The safetensors files of a checkpoint: which of them to read, what they contain, and access to single tensors.
 
-Which tensors a model needs is not known here: `match` compares the two, `weights` reads what a rank needs.
+Nothing here knows which tensors a model needs: `match` compares the two, and `weights` reads what a rank needs.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from antiphon.models.checkpoint.block_fp8 import BlockFp8, scale_name
 from antiphon.models.config import DOWNLOAD_AGAIN, ConfigFile, read_json
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""What a weight can be stored in without a scale, by the names of safetensors."""
+"""Bytes per number of the dtypes that need no scale, by their names in safetensors."""
 
 FLOAT8 = "F8_E4M3"
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
-_STRIPE_NUMBERS = 2**24  # of two tensors that are compared
+_STRIPE_NUMBERS = 2**24  # compared at a time
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What the header of a file says of a tensor; dtype as safetensors names it."""
+    """What the header of a file says about a tensor; dtype is its name in safetensors."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -43,23 +43,23 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Files:
-    """What a checkpoint is read from."""
+    """The files that a checkpoint is read from."""
 
     weight_map: dict[str, str] | None  # of the index; None: all tensors of the single file
     missing: list[str]
-    index_fault: str = ""  # why the index is passed over, if it is
+    index_fault: str = ""  # why the index is ignored, if it is
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Files of weights that `Checkpoint` would need and that are not in the folder.
+    """Files of weights that `Checkpoint` needs and that are not in the folder.
 
-    Raises `ModelError` for a wrong index without a file beside it that holds everything.
+    Raises `ModelError` if the index cannot be used and there is no single file to read instead.
     """
     return _find_files(folder).missing
 
 
 def _find_files(folder: Path) -> _Files:
-    """The shards of the index; the single file where there is none, or where it is of no use."""
+    """The shards of the index, or the single file if there is no usable index."""
     has_single = (folder / _SINGLE).is_file()
     if not (folder / _INDEX).exists():
         return _Files(weight_map=None, missing=[] if has_single else [_SINGLE])
@@ -78,7 +78,7 @@ def _find_files(folder: Path) -> _Files:
 
 
 def _chosen_files(folder: Path, *, single_file: bool) -> _Files:
-    """Those that were chosen before, and no others in their place if they have gone since."""
+    """The files that were chosen before, never others instead, even if they have disappeared."""
     if not single_file:
         return _Files(weight_map=_weight_map(folder), missing=[])
     if not (folder / _SINGLE).is_file():
@@ -102,12 +102,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 class Checkpoint:
-    """The safetensors files of one folder. Opens files when they are needed and reads nothing before.
+    """The safetensors files of one folder, each opened when it is first needed.
 
-    single_file: True to read `model.safetensors`, whatever an index says; False to read the shards of the index,
-    whatever is beside them. None reads the shards, or the single file if there is no index or if shards are missing.
-    index_fault: why an index is passed over. has_other_file: whether there is a `model.safetensors` that is not read.
-    Raises `ModelError` if there are none, or if the folder's config.json names a quantisation that is not supported.
+    single_file: True to read `model.safetensors` even if there is an index; False to read the shards of the index only.
+    None reads the shards, or the single file if there is no index or if shards are missing.
+    index_fault: why an index is ignored. has_other_file: whether there is a `model.safetensors` that is not read.
+    Raises `ModelError` if there are no files, or if config.json names a quantization that is not supported.
     """
 
     def __init__(self, folder: Path, *, single_file: bool | None = None) -> None:
@@ -131,7 +131,7 @@ class Checkpoint:
         return name in self._file_of
 
     def names(self) -> set[str]:
-        """The names of all tensors, in the index or only in its files. Opens all files that exist."""
+        """The names of all tensors, whether the index lists them or not. Opens every file that exists."""
         found = set(self._file_of)
         for file_name in sorted(set(self._file_of.values())):
             if (self.folder / file_name).is_file():
@@ -139,12 +139,12 @@ class Checkpoint:
         return found
 
     def stored(self, name: str) -> StoredTensor:
-        """From the header of the file. Raises `ModelError` if the tensor is missing."""
+        """What the header says about a tensor. Raises `ModelError` if it is missing."""
         header = self._file_with(name).get_slice(name)
         return StoredTensor(tuple(header.get_shape()), header.get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, read now, on the CPU in the dtype that it is stored in."""
+        """Read a tensor to the CPU, in the dtype that it is stored in."""
         try:
             tensor: torch.Tensor = self._file_with(name).get_tensor(name)
         except SafetensorError as error:
@@ -154,9 +154,9 @@ class Checkpoint:
         return tensor
 
     def same(self, first: str, second: str) -> bool:
-        """Whether two matrices are stored alike, number by number; reads them up to the first difference.
+        """Whether two matrices are stored with the same numbers; reads them up to the first difference.
 
-        Quantised ones, whose numbers mean something by their scales only, are not.
+        Quantized ones never are, because their values depend on their scales.
         """
         stored = self.stored(first)
         if stored != self.stored(second) or len(stored.shape) != 2 or stored.dtype not in ITEM_BYTES:

@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CONFIG_FILES = ["*.json"]
 _ALL_FILES = [*_CONFIG_FILES, "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 _NOT_LOADED = ["*/*", "consolidated*", "*.py"]
-"""Other formats, copies of the weights in the layout of their makers, and code, which is never executed."""
+"""Other formats, copies of the weights in their authors' own layout, and code, which is never executed."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -30,11 +30,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of a checkpoint: `name` itself if it is a folder, else that of the hub's model of this id.
+    """The folder of a checkpoint: `name` itself if it is a folder, else the local copy of the hub's model with this id.
 
-    Only the front process calls it, before anything is started; workers get the folder. What the cache holds is not
-    downloaded again. If the hub does not answer, the cache is enough.
-    revision: branch, tag or commit of a hub's model; it has no effect on a folder. weights: False to leave them out.
+    Only the frontend calls it, before any worker starts; workers get the folder. What the cache holds is not downloaded
+    again. If the hub does not answer, the cache is enough.
+    revision: branch, tag or commit of a model on the hub; without effect on a folder. weights: False to skip them.
     Raises `ModelError` if there is no such folder, model or revision, or if it can be neither downloaded nor found in
     the cache.
     """
@@ -55,7 +55,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None, weights: boo
 
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
-    # Here, because importing them takes a while, and they read their variables then.
+    # Imported here, because it takes a while, and because the library reads its variables at import.
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -76,7 +76,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
         if error.response.status_code in (401, 403):
             raise _refused(name, revision, error, constants.ENDPOINT) from error
         hub_down = f"the hub {constants.ENDPOINT} answers {error.response.status_code}"
-    except Exception as error:  # of the HTTP library, which the hub's library changes with its versions
+    except Exception as error:  # from the HTTP library, which depends on the version of the hub's library
         hub_down = f"the hub {constants.ENDPOINT} cannot be reached ({_kind_and_line(error)})"
     try:
         folder = Path(
@@ -88,7 +88,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
                 local_files_only=bool(hub_down),
             )
         )
-        if hub_down and not _is_complete(folder, weights):  # with the cache alone the library takes what is there
+        if hub_down and not _is_complete(folder, weights):  # offline, the library accepts an incomplete copy
             raise FileNotFoundError(folder)
         return folder
     except Exception as error:
@@ -97,8 +97,10 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
         what = name if revision is None else f"{name}, revision {revision!r},"
         remedy = "unset HF_HUB_OFFLINE" if "OFFLINE" in hub_down else "try again when it can, or set HF_ENDPOINT"
         raise ModelError(
-            f"model {what} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and {hub_down}",
+            f"model {what} is missing or incomplete in the cache {constants.HF_HUB_CACHE}, and {hub_down}",
             remedy=f"{remedy}, or pass the folder of a checkpoint",
+            option="model",
+            value=name,
         ) from error
 
 
@@ -107,31 +109,43 @@ def _is_complete(folder: Path, weights: bool) -> bool:
 
 
 def _refused(name: str, revision: str | None, error: Exception, endpoint: str) -> ModelError:
-    """What the hub's library raises, in one line: fact, limit, remedy."""
+    """The error that stands for one of the hub's library."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, RevisionNotFoundError):
         return ModelError(
             f"model {name} has no revision {revision!r} on the hub {endpoint}",
             remedy="use a branch, tag or commit that it has",
+            option="revision",
+            value=revision,
         )
     if isinstance(error, GatedRepoError):
         return ModelError(
-            f"model {name} is gated: the hub {endpoint} gives it only to those who accepted its terms",
+            f"model {name} is gated",
+            limit=f"the hub {endpoint} gives it only to those who accepted its terms",
             remedy="accept them on its page, and set HF_TOKEN",
+            option="model",
+            value=name,
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelError(
             f"model {name!r} is not a folder, and the hub {endpoint} has no such model, or it is private",
             remedy="check the name, and set HF_TOKEN for a private one",
+            option="model",
+            value=name,
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return ModelError(
-            f"model {name} is refused by the hub {endpoint} ({error.response.status_code})", remedy="check HF_TOKEN"
+            f"model {name} is refused by the hub {endpoint} ({error.response.status_code})",
+            remedy="check HF_TOKEN",
+            option="model",
+            value=name,
         )
     return ModelError(
         f"model {name} cannot be downloaded from the hub {endpoint} ({_kind_and_line(error)})",
         remedy="try again, what is complete is kept",
+        option="model",
+        value=name,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PRESETS = ("deepseek-v2-lite", "deepseek-v3", "glm-4.5-air", "mixtral-8x7b", "qwen3-235b-a22b", "qwen3-30b-a3b")
-"""Sizes as published; DeepSeek-V3 without the block-wise float8 of its checkpoint, none with its extra layers for
-multi-token prediction."""
+"""Sizes are as published, except that DeepSeek-V3 is without the block-wise float8 of its checkpoint, and none has the
+extra layers for multi-token prediction."""
 
 
 def preset_file(name: str) -> Path:

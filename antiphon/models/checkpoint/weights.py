@@ -1,4 +1,4 @@
-"""Loading: the tensors that a rank needs of a checkpoint, checked against the model, and read into it."""
+"""Loading weights: the tensors that a rank needs are checked against the model and read into it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from antiphon.models.config import DOWNLOAD_AGAIN
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadProgress:
-    """How much of what one rank needs it has read; its text is "35% of 14.2 GB"."""
+    """How much of its weights one rank has read; prints as "35% of 14.2 GB"."""
 
     tensors: int
     num_tensors: int
@@ -27,9 +27,9 @@ class LoadProgress:
 
 
 def check_checkpoint(checkpoint: Checkpoint, expected: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Compare names, shapes and dtypes with the headers of the files, scales of quantised weights too.
+    """Compare names, shapes and dtypes with the headers of the files, scales of quantized weights included.
 
-    Raises `ModelError` at the first that does not fit.
+    Raises `ModelError` for the first tensor that does not fit.
     """
     for name, tensor in expected:
         stored = checkpoint.stored(name)
@@ -40,11 +40,11 @@ def check_checkpoint(checkpoint: Checkpoint, expected: Iterable[tuple[str, torch
                 remedy="use the config.json that was published with these weights",
             )
         if scale_name(name) in checkpoint:
-            _check_quantised(checkpoint, name, stored)
+            _check_quantized(checkpoint, name, stored)
         elif stored.dtype == FLOAT8:
             raise ModelError(
-                f"checkpoint {checkpoint.folder} has {name!r} in float8, but no scale {scale_name(name)!r}; "
-                "download it again, or use a bfloat16 checkpoint"
+                f"checkpoint {checkpoint.folder} has {name!r} in float8, but no scale {scale_name(name)!r}",
+                remedy="download it again, or use a bfloat16 checkpoint",
             )
         elif stored.dtype not in ITEM_BYTES:
             raise ModelError(
@@ -53,7 +53,7 @@ def check_checkpoint(checkpoint: Checkpoint, expected: Iterable[tuple[str, torch
             )
 
 
-def _check_quantised(checkpoint: Checkpoint, name: str, stored: StoredTensor) -> None:
+def _check_quantized(checkpoint: Checkpoint, name: str, stored: StoredTensor) -> None:
     block, scale = checkpoint.block_fp8, checkpoint.stored(scale_name(name))
     where = f"checkpoint {checkpoint.folder} has"
     if block is None:
@@ -82,9 +82,9 @@ def load_weights(
     *,
     progress: Callable[[LoadProgress], None] | None = None,
 ) -> None:
-    """Read every named tensor into its target, converting the dtype; quantised ones are multiplied out on the way.
+    """Read every named tensor into its target, converting the dtype and dequantizing where needed.
 
-    Only these and their scales are read from disk.
+    Only these tensors and their scales are read from disk.
     progress: called after every tensor.
     Raises `ModelError` for what `check_checkpoint` refuses, before the first tensor is read.
     """
@@ -110,6 +110,6 @@ def _fill(target: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
         target.copy_(stored)
         return
     assert checkpoint.block_fp8 is not None, "check_checkpoint has refused it"
-    # Multiplied out where the weight will be: there are hundreds of gigabytes of them, and the CPU is slow at it.
+    # Dequantized on the target's device: there may be hundreds of gigabytes, and the CPU is slow at it.
     scale = checkpoint.tensor(scale_name(name)).to(target.device)
-    checkpoint.block_fp8.dequantise(stored.to(target.device), scale, target)
+    checkpoint.block_fp8.dequantize(stored.to(target.device), scale, target)

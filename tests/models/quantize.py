@@ -1,4 +1,4 @@
-"""A checkpoint quantised to block-wise float8, and its plain twin with the numbers it stands for."""
+"""A checkpoint quantized to block-wise float8, and its plain twin with the numbers it stands for."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-__all__ = ["QUANTISATION", "is_quantised", "quantise_checkpoint", "quantised"]
+__all__ = ["QUANTIZATION", "is_quantized", "quantize_checkpoint", "quantized"]
 
-QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 _LARGEST = 448.0  # of float8 e4m3
 
 
-def is_quantised(name: str, tensor: torch.Tensor) -> bool:
+def is_quantized(name: str, tensor: torch.Tensor) -> bool:
     """The matrices of attention, experts and dense layers; not embeddings, heads, routers, norms and biases."""
     return tensor.dim() == 2 and name.endswith(("proj.weight", "proj_with_mqa.weight"))
 
 
-def quantised(weight_OI: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantized(weight_OI: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Its float8 numbers, its scales, and what they stand for, block by block."""
     outputs, inputs = weight_OI.shape
     scale_BC = torch.empty(-(-outputs // rows), -(-inputs // columns))
@@ -37,10 +37,10 @@ def quantised(weight_OI: torch.Tensor, rows: int, columns: int) -> tuple[torch.T
     return stored_OI, scale_BC, plain_OI
 
 
-def quantise_checkpoint(source: Path, target: Path, *, plain: Path, block: tuple[int, int] = (128, 128)) -> int:
-    """Write `source` quantised to `target`, and in float32 what it then stands for to `plain`.
+def quantize_checkpoint(source: Path, target: Path, *, plain: Path, block: tuple[int, int] = (128, 128)) -> int:
+    """Write `source` quantized to `target`, and in float32 what it then stands for to `plain`.
 
-    In both the scales and weights are in files of their own, as the index says. Returns how many were quantised.
+    In both the scales and weights are in files of their own, as the index says. Returns how many were quantized.
     """
     for folder in (target, plain):
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
@@ -48,8 +48,8 @@ def quantise_checkpoint(source: Path, target: Path, *, plain: Path, block: tuple
     files: dict[str, dict[str, torch.Tensor]] = {"weights.safetensors": {}, "scales.safetensors": {}}
     numbers: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
-        if is_quantised(name, tensor):
-            weight_OI, scale_BC, numbers[name] = quantised(tensor, *block)
+        if is_quantized(name, tensor):
+            weight_OI, scale_BC, numbers[name] = quantized(tensor, *block)
             files["weights.safetensors"][name] = weight_OI
             files["scales.safetensors"][f"{name}_scale_inv"] = scale_BC
         else:
@@ -60,6 +60,6 @@ def quantise_checkpoint(source: Path, target: Path, *, plain: Path, block: tuple
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(numbers, plain / "model.safetensors")
     config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] = QUANTISATION | {"weight_block_size": list(block)}
+    config["quantization_config"] = QUANTIZATION | {"weight_block_size": list(block)}
     (target / "config.json").write_text(json.dumps(config))
     return len(files["scales.safetensors"])
