@@ -61,7 +61,7 @@ def solve_word_problems(
             llm.reconfigure(dbo=dbo)
         steps_before = llm.stats()["steps_by_plan"]
         start = time.perf_counter()
-        outputs = llm.generate(prompts, SamplingParams(max_tokens=max_tokens))
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0))
         seconds = time.perf_counter() - start
         stats = llm.stats()
         steps = {plan: count - steps_before.get(plan, 0) for plan, count in stats["steps_by_plan"].items()}

@@ -167,6 +167,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """What the task asks for; it is greedy unless it says `do_sample` or a temperature."""
         values = dict(normalize_gen_kwargs(asked, default_max_gen_toks=self.max_gen_toks))
         values.pop("do_sample")
+        values.setdefault("temperature", 0.0)
         stops, max_tokens = values.pop("until"), values.pop("max_gen_toks")
         for name in values.keys() - _SETTABLE:
             raise unknown_value("gen_kwargs", name, [*_SETTABLE, "do_sample", "until", "max_gen_toks"])

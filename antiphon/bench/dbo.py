@@ -149,7 +149,7 @@ async def _one_run(engine: AsyncEngine, options: DboOptions, mode: str, *, numbe
 
 async def _ask_engine(engine: AsyncEngine, ask: Ask) -> Answered:
     found = Answered(start_s=time.perf_counter(), num_input=len(ask.prompt))
-    params = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
+    params = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True, temperature=0.0)
     with engine.open(ask.prompt, params) as request:
         last_s = 0.0
         async for item in request:

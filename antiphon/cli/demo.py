@@ -72,7 +72,7 @@ def run_demo(console: Console) -> None:
 
 def _sampling(num_problems: int) -> list[SamplingParams]:
     """Greedy for the problems, sampled for the story, which repeats itself otherwise."""
-    greedy = SamplingParams(max_tokens=100)
+    greedy = SamplingParams(max_tokens=100, temperature=0.0)
     return [*[greedy] * num_problems, SamplingParams(max_tokens=80, temperature=0.8, top_p=0.95, seed=0)]
 
 

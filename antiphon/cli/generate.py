@@ -22,8 +22,12 @@ from antiphon.core.lines import JSON_ESCAPES
 
 if TYPE_CHECKING:
     from antiphon.core.sampling import CompletionOutput, GeneratedOutput
+    from antiphon.frontend.stats import EngineStats
 
 _NO_THINKING = '{"enable_thinking": false}'
+
+
+_MODELS_OWN = "Default: generation_config.json of the model"
 
 
 def generate(
@@ -38,13 +42,30 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, size_option("Maximum number of tokens to generate per prompt.")] = 64,
     min_tokens: Annotated[int, size_option("Minimum number of tokens before an end-of-sequence token is allowed.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among so many likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Sample among tokens that are this times as likely as the best.")] = 0.0,
-    presence_penalty: Annotated[float, typer.Option(help="Off the logits of tokens generated before.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, times how often.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Divides logits of tokens seen before; 1: none.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help=f"Sampling temperature; 0 is greedy. {_MODELS_OWN}, else 1.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help=f"Sample among the k most likely tokens; 0 is all. {_MODELS_OWN}, else 0.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help=f"Sample among the most likely tokens that reach this probability. {_MODELS_OWN}, else 1."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help=f"Sample among tokens at least this times as likely as the best. {_MODELS_OWN}, else 0."),
+    ] = None,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Subtracted from the logits of tokens that already appear in the output.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Subtracted from the logits of tokens for each time they appear in the output.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help=f"Divides the logits of tokens in prompt and output; 1 is none. {_MODELS_OWN}, else 1."),
+    ] = None,
     logit_bias: Annotated[
         str | None, typer.Option(help="JSON: token ids and what to add to their logits, '{\"5\": -100}'.")
     ] = None,
@@ -127,9 +148,9 @@ def generate(
         with _progress_bar(console) as progress:
             outputs = llm.generate(format_prompts(prompts, llm, **template), params, progress=progress)
         seconds = time.perf_counter() - start
-        stats = llm.stats().to_dict()
+        stats = llm.stats()
     if as_json:
-        _print_json(outputs, stats)
+        _print_json(outputs, stats.to_dict())
     else:
         _print_texts(outputs, prompts)
         say(console, _summary(outputs, stats, seconds))
@@ -190,7 +211,7 @@ def _print_texts(outputs: list[GeneratedOutput], prompts: list[Prompt]) -> None:
             print(f"{text or ' '.join(map(str, one.token_ids))}\n")
 
 
-def _summary(outputs: list[GeneratedOutput], stats: dict[str, Any], seconds: float) -> str:
+def _summary(outputs: list[GeneratedOutput], stats: EngineStats, seconds: float) -> str:
     num_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
     plans = ", ".join(f"{count} {plan}" for plan, count in stats["steps_by_plan"].items() if count)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in stats["serial_reasons"].items())
@@ -203,7 +224,7 @@ def _summary(outputs: list[GeneratedOutput], stats: dict[str, Any], seconds: flo
     return "\n".join(lines)
 
 
-def _communication(stats: dict[str, Any]) -> list[str]:
+def _communication(stats: EngineStats) -> list[str]:
     """How much of it was hidden, or that nobody saw it; nothing where there was none."""
     overlaps = stats["overlap"].values()
     observed = [sums for sums in overlaps if sums["communication_s"] is not None]

@@ -1,7 +1,7 @@
 """How a request is sampled, and what comes back.
 
-Names and meanings are those that users of vLLM and of OpenAI's API know. Two things differ: greedy is the default
-(`temperature=0`), and a value out of range is always an error, never corrected in silence.
+Names and meanings are those that users of vLLM and of OpenAI's API know. One thing differs: a value out of range is
+always an error, never corrected in silence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class SamplingParams:
     max_tokens: most tokens to generate, at least 1; `None` for as many as the model's length leaves room for.
     min_tokens: no end before so many tokens exist: the end-of-sequence token and stop_token_ids cannot be chosen, and
         stop strings that are complete before do not count.
-    temperature: 0 is greedy (the default); above it, logits are divided by it before sampling.
+    temperature, top_k, top_p, min_p and repetition_penalty: `None` takes what the model's generation_config.json says,
+        else temperature 1 and no limit (`resolve`); the same offline, on the command line and in the server.
+    temperature: 0 is greedy; above it, logits are divided by it before sampling.
     top_k: sample among the k likeliest tokens; 0 or -1 means all. Of equal ones those with lower ids are kept.
     top_p: sample among the likeliest tokens that together reach this probability, in (0, 1].
     min_p: sample among tokens at least min_p times as likely as the likeliest, in [0, 1].
@@ -59,13 +61,13 @@ class SamplingParams:
     n: int = 1
     max_tokens: int | None = 16
     min_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     seed: int | None = None
     stop: str | Sequence[str] | None = None
@@ -99,6 +101,12 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
+    def resolve(self, defaults: Mapping[str, float]) -> ResolvedParams:
+        """What is left open, taken from `defaults`, else from `NEUTRAL_SAMPLING`."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        open_names = [name for name in NEUTRAL_SAMPLING if values[name] is None]
+        return ResolvedParams(**values | {name: defaults.get(name, NEUTRAL_SAMPLING[name]) for name in open_names})
+
     @property
     def stops(self) -> tuple[str, ...]:
         """`stop`, a tuple in any case."""
@@ -108,6 +116,27 @@ class SamplingParams:
     def wants_prompt(self) -> bool:
         """Whether something is to be told of every token of the prompt, so that each must be computed."""
         return self.prompt_logprobs is not None or self.return_prompt_logits
+
+
+NEUTRAL_SAMPLING: Mapping[str, float] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""The model's own distribution: what holds where neither the caller nor generation_config.json says anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedParams(SamplingParams):
+    """Parameters with nothing left open, as the engine takes them."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 _LIMITS: dict[str, tuple[float, float, bool, str]] = {

@@ -18,7 +18,7 @@ import zmq
 from antiphon.comm import DataPath
 from antiphon.config.cache import CacheSize
 from antiphon.core.policy import OverlapPolicy
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.timeline import StepTimeline
 
@@ -88,7 +88,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
         return Request(
             request_id=self.request_id,
             prompt_ids=self.prompt_ids,
-            params=SamplingParams(**self.params),
+            params=ResolvedParams(**self.params),
             max_tokens=self.max_tokens,
             seed=self.seed,
         )

@@ -12,7 +12,7 @@ import torch
 
 from antiphon.config.engine_config import ResolvedConfig
 from antiphon.core.errors import RequestError, is_whole, unicode_fault
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import ResolvedParams, SamplingParams
 from antiphon.engine.scheduling.request import Request
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
@@ -99,6 +99,7 @@ class RequestMaker:
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | NoTokenizer) -> None:
         self._config = config
         self._capacity = config.kv_capacity_tokens
+        self._defaults = dict(config.model.sampling_defaults)
         self._tokenizer = tokenizer
         self._num_prompts = 0
         self._num_requests = 0
@@ -132,9 +133,10 @@ class RequestMaker:
         self._num_prompts, self._num_requests = self._num_prompts + len(token_lists), number
         return made
 
-    def _resolved(self, place: int, prompt_ids: list[int], params: SamplingParams) -> SamplingParams:
+    def _resolved(self, place: int, prompt_ids: list[int], given: SamplingParams) -> ResolvedParams:
         """The parameters of one result, within what the model and the cache allow."""
         config, num_prompt = self._config, len(prompt_ids)
+        params = given.resolve(self._defaults)
         vocab_size = config.model.vocab_size
         room = config.max_model_len - num_prompt
         if room < 1:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from antiphon.core.errors import ModelError, is_number, is_whole
+from antiphon.core.errors import ModelError, OptionError, is_number, is_whole
+from antiphon.core.sampling import NEUTRAL_SAMPLING, ResolvedParams
 
 logger = logging.getLogger("antiphon.models")
 
@@ -34,6 +35,7 @@ class ModelConfig:
     top_k: int
     kv_width: int  # numbers per token and layer in the KV cache
     eos_token_ids: tuple[int, ...]
+    sampling_defaults: tuple[tuple[str, float], ...] = ()  # of generation_config.json, by the names of `SamplingParams`
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,6 +123,25 @@ class ConfigFile:
                 list(generating),
             )
         return tuple(dict.fromkeys([*generating, *own]))
+
+    def sampling_defaults(self) -> tuple[tuple[str, float], ...]:
+        """What `generation_config.json` says of sampling; `do_sample: false` is temperature 0."""
+        path = self.path.with_name("generation_config.json")
+        values = read_json(path) if path.exists() else {}
+        if values.get("do_sample") is False:
+            return (("temperature", 0.0),)
+        found = [(name, values[name]) for name in NEUTRAL_SAMPLING if values.get(name) is not None]
+        try:
+            ResolvedParams(**dict(found))
+        except OptionError as error:
+            raise ModelError(
+                f"{path} has {error.fact}",
+                limit=error.limit,
+                remedy=error.remedy,
+                option=error.option,
+                value=error.value,
+            ) from error
+        return tuple(found)
 
     def _end_tokens(self, path: Path, values: dict[str, Any]) -> tuple[int, ...]:
         value = values.get("eos_token_id")

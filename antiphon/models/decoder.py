@@ -81,6 +81,7 @@ class DecoderConfig(ModelConfig):
             top_k=routing.top_k,
             kv_width=attention.kv_width,
             eos_token_ids=file.eos_token_ids(),
+            sampling_defaults=file.sampling_defaults(),
             attention=attention,
             routing=routing,
             num_dense_layers=num_dense_layers,

@@ -63,7 +63,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 
 
 class SamplingFields(Body):
-    """What completions and chats have in common; the defaults are OpenAI's, not those of `SamplingParams`."""
+    """What completions and chats have in common. What is `None` is left open: `SamplingParams` says what holds then."""
 
     ignored = _IGNORED
 
@@ -71,13 +71,13 @@ class SamplingFields(Body):
     n: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from antiphon.core.errors import OptionError
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import NEUTRAL_SAMPLING, SamplingParams
 from tests.support.errors import raises
 
 NAN, INF = float("nan"), float("inf")
@@ -55,7 +55,7 @@ def test_every_parameter_is_in_the_tables_of_this_file():
 
 
 COUNT = [0, -1, 1.0, 1.5, NAN, INF, True, "16", [16], Decimal(16)]
-NUMBER = [NAN, INF, -INF, True, False, "1", None, 1j]
+NUMBER = [NAN, INF, -INF, True, False, "1", 1j]
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ NUMBER = [NAN, INF, -INF, True, False, "1", None, 1j]
         ("max_tokens", COUNT, "1, or None"),
         ("min_tokens", [-1, 1.0, NAN, True, "1", None], "0"),
         ("temperature", [-0.1, -1, 100.5, 101, *NUMBER], "100"),
-        ("top_k", [-2, 0.0, 1.5, NAN, INF, True, False, "5", None], "-1"),
+        ("top_k", [-2, 0.0, 1.5, NAN, INF, True, False, "5"], "-1"),
         ("top_p", [0, 0.0, -0.5, 1.0001, 2, *NUMBER], "1"),
         ("min_p", [-0.01, 1.01, *NUMBER], "1"),
-        ("presence_penalty", [-2.1, 2.1, *NUMBER], "-2 to 2"),
-        ("frequency_penalty", [-2.1, 2.1, *NUMBER], "-2 to 2"),
+        ("presence_penalty", [-2.1, 2.1, None, *NUMBER], "-2 to 2"),
+        ("frequency_penalty", [-2.1, 2.1, None, *NUMBER], "-2 to 2"),
         ("repetition_penalty", [0, 0.009, -1, 100.1, *NUMBER], "0.01 to 100"),
         ("seed", [-1, 2**63, 1.0, NAN, True, False, "1", [1]], "2**63 - 1"),
         ("logprobs", [-1, 21, 1.0, True, "5"], "return_logits"),
@@ -159,10 +159,11 @@ def test_option_errors_are_value_errors():
         SamplingParams(top_p=0)
 
 
-def test_the_default_is_greedy():
+def test_what_decides_the_choice_is_left_open_by_default():
     params = SamplingParams()
-    assert (params.temperature, params.top_k, params.top_p, params.seed, params.max_tokens) == (0.0, 0, 1.0, None, 16)
-    assert (params.n, params.min_tokens, params.min_p, params.repetition_penalty, params.stops) == (1, 0, 0.0, 1.0, ())
+    assert [getattr(params, name) for name in NEUTRAL_SAMPLING] == [None] * 5
+    assert (params.seed, params.max_tokens, params.n, params.min_tokens, params.stops) == (None, 16, 1, 0, ())
+    assert {name: getattr(params.resolve({}), name) for name in NEUTRAL_SAMPLING} == NEUTRAL_SAMPLING
 
 
 def test_parameters_cannot_be_changed_past_the_check():

@@ -7,7 +7,7 @@ from typing import Any
 from antiphon.comm import RankGroup
 from antiphon.config.engine_config import EngineConfig
 from antiphon.core.policy import OverlapPolicy
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.build import build_engine
 from antiphon.engine.scheduling.request import Request
 from antiphon.engine.step import StepEngine
@@ -18,7 +18,7 @@ LADDER = (1, 2, 4, 8, 24)
 def generate(engine: StepEngine, prompts: dict[int, tuple[int, ...]], max_tokens: int) -> dict[str, Any]:
     """Steps until no rank has work; the tokens of this rank's prompts, and how each step was planned."""
     requests = [
-        Request(request_id=number, prompt_ids=ids, params=SamplingParams(), max_tokens=max_tokens + number % 3, seed=0)
+        Request(request_id=number, prompt_ids=ids, params=ResolvedParams(), max_tokens=max_tokens + number % 3, seed=0)
         for number, ids in prompts.items()
     ]
     tokens: dict[int, list[int]] = {number: [] for number in prompts}

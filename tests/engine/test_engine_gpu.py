@@ -21,6 +21,7 @@ from antiphon.config.cache import block_bytes
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import EngineError, OptionError
+from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.sampling.sampler import Sampler
 from antiphon.engine.scheduling.request import Request
 from antiphon.models import read_config
@@ -45,7 +46,9 @@ NUM_TOKENS = 32
 NEAR_TIE = 1e-4
 """Where the two best logits are closer, rounding may choose either."""
 
-PARAMS = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, return_logits=True, return_prompt_logits=True)
+PARAMS = SamplingParams(
+    max_tokens=NUM_TOKENS, ignore_eos=True, return_logits=True, return_prompt_logits=True, temperature=0.0
+)
 
 
 def steps_of(llm: LLM, plan: str) -> int:
@@ -107,7 +110,9 @@ def test_bfloat16_solves_all_word_problems(ranks: int, transport: str) -> None:
         assert llm.config.dtype_name == "bfloat16"
         for dbo in ("off", "on"):
             llm.reconfigure(dbo=dbo)
-            outputs = llm.generate([problem.prompt for problem in problems], SamplingParams(max_tokens=128))
+            outputs = llm.generate(
+                [problem.prompt for problem in problems], SamplingParams(max_tokens=128, temperature=0.0)
+            )
             unsolved = [o.text for p, o in zip(problems, outputs, strict=True) if not p.solved_by(o.text)]
             assert unsolved == [], f"dbo {dbo}"
         assert steps_of(llm, "dual") > 0
@@ -118,7 +123,7 @@ def test_bfloat16_solves_all_word_problems(ranks: int, transport: str) -> None:
 def test_chunks_preemptions_and_hits_change_no_token(ranks: int, transport: str) -> None:
     """More requests than the KV cache holds, in steps that their prompts do not fit into."""
     prompts = mixed_prompts(NUM_PROMPTS) + mixed_prompts(NUM_PROMPTS)
-    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.0)
     with LLM(
         ranks=ranks,
         device="cuda",
@@ -151,7 +156,7 @@ def test_drawn_and_greedy_requests_in_one_batch(llm: LLM) -> None:
     prompts = mixed_prompts(6)
     # Hot: this model is so sure of these texts that at 1.5 it still writes what it would write greedily.
     drawn = SamplingParams(max_tokens=12, ignore_eos=True, temperature=3.0, top_p=0.95, seed=3)
-    greedy = SamplingParams(max_tokens=12, ignore_eos=True)
+    greedy = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.0)
     first = llm.generate(prompts, [drawn, greedy] * 3)
     again = llm.generate(prompts, [drawn, greedy] * 3)
     alone = llm.generate(prompts[1::2], greedy)
@@ -184,7 +189,7 @@ def test_the_device_chooses_what_the_cpu_chooses(vocab_size: int) -> None:
             number: Request(
                 request_id=number,
                 prompt_ids=(1, 2, 3 + number),
-                params=SamplingParams(max_tokens=9, **kinds[number % len(kinds)]),
+                params=ResolvedParams(max_tokens=9, **kinds[number % len(kinds)]),
                 max_tokens=9,
                 seed=number,
             )
@@ -218,7 +223,7 @@ def test_the_cache_takes_its_share_of_the_device_and_the_largest_step_still_fits
         free_bytes, _ = torch.cuda.mem_get_info(0)
         assert 0.4 < 1 - free_bytes / total_bytes < 0.55
         num_prompts = llm.config.max_num_batched_tokens // 64
-        two_tokens = SamplingParams(max_tokens=2, ignore_eos=True)
+        two_tokens = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0.0)
         outputs = llm.generate([[5 + n] * 64 for n in range(num_prompts)], two_tokens)
         assert len(outputs) == num_prompts
         free_after, _ = torch.cuda.mem_get_info(0)
@@ -258,7 +263,7 @@ def test_a_share_that_the_weights_fill_is_refused() -> None:
 def test_a_peer_that_is_gone_is_named_within_the_time_limit(transport: str, how: signal.Signals) -> None:
     before = worker_pids()
     with LLM(ranks=2, device="cuda", transport=transport, dbo="on", timeout_s=5) as llm:
-        llm.generate("Once", SamplingParams(max_tokens=2))
+        llm.generate("Once", SamplingParams(max_tokens=2, temperature=0.0))
         victim = next(pid for pid, rank in worker_pids().items() if rank == 1 and pid not in before)
         hit_at: list[float] = []
 
@@ -269,9 +274,11 @@ def test_a_peer_that_is_gone_is_named_within_the_time_limit(transport: str, how:
 
         said = "was killed by SIGKILL" if how is signal.SIGKILL else r"rank 0 waited .* s .* in vain"
         with pytest.raises(EngineError, match=said) as caught:
-            llm.generate(mixed_prompts(4), SamplingParams(max_tokens=1500, ignore_eos=True), progress=hit)
+            llm.generate(
+                mixed_prompts(4), SamplingParams(max_tokens=1500, ignore_eos=True, temperature=0.0), progress=hit
+            )
         assert "rank 1" in str(caught.value)
         assert hit_at and time.monotonic() - hit_at[0] < 20
     assert_no_new_workers(before)
     with LLM(ranks=2, device="cuda", transport=transport) as llm:
-        assert llm.generate("Once", SamplingParams(max_tokens=2))
+        assert llm.generate("Once", SamplingParams(max_tokens=2, temperature=0.0))

@@ -273,7 +273,7 @@ def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, pattern: str
         ({"transport": "altoall"}, "did you mean 'alltoall'"),
         ({"transport": "simulated:alltoall:3"}, "such as 200MB/s"),
         ({"transport": "no.such.module:Thing"}, "cannot be loaded"),
-        ({"transport": "local", "ranks": 2}, "works on one rank, not on 2"),
+        ({"transport": "local", "ranks": 2}, "'local' cannot be used here: for one rank, and there are 2"),
         ({"dtype": "float16"}, "float16 is not supported.*use 'bfloat16' or 'float32'"),
         ({"split": "requests"}, "did you mean 'request-boundary'"),
         ({"micro_batches": 9}, "use 2 to 8"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from antiphon.core.batch import Batch
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.cache.block_pool import BlockPool, block_key
 from antiphon.engine.scheduling.request import NewToken, PromptPart, Request, Sampled, TokenOutput
 from antiphon.engine.scheduling.scheduler import Scheduler
@@ -44,7 +44,7 @@ def make_request(number: int, prompt: int | Sequence[int], max_tokens: int = 4, 
     return Request(
         request_id=number,
         prompt_ids=tuple(ids),
-        params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
+        params=ResolvedParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         max_tokens=max_tokens,
         seed=number,
     )

@@ -57,7 +57,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def make_request(prompt_ids: Sequence[int] = (1, 2, 3), **params: Any) -> Request:
-    resolved = SamplingParams(**params)
+    resolved = SamplingParams(**params).resolve({})
     max_tokens = resolved.max_tokens or 1
     return Request(request_id=5, prompt_ids=tuple(prompt_ids), params=resolved, max_tokens=max_tokens, seed=0)
 

@@ -129,7 +129,7 @@ def answer(
         body = {"messages": [{"role": "user", "content": "Which colour?"}], "stream": stream, **fields}
         job = ChatJob(parse_body(json.dumps(body).encode(), ChatRequest), service)
         (ids,) = await job.prompts()
-        request = Request(request_id=0, prompt_ids=tuple(ids), params=job.params, max_tokens=99, seed=0)
+        request = Request(request_id=0, prompt_ids=tuple(ids), params=job.params.resolve({}), max_tokens=99, seed=0)
         asked: Any = Asked(tokenizer, request, answers, stream)
         if stream:
             choices = [choice for item in asked.items() for choice in job.pieces(0, asked, item)]

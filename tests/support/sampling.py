@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from antiphon.core.batch import Batch, RequestSlice
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.sampling.draw import draw_key
 from antiphon.engine.sampling.sampler import Sampler
 from antiphon.engine.scheduling.request import NewToken, Request
@@ -26,7 +26,7 @@ def make_request(
     **params: Any,
 ) -> Request:
     request = Request(
-        request_id=number, prompt_ids=tuple(prompt_ids), params=SamplingParams(**params), max_tokens=10, seed=seed
+        request_id=number, prompt_ids=tuple(prompt_ids), params=ResolvedParams(**params), max_tokens=10, seed=seed
     )
     request.output_ids.extend(output_ids)
     return request

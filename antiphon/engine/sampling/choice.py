@@ -21,7 +21,7 @@ from itertools import groupby, pairwise
 import torch
 
 from antiphon.core.batch import upload
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.sampling.draw import Limits, draw, draw_key, draw_ordered, likeliest, scaled
 from antiphon.engine.sampling.edits import (
     PenaltyCounts,
@@ -100,7 +100,7 @@ class Chooser:
                 ids_N[mine.rows_N] = self._chosen(method, changed_NV, mine)
             start = stop
 
-    def _method(self, params: SamplingParams) -> _Method:
+    def _method(self, params: ResolvedParams) -> _Method:
         if params.temperature == 0:
             return _Method.GREEDY
         if params.top_p == 1 and not 0 < params.top_k < self._vocab_size:

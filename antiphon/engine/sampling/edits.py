@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.scheduling.request import Request
 
 _IN_PROMPT = 2**24
@@ -29,7 +29,7 @@ class _Kept:
     num_counted: int = 0  # generated tokens that the table has
 
 
-def has_penalties(params: SamplingParams) -> bool:
+def has_penalties(params: ResolvedParams) -> bool:
     return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 
 

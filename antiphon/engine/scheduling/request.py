@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import ResolvedParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Request:
     # set by the front
     request_id: int
     prompt_ids: tuple[int, ...]
-    params: SamplingParams
+    params: ResolvedParams
     max_tokens: int  # what the model's length leaves of params.max_tokens
     seed: int
     # set by the scheduler
