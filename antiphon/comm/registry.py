@@ -188,8 +188,6 @@ def usable_transports(
         raise OptionError(f"ranks={ranks} is out of range", remedy="use an integer of at least 1", option="ranks")
     if device_kind not in ("cpu", "cuda"):
         raise unknown_value("device_kind", device_kind, ("cpu", "cuda"))
-    if shared_bytes is None and device_kind == "cpu":
-        shared_bytes = 0  # between CPUs only pages that are written to are taken
     world = World(ranks=ranks, device_kind=device_kind, peer_access=peer_access, host_bytes=shared_bytes)
     judged = [_judge(name, facts, world) for name in _CLASSES if name not in _BASELINES]
     inner = [found.name for found in judged if found.usable]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ class Echo:
     def chat_prompt(self, messages: list[Any], **settings: Any) -> str:
         return json.dumps([messages, settings])
 
-    def stats(self) -> dict[str, Any]:
-        return {}
+    def stats(self) -> Any:
+        return SimpleNamespace(to_dict=dict)
 
 
 def output(text: str) -> CompletionOutput:

@@ -13,7 +13,7 @@ from tests.support.checkpoints import copy_bundled, rewrite_json
 
 USER, EOS = 3, 2
 QUESTION = [{"role": "user", "content": "Tell me a story about a fox."}]
-LONG = SamplingParams(max_tokens=400)
+LONG = SamplingParams(max_tokens=400, temperature=0.0)
 
 
 def without_end_token(folder: Path, **config: Any) -> Path:
@@ -86,6 +86,6 @@ def test_special_tokens_in_the_text(one_rank: LLM) -> None:
     prompts = [output.prompt for output in one_rank.generate([ids] * 2, [shown, hidden])]
     assert prompts == ["<|bos|><|user|>", ""]
     (ended,) = one_rank.generate(
-        [one_rank.chat_prompt(QUESTION)], SamplingParams(max_tokens=400, skip_special_tokens=False)
+        [one_rank.chat_prompt(QUESTION)], SamplingParams(max_tokens=400, temperature=0.0, skip_special_tokens=False)
     )
     assert ended.finish_reason == "stop" and "<|eos|>" not in ended.text  # what ends a text is no part of it

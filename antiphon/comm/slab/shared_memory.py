@@ -26,7 +26,7 @@ from antiphon.comm.row_format import aligned
 from antiphon.comm.slab.host_memory import share_host_memory
 from antiphon.comm.slab.log import Action, MailboxLog
 from antiphon.comm.slab.mailbox import Exchange, Mailbox, Phase
-from antiphon.comm.slab.transport import SlabTransport, slab_bytes
+from antiphon.comm.slab.transport import SlabTransport
 from antiphon.comm.tokens import ExpertShape
 from antiphon.machine.facts import Facts
 
@@ -124,7 +124,8 @@ class SharedMemoryTransport(SlabTransport):
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
         if world.device_kind != "cpu":
             return Refusal("between CPUs, and the ranks run on GPUs", "use host-staged")
-        lacks = needs.lacks_of_shared_memory(facts, slab_bytes(shape, world))
+        # Only pages that are written to are taken, so nothing is asked for beforehand unless somebody names it.
+        lacks = needs.lacks_of_shared_memory(facts, world.host_bytes or 0)
         return needs.peers_to_talk_to(facts, world) or needs.refusal_of(lacks)
 
     @classmethod
