@@ -14,6 +14,7 @@ from antiphon.config.engine_config import EngineConfig
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import ModelError, RequestError
 from antiphon.models import PRESETS
+from tests.support.errors import raises
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 1, 4, 1, 5], [2, 7, 1, 8], [100, 200]]
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True, return_logits=True)
@@ -70,9 +71,9 @@ def test_a_table_routes_in_place_of_the_routers(shape: str) -> None:
 
 def test_texts_are_refused_and_token_ids_still_work(shape: str) -> None:
     with LLM(shape, load_format="dummy", num_layers=2, device="cpu") as llm:
-        with pytest.raises(RequestError, match="no tokenizer; pass token ids"):
+        with raises(RequestError, "tokenizer"):
             llm.generate("Once upon a time")
-        with pytest.raises(RequestError, match="no tokenizer"):
+        with raises(RequestError, "tokenizer"):
             llm.chat_prompt([{"role": "user", "content": "hello"}])
         assert len(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
 
@@ -94,5 +95,5 @@ def _fields(options: EngineConfig) -> dict[str, Any]:
 def test_layers_of_a_real_checkpoint_can_be_left_out() -> None:
     with LLM(num_layers=3, device="cpu") as llm:
         assert len(llm.generate("Once upon a time", SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
-    with pytest.raises(ModelError, match="num_layers=99"):
+    with raises(ModelError, "num_layers=99"):
         EngineConfig(num_layers=99, device="cpu").resolve()

@@ -22,6 +22,7 @@ from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import EngineError, ModelError, OptionError, RequestError
 from antiphon.engine.messages import Failed
 from antiphon.engine.worker import read_report
+from tests.support.errors import raises
 from tests.support.processes import assert_no_new_workers, worker_pids
 
 PROMPTS = ["Once upon a time", "The ship", "My dear friend,", "One day the king"]
@@ -44,12 +45,11 @@ def test_a_lane_that_raises_ends_the_engine_with_its_error() -> None:
     with LLM(ranks=2, transport="tests.support.transports:NoGreenlets", dbo="off") as llm:
         llm.generate(PROMPTS, SamplingParams(max_tokens=2))  # one lane is no greenlet
         llm.reconfigure(dbo="on")
-        with clean_end(within_s=10), pytest.raises(EngineError, match=r"a greenlet reached dispatch layer 1") as caught:
+        with clean_end(within_s=10), raises(EngineError, "dispatch layer 1", "LLM") as raised:
             llm.generate(PROMPTS, SamplingParams(max_tokens=2))
         assert_no_new_workers(before)
-        assert "make a new LLM" in str(caught.value)
-        assert "send_tokens" in "".join(caught.value.__notes__)
-        with pytest.raises(EngineError, match="a greenlet reached"):
+        assert "send_tokens" in "".join(raised.error.__notes__)
+        with raises(EngineError, "dispatch layer 1"):
             llm.generate(PROMPTS)
 
 
@@ -68,7 +68,7 @@ def test_a_killed_worker_is_named() -> None:
 
         with (
             clean_end(within_s=30),
-            pytest.raises(EngineError, match=rf"rank 1 \(pid {victim}\) was killed by SIGKILL"),
+            raises(EngineError, f"rank 1 (pid {victim})", "SIGKILL"),
         ):
             llm.generate(PROMPTS, LONG, progress=kill)
         assert_no_new_workers(before)
@@ -80,7 +80,7 @@ def test_a_worker_that_is_killed_while_idle_is_named_at_the_next_call() -> None:
     with LLM(ranks=2) as llm:
         victim = next(pid for pid, rank in worker_pids().items() if rank == 0 and pid not in before)
         os.kill(victim, signal.SIGKILL)
-        with clean_end(within_s=30), pytest.raises(EngineError, match=r"rank 0 \(pid \d+\) was killed by SIGKILL"):
+        with clean_end(within_s=30), raises(EngineError, f"rank 0 (pid {victim})", "SIGKILL"):
             llm.generate(PROMPTS)
         assert_no_new_workers(before)
 
@@ -90,7 +90,7 @@ def test_a_worker_that_ends_without_a_word_is_named() -> None:
     before = worker_pids()
     with (
         LLM(ranks=2, transport="tests.support.transports:DiesInCombine") as llm,
-        pytest.raises(EngineError, match=r"rank 1 \(pid \d+\) ended with code 7"),
+        raises(EngineError, "rank 1 (pid ", "code 7"),
     ):
         llm.generate(PROMPTS)
     assert_no_new_workers(before)
@@ -103,11 +103,11 @@ def test_a_report_of_another_thread_ends_the_engine_at_once() -> None:
     with (
         LLM(ranks=2, transport="tests.support.transports:ReportsFromAnotherThread", timeout_s=100) as llm,
         clean_end(within_s=20),
-        pytest.raises(EngineError, match=r"rank 1 failed during generate: rank 1 is stuck in combine layer") as caught,
+        raises(EngineError, "rank 1", "generate", "combine layer") as raised,
     ):
         llm.generate(PROMPTS)
     assert_no_new_workers(before)
-    assert not getattr(caught.value, "__notes__", [])
+    assert not getattr(raised.error, "__notes__", [])
 
 
 def test_a_report_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_peer_that_stops_inside_an_exchange_of_slabs_is_named(phase: str) -> N
 def test_a_failed_request_leaves_the_engine_usable(one_rank: LLM) -> None:
     expected = [output.token_ids for output in one_rank.generate(PROMPTS)]
     too_long = [5] * 5000
-    with pytest.raises(RequestError, match=r"prompt 1 has 5000 tokens, but max_model_len=4096 leaves room for 4095"):
+    with raises(RequestError, "prompt 1", "5000", "max_model_len=4096", "4095"):
         one_rank.generate(["fine", too_long])
     assert [output.token_ids for output in one_rank.generate(PROMPTS)] == expected
     assert one_rank.stats()["unfinished"] == 0
@@ -173,7 +173,7 @@ def test_a_failed_request_leaves_the_engine_usable(one_rank: LLM) -> None:
 @pytest.mark.processes
 def test_a_failed_request_leaves_two_ranks_usable(two_ranks: LLM) -> None:
     expected = [output.token_ids for output in two_ranks.generate(PROMPTS)]
-    with pytest.raises(RequestError, match="5000 tokens"):
+    with raises(RequestError, "5000"):
         two_ranks.generate(["fine", [5] * 5000])
     assert [output.token_ids for output in two_ranks.generate(PROMPTS)] == expected
 
@@ -247,71 +247,68 @@ def test_a_module_of_the_users_folder_does_not_hide_one_of_the_library(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "pattern"),
+    ("prompts", "names"),
     [
-        ([[]], "prompt 0 is empty"),
-        ([["a"]], "prompt 0 has token id 'a'"),
-        ([[4096]], "use integers from 0 to 4095"),
-        ([[-1]], "token id -1"),
-        ([[True, 5]], "token id True"),
-        (b"abc", "prompts is a bytes"),
-        ([b"abc"], "prompt 0 is a bytes"),
-        (["\ud800"], "prompt 0 is not valid Unicode"),
-        (3, "prompts is a int"),
-        (["fine", 3], "prompt 1 is a int"),
+        ([[]], ["prompt 0"]),
+        ([["a"]], ["prompt 0", "'a'", "4095"]),
+        ([[4096]], ["prompt 0", "4096", "4095"]),
+        ([[-1]], ["-1"]),
+        ([[True, 5]], ["True"]),
+        (b"abc", ["prompts", "bytes"]),
+        ([b"abc"], ["prompt 0", "bytes"]),
+        (["\ud800"], ["prompt 0", "surrogates not allowed"]),
+        (3, ["prompts", "int"]),
+        (["fine", 3], ["prompt 1", "int"]),
     ],
 )
-def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, pattern: str) -> None:
-    with pytest.raises(RequestError, match=pattern):
+def test_prompts_that_cannot_be_served(one_rank: LLM, prompts: Any, names: list[str]) -> None:
+    with raises(RequestError, *names):
         one_rank.generate(prompts)
 
 
 @pytest.mark.parametrize(
-    ("options", "pattern"),
+    ("options", "names"),
     [
-        ({"dbo": "onn"}, "did you mean 'on'"),
-        ({"transport": "altoall"}, "did you mean 'alltoall'"),
-        ({"transport": "simulated:alltoall:3"}, "such as 200MB/s"),
-        ({"transport": "no.such.module:Thing"}, "cannot be loaded"),
-        ({"transport": "local", "ranks": 2}, "'local' cannot be used here: for one rank, and there are 2"),
-        ({"dtype": "float16"}, "float16 is not supported.*use 'bfloat16' or 'float32'"),
-        ({"split": "requests"}, "did you mean 'request-boundary'"),
-        ({"micro_batches": 9}, "use 2 to 8"),
-        ({"ranks": 3}, "num_experts=32 is not divisible by ranks=3; use 1, 2, 4, 8, 16, 32 ranks"),
-        ({"ranks": 0}, "ranks=0"),
-        ({"rank": 2}, "did you mean 'ranks'"),
-        ({"max_num_seqs": 0}, "max_num_seqs=0"),
-        ({"max_model_len": 5000}, "use at most 4096"),
-        ({"kv_cache_memory": 10}, "at least 2 are needed"),
-        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization=0 is not a share"),
-        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 is not a share"),
-        ({"device": "gpu"}, "device='gpu' is not known; use one of auto, cpu, cuda"),
-        ({"device": "cuda", "ranks": 64}, r"ranks=64, but \d+ can be used here; use fewer ranks"),
-        ({"peer_access": "no"}, "peer_access='no' is not True or False"),
-        ({"load_format": "dumy"}, "did you mean 'dummy'"),
-        ({"num_layers": 0}, "num_layers=0 is not a count"),
-        ({"routing": "uniform"}, "nonsense of real weights"),
-        ({"routing": "unifrom", "load_format": "dummy"}, "did you mean 'uniform'"),
-        ({"model": "qwen3-30b-a3b"}, "is a shape without weights; use load_format='dummy'"),
-        ({"timeout_s": 0}, "timeout_s=0"),
-        ({"timeout_s": float("inf")}, "timeout_s=inf"),
-        ({"timeout_s": "x"}, "timeout_s='x'"),
-        ({"seed": "x"}, "seed='x'"),
-        (
-            {"kv_cache_memory": 10**18},
-            r"\(set by kv_cache_memory\) .* use a lower kv_cache_memory",
-        ),
-        ({"dbo_prefill_token_threshold": -1}, "dbo_prefill_token_threshold=-1"),
-        ({"prefix_caching": "no"}, "prefix_caching='no' is not True or False"),
-        ({"chunked_prefill": 1}, "chunked_prefill=1 is not True or False"),
-        ({"dbo_start_layer": 6}, "dbo_start_layer=6 is beyond the model's 6 layers; use at most 5"),
-        ({"dbo_end_layer": 7}, "dbo_end_layer=7 is beyond the model's 6 layers; use at most 6"),
-        ({"num_layers": 2, "dbo_end_layer": 3}, "beyond the model's 2 layers; use at most 2"),
-        ({"min_prefill_tokens_to_split": -1}, "min_prefill_tokens_to_split=-1 is not a count of tokens"),
+        ({"dbo": "onn"}, ["dbo", "'on'"]),
+        ({"transport": "altoall"}, ["transport", "'alltoall'"]),
+        ({"transport": "simulated:alltoall:3"}, ["'3'", "200MB/s"]),
+        ({"transport": "no.such.module:Thing"}, ["no.such.module:Thing"]),
+        ({"transport": "local", "ranks": 2}, ["transport 'local'", "2"]),
+        ({"dtype": "float16"}, ["dtype='float16'", "'bfloat16'", "'float32'"]),
+        ({"split": "requests"}, ["split", "'request-boundary'"]),
+        ({"micro_batches": 9}, ["micro_batches=9", "2 to 8"]),
+        ({"ranks": 3}, ["num_experts=32", "ranks=3", "1, 2, 4, 8, 16, 32"]),
+        ({"ranks": 0}, ["ranks=0"]),
+        ({"rank": 2}, ["'rank'", "'ranks'"]),
+        ({"max_num_seqs": 0}, ["max_num_seqs=0"]),
+        ({"max_model_len": 5000}, ["max_model_len=5000", "4096"]),
+        ({"kv_cache_memory": 10}, ["kv_cache_memory=10", "2"]),
+        ({"gpu_memory_utilization": 0}, ["gpu_memory_utilization=0"]),
+        ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization=1.5"]),
+        ({"device": "gpu"}, ["device='gpu'", "auto, cpu, cuda"]),
+        ({"device": "cuda", "ranks": 64}, ["device='cuda'", "ranks=64"]),
+        ({"peer_access": "no"}, ["peer_access='no'", "True", "False"]),
+        ({"load_format": "dumy"}, ["load_format", "'dummy'"]),
+        ({"num_layers": 0}, ["num_layers=0"]),
+        ({"routing": "uniform"}, ["routing='uniform'", "dummy"]),
+        ({"routing": "unifrom", "load_format": "dummy"}, ["routing", "'uniform'"]),
+        ({"model": "qwen3-30b-a3b"}, ["'qwen3-30b-a3b'", "load_format='dummy'"]),
+        ({"timeout_s": 0}, ["timeout_s=0"]),
+        ({"timeout_s": float("inf")}, ["timeout_s=inf"]),
+        ({"timeout_s": "x"}, ["timeout_s='x'"]),
+        ({"seed": "x"}, ["seed='x'"]),
+        ({"kv_cache_memory": 10**18}, ["kv_cache_memory", "931322575 GiB"]),
+        ({"dbo_prefill_token_threshold": -1}, ["dbo_prefill_token_threshold=-1"]),
+        ({"prefix_caching": "no"}, ["prefix_caching='no'", "True", "False"]),
+        ({"chunked_prefill": 1}, ["chunked_prefill=1", "True", "False"]),
+        ({"dbo_start_layer": 6}, ["dbo_start_layer=6", "6 layers", "5"]),
+        ({"dbo_end_layer": 7}, ["dbo_end_layer=7", "6 layers"]),
+        ({"num_layers": 2, "dbo_end_layer": 3}, ["dbo_end_layer=3", "2 layers"]),
+        ({"min_prefill_tokens_to_split": -1}, ["min_prefill_tokens_to_split=-1"]),
     ],
 )
-def test_options_that_cannot_work_are_refused_before_anything_starts(options: dict[str, Any], pattern: str) -> None:
-    with clean_end(within_s=10), pytest.raises(OptionError, match=pattern):
+def test_options_that_cannot_work_are_refused_before_anything_starts(options: dict[str, Any], names: list[str]) -> None:
+    with clean_end(within_s=10), raises(OptionError, *names):
         LLM(**options)
 
 
@@ -326,28 +323,28 @@ def test_a_checkpoint_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     name = "model.layers.3.mlp.experts.7.up_proj.weight"
     del index["weight_map"][name]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with clean_end(within_s=10), pytest.raises(ModelError, match=f"has no tensor '{name}'"):
+    with clean_end(within_s=10), raises(ModelError, name):
         LLM(str(folder), ranks=2)
 
 
 @pytest.mark.parametrize(
-    ("file_name", "content", "pattern"),
+    ("file_name", "content", "named"),
     [
-        ("config.json", '{"architectures": ["DeepseekV4ForCausalLM"]}', "the nearest is DeepseekV3ForCausalLM"),
-        ("config.json", "{", "cannot be read as JSON"),
-        ("model-00001-of-00002.safetensors", "no safetensors", "cannot be opened"),
-        ("tokenizer.json", "{}", "the tokenizer in .* cannot be loaded"),
+        ("config.json", '{"architectures": ["DeepseekV4ForCausalLM"]}', "DeepseekV3ForCausalLM"),
+        ("config.json", "{", "config.json"),
+        ("model-00001-of-00002.safetensors", "no safetensors", "model-00001-of-00002.safetensors"),
+        ("tokenizer.json", "{}", "tokenizer"),
     ],
 )
-def test_broken_model_files_are_refused(tmp_path: Path, file_name: str, content: str, pattern: str) -> None:
+def test_broken_model_files_are_refused(tmp_path: Path, file_name: str, content: str, named: str) -> None:
     folder = copy_of_the_model(tmp_path / "model")
     (folder / file_name).write_text(content)
-    with clean_end(within_s=10), pytest.raises(ModelError, match=pattern):
+    with clean_end(within_s=10), raises(ModelError, named):
         LLM(str(folder), ranks=2)
 
 
 def test_a_model_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ModelError, match="is not a folder"):
+    with raises(ModelError, "/no/such/model"):
         LLM("/no/such/model")
 
 
@@ -386,5 +383,5 @@ def test_leaving_the_context_ends_every_worker_and_one_rank_starts_none() -> Non
     with LLM(ranks=2) as llm:
         assert len(worker_pids()) == len(before) + 2
     assert_no_new_workers(before)
-    with pytest.raises(EngineError, match="it was closed"):
+    with raises(EngineError, "closed", "LLM"):
         llm.generate("Once")
