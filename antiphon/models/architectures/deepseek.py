@@ -1,6 +1,7 @@
 """DeepSeek-V2 (and V2-Lite) and DeepSeek-V3: latent attention, shared experts, leading dense layers.
 
-V2 chooses by softmax scores, V3 by sigmoid scores with a correction bias; both may limit a token to a few groups.
+V2 chooses experts by softmax scores, V3 by sigmoid scores with a correction bias. Both may limit a token to a few
+groups of experts.
 Sources: DeepSeek-V2 paper, DeepSeek-V3 Technical Report.
 """
 
@@ -14,7 +15,7 @@ from antiphon.models.router import RoutingConfig
 
 
 def read_deepseek_v3(file: ConfigFile) -> DecoderConfig:
-    """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
+    """Read the configuration of DeepSeek-V3. Raises `ModelError` for keys that are missing, wrong or unsupported."""
     file.require("scoring_func", ("sigmoid",), "sigmoid")
     file.require("topk_method", ("noaux_tc",), "noaux_tc")
     attention = LatentAttentionConfig.read(file, interleaved=file.flag("rope_interleave", True))
@@ -31,7 +32,7 @@ def read_deepseek_v3(file: ConfigFile) -> DecoderConfig:
 
 
 def read_deepseek_v2(file: ConfigFile) -> DecoderConfig:
-    """Raises `ModelError` as `read_deepseek_v3` does."""
+    """Read the configuration of a DeepSeek-V2 model. Raises `ModelError` as `read_deepseek_v3` does."""
     file.require("scoring_func", ("softmax",), "softmax")
     file.require("topk_method", ("greedy", "group_limited_greedy"), "greedy")
     # No released checkpoint sets it, and implementations disagree about whether it replaces the scaling factor.

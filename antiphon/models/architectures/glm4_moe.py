@@ -15,7 +15,7 @@ _DEFAULT_EPS = 1e-5
 
 
 def read_glm4_moe(file: ConfigFile) -> DecoderConfig:
-    """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
+    """Read the configuration of GLM-4.5. Raises `ModelError` for keys that are missing, wrong or unsupported."""
     routing = RoutingConfig(
         scores=Scoring.SIGMOID,
         num_experts=file.count("n_routed_experts"),

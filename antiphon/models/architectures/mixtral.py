@@ -1,4 +1,4 @@
-"""Mixtral: grouped-query attention, softmax routing over a few wide experts, no shared ones, every layer with experts.
+"""Mixtral: grouped-query attention, softmax routing over a few wide experts, no shared experts, no dense layers.
 
 Its checkpoints name the parts of an expert w1, w3 and w2. Source: "Mixtral of Experts".
 """
@@ -18,12 +18,12 @@ _NAMES = MoENames(layer="block_sparse_moe", gate="w1", up="w3", down="w2")
 
 
 def read_mixtral(file: ConfigFile) -> DecoderConfig:
-    """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
+    """Read the configuration of Mixtral. Raises `ModelError` for keys that are missing, wrong or unsupported."""
     routing = RoutingConfig(
         scores=Scoring.SOFTMAX,
         num_experts=file.count("num_local_experts"),
         top_k=file.count("num_experts_per_tok"),
-        normalize=True,  # softmax over the chosen ones, which is the same
+        normalize=True,  # the same as a softmax over the chosen ones
         narrow=True,
     )
     attention = GroupedQueryConfig.read(file, with_bias=False, out_bias=False, default_theta=1e6)
@@ -43,7 +43,7 @@ def read_mixtral(file: ConfigFile) -> DecoderConfig:
 
 
 def _refuse_short_window(file: ConfigFile, positions: int) -> None:
-    """A window as long as the longest text hides nothing; a shorter one would be another attention."""
+    """Refuse a window that is shorter than the longest sequence; a longer one masks nothing."""
     window = file.get("sliding_window")
     if window is not None and (not is_whole(window) or window < positions):
         limit = f"only null, or at least max_position_embeddings={positions}, is supported"

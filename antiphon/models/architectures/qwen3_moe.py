@@ -13,7 +13,7 @@ from antiphon.models.router import RoutingConfig
 
 
 def read_qwen3_moe(file: ConfigFile) -> DecoderConfig:
-    """Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
+    """Read the configuration of Qwen3-MoE. Raises `ModelError` for keys that are missing, wrong or unsupported."""
     file.require("use_sliding_window", (False,), False)
     file.require("decoder_sparse_step", (1,), 1)
     file.require("mlp_only_layers", ([], None), None)

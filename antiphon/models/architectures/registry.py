@@ -16,7 +16,7 @@ from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.decoder import DecoderConfig
 
 Reader = Callable[[ConfigFile], DecoderConfig]
-"""Reads a `config.json`. Raises `ModelError` for keys that are missing, wrong, or ask for what is not supported."""
+"""Reads a `config.json`. Raises `ModelError` for keys that are missing, wrong or unsupported."""
 
 READERS = {
     "DeepseekV3ForCausalLM": "antiphon.models.architectures.deepseek:read_deepseek_v3",
