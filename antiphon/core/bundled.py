@@ -8,5 +8,5 @@ BUNDLED_MODEL = "tiny-deepseek"
 
 
 def bundled_model() -> Path:
-    """Its folder; see MODEL_CARD.md there."""
+    """The folder of the bundled model; its MODEL_CARD.md describes it."""
     return Path(__file__).parent.parent / "data" / BUNDLED_MODEL

@@ -1,4 +1,4 @@
-"""Folders of a process's own."""
+"""Private folders of a process."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _JSON_SPACE = " \t"
 
 
 def split_lines(text: str) -> list[str]:
-    """Its lines without their ends. A last line needs none; an empty text has no line."""
+    """The lines of a text, without their line ends. The last line needs none; an empty text has no lines."""
     lines = _LINE_END.split(text)
     if not lines[-1]:
         lines.pop()
@@ -35,7 +35,7 @@ def one_line(text: str) -> str:
 
 
 def json_lines(text: str, what: str = "JSON") -> Iterator[tuple[int, Any]]:
-    """Number, from 1, and value of each line that is not blank.
+    """The number, from 1, and the value of each line that is not blank.
 
     Raises `ValueError` for what is no JSON: "line 3 is not `what` (why)".
     """

@@ -60,7 +60,7 @@ class Proposal:
         return len(self.part_tokens) > 1
 
     def to_row(self) -> list[int]:
-        """`ROW_SIZE` integers."""
+        """The row that travels: `ROW_SIZE` integers."""
         assert len(self.part_tokens) <= MAX_LANES
         fixed = [
             self.num_tokens,
@@ -119,12 +119,12 @@ class Plan:
         return not any(any(parts) for parts in self.part_tokens)
 
     def unsplit(self) -> Plan:
-        """The same tokens on one lane: what the layers of a split step run that are not split themselves."""
+        """The same tokens on one lane, for the layers of a split step that are not split."""
         assert not self.graph, "a padded step has no layers that are not split"
         return replace(self, part_tokens=tuple((sum(parts),) for parts in self.part_tokens))
 
     def rows_by_rank(self, lane: int) -> tuple[int, ...]:
-        """What a lane sends on each rank: its tokens, or the padded size."""
+        """Rows of this lane on every rank: its tokens, or the padded size."""
         return tuple(self.graph or parts[lane] for parts in self.part_tokens)
 
     def __str__(self) -> str:

@@ -49,7 +49,7 @@ class OverlapPolicy:
         the thresholds on, which `planning.resolve_policy` chooses where they are not given.
     split: the cut rule, `token` or `request-boundary`. micro_batches: lanes of a split step, 2 to `MAX_LANES`.
     prefill_threshold, decode_threshold: tokens on the busiest rank from which a step is split, or `NEVER`; `None` is no
-        threshold under `on`, and 512 and 32 under an `auto` that nobody resolved. The decode threshold holds where that
+        threshold under `on`, and 512 and 32 under an unresolved `auto`. The decode threshold holds where that
         rank only decodes.
     imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens. The lanes of a split
         step, one after another, may be longer than the serial step by twice this share, else it is not split.
@@ -139,7 +139,7 @@ class OverlapPolicy:
         return f"{self.dbo}: {self.micro_batches} micro-batches, cut by {self.split}, {limits}"
 
     def describe_thresholds(self) -> str:
-        """From when on steps are split, in words."""
+        """The sizes from which steps are split, in words."""
         prefill, decode = self.threshold(decode_only=False), self.threshold(decode_only=True)
         if not prefill and not decode:
             return "always"

@@ -28,18 +28,18 @@ class SamplingParams:
     min_p. What is left is drawn by its probability.
 
     n: results for one prompt, at most 128. The first equals that of n=1; the others have seeds derived from its seed.
-    max_tokens: most tokens to generate, at least 1; `None` for as many as the model's length leaves room for.
-    min_tokens: no end before so many tokens exist: the end-of-sequence token and stop_token_ids cannot be chosen, and
-        stop strings that are complete before do not count.
+    max_tokens: maximum number of tokens to generate, at least 1; `None` for as many as the model's length allows.
+    min_tokens: minimum number of tokens before an end: until then the end-of-sequence token and stop_token_ids cannot
+        be chosen, and stop strings do not count.
     temperature, top_k, top_p, min_p and repetition_penalty: `None` takes what the model's generation_config.json says,
         else temperature 1 and no limit (`resolve`); the same offline, on the command line and in the server.
     temperature: 0 is greedy; above it, logits are divided by it before sampling.
     top_k: sample among the k likeliest tokens; 0 or -1 means all. Of equal ones those with lower ids are kept.
     top_p: sample among the likeliest tokens that together reach this probability, in (0, 1].
     min_p: sample among tokens at least min_p times as likely as the likeliest, in [0, 1].
-    presence_penalty: taken from the logits of tokens that were generated before, -2 to 2. frequency_penalty: the same,
-        times how often. repetition_penalty: logits of tokens in the prompt or generated before are divided by it where
-        they are positive, else multiplied, 0.01 to 100; 1 is none.
+    presence_penalty: subtracted from the logits of tokens that already appear in the output, -2 to 2.
+        frequency_penalty: the same, multiplied by how often they appear. repetition_penalty: the logits of tokens in
+        the prompt or the output are divided by it where they are positive, else multiplied; 0.01 to 100, 1 for none.
     logit_bias: token id -> what is added to its logit, -100 to 100.
     seed: the same seed gives the same tokens whatever else is in the batch; `None` takes one from the engine.
     stop: a text, or at most 16 of at most 256 characters each (they are looked for after every token), that ends the
@@ -49,9 +49,9 @@ class SamplingParams:
     stop_token_ids: tokens that end the output like the end-of-sequence token.
     ignore_eos: go on past the end-of-sequence token.
     skip_special_tokens: leave special tokens, such as "<|user|>", out of the text.
-    logprobs: with every token its logprob and those of the so many likeliest, 0 to 20. They are the model's own
-        (log-softmax of its logits in float32), before anything above changes them. prompt_logprobs: the same for the
-        tokens of the prompt; the first has none.
+    logprobs: return the logprob of every token and those of this many of the likeliest tokens, 0 to 20. They are the
+        model's own (log-softmax of its logits in float32), before anything above changes them. prompt_logprobs: the
+        same for the tokens of the prompt; the first has none.
     return_logits: keep the logits behind every generated token (float32, or float64 in a float64 engine).
     return_prompt_logits: keep the logits at every position of the prompt. Both are large; they are for checking.
 
@@ -102,19 +102,19 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
     def resolve(self, defaults: Mapping[str, float]) -> ResolvedParams:
-        """What is left open, taken from `defaults`, else from `NEUTRAL_SAMPLING`."""
+        """Fill in what was left open from `defaults`, else from `NEUTRAL_SAMPLING`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         open_names = [name for name in NEUTRAL_SAMPLING if values[name] is None]
         return ResolvedParams(**values | {name: defaults.get(name, NEUTRAL_SAMPLING[name]) for name in open_names})
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """`stop`, a tuple in any case."""
+        """`stop` as a tuple."""
         return self.stop or ()  # type: ignore[return-value]  # __post_init__ has made it one
 
     @property
     def wants_prompt(self) -> bool:
-        """Whether something is to be told of every token of the prompt, so that each must be computed."""
+        """Whether logits or logprobs of the prompt are wanted, so that every token of it must be computed."""
         return self.prompt_logprobs is not None or self.return_prompt_logits
 
 
@@ -235,7 +235,7 @@ def _wrong_type(option: str, value: object, remedy: str) -> OptionError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprob:
-    """Of one token at one place. `rank` is 1 for the likeliest; equal tokens have equal ranks."""
+    """The log probability of one token at one position. `rank` is 1 for the likeliest; ties share a rank."""
 
     logprob: float
     rank: int | None

@@ -17,7 +17,7 @@ _WHAT_FITS = "auto"
 
 
 def parse_size(value: str | int, *, shown: str = "", of_bytes: bool = False) -> int:
-    """The number that is meant; an integer is one already. of_bytes: units may follow.
+    """Parse a number as people type it; an integer is returned as it is. of_bytes: units may follow.
 
     Whether the number can work is checked where it is used. Raises `OptionError`, which begins with `shown`, such as
     "max_num_seqs='1.5'", or with the value.

@@ -1,4 +1,4 @@
-"""Puts the parts of one rank together."""
+"""Assembles the parts of one rank."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def build_engine(
 ) -> StepEngine:
     """Load this rank's weights, allocate its cache, and make its step engine. All ranks do it at the same time.
 
-    report: told what is being done, and often while weights are read. meet: returns when all ranks have their weights;
-    without it, the next exchange between them waits, as long as the group's time limit allows.
+    report: called with what is being done, many times while weights are read. meet: returns when all ranks have their
+    weights; without it the ranks wait in their next exchange, for as long as the group's time limit allows.
     """
     options = config.options
     device = device_for_rank(config.device_kind, group.rank)
@@ -160,7 +160,7 @@ def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -
 
 
 def _refusal(config: ResolvedConfig) -> Refusal | None:
-    """What forbids the transport on this machine, if anything does. Examines it, which takes seconds."""
+    """Why the transport cannot run on this machine, if something forbids it. Examining it takes seconds."""
     options = config.options
     world = World(
         ranks=options.ranks,

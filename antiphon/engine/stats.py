@@ -1,4 +1,4 @@
-"""Counts of one rank since its start."""
+"""Counters of one rank since it started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from antiphon.models.moe import MoELayer
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Of all admissions, those after a preemption too: what was to be computed, and what was there already."""
+    """Preemptions, and the tokens of all admissions: how many there were, and how many the prefix cache had.
+
+    A request that comes back after a preemption is admitted again.
+    """
 
     preemptions: int = 0
     admitted_tokens: int = 0
@@ -38,7 +41,7 @@ class SchedulerStats:
 
 
 class StepStats:
-    """Steps by plan, and the reasons of serial ones."""
+    """Steps by plan, and the reasons why steps were serial."""
 
     def __init__(self, micro_batches: int) -> None:
         self._by_plan: Counter[str] = Counter({"serial": 0, plan_kind(micro_batches): 0})
@@ -69,7 +72,7 @@ _EVERY = 64  # steps
 class ExpertLoad:
     """Pairs of a token of this rank and an expert, by layer and rank of the expert.
 
-    num_experts: of the whole model; rank r of `num_ranks` holds the r-th equal part of them.
+    num_experts: of the whole model; each of `num_ranks` ranks holds an equal part, in order.
     """
 
     def __init__(self, model: CausalLM | nn.Module, *, num_experts: int, num_ranks: int, device: torch.device) -> None:
@@ -80,7 +83,7 @@ class ExpertLoad:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step: count it, if it is its turn."""
+        """Wrap a step: every 64th one is counted."""
         if number % _EVERY:
             yield
             return

@@ -50,7 +50,7 @@ class StepEngine:
     wave: int = 0  # the newest message of the front process
 
     def step(self, new: Iterable[Request] = ()) -> StepResult:
-        """Run one step of the whole group; every rank must call it. new: requests that have come since the last one."""
+        """Run one step of the whole group; every rank must call it. new: requests since the last step."""
         self.scheduler.add(new)
         batch = self.scheduler.next_batch()  # 1 what to run; may be empty
         plan = self.planner.agree(batch, self.group, wave=self.wave)  # 2 one plan for all ranks
@@ -70,7 +70,7 @@ class StepEngine:
 
     @property
     def _layers(self) -> slice:
-        """Those of a split step that are split."""
+        """The layers that run split in a split step."""
         return slice(self.planner.policy.start_layer, self.planner.policy.end_layer)
 
     def _whole(self, batch: Batch, plan: Plan) -> MicroBatch | None:
@@ -85,7 +85,7 @@ class StepEngine:
         self.planner.policy = policy
 
     def statistics(self) -> dict[str, Any]:
-        """Counts since the start, and the state of the KV cache."""
+        """Counters since the start, and the state of the KV cache."""
         scheduler, pool = self.scheduler, self.scheduler.pool
         blocks = {"total": pool.num_usable, "free": pool.num_free, "block_size": pool.block_size}
         return {

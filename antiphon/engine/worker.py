@@ -73,11 +73,11 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> WorkerStart:
-        """In the front."""
+        """Collect it; called in the front."""
         return cls(options=config.options, eos_token_ids=config.model.eos_token_ids, matched=config.matched)
 
     def resolve(self) -> ResolvedConfig:
-        """In a worker: the front's configuration again, without a look at weights. Raises as `EngineConfig.resolve`."""
+        """Resolve the front's configuration again, without reading weights. Raises as `EngineConfig.resolve`."""
         return self.options.resolve(matched=self.matched).with_end_tokens(self.eos_token_ids)
 
 
@@ -96,15 +96,15 @@ class KeptWarnings(logging.Handler):
             self._kept.append(Warned(logger=record.name, text=record.getMessage()))
 
     def take(self) -> list[Warned]:
-        """What has come since the last call."""
+        """The warnings since the last call."""
         return [self._kept.popleft() for _ in range(len(self._kept))]
 
 
 class Worker:
     """The loop of one rank: take messages, step, send tokens.
 
-    sign_s: after so long without a token, as in a long prompt, the front gets a sign that steps go on. warnings: what
-    this process warns of, for the front to say.
+    sign_s: after this long without a token, as in a long prompt, the front is told that steps go on. warnings: of this
+    process, for the front to log.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Worker:
         self._stopped = False
 
     def run(self) -> None:
-        """Sleeps in the socket while no rank has work. Returns when all ranks have seen `Stop`."""
+        """Run until all ranks have seen `Stop`; sleeps in the socket while no rank has work."""
         idle = True
         said_at = time.monotonic()
         while not (idle and self._stopped):
@@ -164,7 +164,7 @@ class Worker:
 
 
 def main() -> int:
-    """Exit code 0 after `Stop`, 1 after an error."""
+    """Run the worker. Returns the exit code: 0 after `Stop`, 1 after an error."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
@@ -221,7 +221,7 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
 
 
 def _wait_for_all(socket: zmq.Socket[bytes]) -> None:
-    """Until every rank has its weights, without a time limit: the front knows which ranks live."""
+    """Wait until every rank has its weights, without a time limit: the front knows which ranks are alive."""
     _send(socket, Loaded())
     message = decode_to_worker(socket.recv())
     assert isinstance(message, AllLoaded)
@@ -241,7 +241,7 @@ def report_and_exit(message: str, *, rank: int, folder: Path, kind: str = "PeerE
 
 
 def read_report(rank: int, folder: Path) -> Failed | None:
-    """What `report_and_exit` left of a rank, for the front."""
+    """The report that `report_and_exit` left behind, for the front; `None` if there is none."""
     path = _report_file(rank, folder)
     return msgspec.json.decode(path.read_bytes(), type=Failed) if path.exists() else None
 

@@ -1,4 +1,7 @@
-"""What a step does: the proposal of one rank, and the decision that all ranks make from all proposals."""
+"""Decides what a step does: `Planner.agree` proposes, exchanges and decides, and all ranks get the same plan.
+
+`resolve_policy` says what `dbo="auto"` means on this machine.
+"""
 
 from antiphon.planning.agreement import exchange
 from antiphon.planning.auto import Conditions, ResolvedPolicy, resolve_policy

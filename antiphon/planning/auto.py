@@ -1,4 +1,4 @@
-"""What `dbo="auto"` means until calibration exists: a rule from facts about the devices and the way between them.
+"""What `dbo="auto"` means until calibration exists: a rule by the devices and the data path between them.
 
     one rank                              off: nothing is sent
     GPUs, data goes by peer access        off
@@ -31,7 +31,7 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPolicy:
-    """A policy of which `auto` leaves nothing open. cause: why `auto` chose so; "" if it was not asked."""
+    """A policy in which no `auto` is left. cause: why `auto` chose it; "" if the user did."""
 
     policy: OverlapPolicy
     cause: str = ""
@@ -45,7 +45,7 @@ class ResolvedPolicy:
 
 
 def resolve_policy(policy: OverlapPolicy, conditions: Conditions) -> ResolvedPolicy:
-    """What `auto` is under these conditions; other policies stay as they are.
+    """Resolve `auto` for these conditions; other policies stay as they are.
 
     A threshold that the user gives holds for its kind of step, prefill or decode, and `auto` decides about the other.
     """

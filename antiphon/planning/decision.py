@@ -25,7 +25,7 @@ def decide(proposals: Sequence[Proposal], policy: OverlapPolicy, ladder: Sequenc
     """The plan for the step that the ranks propose, the same for the same proposals, in order of rank.
 
     While a message has reached only some ranks the plan is empty, so that it takes effect at the same step on all.
-    ladder: rising sizes to which steps without prefill are padded; none are where it is empty.
+    ladder: ascending sizes to which steps without prefill are padded; if it is empty, no step is.
     """
     plan = _split_or_serial(proposals, policy)
     if plan.is_empty or any(proposal.num_prefill_tokens for proposal in proposals):

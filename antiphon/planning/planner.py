@@ -1,4 +1,4 @@
-"""One rank's part in finding the plan of a step."""
+"""One rank's side of agreeing on the plan of a step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from antiphon.splitting import find_cut
 class Planner:
     """Proposes by the policy's cut rule and decides by its thresholds. The policy changes only between runs.
 
-    ladder: sizes to which steps without prefill are padded, as in `decide`; the same on all ranks. Where only some
-    layers are split, none is padded.
+    ladder: as in `decide`; the same on all ranks. Where only some layers are split, no step is padded.
     """
 
     def __init__(self, policy: OverlapPolicy, ladder: Sequence[int] = ()) -> None:

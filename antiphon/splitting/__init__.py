@@ -1,4 +1,4 @@
-"""Where to cut a batch, how to cut what belongs to it, how to join the parts. Pure functions, no streams.
+"""Cuts batches and joins the parts: `find_cut`, `split` and `join`. Pure functions, no streams.
 
 request_boundary([127, 129], num_tokens=256)   # -> (127, 1): after the first request
 token_slices([8, 8], cuts=[12])                # the second request straddles: it is in both parts

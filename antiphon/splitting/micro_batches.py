@@ -66,7 +66,7 @@ def build_micro_batch(
 ) -> MicroBatch:
     """Tokens, positions and attention metadata of the given slices. Tensors are on the CPU.
 
-    num_padding: rows behind the tokens that stand for nothing (`MicroBatch`).
+    num_padding: rows of padding behind the tokens; see `MicroBatch`.
     """
     assert num_padding >= 0, "a padded size that does not hold the tokens"
     # Growing these by ranges keeps the host fast: a step has thousands of tokens, and the device may be waiting.

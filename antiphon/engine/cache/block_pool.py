@@ -50,7 +50,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks of the first keys, as far as they are known one after the other. Nobody holds them for it."""
+        """The blocks of the longest known prefix of the keys. Finding a block does not hold it."""
         found = []
         for key in keys:
             block = self._block_of.get(key)
@@ -64,7 +64,7 @@ class BlockPool:
         return self.num_free - sum(not self._holders[block] for block in blocks)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One holder more for each."""
+        """Add one holder to each block."""
         for block in blocks:
             if not self._holders[block]:
                 self._unknown.pop(block, None)
@@ -84,7 +84,7 @@ class BlockPool:
         return tuple(taken)
 
     def give_back(self, blocks: Sequence[int]) -> None:
-        """One holder less for each, in order of the text: its last block will be taken first, its first one last."""
+        """Take one holder from each block. In order of the text: its last block will be reused first."""
         for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} was given back more often than it was held"
             self._holders[block] -= 1
@@ -92,7 +92,7 @@ class BlockPool:
                 (self._known if self._keys[block] else self._unknown)[block] = None
 
     def publish(self, block: int, key: bytes) -> None:
-        """Its contents are computed and will not change. A key that another block has already stays that one's."""
+        """Make a block findable: its contents are computed and final. A key that is already known keeps its block."""
         assert self._holders[block] > 0, f"block {block} is nobody's"
         if self._prefix_caching and key not in self._block_of:
             self._forget(block)

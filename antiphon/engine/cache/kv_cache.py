@@ -51,7 +51,7 @@ def blocks_that_fit(*, total_bytes: int, used_bytes: int, utilization: float, by
 
 
 def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams, group: RankGroup) -> CacheSize:
-    """Run the largest step that is not split and take what it leaves; the smallest number of all ranks.
+    """Size the cache by what the largest unsplit step leaves free; the smallest number of blocks of all ranks.
 
     All ranks call it together, with their weights loaded. It binds a cache of one block, which the caller replaces.
     Raises `OptionError`, on every rank, if a rank has no room for two blocks.
@@ -87,8 +87,8 @@ def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams,
 def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Streams, rank: int) -> None:
     """Prefill steps of `max_num_batched_tokens` on every rank, serial, and the logits of `max_num_seqs` requests.
 
-    One is of whole prompts; where a text can be longer than a step, another one is the last chunk of the longest text,
-    whose attention looks at all that is before it. Every text is written to block 0, over and over: the values mean
+    The first step has whole prompts. Where a text can be longer than a step, a second one is the last chunk of the
+    longest text, whose attention reads all of it. Everything is written to block 0, over and over, so the values mean
     nothing.
     """
     options, num_tokens = config.options, config.max_num_batched_tokens

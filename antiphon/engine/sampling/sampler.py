@@ -1,7 +1,7 @@
-"""From hidden states to what a step has found out: new tokens, and the logits and logprobs that were asked for.
+"""From hidden states to new tokens, and to the logits and logprobs that were asked for.
 
-It does not know why a slice is as it is: a prompt may come in chunks or be computed again. A slice gets a token if it
-reaches the end of its request's text, and every position of a prompt is told of once.
+It does not know why a slice is as it is: a prompt may come in chunks or be computed again. A slice yields a token if it
+reaches the end of its request's text, and every position of a prompt is reported once.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Sampled:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """Owned by the scheduler."""
+    """One request and its progress, owned by the scheduler."""
 
     # set by the front
     request_id: int
@@ -74,7 +74,7 @@ class Request:
 
     @property
     def num_missing(self) -> int:
-        """Tokens that are known and not computed yet; when the last one is, a new one follows."""
+        """Tokens that are known but not computed; computing the last of them gives a new one."""
         return self.num_tokens - self.num_computed
 
     @property
@@ -83,7 +83,7 @@ class Request:
         return self.params.wants_prompt and self.num_reported < len(self.prompt_ids)
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
-        """Of the text, prompt and output."""
+        """The tokens from `start` to `stop` of the text, prompt and output together."""
         num_prompt = len(self.prompt_ids)
         if stop <= num_prompt:
             return self.prompt_ids[start:stop]

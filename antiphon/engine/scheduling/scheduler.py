@@ -60,13 +60,13 @@ class Scheduler:
         return len(self._running)
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Take new requests; the front has checked that each can be served when it is alone."""
+        """Queue new requests; the front has checked that each fits when it runs alone."""
         for request in requests:
             self.requests[request.request_id] = request
             self._waiting.append(request)
 
     def abort(self, request_ids: Iterable[int]) -> None:
-        """Forget requests and free their blocks; ids that are not here any more are passed over."""
+        """Drop requests and free their blocks; unknown ids are ignored."""
         for request_id in request_ids:
             request = self.requests.get(request_id)
             if request is None:
@@ -89,7 +89,7 @@ class Scheduler:
         return Batch(rank=self._rank, requests=tuple(step.slices.values()))
 
     def commit(self, batch: Batch, sampled: Sampled) -> list[TokenOutput]:
-        """Write down what was computed and sampled, end what is finished, and free its blocks."""
+        """Record what was computed and sampled, end finished requests, and free their blocks."""
         outputs = []
         for place, part in enumerate(batch.requests):
             request = self.requests[part.request_id]
@@ -162,7 +162,7 @@ class Scheduler:
         return 0 if fits_later and not self._chunked_prefill else min(num_missing, step.room)
 
     def _preempt(self, request: Request) -> None:
-        """Take the blocks of a running request; what is still known of them helps it when it comes back."""
+        """Take the blocks of a running request; those still in the prefix cache are reused when it comes back."""
         self._running.remove(request)
         self._waiting.appendleft(request)
         self._give_back(request)
@@ -187,7 +187,7 @@ class Scheduler:
         return keys[:num_full]
 
     def _publish(self, request: Request) -> None:
-        """Let others find the blocks that this step has filled."""
+        """Put the blocks that this step has filled into the prefix cache."""
         size = self.pool.block_size
         for number in range(len(request.keys), request.num_computed // size):
             key = self._key(request, number * size, request.keys)
@@ -223,7 +223,7 @@ class Scheduler:
 
 
 class _Step:
-    """What the next step runs so far."""
+    """The next step as it is being filled."""
 
     def __init__(self, room: int) -> None:
         self.room = room  # tokens that may still be added
