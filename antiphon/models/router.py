@@ -40,12 +40,12 @@ def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
     """Check that the groups fit the experts. Raises `ModelError` if not."""
     per_group, rest = divmod(routing.num_experts, routing.num_groups)
     if rest or routing.top_groups > routing.num_groups:
-        limit = f"n_routed_experts={routing.num_experts}, topk_group={routing.top_groups}"
-        remedy = "use a number that divides the experts, and choose at most all groups"
+        limit = f"it must divide n_routed_experts={routing.num_experts} and be at least topk_group={routing.top_groups}"
+        remedy = "use the model's own file"
         raise file.fault("n_group", routing.num_groups, limit=limit, remedy=remedy)
     limited = routing.top_groups < routing.num_groups
     if routing.top_k > per_group * routing.top_groups or (limited and per_group < routing.best_of_group):
-        limit = f"it chooses from {routing.top_groups} groups of {per_group} experts"
+        limit = f"a token chooses from {routing.top_groups} groups of {per_group} experts"
         raise file.fault("num_experts_per_tok", routing.top_k, limit=limit, remedy="use the model's own file")
 
 

@@ -104,8 +104,8 @@ def test_on_cpus_plain_torch_is_what_there_is(name: str, caplog: pytest.LogCaptu
     [
         (torch.float32, 16, 9, ["in float32", "use bfloat16 where speed matters"]),
         (BFLOAT16, 12, 9, ["widths are not multiples of 16 bytes", "pad them with zeros"]),
-        (BFLOAT16, 16, 8, ["no grouped product for compute capability 8.x", "compute capability 9 or 10"]),
-        (BFLOAT16, 16, 12, ["no grouped product for compute capability 12.x"]),
+        (BFLOAT16, 16, 8, ["no grouped GEMM for compute capability 8.x", "compute capability 9 or 10"]),
+        (BFLOAT16, 16, 12, ["no grouped GEMM for compute capability 12.x"]),
         (BFLOAT16, 16, 9, []),
         (BFLOAT16, 16, 10, []),
     ],

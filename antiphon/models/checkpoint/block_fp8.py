@@ -42,7 +42,7 @@ class BlockFp8:
             raise file.fault("quantization_config", settings, remedy="use an object")
         method, block = settings.get("quant_method", "unknown"), settings.get("weight_block_size")
         if method != "fp8" or block is None:
-            limit = f"only 'fp8' with a weight_block_size is supported, which is {block!r}"
+            limit = f"only 'fp8' with a weight_block_size is supported, and weight_block_size={block!r}"
             raise file.fault("quant_method", method, limit=limit, remedy=_USE_BFLOAT16)
         for key, supported in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
             if settings.get(key, supported) != supported:
