@@ -112,6 +112,7 @@ class MicroBatch:
     # set by the plan
     rows_by_rank: tuple[int, ...]  # rows of this lane on every rank
     num_padding: int = 0  # rows at the end that are no tokens
+    num_real_1: torch.Tensor | None = None  # int64 [1]: num_tokens, for kernels; None where no rank pads this lane
 
     @property
     def num_tokens(self) -> int:

@@ -97,10 +97,14 @@ def plan_kind(num_lanes: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One step's plan, equal on all ranks."""
+    """One step's plan, equal on all ranks.
+
+    An eager step runs as many rows as there are tokens. A padded one (`graph`) runs the same number of rows in every
+    lane of every rank, so that all of its shapes are known beforehand.
+    """
 
     part_tokens: tuple[tuple[int, ...], ...]  # [rank][lane], real tokens
-    graph: int = 0  # rows that every lane of every rank runs, padding included; 0 where lanes run their tokens alone
+    graph: int = 0  # rows of every lane in a padded step; 0 in an eager one
     reason: str  # a short fixed text, counted in the statistics
     detail: str = ""  # the numbers behind the reason
     idle: bool = False  # no rank has work, and all have seen the same messages

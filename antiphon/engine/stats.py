@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from antiphon.comm import Routes
-from antiphon.core.batch import current_micro_batch
 from antiphon.core.plan import Plan, plan_kind
 from antiphon.models import CausalLM
 from antiphon.models.moe import MoELayer
@@ -70,7 +69,7 @@ _EVERY = 64  # steps
 
 
 class ExpertLoad:
-    """Pairs of a token of this rank and an expert, by layer and rank of the expert.
+    """Pairs of a token of this rank and an expert, by layer and rank of the expert. Padding is not counted.
 
     num_experts: of the whole model; each of `num_ranks` ranks holds an equal part, in order.
     """
@@ -104,7 +103,8 @@ class ExpertLoad:
         counts_E = self._counts_LE[layer]
 
         def count(_router: nn.Module, _inputs: object, routes: Routes) -> None:
-            ids_X = routes.ids_TK[: current_micro_batch().num_tokens].flatten().to(torch.int64)
-            counts_E.index_add_(0, ids_X, torch.ones_like(ids_X))  # bincount would make the host wait
+            ids_X = routes.ids_TK.flatten().to(torch.int64)
+            # Padding has the id -1. A mask or bincount would make the host wait.
+            counts_E.index_add_(0, ids_X.clamp(min=0), (ids_X >= 0).to(torch.int64))
 
         return count

@@ -76,9 +76,9 @@ def _decode(
     hidden_N1L1 = (torch.arange(length, device=q_NHQ.device) >= seq_lens_N.unsqueeze(1)).view(-1, 1, length, 1)
     q_NGhQ = q_NHQ.reshape(num_requests, num_kv_heads, num_heads // num_kv_heads, head_size)
     scores_NGhL = torch.matmul(q_NGhQ, key_NGLQ.transpose(2, 3)) * scale
-    scores_NGhL = scores_NGhL.masked_fill(hidden_N1L1.transpose(2, 3), float("-inf"))
+    # The lowest number, not minus infinity: with the values of hidden places at zero, a length of 0 gives zeros.
+    scores_NGhL = scores_NGhL.masked_fill(hidden_N1L1.transpose(2, 3), torch.finfo(scores_NGhL.dtype).min)
     weights_NGhL = scores_NGhL.softmax(dim=-1, dtype=wide).to(q_NHQ.dtype)
-    weights_NGhL = weights_NGhL.masked_fill(hidden_N1L1.transpose(2, 3), 0)  # nan where the length is 0
     # Unused slots may hold anything, even infinities: 0 * inf would be nan.
     out_NGhQ = torch.matmul(weights_NGhL, value_NGLQ.masked_fill(hidden_N1L1, 0))
     return out_NGhQ.reshape(num_requests, num_heads, head_size)

@@ -41,7 +41,8 @@ def norm_rotate_write(
 
     The results may be views of `qkv_TX`, whose contents are lost. norms: applied before rotating, rounded as `rms_norm`
     does; None without them. Pairs are (x0, xP), (x1, xP+1), ...
-    cache_blocks: [num_blocks, block_size, 2GQ], contiguous. slots_T: int64, block * block_size + offset, all different.
+    cache_blocks: [num_blocks, block_size, 2GQ], contiguous.
+    slots_T: int64, block * block_size + offset, all different but for those in block 0.
     """
     num_heads = qkv_TX.shape[1] // head_size - 2 * num_kv_heads
     heads_TXQ = torch.unflatten(qkv_TX, 1, (-1, head_size))

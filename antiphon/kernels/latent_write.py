@@ -30,7 +30,7 @@ def norm_rotate_write_latents(
 
     latent_TX: may have gaps between rows. interleaved: see `apply_rope`; the norm is `rms_norm`.
     cache_blocks: [num_blocks, block_size, C + 2P], contiguous.
-    slots_T: int64, block * block_size + offset, all different.
+    slots_T: int64, block * block_size + offset, all different but for those in block 0.
     """
     size = weight_C.shape[0]
     rotary = apply_rope.reference(latent_TX[:, size:], cos_TP, sin_TP, interleaved=interleaved)

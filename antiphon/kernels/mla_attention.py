@@ -149,9 +149,9 @@ def _decode(
     full_q_NHC = torch.cat([latent_q_NHC, q_NHQ[..., query_size:]], dim=-1)
     scores_NHL = torch.matmul(full_q_NHC, latents_NLC.transpose(1, 2)) * scale
     hidden_NL = torch.arange(latents_NLC.shape[1], device=q_NHQ.device) >= seq_lens_N.unsqueeze(1)
-    scores_NHL = scores_NHL.masked_fill(hidden_NL.unsqueeze(1), float("-inf"))
+    # The lowest number, not minus infinity: with the latents of hidden places at zero, a length of 0 gives zeros.
+    scores_NHL = scores_NHL.masked_fill(hidden_NL.unsqueeze(1), torch.finfo(scores_NHL.dtype).min)
     weights_NHL = scores_NHL.softmax(dim=-1, dtype=wide).to(q_NHQ.dtype)
-    weights_NHL = weights_NHL.masked_fill(hidden_NL.unsqueeze(1), 0)  # nan where the length is 0
     # Unused slots may hold anything, even infinities: 0 * inf would be nan.
     latents_NLC = latents_NLC[..., :latent_size].masked_fill(hidden_NL.unsqueeze(2), 0)
     context_NHC = torch.matmul(weights_NHL, latents_NLC)

@@ -28,12 +28,14 @@ def choose_experts(
     bias_E: torch.Tensor | None = None,
     normalize: bool = False,
     scale: float = 1.0,
+    num_real_1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids [T, K] (int64) and weights [T, K] (logits' dtype) of each token's best experts, best first.
 
     logits_TE: float32 or float64. bias_E: same dtype, added to the scores for the choice only; not with softmax.
     Ties go to the lower id. normalize: the weights of a token add up to 1, before `scale`.
     The ids of a token are distinct and in range whatever the logits hold, even nan.
+    num_real_1: int64 [1]; tokens from there on are padding and get the id -1, with weights that mean nothing.
     """
     check_choice(logits_TE, top_k, scoring, bias_E)
     if scoring is Scoring.SOFTMAX:
@@ -46,7 +48,13 @@ def choose_experts(
     weights_TK = scores_TE.gather(1, ids_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return ids_TK, weights_TK * scale
+    return ids_TK if num_real_1 is None else hide_padding(ids_TK, num_real_1), weights_TK * scale
+
+
+def hide_padding(ids_TK: torch.Tensor, num_real_1: torch.Tensor) -> torch.Tensor:
+    """The ids with -1 for all tokens from `num_real_1` on; new."""
+    tokens_T1 = torch.arange(ids_TK.shape[0], device=ids_TK.device).unsqueeze(1)
+    return ids_TK.masked_fill(tokens_T1 >= num_real_1, -1)
 
 
 def check_choice(logits_TE: torch.Tensor, top_k: int, scoring: Scoring, bias_E: torch.Tensor | None) -> None:

@@ -49,7 +49,8 @@ class MoELayer(nn.Module):
         self.shared_experts = shared_experts
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        routes = self.gate(x_TD)
+        num_real_1 = current_micro_batch().num_real_1
+        routes = self.gate(x_TD, num_real_1)
         sent = self.experts.dispatch(x_TD, routes)
         shared_TD = None if self.shared_experts is None else self.shared_experts.forward(x_TD)
         rows = finish(sent)  # switch, then wait: the other lane computes while our tokens travel
@@ -87,10 +88,8 @@ class Experts(nn.Module):
         self.down_EDF = parameter(num_local, shape.hidden_size, expert_width, dtype=shape.dtype)
 
     def dispatch(self, x_TD: torch.Tensor, routes: Routes) -> Pending[Rows]:
-        part = current_micro_batch()
-        if part.num_padding:
-            routes.ids_TK[part.num_tokens :] = -1
-        return self.transport.dispatch(x_TD, routes, tokens_by_rank=part.rows_by_rank, label=self.label)
+        rows_by_rank = current_micro_batch().rows_by_rank
+        return self.transport.dispatch(x_TD, routes, tokens_by_rank=rows_by_rank, label=self.label)
 
     def compute(self, rows: Rows) -> torch.Tensor:
         """Partial sums [R, D] of the rows over this rank's experts."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Routes
-from antiphon.kernels.router import Scoring, choose_experts
+from antiphon.kernels.router import Scoring, choose_experts, hide_padding
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import parameter
 
@@ -68,10 +68,12 @@ class Router(nn.Module):
             "e_score_correction_bias", torch.empty(config.num_experts, dtype=self.wide) if biased else None
         )
 
-    def forward(self, x_TD: torch.Tensor) -> Routes:
+    def forward(self, x_TD: torch.Tensor, num_real_1: torch.Tensor | None = None) -> Routes:
+        """num_real_1: int64 [1], the tokens that are no padding; the others get the expert id -1."""
         config, logits_TE = self.config, self._logits(x_TD)
         if config.top_groups < config.num_groups:
-            return self._choose_in_groups(logits_TE)
+            routes = self._choose_in_groups(logits_TE)
+            return routes if num_real_1 is None else Routes(hide_padding(routes.ids_TK, num_real_1), routes.weights_TK)
         ids_TK, weights_TK = choose_experts(
             logits_TE,
             config.top_k,
@@ -79,6 +81,7 @@ class Router(nn.Module):
             bias_E=self.e_score_correction_bias,
             normalize=config.normalize,
             scale=config.scale,
+            num_real_1=num_real_1,
         )
         return Routes(ids_TK, weights_TK)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,8 +22,8 @@ class Planner:
     """
 
     def __init__(self, policy: OverlapPolicy, ladder: Sequence[int] = ()) -> None:
-        self.policy = policy
         self.ladder = tuple(ladder)
+        self.policy = policy
 
     def agree(self, batch: Batch, group: RankGroup, *, wave: int = 0) -> Plan:
         """The plan of the next step, the same on all ranks, which must call it together. Raises as `exchange` does."""
@@ -38,7 +39,7 @@ class Planner:
             num_prefill_tokens=batch.num_prefill_tokens,
             part_tokens=(batch.num_tokens,),
             wave=wave,
-            policy=self.policy.fingerprint(),
+            policy=zlib.crc32(repr((self.policy.fingerprint(), self.ladder)).encode()),
         )
         if self.policy.dbo == "off":
             return whole

@@ -32,7 +32,7 @@ def split(batch: Batch, plan: Plan, *, block_size: int) -> list[MicroBatch]:
             lane=lane,
             rows_by_rank=plan.rows_by_rank(lane),
             block_size=block_size,
-            num_padding=plan.graph - part_tokens[lane] if plan.graph else 0,
+            padded_to=plan.graph,
         )
         for lane in range(plan.num_lanes)
     ]
@@ -62,13 +62,12 @@ def build_micro_batch(
     lane: int,
     rows_by_rank: tuple[int, ...],
     block_size: int,
-    num_padding: int = 0,
+    padded_to: int = 0,
 ) -> MicroBatch:
     """Tokens, positions and attention metadata of the given slices. Tensors are on the CPU.
 
-    num_padding: rows of padding behind the tokens; see `MicroBatch`.
+    padded_to: rows of a padded step, those behind the tokens being padding (`MicroBatch`); 0 for an eager step.
     """
-    assert num_padding >= 0, "a padded size that does not hold the tokens"
     # Growing these by ranges keeps the host fast: a step has thousands of tokens, and the device may be waiting.
     token_ids, positions, slots = array("q"), array("q"), array("q")
     decodes: list[tuple[int, tuple[int, ...], int]] = []  # row, blocks, length of the text
@@ -89,7 +88,9 @@ def build_micro_batch(
                     block_ids_B=_int64(_used_blocks(request, block_size)),
                 )
             )
-    for _ in range(num_padding):
+    num_tokens = len(token_ids)
+    assert not padded_to or num_tokens <= padded_to, f"{num_tokens} tokens in a lane of {padded_to} rows"
+    for _ in range(num_tokens, padded_to):
         decodes.append((len(token_ids), (), 0))
         token_ids.append(0)
         positions.append(0)
@@ -105,7 +106,8 @@ def build_micro_batch(
             prefills=tuple(prefills),
         ),
         rows_by_rank=rows_by_rank,
-        num_padding=num_padding,
+        num_padding=len(token_ids) - num_tokens,
+        num_real_1=_int64([num_tokens]) if padded_to else None,
     )
 
 

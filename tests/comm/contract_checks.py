@@ -14,7 +14,16 @@ import torch
 from antiphon.comm import ExpertShape, Routes
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.runtime import current_lane, finish, run_lanes, switch
-from tests.comm.world import MAX_TOKENS, World, apply_experts, exact_sums, make_shape, make_tokens, poison_buffers
+from tests.comm.world import (
+    MAX_TOKENS,
+    Tokens,
+    World,
+    apply_experts,
+    exact_sums,
+    make_shape,
+    make_tokens,
+    poison_buffers,
+)
 
 __all__ = ["SCENARIOS", "SLAB_TRANSPORTS", "transports_of"]
 
@@ -199,6 +208,24 @@ def rows_are_what_was_sent(world: World, name: str) -> None:
     world.expect(torch.equal(rows.ids_RK[here], local_RK), "ids are not indices on this rank")
     weights_RK = torch.cat([sent.routes.weights_TK[mask] for sent, mask in zip(everyone, wanted, strict=True)])
     world.expect(torch.equal(rows.weights_RK[here], weights_RK), "weights did not travel with their tokens")
+
+
+def padding_goes_nowhere(world: World, name: str) -> None:
+    """Tokens whose ids are -1 come back as zeros, whatever they hold, and no rank computes for them."""
+    shape = make_shape()
+    transport = world.make(name, shape)
+    for turn, num_real in enumerate([(5, 2, 0, 7), (0, 0, 0, 0), (7, 7, 7, 7)]):
+        real = num_real[world.rank]
+        tokens = world.tokens(shape, 7, seed=(turn, world.rank))
+        tokens.x_TD[real:] = float("nan")
+        tokens.routes.ids_TK[real:] = -1
+        rows = finish(transport.dispatch(tokens.x_TD, tokens.routes, tokens_by_rank=(7,) * world.size))
+        num_pairs = sum(world.group.all_gather_object(int((rows.ids_RK >= 0).sum())))
+        world.expect_equal(num_pairs, shape.top_k * sum(num_real[: world.size]), f"turn {turn}: pairs computed")
+        sums_TD = finish(transport.combine(apply_experts(rows, shape, world.group)))
+        front = Tokens(tokens.x_TD[:real], Routes(tokens.routes.ids_TK[:real], tokens.routes.weights_TK[:real]))
+        world.expect_sums(sums_TD[:real], front, f"turn {turn}, real tokens:")
+        world.expect(sums_TD[real:].eq(0).all().item() is True, f"turn {turn}: padding does not come back as zeros")
 
 
 def bytes_are_counted(world: World, name: str, dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ _PLAIN_CHECKS = (
     contract_checks.sources_stay_as_they_are,
     contract_checks.ranks_drift_apart,
     contract_checks.rows_are_what_was_sent,
+    contract_checks.padding_goes_nowhere,
     contract_checks.messages_are_counted,
     contract_checks.phases_alternate,
     contract_checks.lanes_beyond_the_last_are_refused,

@@ -77,6 +77,16 @@ def test_tokens_by_rank_are_those_of_one_lane():
     assert plan.rows_by_rank(1) == (2, 4, 6)
 
 
+def test_a_padded_plan_has_the_same_rows_on_all_ranks_and_lanes():
+    plan = Plan(part_tokens=((1, 2), (3, 0), (0, 0)), reason="dual allowed", graph=4)
+    assert plan.rows_by_rank(0) == plan.rows_by_rank(1) == (4, 4, 4)
+    assert str(plan) == "dual: dual allowed, padded to 4 a lane"
+    assert not plan.is_empty
+    assert replace(plan, part_tokens=((0, 0),) * 3).is_empty
+    with pytest.raises(AssertionError, match="not split"):
+        plan.unsplit()
+
+
 @pytest.mark.parametrize(
     ("part_tokens", "is_empty"),
     [(((0,),), True), (((0,), (0,)), True), (((0, 0), (0, 1)), False), (((3,), (0,)), False)],

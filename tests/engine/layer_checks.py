@@ -22,6 +22,7 @@ __all__ = [
     "results_of_jobs",
     "results_of_rank",
     "run_step",
+    "write_contexts",
 ]
 
 NUM_LAYERS = 4
@@ -67,7 +68,7 @@ def results_of_rank(
     """For each plan in `cases` the hidden states and the caches of the unsplit step, then those of every range."""
     twin = Twin.load(None, folder, group=group, transport=transport, dtype=dtype)
     mixed = mixed_requests(seed=10 * group.rank)
-    _write_contexts(twin, group.size, seed=10 * group.rank)
+    write_contexts(twin, group.size, seed=10 * group.rank)
     before = [layer.self_attn.cache_blocks.clone() for layer in twin.ours.decoder_layers()]
     results = []
     for part_tokens in cases:
@@ -84,7 +85,8 @@ def results_of_rank(
     return results
 
 
-def _write_contexts(twin: Twin, num_ranks: int, *, seed: int) -> None:
+def write_contexts(twin: Twin, num_ranks: int, *, seed: int) -> None:
+    """Compute what the requests of `mixed_requests` have behind them. Every rank must call it."""
     for number, ((context, _), blocks) in enumerate(zip(_TEXTS, scattered_blocks(len(_TEXTS), 30), strict=True)):
         if context:
             ids = random_ids(30, seed=seed + number)[:context]

@@ -10,10 +10,8 @@ from torch import nn
 
 from antiphon import LLM, SamplingParams
 from antiphon.comm import Routes
-from antiphon.core.batch import MicroBatch, RequestSlice, use_micro_batch
 from antiphon.engine.stats import ExpertLoad
 from antiphon.models.moe import MoELayer
-from antiphon.splitting import build_micro_batch
 from tests.support.prompts import mixed_prompts
 
 
@@ -24,12 +22,6 @@ class FixedRouter(nn.Module):
         return Routes(ids_TK, torch.ones(ids_TK.shape))
 
 
-def part_of(num_tokens: int, *, num_padding: int) -> MicroBatch:
-    request = RequestSlice(request_id=0, token_ids=(5,) * num_tokens, context_len=0, block_ids=(1,))
-    rows = num_tokens + num_padding
-    return build_micro_batch([request], lane=0, rows_by_rank=(rows,), block_size=4, num_padding=num_padding)
-
-
 def test_pairs_are_counted_by_layer_and_rank_of_the_expert() -> None:
     routers = [FixedRouter(), FixedRouter()]
     model = nn.ModuleList([MoELayer(router, cast(Any, nn.Identity()), None) for router in routers])
@@ -37,10 +29,8 @@ def test_pairs_are_counted_by_layer_and_rank_of_the_expert() -> None:
     ids_TK = torch.tensor([[0, 1], [1, 5], [2, 4], [5, 0]])
     for number in (0, 1, 63, 64, 65):
         with load.step(number), torch.inference_mode():
-            with use_micro_batch(part_of(4, num_padding=0)):
-                routers[0](ids_TK)
-            with use_micro_batch(part_of(1, num_padding=3)):
-                routers[1](ids_TK)  # of which only the first row is a token
+            routers[0](ids_TK)
+            routers[1](torch.cat([ids_TK[:1], torch.full((3, 2), -1)]))  # three rows are padding
     routers[0](ids_TK)  # outside any step
     assert load.tokens_by_layer() == [[8, 2, 6], [4, 0, 0]]  # those of steps 0 and 64
     with pytest.raises(ValueError, match="boom"), load.step(128):

@@ -10,13 +10,27 @@ import torch
 
 from antiphon.comm import RankGroup
 from antiphon.core.bundled import bundled_model
-from antiphon.kernels.gqa_attention import decode_attention
 from antiphon.kernels.grouped_experts import grouped_experts
-from tests.engine.padding_checks import LADDER, padded_and_not
+from tests.engine.padding_checks import LADDER, ONE_RANK, TWO_RANKS, Outcome, outcomes_of_rank, padded_and_not
 from tests.models.twin import random_checkpoint
 from tests.support.ranks import run_ranks
 
 PROMPTS = {number: tuple(range(5 + number, 5 + 2 * number + 3)) for number in range(7)}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "deepseek-v2": {"num_hidden_layers": 3},  # its router chooses in groups
+    "deepseek-v3": {},
+    "qwen3-moe": {"num_hidden_layers": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for kind, changes in KINDS.items():
+        made[kind] = tmp_path_factory.mktemp(kind)
+        random_checkpoint(made[kind], kind=kind, **changes)
+    return made
 
 
 def check(found: list[dict[str, Any]], dbo: str) -> None:
@@ -67,11 +81,32 @@ def test_rows_of_padding_cost_no_expert_work() -> None:
     assert torch.equal(out_RD[:3], grouped_experts(x_RD[:3], ids_RK[:3], weights_RK[:3], gate_up, down))
 
 
-def test_a_text_of_length_0_attends_to_nothing() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q_NHQ, cache = torch.randn(3, 4, 8, generator=generator), torch.randn(5, 4, 2 * 2 * 8, generator=generator)
-    cache[0] = float("nan")  # the block that nobody holds
-    table, lengths = torch.tensor([[1, 2], [3, 0], [0, 0]]), torch.tensor([7, 2, 0])
-    out_NHQ = decode_attention(q_NHQ, cache, table, lengths, 0.3)
-    assert out_NHQ[:2].isfinite().all()
-    assert torch.equal(out_NHQ[2], torch.zeros(4, 8))
+# ---- one step, whatever it holds: prompts, texts that decode, dummies, an idle rank
+
+
+def assert_alike(of_case: list[Outcome]) -> None:
+    eager, *padded = of_case
+    assert len(padded) == 2
+    assert eager.num_pairs
+    for outcome in padded:
+        assert outcome.num_pairs == eager.num_pairs, "padding was computed"
+        assert outcome.expert_load == eager.expert_load, "padding was counted"
+        torch.testing.assert_close(outcome.hidden_TD, eager.hidden_TD, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(outcome.cache, eager.cache, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_rank_computes_what_it_computes_without_padding(folders: dict[str, Path], kind: str) -> None:
+    for of_case in outcomes_of_rank(RankGroup(rank=0, size=1), folders[kind], "auto", ONE_RANK):
+        assert_alike(of_case)
+
+
+@pytest.mark.processes
+def test_two_ranks_compute_what_they_compute_without_padding(folders: dict[str, Path]) -> None:
+    jobs = [(folder, transport) for folder in folders.values() for transport in ("alltoall", "shared-memory")]
+    jobs.append((folders["qwen3-moe"], "allgather"))
+    for outcomes_of_jobs in run_ranks("tests.engine.padding_checks:outcomes_of_jobs", 2, jobs):
+        for outcomes in outcomes_of_jobs:
+            assert len(outcomes) == len(TWO_RANKS)
+            for of_case in outcomes:
+                assert_alike(of_case)

@@ -256,6 +256,20 @@ def test_choice(
     torch.testing.assert_close(weights_TK, expected_TK, rtol=TOLERANCE[dtype], atol=0)
 
 
+@pytest.mark.parametrize("num_real", [0, 1, 20, 37])
+@pytest.mark.parametrize("choose", [choose_experts_fused, choose_experts.reference])
+def test_padding_has_no_expert(choose, num_real: int) -> None:  # type: ignore[no-untyped-def]
+    logits_TE = randn(37, 16, seed=23)
+    logits_TE[num_real:] = float("inf")
+    ids_TK, weights_TK = choose(
+        logits_TE, 4, Scoring.SOFTMAX, normalize=True, num_real_1=torch.tensor([num_real], device=DEVICE)
+    )
+    expected_ids_TK, expected_TK = choose(logits_TE[:num_real], 4, Scoring.SOFTMAX, normalize=True)
+    assert torch.equal(ids_TK[:num_real], expected_ids_TK)
+    assert torch.equal(weights_TK[:num_real], expected_TK)
+    assert ids_TK[num_real:].eq(-1).all()
+
+
 def test_choice_is_topk() -> None:
     """The reference against torch's own."""
     logits_TE = randn(50, 24, seed=22)

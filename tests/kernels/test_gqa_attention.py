@@ -140,11 +140,15 @@ def test_what_is_written_is_gathered(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_decode(heads: tuple[int, int, int], dtype: torch.dtype, filling: float) -> None:
-    """Texts of different lengths at once: behind them, and in the padding, may be anything."""
+    """Texts of different lengths at once: behind them, and in the padding, may be anything. Length 0 gives zeros."""
     texts = [
         make_text(length, heads, seed=length, dtype=dtype, first_block=first)
         for length, first in [(1, 1), (4, 2), (9, 3), (14, 6)]
     ]
+    alone_HQ = decode_attention(
+        texts[0].q_LHQ[-1:], make_cache(texts, filling=filling), torch.tensor([[0]]), torch.tensor([0]), SCALE
+    )
+    assert torch.equal(alone_HQ, torch.zeros_like(alone_HQ))
     width = max(len(text.blocks) for text in texts)
     table = torch.zeros(len(texts), width, dtype=torch.int64)
     for row, text in zip(table, texts, strict=True):

@@ -125,6 +125,18 @@ def decode(heads: Heads, cache: torch.Tensor, texts: list[Text], positions: list
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("filling", [float("nan"), float("inf"), 7.0], ids=str)
+def test_a_length_of_0_gives_zeros(dtype: torch.dtype, filling: float) -> None:
+    cache = torch.full((NUM_BLOCKS, BLOCK_SIZE, 10), filling, dtype=dtype)
+    cache[3] = 0.5
+    up_HXC = torch.ones(2, 5, 8, dtype=dtype)
+    table_NB, lengths_N = torch.tensor([[0], [3]]), torch.tensor([0, 2])
+    out_NHV = decode_attention(torch.ones(2, 2, 7, dtype=dtype), cache, table_NB, lengths_N, up_HXC, up_HXC[:, :4], 0.3)
+    assert out_NHV[0].eq(0).all()
+    assert out_NHV[1].eq(4).all(), "8 times 0.5"
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 

@@ -1,6 +1,6 @@
 """Micro-batches against an independent computation: what each token writes and which slots its attention reads."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain, combinations_with_replacement, pairwise, product
 
 import pytest
@@ -294,6 +294,39 @@ def test_build_micro_batch_of_given_slices():
     assert (part.lane, part.rows_by_rank, part.requests) == (3, (1, 3), (request,))
     assert part.positions_T.tolist() == [5, 6, 7]
     assert work_of_metadata(part, 4) == work_of_requests([request], 4)
+
+
+@pytest.mark.parametrize("parts", [(9,), (4, 5), (0, 9), (9, 0)])
+def test_padding_decodes_nothing_in_block_0(parts):
+    """A request of 5 new tokens, one of 3 and one that decodes, in lanes of 10 rows."""
+    batch = make_batch([5, 1, 3], [0, 6, 2], block_size=4)
+    plan = replace(plan_of(parts), graph=10)
+    for padded, eager in zip(
+        split(batch, plan, block_size=4), split(batch, replace(plan, graph=0), block_size=4), strict=True
+    ):
+        real, padding = eager.num_tokens, 10 - eager.num_tokens
+        assert (padded.num_tokens, padded.rows_by_rank, padded.requests) == (real, (10,), eager.requests)
+        assert padded.num_real_1.tolist() == [real]
+        assert eager.num_real_1 is None
+        for name in ("token_ids_T", "positions_T"):
+            assert getattr(padded, name).tolist() == getattr(eager, name).tolist() + [0] * padding
+        assert padded.attention.slots_T.tolist() == eager.attention.slots_T.tolist() + [0] * padding
+        assert [(p.start, p.stop) for p in padded.attention.prefills] == [
+            (p.start, p.stop) for p in eager.attention.prefills
+        ]
+        decodes, before = padded.attention.decodes, eager.attention.decodes
+        num_decodes = 0 if before is None else len(before.rows_N)
+        assert decodes.rows_N.tolist() == ([] if before is None else before.rows_N.tolist()) + list(range(real, 10))
+        assert decodes.seq_lens_N[num_decodes:].tolist() == [0] * padding
+        assert decodes.block_table_NB[num_decodes:].eq(0).all()
+        if before is not None:
+            assert torch.equal(decodes.seq_lens_N[:num_decodes], before.seq_lens_N)
+            assert torch.equal(decodes.block_table_NB[:num_decodes], before.block_table_NB)
+
+
+def test_more_tokens_than_padded_rows_are_caught():
+    with pytest.raises(AssertionError, match="5 tokens in a lane of 4"):
+        split(make_batch([5], [0], block_size=4), replace(plan_of((5,)), graph=4), block_size=4)
 
 
 def test_hidden_states_of_dummies_join_without_a_trace():

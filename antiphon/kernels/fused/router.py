@@ -18,6 +18,7 @@ _TILE_ELEMENTS = 1024
 def _choose_kernel(
     logits_TE,
     bias_E,
+    num_real_1,
     ids_TK,
     weights_TK,
     num_tokens,
@@ -27,6 +28,7 @@ def _choose_kernel(
     K: tl.constexpr,
     SIGMOID: tl.constexpr,
     BIASED: tl.constexpr,
+    PADDED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -64,6 +66,8 @@ def _choose_kernel(
         weights = tl.where(slots == slot, weight, weights)
     if NORMALIZE:
         weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)
+    if PADDED:
+        ids = tl.where((tokens < tl.load(num_real_1))[:, None], ids, -1)
     places = tokens.to(tl.int64)[:, None] * K + slots
     mask = inside & (slots < K)
     tl.store(ids_TK + places, ids, mask=mask)
@@ -78,6 +82,7 @@ def _choose(
     stride_token: int,
     scoring: Scoring,
     biased: bool,
+    padded: bool,
     normalize: bool,
     scale: float,
     double: bool,
@@ -94,6 +99,7 @@ def _choose(
             "K": top_k,
             "SIGMOID": scoring is Scoring.SIGMOID,
             "BIASED": biased,
+            "PADDED": padded,
             "NORMALIZE": normalize,
             "BLOCK_T": block_t,
             "BLOCK_E": block_e,
@@ -111,6 +117,7 @@ def choose_experts_fused(
     bias_E: torch.Tensor | None = None,
     normalize: bool = False,
     scale: float = 1.0,
+    num_real_1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `choose_experts`."""
     check_choice(logits_TE, top_k, scoring, bias_E)
@@ -127,9 +134,16 @@ def choose_experts_fused(
         logits_TE.stride(0),
         scoring,
         bias_E is not None,
+        num_real_1 is not None,
         normalize,
         scale,
         is_double(logits_TE.dtype),
     )
-    launch(logits_TE, logits_TE if bias_E is None else bias_E, ids_TK, weights_TK)
+    launch(
+        logits_TE,
+        logits_TE if bias_E is None else bias_E,
+        ids_TK if num_real_1 is None else num_real_1,
+        ids_TK,
+        weights_TK,
+    )
     return ids_TK, weights_TK

@@ -24,6 +24,7 @@ from antiphon.comm import Routes
 from antiphon.core.batch import current_micro_batch
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.lines import json_lines
+from antiphon.kernels.router import hide_padding
 from antiphon.models.layers import checkpoint_tensors
 from antiphon.models.router import Router
 
@@ -96,10 +97,7 @@ class RouteTable:
         self._rows_by_lane: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def ids(self, *, look_up: bool) -> torch.Tensor:
-        """Expert ids [T, K] of the current micro-batch. All layers share them, and changes to them.
-
-        look_up: look them up even if they are known.
-        """
+        """The expert ids [T, K] of the current micro-batch; not to be changed. look_up: even if they are known."""
         part = current_micro_batch()
         slots_T = part.attention.slots_T
         known_T, ids_TK = self._rows_by_lane.get(part.lane, (None, None))
@@ -120,8 +118,11 @@ class TableRouter(nn.Module):
         self.first = table.num_users == 0
         table.num_users += 1
 
-    def forward(self, x_TD: torch.Tensor) -> Routes:
-        return Routes(self.table.ids(look_up=self.first), self.router.forward(x_TD).weights_TK)
+    def forward(self, x_TD: torch.Tensor, num_real_1: torch.Tensor | None = None) -> Routes:
+        ids_TK = self.table.ids(look_up=self.first)
+        if num_real_1 is not None:
+            ids_TK = hide_padding(ids_TK, num_real_1)
+        return Routes(ids_TK, self.router.forward(x_TD).weights_TK)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of the router, under the names that it has without a table."""
