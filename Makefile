@@ -36,12 +36,13 @@ types: setup
 layers: setup
 	$(BIN)/lint-imports
 
-# Tests that start no processes run side by side; the others, of which many watch the clock, have the machine to themselves.
+# Tests that start no processes run side by side, those that do two modules at a time; what measures a time runs alone.
 QUICK := not slow and not gpu and not multigpu
 
 tests: setup
 	$(BIN)/pytest -n auto --maxprocesses 4 -m "$(QUICK) and not processes"
-	$(BIN)/pytest -m "$(QUICK) and processes"
+	$(BIN)/pytest -n 2 --dist loadscope -m "$(QUICK) and processes and not alone"
+	$(BIN)/pytest -m "$(QUICK) and alone"
 
 # pytest ends with 5 where there is no such test yet.
 test-slow: setup  # some 20 minutes

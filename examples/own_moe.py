@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, create_transport
-from antiphon.device.device import activate, device_for_rank, num_devices
-from antiphon.runtime import finish, run_lanes, streams_for
+from antiphon.runtime import activate, device_for_rank, finish, num_devices, run_lanes, streams_for
 
 T, D, E, K = 256, 64, 8, 2  # tokens, hidden size, experts, experts per token
 

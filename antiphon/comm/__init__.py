@@ -24,13 +24,17 @@ from antiphon.comm.registry import (
 from antiphon.comm.simulated import Link
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DataPath, Flight, Transport, TransportPart
+from antiphon.core.errors import AntiphonError, OptionError, PeerError
 from antiphon.machine.facts import peers_forbidden
 
 __all__ = [
+    "AntiphonError",
     "DataPath",
     "ExpertShape",
     "Flight",
     "Link",
+    "OptionError",
+    "PeerError",
     "ProgressBoard",
     "RankGroup",
     "Refusal",

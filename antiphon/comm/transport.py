@@ -125,6 +125,12 @@ class Transport(ABC):
             return DataPath.NONE
         return DataPath.PEERS if self.peers_reach and not self.through_host else DataPath.HOST
 
+    def __repr__(self) -> str:
+        group, shape = self.group, self.shape
+        experts = f"{self.experts_per_rank} of {shape.num_experts} experts"
+        lanes = f"{self.num_lanes} lanes of {self.max_tokens} tokens"
+        return f"{self.name} on rank {group.rank} of {group.size} ({self.streams.device}): {experts}, {lanes}"
+
     def dispatch(
         self,
         x_TD: torch.Tensor,

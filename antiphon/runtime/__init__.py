@@ -19,7 +19,9 @@ One thread, two lanes; `=` computes, `.` is on the wire:
     time  ------------------------------------------------------->
 """
 
+from antiphon.core.errors import LaneError
 from antiphon.device.cuda_streams import CudaStreams
+from antiphon.device.device import activate, device_for_rank, num_devices
 from antiphon.device.streams import CpuStreams, Event, Streams, streams_for
 from antiphon.runtime.hook import EventKind, LaneEvent, Recorder
 from antiphon.runtime.lanes import run_lanes
@@ -31,12 +33,16 @@ __all__ = [
     "CudaStreams",
     "Event",
     "EventKind",
+    "LaneError",
     "LaneEvent",
     "Pending",
     "Recorder",
     "Streams",
+    "activate",
     "current_lane",
+    "device_for_rank",
     "finish",
+    "num_devices",
     "num_lanes",
     "order_point",
     "run_lanes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import signal
@@ -108,3 +109,9 @@ def test_a_server_answers_the_openai_client(tmp_path: Path) -> None:
     assert codes == [0], printed
     assert "How many apples does Ben have?\nAnswer: " in printed and "#### 12" in printed
     assert "Ruby" in printed.partition("#### 12")[2]
+
+
+def test_the_library_example_imports_from_two_faces_only() -> None:
+    tree = ast.parse((ROOT / "examples/own_moe.py").read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    assert {name for name in modules if name.startswith("antiphon")} == {"antiphon.runtime", "antiphon.comm"}

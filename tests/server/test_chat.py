@@ -37,7 +37,8 @@ PLAIN = [
     ],
 )
 def test_a_chat_gives_what_generate_gives(server: ServerProcess, two_ranks: LLM, params: dict[str, Any]) -> None:
-    own = {"temperature": 1.0, **params}
+    params = {"temperature": 1.0, **params}
+    own = dict(params)
     own["max_tokens"] = own.pop("max_completion_tokens", own.get("max_tokens"))
     own["logprobs"] = own.pop("top_logprobs", 0) if own.get("logprobs") else None
     own = {name: value for name, value in own.items() if name not in ("user", "metadata")}
@@ -105,7 +106,7 @@ def test_a_reply_can_be_sent_back(server: ServerProcess) -> None:
 
 def test_bytes_of_tokens_are_those_of_the_vocabulary(server: ServerProcess, two_ranks: LLM) -> None:
     """Also of the parts of a character, which have no text of their own."""
-    smile = [token_id for token_id in two_ranks._tokenizer.encode("😊", add_special_tokens=False) if token_id > 5]
+    smile = [token_id for token_id in two_ranks._core.tokenizer.encode("😊", add_special_tokens=False) if token_id > 5]
     found = b""
     for token_id in smile:
         options: Any = {"max_tokens": 1, "logprobs": True, "top_logprobs": 1, "logit_bias": {str(token_id): 100}}

@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 def asked(name: str) -> tuple[str, dict[str, Any]]:
     """Prompt and parameters of a case; every one has a seed."""
     place = list(CASES).index(name)
-    return mixed_prompts(2 * len(CASES))[place], {"seed": 1000 + place, **CASES[name]}
+    return mixed_prompts(2 * len(CASES))[place], {"seed": 1000 + place, "temperature": 1.0, **CASES[name]}
 
 
 def for_client(params: dict[str, Any]) -> dict[str, Any]:
@@ -59,9 +59,7 @@ def expected(two_ranks: LLM) -> dict[str, GeneratedOutput]:
     """What `LLM.generate` says to the cases."""
     two_ranks.reconfigure(dbo="on")
     both = [asked(name) for name in CASES]
-    outputs = two_ranks.generate(
-        [prompt for prompt, _ in both], [SamplingParams(**{"temperature": 1.0, **params}) for _, params in both]
-    )
+    outputs = two_ranks.generate([prompt for prompt, _ in both], [SamplingParams(**params) for _, params in both])
     return dict(zip(CASES, outputs, strict=True))
 
 
@@ -166,8 +164,8 @@ def test_streams_give_what_generate_gives(server: ServerProcess, expected: dict[
 def test_prompts_of_every_kind(server: ServerProcess, two_ranks: LLM, stream: bool) -> None:
     texts = mixed_prompts(6)[:4]
     ids = [server.post("/tokenize", json={"prompt": text}).json()["tokens"] for text in texts]
-    params = {"max_tokens": 6, "n": 2, "seed": 3}
-    outputs = two_ranks.generate(texts, SamplingParams(temperature=1.0, **params))
+    params = {"max_tokens": 6, "n": 2, "seed": 3, "temperature": 1.0}
+    outputs = two_ranks.generate(texts, SamplingParams(**params))
     expected = [result.text for output in outputs for result in output.outputs]
 
     async def texts_of(client: openai.AsyncOpenAI, prompt: Any) -> list[str]:
@@ -238,7 +236,7 @@ def test_offsets_of_tokens_that_are_parts_of_characters(server: ServerProcess, s
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompt_ids_that_end_inside_a_character(server: ServerProcess, two_ranks: LLM, stream: bool) -> None:
     """The output brings the rest of the character, so it is the output's, whole."""
-    whole = two_ranks._tokenizer.encode("Hello world 😊")
+    whole = two_ranks._core.tokenizer.encode("Hello world 😊")
     params = {"max_tokens": 1, "temperature": 0, "logit_bias": {str(whole[-1]): 100}, "logprobs": 0}
 
     async def ask(**more: Any) -> Completion:
