@@ -58,7 +58,6 @@ def trial() -> Trial:
 
 
 @pytest.mark.processes
-@pytest.mark.alone
 def test_dual_steps_take_at_most_seven_tenths_of_serial_ones(trial: Trial) -> None:
     off, on = trial.arms["off"], trial.arms["on"]
     assert {step.kind for step in off.steps} == {"serial"}
@@ -70,7 +69,6 @@ def test_dual_steps_take_at_most_seven_tenths_of_serial_ones(trial: Trial) -> No
 
 
 @pytest.mark.processes
-@pytest.mark.alone
 def test_each_lane_computes_inside_the_communication_of_the_other(trial: Trial) -> None:
     all_shares, num_covered = [], []
     for step in trial.arms["on"].steps:
@@ -88,7 +86,6 @@ def test_each_lane_computes_inside_the_communication_of_the_other(trial: Trial) 
 
 
 @pytest.mark.processes
-@pytest.mark.alone
 def test_serial_steps_hide_only_what_shared_experts_cover(trial: Trial) -> None:
     off = trial.arms["off"]
     assert off.median_s("hidden_s") < 0.3 * off.median_s("communication_s")
