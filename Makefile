@@ -36,12 +36,12 @@ types: setup
 layers: setup
 	$(BIN)/lint-imports
 
-# Tests that start no processes run side by side. The others run one by one: two at a time take longer on two cores.
+# Tests that start no processes run side by side, the others two modules at a time.
 QUICK := not slow and not gpu and not multigpu
 
 tests: setup
 	$(BIN)/pytest -n auto --maxprocesses 4 -m "$(QUICK) and not processes"
-	$(BIN)/pytest -m "$(QUICK) and processes"
+	$(BIN)/pytest -n 2 --dist loadscope -m "$(QUICK) and processes"
 
 # pytest ends with 5 where there is no such test yet.
 test-slow: setup  # some 20 minutes
