@@ -113,7 +113,7 @@ def _attribute(index: int, name: str) -> int | None:
 def _stream_memory_operations(index: int) -> Check:
     """Write a word by the stream and wait for it by the stream, with the operations that the transports use."""
     try:
-        memory = import_module("antiphon.comm.slab.stream_memory")
+        memory = import_module("antiphon.device.cuda_stream_memory")
     except ImportError as error:
         return Check(ok=None, detail=f"cuda.bindings cannot be imported: {first_line(error)}")
     device = torch.device("cuda", index)
@@ -143,7 +143,7 @@ def _peer_access(source: int, target: int) -> bool | None:
 def _pin(num_bytes: int) -> Check:
     """Register memory of a memfd with the driver, as `host-staged` does."""
     try:
-        memory = import_module("antiphon.comm.slab.stream_memory")
+        memory = import_module("antiphon.device.cuda_stream_memory")
         descriptor = os.memfd_create("antiphon-probe")
     except (ImportError, AttributeError, OSError) as error:
         return Check(ok=None, detail=first_line(error))

@@ -45,7 +45,11 @@ MEDIA = ("shared-memory", "copy-engine", "host-staged")
 Layers = Sequence[Sequence[Sequence[int]]]
 """Tokens of every rank, by lane and layer."""
 
-_FRESH_MODULES = ("stream_memory", "copy_engine", "host_staged")
+_FRESH_MODULES = (
+    "antiphon.device.cuda_stream_memory",
+    "antiphon.comm.slab.copy_engine",
+    "antiphon.comm.slab.host_staged",
+)
 FIRST_HANDLE = 100
 """Of the compute stream; the others follow in the order in which they are used."""
 
@@ -218,23 +222,24 @@ def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> Sl
 @contextmanager
 def _fresh_media(driver: FakeDriver) -> Iterator[None]:
     """Import the CUDA media anew over the fake driver, and leave nothing of it behind."""
-    package = vars(import_module("antiphon.comm.slab"))
     bindings = ModuleType("cuda.bindings")
     bindings.driver = driver.module()  # type: ignore[attr-defined]
-    ours = {f"antiphon.comm.slab.{name}": name for name in _FRESH_MODULES}
-    replaced = {name: sys.modules.pop(name, None) for name in (*ours, "cuda", "cuda.bindings", "cuda.bindings.driver")}
-    attributes = {name: package.pop(name, None) for name in _FRESH_MODULES}
-    sys.modules |= {"cuda": ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.driver": bindings.driver}
+    stand_ins = {"cuda": ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.driver": bindings.driver}
+    packages = {name: vars(import_module(name.rpartition(".")[0])) for name in _FRESH_MODULES}
+    replaced = {name: sys.modules.pop(name, None) for name in (*_FRESH_MODULES, *stand_ins)}
+    attributes = {name: package.pop(name.rpartition(".")[2], None) for name, package in packages.items()}
+    sys.modules |= stand_ins
     try:
-        for name in ours:
+        for name in _FRESH_MODULES:
             import_module(name)
         yield
     finally:
-        for kept, before in ((sys.modules, replaced), (package, attributes)):
-            for name, value in before.items():
-                kept.pop(name, None)
-                if value is not None:
-                    kept[name] = value
+        restore = [(sys.modules, name, before) for name, before in replaced.items()]
+        restore += [(packages[name], name.rpartition(".")[2], before) for name, before in attributes.items()]
+        for kept, name, before in restore:
+            kept.pop(name, None)
+            if before is not None:
+                kept[name] = before
 
 
 @contextmanager

@@ -287,8 +287,8 @@ def test_an_nccl_without_copy_engines_is_no_silent_baseline(
     bindings = ModuleType("cuda.bindings")
     bindings.driver = FakeDriver().module()  # type: ignore[attr-defined]
     with monkeypatch.context() as only_here:
-        for name in ("slab.stream_memory", "collective.nccl", "collective.nccl_zero_cta"):
-            only_here.delitem(sys.modules, f"antiphon.comm.{name}", raising=False)
+        for name in ("device.cuda_stream_memory", "comm.collective.nccl", "comm.collective.nccl_zero_cta"):
+            only_here.delitem(sys.modules, f"antiphon.{name}", raising=False)
         only_here.setitem(sys.modules, "cuda", ModuleType("cuda"))
         only_here.setitem(sys.modules, "cuda.bindings", bindings)
         only_here.setitem(sys.modules, "cuda.bindings.driver", bindings.driver)

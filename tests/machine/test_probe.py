@@ -305,7 +305,7 @@ def test_every_gpu_is_described_though_single_questions_fail(monkeypatch: pytest
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(machine_cuda, "_attribute", lambda *_: None)
     monkeypatch.setitem(
-        sys.modules, "antiphon.comm.slab.stream_memory", SimpleNamespace(check_stream_memory_operations=fail)
+        sys.modules, "antiphon.device.cuda_stream_memory", SimpleNamespace(check_stream_memory_operations=fail)
     )
     monkeypatch.setitem(sys.modules, "antiphon.kernels.fused.direct", SimpleNamespace(launch_obstacle=fail))
     gpus = machine_cuda.probe_gpus(MIB)

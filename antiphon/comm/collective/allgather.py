@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from antiphon.comm import needs
-from antiphon.comm.collective.alltoall import exchange_counts
+from antiphon.comm.counts import exchange_counts
 from antiphon.comm.group import Collective, RankGroup
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import LaneBuffers, RowFormat

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from antiphon.comm.device_watch import ALL_PEERS
 from antiphon.comm.group import RankGroup, located
-from antiphon.comm.slab.stream_memory import StreamOperations
+from antiphon.device.cuda_stream_memory import StreamOperations
 from antiphon.runtime import CudaStreams, Event
 
 _CTA_POLICY_ZERO = 2

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from antiphon.comm import needs
-from antiphon.comm.collective.alltoall import exchange_counts
 from antiphon.comm.collective.nccl import NcclCollective, NcclGroup
+from antiphon.comm.counts import exchange_counts
 from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import RowFormat

@@ -21,9 +21,9 @@ from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
 from antiphon.comm.slab.log import CommStreams, MailboxLog
 from antiphon.comm.slab.mailbox import Exchange, Phase
-from antiphon.comm.slab.stream_memory import StreamOperations, check_stream_memory_operations, copy_async
 from antiphon.comm.slab.transport import CudaSlabTransport
 from antiphon.comm.tokens import ExpertShape
+from antiphon.device.cuda_stream_memory import StreamOperations, check_stream_memory_operations, copy_async
 from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams
 

@@ -28,7 +28,9 @@ from antiphon.comm.slab.chunks import MAX_CHUNKS, chunks_of
 from antiphon.comm.slab.host_memory import share_host_memory
 from antiphon.comm.slab.log import CommStreams, MailboxLog
 from antiphon.comm.slab.mailbox import Exchange, Phase
-from antiphon.comm.slab.stream_memory import (
+from antiphon.comm.slab.transport import CudaSlabTransport, slab_bytes
+from antiphon.comm.tokens import ExpertShape
+from antiphon.device.cuda_stream_memory import (
     Replay,
     StreamOperations,
     check_stream_memory_operations,
@@ -36,8 +38,6 @@ from antiphon.comm.slab.stream_memory import (
     register_host_memory,
     unregister_host_memory,
 )
-from antiphon.comm.slab.transport import CudaSlabTransport, slab_bytes
-from antiphon.comm.tokens import ExpertShape
 from antiphon.machine.advice import for_docker, format_bytes
 from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams, Event
@@ -63,13 +63,14 @@ class HostStagedMailbox:
         self._slab_bytes = (aligned(dispatch_slab, _ALIGNMENT), aligned(combine_slab, _ALIGNMENT))
         lane_bytes = self._slab_bytes[0] + group.size * self._slab_bytes[1]
         what = "transport host-staged"
-        self._memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what=what)
+        memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what=what)
+        self._memories = [memory.tensor for memory in memories]
         self._bases = [0] * group.size
-        self._bases[group.rank] = register_host_memory(self._memories[group.rank].tensor, what)
+        self._bases[group.rank] = register_host_memory(self._memories[group.rank], what)
         group.all_gather_object("own memory is pinned")  # its owner touches memory first
         for peer in range(group.size):
             if peer != group.rank:
-                self._bases[peer] = register_host_memory(self._memories[peer].tensor, what)
+                self._bases[peer] = register_host_memory(self._memories[peer], what)
         # Unpinned before the mappings go; not at the end of the process, when a stream may wait for ever.
         weakref.finalize(self, unregister_host_memory, self._memories).atexit = False
         self._lane_starts = [flags_end + lane * lane_bytes for lane in range(num_lanes)]

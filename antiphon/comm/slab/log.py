@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.device.cuda_stream_memory import MemoryStep
 from antiphon.runtime import Event
 
 NAMELESS = "memory without a name"
@@ -58,14 +59,6 @@ class LoggedEvent(NamedTuple):
     phase: int
     round: int  # of the lane: a dispatch and the combine that answers it have the same
     label: str
-
-
-class MemoryStep(NamedTuple):
-    """One stream memory operation: a write of `value`, or a wait for it."""
-
-    waits: bool
-    address: int
-    value: int
 
 
 class CommStreams(Protocol):

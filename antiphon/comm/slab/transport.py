@@ -21,7 +21,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from antiphon.comm.collective.alltoall import exchange_counts
+from antiphon.comm.counts import exchange_counts
 from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import World
 from antiphon.comm.row_format import RowFormat

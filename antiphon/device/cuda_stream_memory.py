@@ -9,12 +9,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from antiphon.comm.slab.host_memory import HostMemory
-from antiphon.comm.slab.log import MemoryStep
 from antiphon.core.errors import OptionError
 
 
@@ -62,11 +60,11 @@ def register_host_memory(memory: torch.Tensor, what: str) -> int:
     return int(_checked(driver.cuMemHostGetDevicePointer(memory.data_ptr(), 0), "cuMemHostGetDevicePointer"))
 
 
-def unregister_host_memory(memories: Sequence[HostMemory]) -> None:
+def unregister_host_memory(memories: Sequence[torch.Tensor]) -> None:
     """Undo `register_host_memory`, once the device has no work with the memory any more."""
     torch.cuda.synchronize()
     for memory in memories:
-        _checked(driver.cuMemHostUnregister(memory.tensor.data_ptr()), "cuMemHostUnregister")
+        _checked(driver.cuMemHostUnregister(memory.data_ptr()), "cuMemHostUnregister")
 
 
 class Replay:
@@ -89,6 +87,14 @@ class Replay:
 
     def queue(self, stream: int) -> None:
         _checked(driver.cuGraphLaunch(self._graph, stream), "cuGraphLaunch")
+
+
+class MemoryStep(NamedTuple):
+    """One stream memory operation: a write of `value`, or a wait for it."""
+
+    waits: bool
+    address: int
+    value: int
 
 
 class StreamOperations:

@@ -1,0 +1,43 @@
+"""The exchange of token counts that precedes a dispatch where the caller does not know them. The host waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from antiphon.comm.group import Collective, RankGroup
+from antiphon.core.errors import LaneError
+from antiphon.runtime import Pending
+
+
+def wait_for_counts(work: Collective, label: str) -> None:
+    """Wait for an exchange of counts inside a dispatch; recorded, so that it counts as exposed.
+
+    A pending of its own without messages: those of the counts are counted with the rows.
+    """
+    Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
+
+
+def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str) -> tuple[int, ...]:
+    """The tokens of every rank, where the caller does not know them. The host waits.
+
+    Raises `LaneError` if a rank is on another lane: counts are matched by their order over all lanes.
+    """
+    found_W2 = torch.empty(group.size, 2, dtype=torch.int64, device="cpu")
+    label = f"counts of {label}"
+    work = group.all_gather(found_W2, torch.tensor([[num_tokens, lane]], device="cpu"), label)
+    wait_for_counts(work, label)
+    counts, lanes = found_W2.T.tolist()
+    check_lanes(lanes, lane, label)
+    return tuple(counts)
+
+
+def check_lanes(lane_by_rank: Sequence[int], lane: int, label: str) -> None:
+    """Raise `LaneError` if a rank is on another lane than this one."""
+    for rank, other in enumerate(lane_by_rank):
+        if other != lane:
+            raise LaneError(
+                f"{label} on lane {lane} met rank {rank} on lane {other}; all ranks must call dispatch and combine in "
+                "the same order over all lanes, so lanes must switch alike on all of them"
+            )
