@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # workers inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Hundreds of processes load torch, and where its bytecode may not be kept each of them compiles it first, for seconds.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 os.environ.setdefault("ANTIPHON_DEVICE", "cpu")  # what "auto" is; tests of a GPU say so themselves
 
 import pytest
