@@ -64,6 +64,14 @@ class RequestError(AntiphonError, ValueError):
     """A request cannot be served; other requests and the engine are not touched."""
 
 
+class PromptLengthError(RequestError):
+    """A prompt, or a prompt with its output, does not fit into the model's length or the KV cache."""
+
+
+class UnsupportedError(RequestError):
+    """A request asks for something that Antiphon does not implement."""
+
+
 class LaneError(AntiphonError, RuntimeError):
     """A lane broke a rule of the runtime: state left changed, a pending not finished, or the wrong order."""
 

@@ -1,55 +1,62 @@
-"""The messages of a chat, as callers write them and as chat templates take them. Offline and in the server alike."""
+"""The messages of a chat: what callers write, turned into what chat templates take. The server uses it too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antiphon.core.errors import RequestError, unicode_fault
+from antiphon.core.errors import RequestError, UnsupportedError, unicode_fault
 
 Message = Mapping[str, Any]
-"""`role` and `content`, a text or parts of type text; what else is there is the template's to use."""
+"""`role` and `content`, which is a text or a list of parts of type text. Other keys are passed to the template."""
 
 _TEXT_TYPES = ("text", "input_text")
 
 
-def joined_text(content: object) -> str:
-    """A text, or the texts of parts, joined. Raises `ValueError` for anything else, in words about `content`."""
+_EXAMPLE = '[{"role": "user", "content": "..."}]'
+_PART = '{"type": "text", "text": "..."}'
+
+
+def joined_text(content: object, where: str = "content") -> str:
+    """Join the parts of a content; a text stays as it is. Raises `RequestError` for anything else. where: its name."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple) or not content:
-        raise ValueError("content is not text; use a text, or a list of parts of type text")
+        raise _wrong(where, f"{where} is not a text", "use a text, or a list of parts of type text")
     texts = []
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError('content has a part without a type; use {"type": "text", "text": "..."}')
+            raise _wrong(where, f"{where} has a part without a type", f"use {_PART}")
         if part["type"] not in _TEXT_TYPES:
-            raise ValueError(f"content has a part of type {part['type']!r}, which is not supported; use type text")
-        said = {name for name, value in part.items() if value is not None}
-        if not isinstance(part.get("text"), str) or not said <= {"type", "text"}:
-            raise ValueError('content has a part of type text that is not {"type": "text", "text": "..."}')
+            fact = f"{where} has a part of type {part['type']!r}, which is not supported"
+            raise UnsupportedError(fact, remedy="use parts of type text", option=where, value=part["type"])
+        given = {name for name, value in part.items() if value is not None}
+        if not isinstance(part.get("text"), str) or not given <= {"type", "text"}:
+            raise _wrong(where, f"{where} has a part of type text with other keys or no text", f"use {_PART}")
         texts.append(part["text"])
     return "".join(texts)
 
 
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """As templates take them: contents are texts, and the role developer, which templates do not know, is system.
+    """Messages as templates take them. Contents become texts, and the role developer, unknown to templates, system.
 
-    Raises `RequestError` for what is no list of messages.
+    Raises `RequestError` if this is not a list of messages.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError('messages is not a list of messages; use [{"role": "user", "content": "..."}]')
+        raise _wrong("messages", "messages is not a list of messages", f"use {_EXAMPLE}")
     return [_template_message(place, message) for place, message in enumerate(messages)]
 
 
 def _template_message(place: int, message: Message) -> dict[str, Any]:
+    where = f"messages.{place}"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f'messages.{place} has no role; use {{"role": "user", "content": "..."}}')
+        raise _wrong(where, f"{where} has no role", f"use {_EXAMPLE[1:-1]}")
     role, content = message["role"], message.get("content")
-    try:
-        text = "" if content is None and role == "assistant" else joined_text(content)
-    except ValueError as error:
-        raise RequestError(f"messages.{place}.{error}") from None
+    text = "" if content is None and role == "assistant" else joined_text(content, f"{where}.content")
     if fault := unicode_fault(text):
-        raise RequestError(f"messages.{place}.content is not valid Unicode text ({fault}); repair it")
+        raise RequestError(f"{where}.content is not valid Unicode", limit=fault, option=f"{where}.content")
     return {**message, "role": "system" if role == "developer" else role, "content": text}
+
+
+def _wrong(where: str, fact: str, remedy: str) -> RequestError:
+    return RequestError(fact, remedy=remedy, option=where)

@@ -1,4 +1,4 @@
-"""How the front talks to the ranks: one interface, whether the only rank lives in this process or each has its own."""
+"""The interface between the frontend and the ranks, and its implementation for one rank in this process."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from antiphon.timeline import StepTimeline
 
 
 class Client(Protocol):
-    """The ranks, as the front sees them. After an error every call raises `EngineError`.
+    """The ranks as the frontend sees them. After an error every call raises `EngineError`.
 
-    ready: what the ranks said when they had started.
+    ready: what the ranks reported when they had started.
     """
 
     ready: Ready
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
-        """Start requests; item r goes to rank r."""
+        """Start requests. Item r goes to rank r."""
         ...
 
     def abort(self, request_ids: Sequence[int]) -> None:
-        """Forget requests wherever they are; returns when all ranks have. Does nothing if the engine has ended."""
+        """Forget requests, and return when all ranks have. Does nothing after the engine has ended."""
         ...
 
     def cancel(self, request_ids: Sequence[int]) -> None:
-        """The same without waiting: tokens of these requests may still come."""
+        """Like `abort` without waiting: tokens of these requests may still arrive."""
         ...
 
     def poll(self) -> list[TokenOutput]:
-        """What has been generated since the last call; waits for a word of a rank, which may be empty. Time-limited."""
+        """The outputs since the last call. Waits, within a time limit, for a message of a rank, which may be empty."""
         ...
 
     def reconfigure(self, policy: OverlapPolicy) -> None:
-        """Change the policy of all ranks; only while no request is open."""
+        """Change the policy of all ranks while no request is open."""
         ...
 
     def statistics(self) -> list[dict[str, Any]]:
@@ -55,15 +55,15 @@ class Client(Protocol):
         ...
 
     def close(self) -> None:
-        """End all workers; may be called again."""
+        """End all workers. May be called again."""
         ...
 
 
 class InProcessClient:
-    """One rank, in this process: no worker is started."""
+    """One rank in this process, without a worker."""
 
     def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
-        """`on_start` is called with what is being done."""
+        """on_start: called with every stage of the start."""
 
         def report(starting: Starting) -> None:
             if on_start is not None:
@@ -95,7 +95,7 @@ class InProcessClient:
         except Exception as error:
             self._ended = f"a step failed on rank 0: {type(error).__name__}: {error}"
             raise EngineError(self._ended) from error
-        except BaseException:  # Ctrl-C: the scheduler has committed nothing of this step
+        except BaseException:  # Ctrl-C: nothing of this step is committed
             engine.transport.reset()
             raise
 
@@ -112,11 +112,11 @@ class InProcessClient:
         self._ended = self._ended or "it was closed"
         if self._engine is not None:
             device = self._engine.transport.streams.device
-            self._engine = None  # weights and cache go now, not when the caller forgets the LLM
-            with suppress(RuntimeError):  # a device that has failed has said so before
+            self._engine = None  # free weights and cache now, not when the caller drops the LLM
+            with suppress(RuntimeError):  # a device that has failed has been reported before
                 release_unused(device)
 
     def _running(self) -> StepEngine:
         if self._ended or self._engine is None:
-            raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")
+            raise EngineError("this engine has ended", limit=self._ended, remedy="make a new LLM")
         return self._engine

@@ -1,4 +1,4 @@
-"""Token ids to text, one after the other: parts of characters wait until the character is whole.
+"""Token ids to text, one at a time. Parts of characters are held back until the character is complete.
 
 detokenizer = Detokenizer(tokenizer, before=TextBefore.of(tokenizer, prompt_ids))
 for token_id in output_ids:
@@ -15,16 +15,16 @@ from antiphon.frontend.token_bytes import num_unfinished_bytes
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
 _UNKNOWN = "\ufffd"
-_MOST_HELD = 16  # tokens that may wait for the rest of a character; one has 4 bytes at most
-_LONGEST_BEGINNING = 3  # bytes of a character that is not complete
+_MOST_HELD = 16  # tokens held back for the rest of a character, which has at most 4 bytes
+_LONGEST_BEGINNING = 3  # bytes of an incomplete character
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextBefore:
-    """What is to be known of the tokens before a text, such as a prompt's, to decode the text's own.
+    """What decoding a text needs to know of the tokens before it, such as a prompt's.
 
-    continues: whether they have text. ids: the last of them, if they end inside a character, whose other bytes are
-    still to come; else none. text: of `ids`, without that character. num_whole: tokens before `ids`.
+    continues: whether they have text. ids: the last of them if they end inside a character, else none.
+    text: the text of `ids` without that character. num_whole: number of tokens before `ids`.
     """
 
     continues: bool = False
@@ -34,11 +34,11 @@ class TextBefore:
 
     @staticmethod
     def of(tokenizer: Tokenizer | NoTokenizer, token_ids: Sequence[int], *, skip_special: bool = True) -> TextBefore:
-        """What the tokens before a text leave open."""
+        """Made from the tokens before a text."""
         hidden: frozenset[int] = tokenizer.special_ids if skip_special else frozenset()
         places: list[int] = []
         data = b""
-        for place in range(len(token_ids) - 1, -1, -1):  # the last three bytes tell, and most often one token has them
+        for place in range(len(token_ids) - 1, -1, -1):  # the last three bytes decide; usually one token has them
             if token_ids[place] not in hidden:
                 places, data = [place, *places], tokenizer.token_bytes(token_ids[place]) + data
             if len(data) >= _LONGEST_BEGINNING or len(places) > _LONGEST_BEGINNING:
@@ -57,18 +57,18 @@ _NO_TEXT_BEFORE = TextBefore()
 
 
 def whole_characters(tokenizer: Tokenizer | NoTokenizer, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-    """The text of tokens, less a character at the end whose other bytes are still to come."""
+    """The text of tokens without an incomplete character at the end."""
     before = TextBefore.of(tokenizer, token_ids, skip_special=skip_special)
     return tokenizer.decode(token_ids[: before.num_whole], skip_special=skip_special) + before.text
 
 
 class Detokenizer:
-    """Token ids to text, one after the other, each at a cost that does not grow with the text.
+    """Token ids to text, one at a time, at a cost that does not grow with the text.
 
-    A token's text can depend on its neighbours (spaces, parts of characters), so the tokens whose text is not out yet
-    are decoded together with those of the piece before. Special tokens have no text, unless they are not to be skipped.
+    A token's text can depend on its neighbors (spaces, parts of characters), so tokens whose text is not out yet are
+    decoded together with those of the piece before.
 
-    before: the text that comes before the first token, such as a prompt's.
+    before: the text that precedes the first token, such as a prompt's. skip_special: leave special tokens out.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._continues = before.continues
-        self._ids = list(before.ids)  # from the piece before on
+        self._ids = list(before.ids)  # those of the piece before, then those whose text is not out
         self._num_out = 0  # tokens of these whose text is out
         self._text_out = before.text  # the text of these that is out
 
     def add(self, token_id: int) -> str:
-        """The text that has become certain; empty in the middle of a character."""
+        """Take one token, and return the text that has become certain; "" in the middle of a character."""
         if self._skip_special and token_id in self._tokenizer.special_ids:
             return ""
         self._ids.append(token_id)
@@ -102,7 +102,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What was held back, as it is."""
+        """The text that was held back."""
         text = self._decode(self._ids, continues=self._continues) if self._ids else ""
         new = text[len(self._text_out) :]
         self._move(len(self._ids))
@@ -115,12 +115,12 @@ class Detokenizer:
         self._ids = self._ids[start:]
         self._num_out = len(self._ids)
         self._continues = True
-        # One token is the usual case, and most have been decoded before; skipped ones are not among these.
+        # One token is the usual case, and its text is cached. Skipped special tokens never get here.
         one = self._num_out == 1
         self._text_out = self._tokenizer.token_text(self._ids[0]) if one else self._decode(self._ids, continues=True)
 
     def _give_up(self, text: str) -> str:
-        """Bytes that are no character: give out all but the last tokens, if the text can be cut there."""
+        """Release bytes that never become a character: all but the last tokens, if the text can be cut there."""
         cut = len(self._ids) - 4
         before = self._decode(self._ids[:cut], continues=self._continues)
         if before + self._decode(self._ids[cut:], continues=True) != text:

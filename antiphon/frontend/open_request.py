@@ -1,4 +1,4 @@
-"""A request under way, as whoever opened it sees it. Belongs to the event loop."""
+"""An open request as its caller sees it. It belongs to the event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from antiphon.frontend.outputs import Collector, Delta
 
 @dataclass(frozen=True, slots=True)
 class StreamItem:
-    """More of result `index` of a request, and when it came, by `time.monotonic`."""
+    """A piece of result `index` of a request, and its arrival by `time.monotonic`."""
 
     index: int
     delta: Delta
@@ -22,9 +22,9 @@ class StreamItem:
 
 
 class OpenRequest:
-    """One prompt and its n results, under way. Iterate to its end, or `cancel`; a `with` block cancels what is left.
+    """One prompt and its n results. Iterate to the end, or `cancel`; a `with` block cancels what is left.
 
-    collectors: of the results, by index; `prompt_ids`; `num_tokens` generated so far, of all results.
+    collectors: one for each result, by index. num_tokens: tokens generated so far, of all results.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class OpenRequest:
         prompt_ids: tuple[int, ...],
         forget: Callable[[Sequence[int]], None],
     ) -> None:
-        """collectors: by request id. forget: ends requests, wherever they are."""
+        """collectors: by request id. forget: ends requests wherever they are."""
         self.prompt_ids = prompt_ids
         self.num_tokens = 0
         self._forget = forget
@@ -41,7 +41,7 @@ class OpenRequest:
         self._index = {request_id: index for index, request_id in enumerate(collectors)}
         self._num_unfinished = len(collectors)
         self._arrived: deque[tuple[float, TokenOutput] | EngineError] = deque()
-        self._waiter: asyncio.Future[None] | None = None  # of the iterator, while nothing has arrived
+        self._waiter: asyncio.Future[None] | None = None  # the iterator, while nothing has arrived
 
     @property
     def collectors(self) -> list[Collector]:
@@ -58,11 +58,11 @@ class OpenRequest:
         self.cancel()
 
     def cancel(self) -> None:
-        """Forget what has not finished: its blocks are free before the next step."""
+        """End what has not finished. Its KV blocks are free before the next step."""
         self._forget([number for number, collector in self._by_id.items() if not collector.finished])
 
     async def __aiter__(self) -> AsyncIterator[StreamItem]:
-        """Raises `EngineError` if the engine ends before all results have finished."""
+        """All pieces as they arrive. Raises `EngineError` if the engine ends before all results have finished."""
         while self._num_unfinished:
             if not self._arrived:
                 self._waiter = asyncio.get_running_loop().create_future()
@@ -85,7 +85,7 @@ class OpenRequest:
             yield StreamItem(self._index[output.request_id], delta, at_s)
 
     def put(self, arrived: tuple[float, TokenOutput] | EngineError) -> None:
-        """For the engine: an output and when it came, or what has ended it."""
+        """Called by the engine with an output and its arrival, or with the error that has ended the engine."""
         self._arrived.append(arrived)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -1,8 +1,8 @@
-"""What the front makes of a request's tokens: text as it comes, stop strings, logprobs.
+"""Turns a request's tokens into text as it arrives, finds stop strings, and gathers logprobs.
 
-For one request a `Collector` takes its `TokenOutput`s in order. It gives the text that is certain by then, so a caller
-can show it at once: a part of a character is held back until it is whole, and what could become a stop string until it
-is decided. It knows nothing of ranks; a caller that finds `must_cancel` tells them to forget the request.
+A `Collector` takes the `TokenOutput`s of one request in order, and returns text that a caller can show at once. It
+holds back incomplete characters, and text that could become a stop string. It knows nothing of ranks: a caller that
+sees `must_cancel` tells them to forget the request.
 
     collector = Collector(tokenizer, request, logits_dtype=torch.float32)
     for output in outputs_of_the_request:
@@ -24,9 +24,9 @@ from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
 
 class StopFinder:
-    """Looks for stop strings in a text that grows. Of several the one that is complete first is found.
+    """Looks for stop strings in a growing text. Of several, the one that is complete first wins.
 
-    include: whether the stop string belongs to the text.
+    include: whether the stop string stays in the text.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool) -> None:
@@ -38,9 +38,9 @@ class StopFinder:
         self._num_shown = 0
 
     def add(self, new: str, *, search: bool, last: bool) -> str:
-        """More of the text. Returns what can be shown of it; when a stop string is found, the rest.
+        """Take more text, and return what can be shown; after a stop string, all that is left to show.
 
-        search: whether a stop string that is complete now counts. last: nothing comes any more.
+        search: whether a stop string that is complete now counts. last: the text is complete.
         """
         self.text += new
         if search and new:
@@ -52,7 +52,7 @@ class StopFinder:
         return shown
 
     def end_with(self, stop: str) -> str:
-        """The text ends with a special token that is a stop string. Returns the rest of what can be shown."""
+        """End the text at a special token that is a stop string. Returns all that is left to show."""
         self.found = stop
         if self._include:
             self.text += stop
@@ -71,7 +71,7 @@ class StopFinder:
             self.text = self.text[: end if self._include else start]
 
     def _num_undecided(self) -> int:
-        """Characters at the end of the text that could be the beginning of a stop string."""
+        """How many characters at the end of the text could be the beginning of a stop string."""
         for length in range(min(len(self.text), max(map(len, self._stops), default=1) - 1), 0, -1):
             ending = self.text[-length:]
             if any(stop.startswith(ending) for stop in self._stops):
@@ -81,7 +81,7 @@ class StopFinder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What has come of one request. `text` can be empty though there are tokens, and the other way round."""
+    """New tokens and new text of one request. Either can be empty without the other."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -91,12 +91,11 @@ class Delta:
 
 
 class Collector:
-    """Of one request. before: what its prompt leaves open of the text.
+    """Collects the output of one request. before: what the text depends on of its prompt.
 
-    logits_dtype: of the bytes in `NewToken.logits`. streaming: whether somebody wants the text piece by piece; if not,
-    and without stop strings, it is decoded once, at the end. The texts of deltas add up to that of `completion` with
-    every tokenizer that decodes from left to right; that of `completion` is as the tokenizer decodes it whole, after
-    the prompt.
+    logits_dtype: the type of the bytes in `NewToken.logits`. streaming: decode the text piece by piece; otherwise, and
+    without stop strings, it is decoded once at the end. The text of `completion` is decoded as a whole, after the
+    prompt. The texts of deltas add up to it with every tokenizer that decodes from left to right.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Collector:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.must_cancel = False  # the end was found here, so the ranks go on until they are told
+        self.must_cancel = False  # the end was found here, and the ranks do not know yet
         self.num_cached = 0
         self._tokenizer = tokenizer
         self._prompt_ids = request.prompt_ids
@@ -120,7 +119,7 @@ class Collector:
         self._skips = request.params.skip_special_tokens
         self.before = TextBefore.of(tokenizer, request.prompt_ids, skip_special=self._skips)
         self._detokenizer = Detokenizer(tokenizer, before=self.before, skip_special=self._skips)
-        # Special tokens have no text in which their stop strings could be found.
+        # Skipped special tokens have no text, so their stop strings are found by id.
         special = {tokenizer.special_id(stop): stop for stop in request.params.stops} if self._skips else {}
         self._special_stops = {token_id: stop for token_id, stop in special.items() if token_id is not None}
         self._finder = StopFinder(request.params.stops, include=request.params.include_stop_str_in_output)
@@ -134,7 +133,7 @@ class Collector:
         return self.finish_reason is not None
 
     def take(self, output: TokenOutput) -> Delta:
-        """The next output of this request; what comes after its end is passed over."""
+        """Take the next output of this request. Outputs after its end are ignored."""
         if self.finished:
             return Delta()
         self.num_cached = output.num_cached
@@ -160,7 +159,7 @@ class Collector:
         )
 
     def completion(self, index: int = 0) -> CompletionOutput:
-        """The result, once the request has finished."""
+        """The result of a request that has finished."""
         assert self.finish_reason is not None, "the request has not finished"
         params, tokens = self._params, self._tokens
         return CompletionOutput(
@@ -179,13 +178,13 @@ class Collector:
         return self._logits(self._prompt_logits, len(self._prompt_ids)) if self._params.return_prompt_logits else None
 
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
-        """Of the tokens of the prompt, if asked for; nothing is known of the first."""
+        """The logprobs of the prompt's tokens, if asked for. The first has none."""
         if self._params.prompt_logprobs is None:
             return None
         return [None, *(self._logprobs(token) for token in self._prompt_tokens)]
 
     def _take_text(self, token_id: int) -> str:
-        """The new text; an end that a stop string makes is written down."""
+        """The new text to show. Records the end if a stop string is found."""
         belongs = len(self._ids_of_text()) == len(self.token_ids)
         new = self._detokenizer.add(token_id) if belongs else ""
         counts = len(self.token_ids) > self._params.min_tokens
@@ -208,7 +207,7 @@ class Collector:
         return text[len(before.text) :]
 
     def _ids_of_text(self) -> list[int]:
-        """All tokens, less the one that has ended the text."""
+        """All tokens but one that has ended the text."""
         ended_by_token = self.finish_reason == "stop" and not self._params.include_stop_str_in_output
         return self.token_ids[:-1] if ended_by_token else self.token_ids
 

@@ -1,8 +1,8 @@
 """The bytes that a token stands for, from the vocabulary.
 
-Decoding a token alone cannot tell them: a part of a character becomes U+FFFD. Vocabularies write bytes in two ways.
-Byte-level ones (GPT-2 and its descendants) have a character for each byte; SentencePiece's have pieces like `<0xE4>`
-for the bytes of what has no piece.
+Decoding a single token does not give them: a part of a character becomes U+FFFD. Vocabularies write bytes in two ways.
+Byte-level ones (GPT-2 and its descendants) have a character for each byte. SentencePiece has pieces like `<0xE4>` for
+bytes of characters that have no piece.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def bytes_reader(backend: Any) -> Callable[[str], bytes | None]:
-    """From a token, as the vocabulary of a `tokenizers.Tokenizer` has it, to bytes; `None` if only decoding tells."""
+    """A function from a token of a `tokenizers.Tokenizer` to its bytes, or to `None` if it must be decoded."""
     kinds = _decoder_kinds(backend)
     if "ByteLevel" in kinds:
         byte_of = _byte_characters()
 
         def byte_level(token: str) -> bytes:
-            # As the decoder does: a token with any other character, such as an added one, is plain text.
+            # Like the decoder: a token with any other character, such as an added token, is plain text.
             found = [byte_of.get(character) for character in token]
             return token.encode() if None in found else bytes(byte for byte in found if byte is not None)
 
@@ -38,7 +38,7 @@ def bytes_reader(backend: Any) -> Callable[[str], bytes | None]:
 
 
 def _decoder_kinds(backend: Any) -> set[str]:
-    """Types of the decoder and of the decoders that it is made of."""
+    """The type of the decoder, and those of its parts."""
     decoder = None if backend is None else backend.decoder
     if decoder is None:
         return set()
@@ -54,7 +54,7 @@ def _byte_characters() -> dict[str, int]:
 
 
 def num_unfinished_bytes(data: bytes) -> int:
-    """How many bytes at the end begin a character in UTF-8 whose other bytes are still to come; 0 to 3."""
+    """How many bytes at the end belong to an incomplete UTF-8 character, 0 to 3."""
     for count in range(1, min(len(data), 3) + 1):
         byte = data[-count]
         if byte >= 0xC0:

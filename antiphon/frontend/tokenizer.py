@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, and the lack of one. How its files are loaded is at the end."""
+"""The checkpoint's tokenizer, or its stand-in for dummy weights. The end of the file loads it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger("antiphon.engine")
 
 
 class Tokenizer:
-    """Text to token ids and back, as the checkpoint's files say. Reads only the local folder and executes nothing.
+    """Text to token ids and back. Reads only the checkpoint's folder, and executes nothing in it.
 
-    has_text: whether tokens have texts at all. special_ids: tokens that have none in `decode` unless it is asked for.
-    eos_token_id: the token that ends a text, as the tokenizer's own files have it; `None` if they name none.
+    has_text: whether tokens have texts. special_ids: tokens that `decode` skips by default.
+    eos_token_id: the end-of-sequence token of the tokenizer's own files; `None` if they name none.
     """
 
     has_text = True
@@ -37,8 +37,11 @@ class Tokenizer:
             self._read_bytes = bytes_reader(backend)
         except Exception as error:
             raise ModelError(
-                f"the tokenizer in {folder} can be loaded, but not used ({first_line(error)}); download it again, or "
-                "upgrade tokenizers and transformers"
+                f"the tokenizer in {folder} can be loaded but not used",
+                limit=first_line(error),
+                remedy="download it again, or upgrade tokenizers and transformers",
+                option="model",
+                value=folder,
             ) from error
         added = self._tokenizer.added_tokens_decoder
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -47,17 +50,17 @@ class Tokenizer:
         self._special_texts: dict[str, int] | None = None
 
     def of_transformers(self) -> Any:
-        """The object of transformers behind this one."""
+        """The tokenizer object of transformers."""
         return self._tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """With the special tokens that the checkpoint puts in front, unless they are not wanted."""
+        """The token ids of a text, by default with the special tokens that the checkpoint puts in front."""
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
-        """The text of tokens. continues: whether text comes before; where none does, some lose a space.
+        """The text of tokens. skip_special: leave special tokens out.
 
-        skip_special: leave special tokens out.
+        continues: whether other text precedes them. Some tokenizers drop a space at the start of a text.
         """
         if continues and self._anchor:
             ids = [*self._anchor, *token_ids]
@@ -65,7 +68,7 @@ class Tokenizer:
         return self._decode(token_ids, skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
-        """Of one token that continues a text, special or not; of a part of a character "\ufffd"."""
+        """The text of one token inside a text, special or not. A part of a character is "\ufffd"."""
         text = self._token_texts.get(token_id)
         if text is None:
             text = self.decode([token_id], continues=True, skip_special=False)
@@ -73,13 +76,13 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text in UTF-8, also where that is a part of a character."""
+        """The UTF-8 bytes that one token adds to a text, even if they are only a part of a character."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         found = None if token is None else self._read_bytes(token)
         return self.token_text(token_id).encode() if found is None else found
 
     def special_id(self, text: str) -> int | None:
-        """The special token with this text."""
+        """The special token with this text, if there is one."""
         if self._special_texts is None:
             self._special_texts = {self.token_text(token_id): token_id for token_id in sorted(self.special_ids)}
         return self._special_texts.get(text)
@@ -92,17 +95,18 @@ class Tokenizer:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """A chat by the checkpoint's template, up to where the assistant answers.
+        """The token ids of a chat, formatted by the checkpoint's template.
 
-        add_generation_prompt: whether what begins the answer is added; by default unless the last message goes on.
-        continue_final_message: leave the last message open, so that its text is continued.
+        add_generation_prompt: append the beginning of an answer; by default yes, unless the last message is continued.
+        continue_final_message: leave the last message open, so that the output continues it.
         template_kwargs: variables of the template, such as `{"enable_thinking": False}`.
-        Raises `RequestError` for messages or settings that the template does not take, `ModelError` if there is none.
+        Raises `RequestError` for messages or settings that the template refuses, `ModelError` if there is no template.
         """
         if not self._tokenizer.chat_template:
             raise ModelError(
-                "this checkpoint cannot format a chat: it has no chat template; use a prompt instead, or put a "
-                "chat_template.jinja into a copy of its folder"
+                "this checkpoint has no chat template",
+                remedy="use a prompt instead, or put a chat_template.jinja into a copy of its folder",
+                option="model",
             )
         _check_flags(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         adds = not continue_final_message if add_generation_prompt is None else add_generation_prompt
@@ -120,29 +124,37 @@ class Tokenizer:
             raise
         except Exception as error:  # templates are programs: they raise what they like
             raise RequestError(
-                f"messages: the model's chat template does not take them ({first_line(error)}); change them, or what "
-                "chat_template_kwargs say"
+                "the model's chat template refuses these messages",
+                limit=first_line(error),
+                remedy="change them or chat_template_kwargs",
+                option="messages",
             ) from error
 
     def _template_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises `RequestError` for other settings of transformers and for special tokens, which are not variables."""
+        """Raises `RequestError` for settings of transformers and for special tokens, which callers must not set."""
         if not isinstance(given, Mapping):
             raise RequestError(
-                f'chat_template_kwargs is a {type(given).__name__}; use a dict such as {{"enable_thinking": False}}'
+                f"chat_template_kwargs is a {type(given).__name__}",
+                remedy='use a dict such as {"enable_thinking": False}',
+                option="chat_template_kwargs",
+                value=given,
             )
         taken = _template_settings(self._tokenizer) if given else frozenset()
         for name in given:
             if name in taken or name in self._tokenizer.special_tokens_map:
                 raise RequestError(
-                    f"chat_template_kwargs has {name!r}, which the tokenizer sets, not the caller; leave it out"
+                    f"chat_template_kwargs has {name!r}, which only the tokenizer may set",
+                    remedy="leave it out",
+                    option="chat_template_kwargs",
+                    value=name,
                 )
         return dict(given)
 
     def _find_anchor(self) -> tuple[list[int], int]:
-        """A token that others are decoded after, as text before them, and how long its text is.
+        """A token to decode others after, as if text preceded them, and the length of its text.
 
-        None where the beginning of a text is decoded as the rest of it. With SentencePiece and what imitates it (Llama,
-        Mixtral) it loses its space.
+        Needed for SentencePiece and its imitations (Llama, Mixtral), which drop a space at the start of a text. Others
+        get no token.
         """
         ids = self.encode("a a", add_special_tokens=False)
         if self.decode(ids) == "".join(self.decode([token_id]) for token_id in ids):
@@ -151,29 +163,32 @@ class Tokenizer:
 
 
 def _check_flags(*, add_generation_prompt: bool | None, continue_final_message: bool) -> None:
-    """Raises `RequestError` for what is not true or false, and for two that exclude each other."""
+    """Raises `RequestError` for values that are not True or False, and for two flags that exclude each other."""
     flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
     for name, value in flags.items():
         if not isinstance(value, bool) and (value is not None or name == "continue_final_message"):
-            raise RequestError(f"{name}={value!r} is not True or False; use one of them")
+            raise RequestError(f"{name}={value!r} is not True or False", remedy="use one", option=name, value=value)
     if add_generation_prompt and continue_final_message:
         raise RequestError(
-            "continue_final_message and add_generation_prompt exclude each other: either the last message goes on, or "
-            "an answer begins; set one of them"
+            "continue_final_message and add_generation_prompt exclude each other",
+            limit="the output either continues the last message or begins an answer",
+            remedy="set one of them",
+            option="continue_final_message",
+            value=True,
         )
 
 
 def _template_settings(tokenizer: Any) -> frozenset[str]:
-    """What transformers takes beside a template's variables. A request must not set it: another template, say."""
+    """The settings of transformers' own, such as another template. A request must not change them."""
     settings = signature(tokenizer.apply_chat_template).parameters.values()
     names = {setting.name for setting in settings if setting.kind is not Parameter.VAR_KEYWORD}
     return frozenset(names | {"messages", "conversations"})
 
 
 def _plain_decode(tokenizer: Any) -> Callable[..., str]:
-    """What transformers' `decode` calls in the end, without what it does around it for every token of every stream.
+    """The `decode` of the Rust tokenizer, without the overhead of transformers' wrapper on every token.
 
-    The tokenizer's own `decode` where it does more than that.
+    A wrapper that does more than call it is kept.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -189,17 +204,17 @@ def _plain_decode(tokenizer: Any) -> Callable[..., str]:
 
 
 class NoTokenizer:
-    """For dummy weights, whose output means nothing: prompts are token ids, and every text is empty."""
+    """Stands in for a tokenizer with dummy weights: prompts are token ids, and every text is empty."""
 
     has_text = False
     special_ids: frozenset[int] = frozenset()
     eos_token_id: int | None = None
 
     def of_transformers(self) -> Any:
-        raise ModelError("a run with dummy weights has no tokenizer", remedy="use a checkpoint with its tokenizer")
+        raise ModelError("with dummy weights there is no tokenizer", remedy="use a checkpoint with its tokenizer")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        raise RequestError("a run with dummy weights has no tokenizer; pass token ids instead of a text")
+        raise RequestError("with dummy weights there is no tokenizer", remedy="pass token ids", option="prompts")
 
     def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
         return ""
@@ -218,19 +233,19 @@ class NoTokenizer:
 
 
 def with_end_token_of(tokenizer: Tokenizer | NoTokenizer, config: ResolvedConfig) -> ResolvedConfig:
-    """Adds the tokenizer's end-of-sequence token to the configuration, and warns where the two do not agree."""
+    """Add the tokenizer's end-of-sequence token to the configuration, and warn if they disagree."""
     named, token_id = config.model.eos_token_ids, tokenizer.eos_token_id
     if token_id is None or token_id in named or not 0 <= token_id < config.model.vocab_size:
         if not named and tokenizer.has_text:
             logger.warning(
-                "%s names no end-of-sequence token that the model has: a text ends only by its length, or by stop "
-                "strings and tokens",
+                "%s names no end-of-sequence token of the model: outputs end only at max_tokens, stop strings "
+                "or stop_token_ids",
                 config.options.model,
             )
         return config
     if named:
         logger.warning(
-            "the tokenizer of %s ends texts with token %d (%s), its config files with %s: each ends a text",
+            "the tokenizer of %s ends a text with token %d (%s), its config files with %s; each of them ends an output",
             config.options.model,
             token_id,
             tokenizer.token_text(token_id),
@@ -242,36 +257,43 @@ def with_end_token_of(tokenizer: Tokenizer | NoTokenizer, config: ResolvedConfig
 _WHOLE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _NEVER = {"local_files_only": True, "trust_remote_code": False}
-"""For every call that loads something: nothing is downloaded, and nothing of the checkpoint is executed."""
+"""Passed to every call that loads files: download nothing, and execute nothing of the checkpoint."""
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The transformers tokenizer of a folder. Raises `ModelError` if it cannot be loaded without code of its own."""
+    """The transformers tokenizer of a folder. Raises `ModelError` if only code of the checkpoint could load it."""
     folder = Path(folder)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds, and only the front needs it
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds, and only the frontend needs it
 
     is_whole = (folder / _WHOLE).exists()
     try:
-        # AutoTokenizer converts files of other formats by classes of transformers itself.
+        # AutoTokenizer converts other formats with classes of transformers.
         kind = PreTrainedTokenizerFast if is_whole else AutoTokenizer
         return kind.from_pretrained(str(folder), **_NEVER)
-    except Exception as error:  # tokenizers raises no narrower class for a format that it does not know
+    except Exception as error:  # tokenizers has no narrower class for an unknown format
         if not is_whole and (code := _code_asked_for(folder)):
             raise ModelError(
-                f"the tokenizer in {folder} has no {_WHOLE}, only code ({code}), and code of a checkpoint is never "
-                f"executed; put a {_WHOLE} into the folder, made where you trust that code: "
-                "AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(FOLDER)"
+                f"the tokenizer in {folder} has no {_WHOLE}, only code ({code})",
+                limit="code of a checkpoint is never executed",
+                remedy=f"put a {_WHOLE} into the folder, made where you trust that code: "
+                "AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(FOLDER)",
+                option="model",
+                value=str(folder),
             ) from error
+        with_file = "" if is_whole else f" with its {_WHOLE}"
         raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded ({first_line(error)}); "
-            f"download it again{'' if is_whole else f', with its {_WHOLE}'}, or upgrade tokenizers and transformers"
+            f"the tokenizer in {folder} cannot be loaded",
+            limit=first_line(error),
+            remedy=f"download it again{with_file}, or upgrade tokenizers and transformers",
+            option="model",
+            value=str(folder),
         ) from error
 
 
 def _code_asked_for(folder: Path) -> str:
-    """What the checkpoint would have executed as its tokenizer; empty if nothing."""
+    """The classes that the checkpoint wants executed as its tokenizer; "" if none."""
     try:
         asked = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("auto_map", {})
     except (OSError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""Talks to the workers, one process a rank; turns whatever happens to one of them into one clear error."""
+"""Talks to the workers, one process per rank, and turns a failure of any of them into one clear error."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from antiphon.frontend.worker_processes import WorkerProcesses
 from antiphon.timeline import StepTimeline
 
 _POLL_MS = 100
-_CAUSE_S = 2.0  # how long other ranks get to report before the cause of a failure is named
+_CAUSE_S = 2.0  # how long the other ranks may report before the cause of a failure is named
 _STOP_S = 5.0
 
 
 class SaidOnce:
-    """Logs each warning of the ranks once, however many of them have it."""
+    """Logs each warning once, however many ranks send it."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -56,12 +56,12 @@ class SaidOnce:
 
 
 class WorkerClient:
-    """Owns the worker processes, and the socket to them."""
+    """Owns the worker processes and the socket to them."""
 
     ready: Ready
 
     def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
-        """Returns when all ranks are ready; `on_start` is called with what they are doing until then."""
+        """Return when all ranks are ready. on_start: called with every stage of the start until then."""
         self._ranks = config.options.ranks
         self._patience_s = config.options.timeout_s * 1.5
         self._wave = 0
@@ -84,12 +84,12 @@ class WorkerClient:
             self._processes.start()
             self._wait_for_ready(on_start or (lambda what: None))
         except BaseException:
-            self._ended = self._ended or "it did not start"  # nothing to wait for: close kills at once
+            self._ended = self._ended or "it did not start"  # close need not wait for anything
             self.close()
             raise
 
     def _wait_for_ready(self, on_start: Callable[[str], None]) -> None:
-        """Every message starts the time limit again, so that it holds for silence and not for the size of a model."""
+        """Wait for all ranks. Each message restarts the time limit: it limits silence, not the size of a model."""
         on_start(f"starting {self._ranks} ranks")
         said: dict[int, Starting] = {}
         loaded: set[int] = set()
@@ -118,7 +118,7 @@ class WorkerClient:
         if self._ended:
             return
         self.cancel(request_ids)
-        self._answers(self.ask())  # messages are taken in order: with the answer every rank has forgotten them
+        self._answers(self.ask())  # ranks take messages in order: whoever has answered has forgotten them
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         if not self._ended:
@@ -132,10 +132,10 @@ class WorkerClient:
         return outputs
 
     def receive(self, wake: zmq.Socket[bytes], *, patient: bool) -> list[tuple[int, FromWorker]]:
-        """The messages that are there, by rank; none if `wake` has something to read first, or after a while.
+        """The messages that have arrived, by rank. Returns without any if `wake` is readable first, or after a while.
 
-        For a front that talks to the ranks while requests come and go. patient: silence is no error, for no rank has
-        work. Raises when a rank fails, and unless patient when all are silent for too long.
+        For a frontend whose requests come and go meanwhile. patient: no rank has work, so silence is no error.
+        Raises when a rank fails and, unless patient, when all are silent for too long.
         """
         self._check()
         poller = zmq.Poller()
@@ -151,13 +151,13 @@ class WorkerClient:
         return messages
 
     def ask(self, *, timeline: bool = False) -> int:
-        """Send a question that every rank answers by an `Answer` with the wave returned, when it is between steps."""
+        """Ask all ranks. Between two steps each sends an `Answer` with the wave that is returned here."""
         wave = self._next_wave()
         self._send_all(Ask(wave=wave, timeline=timeline))
         return wave
 
     def send_policy(self, policy: OverlapPolicy) -> int:
-        """`reconfigure` without waiting: every rank answers as to `ask` when it has changed."""
+        """`reconfigure` without waiting: every rank answers like to `ask` once it has changed."""
         wave = self._next_wave()
         self._send_all(Reconfigure(wave=wave, policy=policy))
         return wave
@@ -172,7 +172,7 @@ class WorkerClient:
         return [answer.timeline for answer in self._answers(self.ask(timeline=True))]
 
     def close(self) -> None:
-        """Ask the workers to stop, end those that do not within 5 s, and remove the folder."""
+        """Ask the workers to stop, kill those that do not within 5 s, and remove their folder."""
         patience_s = 0.0
         try:
             if not self._ended:
@@ -196,7 +196,7 @@ class WorkerClient:
         return self._wave
 
     def _send(self, message_by_rank: Sequence[ToWorker]) -> None:
-        """All ranks or none get their message: what cannot be encoded raises before the first is sent."""
+        """Send to all ranks or none: a message that cannot be encoded raises before the first is sent."""
         for rank, body in enumerate([encode(message) for message in message_by_rank]):
             self._socket.send_multipart([str(rank).encode(), body])
 
@@ -204,7 +204,7 @@ class WorkerClient:
         self._send([message] * self._ranks)
 
     def _answers(self, wave: int) -> list[Answer]:
-        """Wait for every rank's; what was generated meanwhile is there for the next `poll`."""
+        """Wait for the answers of all ranks. Outputs that arrive meanwhile are kept for the next `poll`."""
         answers: dict[int, Answer] = {}
         while len(answers) < self._ranks:
             messages = self._receive("answer")
@@ -220,7 +220,7 @@ class WorkerClient:
                 self._kept.extend(message.outputs)
 
     def _receive(self, what: str) -> list[tuple[int, FromWorker]]:
-        """The messages that are there, at least one. Raises when a rank fails or all are silent for too long."""
+        """At least one message. Raises when a rank fails or all are silent for too long."""
         patience_s = max(self._patience_s, 1.5 * START_S) if what == "start" else self._patience_s
         deadline = time.monotonic() + patience_s
         while True:
@@ -253,11 +253,11 @@ class WorkerClient:
 
     def _silence(self, patience_s: float, what: str) -> EngineError:
         where = self._processes.board.describe()
-        remedy = "raise timeout_s if steps are long"
-        return self._end(f"no rank answered for {patience_s:.0f} s ({what}): {where}; {remedy}")
+        reason = f"no rank answered for {patience_s:.0f} s ({what}): {where}"
+        return self._end(reason, remedy="raise timeout_s if steps are long")
 
     def _failure(self, what: str) -> AntiphonError:
-        """Find the cause: the other ranks fail as well as soon as one does, and get a moment to say so."""
+        """Name the cause. When one rank fails the others fail as well, so all get a moment to report."""
         self._read_reports()
         deadline = time.monotonic() + _CAUSE_S
         while time.monotonic() < deadline and not all(
@@ -282,7 +282,7 @@ class WorkerClient:
         return self._end_by(*complaints[0], what)
 
     def _read_reports(self) -> None:
-        """What ranks could not send any more comes first: others fail because of it."""
+        """Reports that ranks could only write to a file come first: the other failures follow from them."""
         reports = self._processes.reports()
         self._failures = reports | {rank: f for rank, f in self._failures.items() if rank not in reports}
 
@@ -296,12 +296,11 @@ class WorkerClient:
             error.add_note(f"On rank {rank}:\n{failure.traceback}")
         return error
 
-    def _end(self, reason: str) -> EngineError:
+    def _end(self, reason: str, *, remedy: str = "") -> EngineError:
         self._ended = reason
-        error = EngineError(f"{reason}; the engine has ended, make a new LLM")
         self.close()
-        return error
+        return EngineError(reason, remedy=f"{remedy}{', and ' if remedy else 'the engine has ended, '}make a new LLM")
 
     def _check(self) -> None:
         if self._ended:
-            raise EngineError(f"this engine has ended ({self._ended}); make a new LLM")
+            raise EngineError("this engine has ended", limit=self._ended, remedy="make a new LLM")

@@ -1,4 +1,4 @@
-"""The routes. What they do is elsewhere: `service` decides, `generation` answers."""
+"""The routes of the server. `service` decides what to do, `generation` answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from antiphon.server.options import ServerOptions
 from antiphon.server.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from antiphon.server.service import Phase, Service
 
-_EXPOSED_HEADERS = ("x-request-id", "retry-after")  # others than the usual ones scripts of web pages do not see
+_EXPOSED_HEADERS = ("x-request-id", "retry-after")  # scripts of web pages see only these besides the standard ones
 
 
 class _JsonAnswer(JSONResponse):
@@ -46,7 +46,7 @@ def make_app(service: Service) -> FastAPI:
     )
     app.add_middleware(Guard, service=service)
     if service.options.allowed_origins:
-        # Outside the guard, so that preflight requests need no key, and refusals can be read too.
+        # Outside the guard: preflight requests need no key, and scripts can read refusals.
         app.add_middleware(CORSMiddleware, **_cors(service.options))
     most_bytes = service.options.max_body_bytes
 
@@ -72,12 +72,12 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        """Whether the process is worth keeping: not while it starts, nor once a rank has failed."""
+        """Liveness: 503 while the server starts and after a rank has failed."""
         return _phase(service, Phase.SERVING, Phase.DRAINING)
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether to send requests here."""
+        """Readiness: 200 while new requests are accepted."""
         return _phase(service, Phase.SERVING)
 
     @app.get("/metrics")
@@ -140,7 +140,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "prompt or messages is needed, and not both; send one", param="prompt")
+        raise ApiError(400, "a request needs either prompt or messages", remedy="send one of them", option="prompt")
     engine = service.engine
     try:
         if body.prompt is not None:
@@ -159,9 +159,10 @@ async def _detokenize(service: Service, body: DetokenizeRequest) -> dict[str, st
     most = engine.config.model.vocab_size - 1
     for token_id in body.tokens:
         if not 0 <= token_id <= most:
-            raise ApiError(400, f"tokens has {token_id}; use token ids from 0 to {most}", param="tokens")
+            remedy = f"use token ids from 0 to {most}"
+            raise ApiError(400, f"tokens contains {token_id}", remedy=remedy, option="tokens", value=token_id)
     if not engine.tokenizer.has_text:
-        raise ApiError(400, "a run with dummy weights has no tokenizer, so tokens have no text", param="tokens")
+        raise ApiError(400, "tokens have no text: with dummy weights there is no tokenizer", option="tokens")
     return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens)}
 
 
@@ -174,20 +175,21 @@ async def _tell(_request: Request, error: Exception) -> Response:
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:
-    """What the router says: there is no such path, or not by this method."""
+    """Answer errors of the router, such as an unknown path, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
-    message = {
-        404: f"there is no {request.url.path} here; GET /openapi.json tells what there is",
-        405: f"{request.method} is not for {request.url.path}; use {(error.headers or {}).get('Allow', 'another')}",
-    }.get(error.status_code, str(error.detail))
-    return await _tell(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
+    path, headers = request.url.path, dict(error.headers or {})
+    fact, remedy = {
+        404: (f"there is no {path} on this server", "GET /openapi.json lists all paths"),
+        405: (f"{path} does not support {request.method}", f"use {headers.get('Allow', 'another method')}"),
+    }.get(error.status_code, (str(error.detail), ""))
+    return await _tell(request, ApiError(error.status_code, fact, remedy=remedy, headers=headers))
 
 
 # ---- the OpenAPI document
 
 
 def _takes(model: type[Body]) -> dict[str, Any]:
-    """Bodies are read by `read_body`, so the document does not know of them by itself."""
+    """The schema of a body. FastAPI cannot infer it, since `read_body` reads the body."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 

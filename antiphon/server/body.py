@@ -1,4 +1,4 @@
-"""The body of a request: read within limits, as strict JSON, checked against a model of pydantic."""
+"""Request bodies: read within limits, parsed as strict JSON, and checked against a pydantic model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from antiphon.server.errors import ApiError
+from antiphon.core.errors import RequestError
+from antiphon.server.errors import ApiError, bad_request
 from antiphon.server.protocol import Body, Message, StreamOptions
 
 Model = TypeVar("Model", bound=Body)
@@ -25,13 +26,14 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read_body(request: Request, model: type[Model], *, max_bytes: int) -> Model:
-    """The checked body. Raises `ApiError`: 400, 408, 413 or 415."""
+    """Read and check a body. Raises `ApiError` with status 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        raise ApiError(415, f"the content type is {kind!r}; send JSON, with Content-Type: application/json")
+        remedy = "send JSON with Content-Type: application/json"
+        raise ApiError(415, f"the content type is {kind!r}", remedy=remedy, value=kind)
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdecimal() and int(announced) > max_bytes:
-        if "expect" not in request.headers:  # such a client asks before it sends
+        if "expect" not in request.headers:  # a client that expects "100 Continue" has sent nothing yet
             await _let_it_finish(request.stream(), 4 * max_bytes)
         raise _too_long(max_bytes)
     stream = request.stream()
@@ -39,16 +41,16 @@ async def read_body(request: Request, model: type[Model], *, max_bytes: int) -> 
         async with asyncio.timeout(_BODY_S):
             body = await _read(stream, max_bytes)
     except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {_BODY_S:.0f} s; send it again") from None
+        raise ApiError(408, f"the body did not arrive within {_BODY_S:.0f} s", remedy="send it again") from None
     if body is None:
         await _let_it_finish(stream, 4 * max_bytes)
         raise _too_long(max_bytes)
-    # Python gives other threads, and so the event loop, their turn; a large body must not hold up the others.
+    # Parsing a large body on the event loop would stall all other requests.
     return parse_body(body, model) if len(body) < _LARGE_BYTES else await asyncio.to_thread(parse_body, body, model)
 
 
 async def _read(stream: AsyncIterator[bytes], max_bytes: int) -> bytes | None:
-    """`None` as soon as it is too long."""
+    """The whole body, or `None` as soon as it exceeds the limit."""
     parts, num_bytes = [], 0
     async for part in stream:
         num_bytes += len(part)
@@ -59,14 +61,19 @@ async def _read(stream: AsyncIterator[bytes], max_bytes: int) -> bytes | None:
 
 
 def _too_long(max_bytes: int) -> ApiError:
-    # What was not read cannot be told from the next request.
-    close = {"connection": "close"}
-    return ApiError(413, f"the body is longer than {max_bytes} bytes; send less", code="body_too_long", headers=close)
+    return ApiError(
+        413,
+        f"the body is longer than {max_bytes} bytes",
+        remedy="send less",
+        code="body_too_long",
+        headers={"connection": "close"},  # the unread rest would be taken for the next request
+    )
 
 
 async def _let_it_finish(stream: AsyncIterator[bytes], most_bytes: int) -> None:
-    """Read the rest of a body that is too long, for a while: a client that is still sending when the connection is
-    closed gets no answer, but a reset.
+    """Read on for a while after a body has become too long.
+
+    A client that is still sending when the connection closes sees a reset instead of the answer.
     """
     num_bytes = 0
     with suppress(TimeoutError):
@@ -78,19 +85,19 @@ async def _let_it_finish(stream: AsyncIterator[bytes], most_bytes: int) -> None:
 
 
 def parse_body(body: bytes, model: type[Model]) -> Model:
-    """Raises `ApiError` 400 for what is no JSON (NaN and Infinity are none), or not what the model describes."""
+    """Parse and check a body. Raises `ApiError` 400 for invalid JSON (NaN and Infinity included) or wrong fields."""
     try:
         content = json.loads(body.decode(), parse_constant=_refuse_constant)
         if _SURROGATE.search(body):
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeError as error:
-        raise ApiError(400, f"the body is not valid UTF-8 text ({error.reason}); repair it") from None  # type: ignore[attr-defined]
+        raise ApiError(400, "the body is not valid UTF-8", limit=error.reason) from None  # type: ignore[attr-defined]
     except json.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not JSON ({error}); repair it") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too deep
-        raise ApiError(400, f"the body is not JSON that can be read ({error}); repair it") from None
+        raise ApiError(400, "the body is not valid JSON", limit=str(error)) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        raise ApiError(400, "the body cannot be read as JSON", limit=str(error)) from None
     if not isinstance(content, dict):
-        raise ApiError(400, f"the body is a JSON {_json_name(content)}; send an object")
+        raise ApiError(400, f"the body is a JSON {_json_name(content)}", remedy="send an object")
     wanted = _without_idle_fields(content, model)
     if isinstance(wanted.get("messages"), list):
         wanted["messages"] = [
@@ -102,20 +109,19 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
     try:
         return model.model_validate(wanted)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        raise _wrong_field(first, model) from None
+        raise _wrong_field(error.errors(include_url=False)[0], model) from None
     except (OverflowError, RecursionError) as error:
-        raise ApiError(400, f"a value of the body is too large ({error}); use another one") from None
+        raise ApiError(400, "a value of the body is too large", limit=str(error)) from None
 
 
 def _message(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """An assistant may have said nothing, or only have thought."""
+    """The content of an assistant's message may be missing: it may have said nothing, or only have reasoned."""
     said_nothing = {"content": ""} if content.get("role") == "assistant" else {}
     return said_nothing | _without_idle_fields(content, Message, where)
 
 
 def _without_idle_fields(content: dict[str, Any], model: type[Body], where: str = "") -> dict[str, Any]:
-    """Less the fields that ask for nothing. Raises `ApiError` for what is not supported."""
+    """Drop the fields that ask for nothing. Raises `ApiError` for an unsupported one."""
     wanted = {}
     for name, value in content.items():
         if name in model.unsupported:
@@ -124,8 +130,10 @@ def _without_idle_fields(content: dict[str, Any], model: type[Body], where: str 
             ):
                 raise ApiError(
                     400,
-                    f"{where}{name} is not supported by this server; leave it out",
-                    param=f"{where}{name}",
+                    f"{where}{name} is not supported by this server",
+                    remedy="leave it out",
+                    option=f"{where}{name}",
+                    value=value,
                     code="unsupported_parameter",
                 )
         elif name not in model.ignored and value is not None:
@@ -134,7 +142,7 @@ def _without_idle_fields(content: dict[str, Any], model: type[Body], where: str 
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _json_name(content: object) -> str:
@@ -144,15 +152,16 @@ def _json_name(content: object) -> str:
 
 def _wrong_field(error: Any, model: type[Body]) -> ApiError:
     path = [str(part) for part in error["loc"]]
-    # What follows the name of a plain field is the inside of pydantic's union, or of a list.
+    # Below a plain field, the path names the branches of pydantic's union or the places of a list.
     param = ".".join(path if path[:1] in (["messages"], ["stream_options"]) else path[:1])
     if error["type"] == "missing":
-        return ApiError(400, f"{param} is missing; it is required", param=param, code="missing_required_parameter")
+        remedy = "it is required"
+        return ApiError(400, f"{param} is missing", remedy=remedy, option=param, code="missing_required_parameter")
     if error["type"] == "extra_forbidden":
         near = get_close_matches(path[-1], model.model_fields, n=1) if len(path) == 1 else []
-        hint = f"did you mean {near[0]}?" if near else "leave it out"
-        return ApiError(400, f"there is no parameter {param} here; {hint}", param=param, code="unknown_parameter")
-    message = str(error["msg"]).removeprefix("Value error, ")
-    code = "unsupported_parameter" if "not supported" in message else None
-    told = message if error["type"] == "value_error" and path[-1:] and path[-1] in message else f"{param}: {message}"
-    return ApiError(400, told, param=param or None, code=code)
+        remedy = f"did you mean {near[0]}?" if near else "leave it out"
+        return ApiError(400, f"there is no parameter {param}", remedy=remedy, option=param, code="unknown_parameter")
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):
+        return bad_request(cause, param)
+    return ApiError(400, f"{param} is wrong", limit=str(error["msg"]), option=param or None, value=error.get("input"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from antiphon.core.errors import RequestError
+from antiphon.core.errors import RequestError, out_of_range
 from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError
@@ -17,7 +17,7 @@ from antiphon.server.service import Service
 
 
 class ChatJob(Job):
-    """Without a limit the assistant may speak to the end of the room."""
+    """A chat. Without max_tokens the answer may fill the model's length."""
 
     prompt_field = "messages"
     id_prefix = "chatcmpl"
@@ -28,37 +28,33 @@ class ChatJob(Job):
 
     def __init__(self, request: ChatRequest, service: Service) -> None:
         if not request.messages:
-            raise ApiError(400, "messages is empty; send at least one", param="messages")
+            raise ApiError(400, "messages is empty", remedy="send at least one message", option="messages")
         super().__init__(request, service)
         if not request.include_reasoning and service.reasoning is None:
             raise ApiError(
                 400,
-                "include_reasoning=false needs a server with --reasoning-parser; leave it out",
-                param="include_reasoning",
+                "include_reasoning=false needs a server with --reasoning-parser",
+                remedy="leave it out",
+                option="include_reasoning",
+                value=False,
                 code="unsupported_parameter",
             )
         self._begun: set[int] = set()
-        self._splitters: dict[int, ReasoningSplitter] = {}  # of the results of a stream, by index
+        self._splitters: dict[int, ReasoningSplitter] = {}  # by index of the result, when streaming
 
     def make_params(self) -> SamplingParams:
         request = self.request
         if request.top_logprobs is not None and not request.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs=true; set it, or leave it out", param="top_logprobs")
+            remedy = "set logprobs, or leave top_logprobs out"
+            raise ApiError(400, "top_logprobs needs logprobs=true", remedy=remedy, option="top_logprobs")
         num_asked = request.max_completion_tokens
         if num_asked is not None and request.max_tokens not in (None, num_asked):
-            raise ApiError(
-                400, "max_tokens and max_completion_tokens differ; leave one out", param="max_completion_tokens"
-            )
+            fact = f"max_tokens={request.max_tokens} and max_completion_tokens={num_asked} differ"
+            raise ApiError(400, fact, remedy="leave one out", option="max_completion_tokens", value=num_asked)
         if num_asked is not None and num_asked < 1:
-            raise ApiError(
-                400,
-                f"max_completion_tokens={num_asked} is out of range; use an integer of at least 1",
-                param="max_completion_tokens",
-            )
+            raise out_of_range("max_completion_tokens", num_asked, "an integer of at least 1")
         if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
-            raise ApiError(
-                400, f"top_logprobs={request.top_logprobs} is out of range; use 0 to 20", param="top_logprobs"
-            )
+            raise out_of_range("top_logprobs", request.top_logprobs, "an integer from 0 to 20")
         return request.sampling_params(
             max_tokens=request.max_tokens if num_asked is None else num_asked,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
@@ -118,14 +114,14 @@ class ChatJob(Job):
             }
 
     def _parts(self, text: str, opened: OpenRequest) -> dict[str, str]:
-        """The contents of a whole message."""
+        """The contents of a whole answer."""
         if self.service.reasoning is None:
             return {"content": text}
         said = self._splitter(opened).add(text, last=True)
         return {"content": said.content} | ({"reasoning_content": said.reasoning} if self._tells(said) else {})
 
     def _deltas(self, opened: OpenRequest, item: StreamItem) -> list[dict[str, str]]:
-        """The deltas for one piece of a stream, the last perhaps empty: reasoning may end where the answer begins."""
+        """The deltas of one piece of a stream, two where the answer follows the reasoning. The last may be empty."""
         text, last = item.delta.text, item.delta.finish_reason is not None
         if self.service.reasoning is None:
             return [{"content": text} if text else {}]

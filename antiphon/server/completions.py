@@ -18,7 +18,7 @@ from antiphon.server.service import Service
 
 
 class CompletionJob(Job):
-    """echo: the prompt comes first, in the text and in the logprobs; with it max_tokens may be 0."""
+    """Completions. With echo, text and logprobs begin with the prompt, and max_tokens may be 0."""
 
     prompt_field = "prompt"
     id_prefix = "cmpl"
@@ -26,11 +26,11 @@ class CompletionJob(Job):
     request: CompletionRequest
 
     def __init__(self, request: CompletionRequest, service: Service) -> None:
-        self._silent = request.echo and request.max_tokens == 0  # nothing of what is generated is told
+        self._silent = request.echo and request.max_tokens == 0  # the one token that is generated is not shown
         super().__init__(request, service)
-        self._text_places: dict[int, TextPlaces] = {}  # where the next token's text is, by index of the choice
-        self._of_prompt: dict[int, Sequence[dict[int, Logprob] | None]] = {}  # by place: made once for all results
-        self._held: dict[int, list[StreamItem]] = {}  # by place, until the first result of the prompt has begun
+        self._text_places: dict[int, TextPlaces] = {}  # by index of the choice: where the next token begins
+        self._of_prompt: dict[int, Sequence[dict[int, Logprob] | None]] = {}  # by place: made once for all n results
+        self._held: dict[int, list[StreamItem]] = {}  # by place, until the first result has begun
 
     @property
     def num_prompts(self) -> int:
@@ -39,7 +39,8 @@ class CompletionJob(Job):
     def make_params(self) -> SamplingParams:
         request = self.request
         if request.best_of is not None and request.best_of != request.n:
-            raise ApiError(400, f"best_of={request.best_of} is not supported; leave it out", param="best_of")
+            fact, remedy = f"best_of={request.best_of} is not supported", "leave it out, or set it to n"
+            raise ApiError(400, fact, remedy=remedy, option="best_of", value=request.best_of)
         changes: dict[str, Any] = {"logprobs": request.logprobs}
         if request.echo and request.logprobs is not None:
             changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
@@ -54,10 +55,13 @@ class CompletionJob(Job):
             if isinstance(prompt, str):
                 try:
                     prompt = await self.service.encode(
-                        prompt, add_special_tokens=self.request.add_special_tokens, among=num_characters
+                        prompt,
+                        add_special_tokens=self.request.add_special_tokens,
+                        place=place,
+                        among=num_characters,
                     )
                 except RequestError as error:
-                    raise self.refusal(error, place) from None
+                    raise self.refusal(error) from None
             found.append(prompt)
         return found
 
@@ -86,7 +90,7 @@ class CompletionJob(Job):
     def pieces(self, place: int, opened: OpenRequest, item: StreamItem) -> Iterable[dict[str, Any]]:
         if not item.delta.token_ids:
             return
-        # What echo says of the prompt is known when its first result has begun.
+        # The first result carries the prompt's logprobs; the others wait for it.
         if self.request.echo and item.index and not opened.collectors[0].token_ids:
             self._held.setdefault(place, []).append(item)
             return
@@ -150,7 +154,7 @@ class CompletionJob(Job):
         return self._of_prompt[place]
 
     def _prompt_text(self, place: int, opened: OpenRequest) -> str:
-        """As the output goes on with it: a character that token ids leave unfinished is the output's."""
+        """The prompt as the output continues it: a character that its tokens leave unfinished belongs to the output."""
         prompt, tokenizer, skips = self.request.prompt[place], self.service.tokenizer, self.request.skip_special_tokens
         if isinstance(prompt, str) and skips:
             return prompt

@@ -1,13 +1,16 @@
-"""What goes wrong with a request, in OpenAI's shape."""
+"""Errors as answers: what went wrong with a request, in OpenAI's JSON shape."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from antiphon.core.errors import AntiphonError
+from antiphon.core.errors import AntiphonError, PromptLengthError, UnsupportedError
 
 _LONGEST_MESSAGE = 1000
+_CODES: dict[type[AntiphonError], str] = {
+    PromptLengthError: "context_length_exceeded",
+    UnsupportedError: "unsupported_parameter",
+}
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -18,46 +21,54 @@ _TYPES = {
 }
 
 
-class ApiError(Exception):
-    """An answer that is an error.
+class ApiError(AntiphonError):
+    """An error that ends a request. `option` is the field of the request at fault; clients see it as "param".
 
-    param: the field of the request that is to blame. code: for programs. retry_after_s: when it is worth trying again.
+    status: of HTTP. code: one word for programs. retry_after_s: when trying again makes sense.
     """
 
     def __init__(
         self,
         status: int,
-        message: str,
+        fact: str,
         *,
-        param: str | None = None,
+        limit: str = "",
+        remedy: str = "",
+        option: str | None = None,
+        value: Any = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(fact, limit=limit, remedy=remedy, option=option, value=value)
         self.status = status
-        self.message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-        self.param = param
         self.code = code
         self.headers = dict(headers or {})
         if retry_after_s is not None:
             self.headers["retry-after"] = str(retry_after_s)
 
     def body(self) -> dict[str, Any]:
+        message = str(self)
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[:_LONGEST_MESSAGE]}..."
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": message, "type": kind, "param": self.option, "code": self.code}}
 
 
-def refusal(error: AntiphonError, fields: frozenset[str], *, prompt_field: str, place: int = 0) -> ApiError:
-    """The 400 for an `OptionError` or a `RequestError` of the engine, whose messages begin with what is wrong.
-
-    fields: of the request, that a message can begin with. prompt_field: what "prompt 0" is called there.
-    place: of the prompt in the request; the engine has got it alone.
-    """
-    message = str(error)
-    first = (re.match(r"\w+", message) or [""])[0]
-    code = (
-        "context_length_exceeded" if first == "prompt" and "tokens" in message and "token id" not in message else None
+def bad_request(error: AntiphonError, option: str | None) -> ApiError:
+    """The 400 that says what an error of the engine says. option: the field of the request at fault."""
+    return ApiError(
+        400,
+        error.fact,
+        limit=error.limit,
+        remedy=error.remedy,
+        option=option,
+        value=error.value,
+        code=_CODES.get(type(error)),
     )
-    param = prompt_field if first == "prompt" else first if first in fields else None
-    return ApiError(400, message.replace("prompt 0", f"prompt {place}", 1), param=param, code=code)
+
+
+def refusal(error: AntiphonError, fields: frozenset[str], *, prompt_field: str) -> ApiError:
+    """The 400 for an error of the engine about a request with these fields. prompt_field: the one with the prompts."""
+    option = prompt_field if error.option == "prompts" else error.option if error.option in fields else None
+    return bad_request(error, option)

@@ -1,9 +1,9 @@
 """Runs a job and sends its answer: whole, or as server-sent events.
 
     request ──► work: open, follow, send ──────────────► answer
-                  ▲ cancelled, and its blocks are free, when the client goes, the time limit comes, the server ends
+                  ▲ cancelled when the client disconnects, the time limit passes, or the server stops
 
-Whatever ends it, `with` blocks of the open requests tell the ranks before the next step.
+Whatever ends it, the `with` blocks of the open requests tell the ranks, which free the KV blocks before the next step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from antiphon.server.jobs import Job, to_json
 from antiphon.server.service import Service
 
 CLIENT_GONE = 499
-"""The status in the log when nobody is there any more to get one."""
-_LAST_WORDS_S = 5.0  # a client that does not read gets no more time for the error
+"""The status in the log when the client has disconnected before it got one."""
+_LAST_WORDS_S = 5.0  # how long an error waits for a client that does not read
 
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [
@@ -37,10 +37,7 @@ _EVENTS = [
 
 
 class Generation(Response):
-    """The answer to one request. arrived_s: when the request came, by `time.monotonic`.
-
-    log: what is to be said of it in the log; it is filled here.
-    """
+    """The answer to one request. arrived_s: its arrival by `time.monotonic`. log: fields of its log line, added to."""
 
     def __init__(self, job: Job, service: Service, *, arrived_s: float, log: dict[str, Any]) -> None:
         super().__init__()
@@ -62,16 +59,17 @@ class Generation(Response):
             if work.done():
                 error = _error_of(work)
             elif gone.done():
-                error = ApiError(CLIENT_GONE, "the client has gone")
+                error = ApiError(CLIENT_GONE, "the client has disconnected")
             elif service.cut.done():
                 error = service.cut.result()
             else:
-                error = ApiError(504, f"the request took longer than {limit_s:g} s; ask for less", code="timeout")
+                fact, remedy = f"the request took longer than {limit_s:g} s", "ask for fewer tokens"
+                error = ApiError(504, fact, remedy=remedy, code="timeout")
         finally:
             await _cancel(work)
             await _cancel(gone)
         if error is not None:
-            self._log |= {"status": error.status, "param": error.param}
+            self._log |= {"status": error.status, "param": error.option}
             if error.status != CLIENT_GONE:
                 await self._tell(error, send)
 
@@ -86,7 +84,7 @@ class Generation(Response):
                 await self._stream(followed, opened, send)
                 return
             await _together([one.finish() for one in followed])
-            # Logprobs of a long prompt are many thousand objects: not in the way of the other requests.
+            # The logprobs of a long prompt are many thousand objects; encoding them must not stall other requests.
             body = await asyncio.to_thread(job.whole, opened) if job.is_large(opened) else job.whole(opened)
         await self._send_whole(200, body, [], send)
 
@@ -124,7 +122,7 @@ class Generation(Response):
                     headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
                     await self._send_whole(error.status, to_json(error.body()), headers, send)
         except TimeoutError:
-            pass  # it does not read
+            pass  # the client does not read
 
     async def _send_whole(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]], send: Send) -> None:
         self._started = True
@@ -134,7 +132,7 @@ class Generation(Response):
 
 
 class _Followed:
-    """An open request whose tokens are counted; the end of the `with` block ends it."""
+    """Counts the tokens of an open request; the end of its `with` block cancels what is left."""
 
     def __init__(self, opened: OpenRequest, service: Service, arrived_s: float, log: dict[str, Any]) -> None:
         self.opened = opened
@@ -200,7 +198,7 @@ async def _wait_until_gone(receive: Receive) -> None:
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """All at once; the first error ends the others."""
+    """Run them concurrently; the first error cancels the others."""
     if len(works) == 1:
         await works[0]
         return
@@ -213,7 +211,7 @@ async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
-    """End it and wait for its end; its error is nobody's any more."""
+    """Cancel a task and wait until it has ended; its error is dropped."""
     if not task.done():
         task.cancel()
         await asyncio.wait([task])
@@ -222,12 +220,12 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 
 def _error_of(work: asyncio.Task[None]) -> ApiError | None:
-    """What to tell the client. Raises what is a fault of ours."""
+    """The error to send to the client. Re-raises what is a bug of ours."""
     error = work.exception()
     if error is None or isinstance(error, ApiError):
         return error
     if isinstance(error, EngineError):
         return ApiError(500, str(error), code="engine_error")
     if isinstance(error, OSError):
-        return ApiError(CLIENT_GONE, "the client has gone")
+        return ApiError(CLIENT_GONE, "the client has disconnected")
     raise error

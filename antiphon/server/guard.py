@@ -1,4 +1,4 @@
-"""Around every request: its id, the key, what is said of it in the log, and an answer whatever happens."""
+"""Wraps every request: its id, the check of the API key, its log line, and an answer whatever happens."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from antiphon.server.logs import log_event
 from antiphon.server.service import Service
 
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"})
-"""For probes and scrapers: they need no key, and are logged at debug only."""
+"""For probes and scrapers: no key is needed, and they are logged at level debug."""
 _GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CHALLENGE = {"www-authenticate": "Bearer"}
 
 
 class Guard:
-    """Middleware. Requests find `scope["state"]["arrived_s"]`, by `time.monotonic`, and `["log"]` to add to."""
+    """ASGI middleware. Sets `scope["state"]["arrived_s"]`, by `time.monotonic`, and `["log"]` to add to."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -36,7 +36,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return  # nobody here speaks through WebSockets; uvicorn refuses them
+            return  # uvicorn refuses WebSockets
         arrived_s = time.monotonic()
         headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"x-request-id")}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
@@ -59,11 +59,11 @@ class Guard:
         except ApiError as error:
             await _answer(error, send_with_id)
         except ClientDisconnect:
-            pass  # before its body was complete
+            pass  # the body was not complete yet
         except Exception as error:
             log_event("request failed", level=logging.ERROR, error=error, request_id=request_id, path=scope["path"])
             if not status:
-                await _answer(ApiError(500, "an error of the server; its log has more"), send_with_id)
+                await _answer(ApiError(500, "internal error", remedy="see the server's log"), send_with_id)
         finally:
             self._tell(scope["path"], {"status": status or CLIENT_GONE} | log, time.monotonic() - arrived_s)
 
@@ -73,7 +73,8 @@ class Guard:
         if not hmac.compare_digest(key.strip(), self._key) or scheme.lower() != b"bearer":
             raise ApiError(
                 401,
-                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                "the API key is missing or wrong",
+                remedy="send Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers=_CHALLENGE,
             )

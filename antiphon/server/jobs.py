@@ -1,6 +1,6 @@
-"""What a request asks the engine for, and how the answer is written: the common part of completions and chats.
+"""What completions and chats share: what a request asks of the engine, and how its answer is written.
 
-A job is not under way: `generation` opens its prompts, and hands it what comes.
+A job runs nothing. `generation` opens its prompts and passes it what arrives.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MANY_LOGPROBS = 2000
 
 
 class Job(ABC):
-    """Made from a checked body. Raises `ApiError` for parameters that do not fit together, or are out of range."""
+    """Made from a checked body. Raises `ApiError` for parameters that contradict each other or are out of range."""
 
     prompt_field = ""
     id_prefix = ""
@@ -40,13 +40,15 @@ class Job(ABC):
         self.include_usage = request.stream_options is not None and request.stream_options.include_usage
         self.fields = frozenset(type(request).model_fields)
         if request.stream_options is not None and not request.stream:
-            raise ApiError(400, "stream_options needs stream=true; set it, or leave it out", param="stream_options")
+            remedy = "set stream, or leave stream_options out"
+            raise ApiError(400, "stream_options needs stream=true", remedy=remedy, option="stream_options")
         try:
             self.params = self.make_params()
         except OptionError as error:
-            raise refusal(error, self.fields, prompt_field=self.prompt_field) from None
+            raise self.refusal(error) from None
         if self.stream and request.prompt_logprobs is not None:
-            raise ApiError(400, "prompt_logprobs is not supported with stream=true", param="prompt_logprobs")
+            fact = "prompt_logprobs is not supported with stream=true"
+            raise ApiError(400, fact, remedy="leave one out", option="prompt_logprobs")
         if self.params.logprobs is not None or self.params.prompt_logprobs is not None:
             self._check_has_text(service)
         self._head = {
@@ -76,41 +78,41 @@ class Job(ABC):
 
     @abstractmethod
     def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
-        """Of a prompt whose results have finished."""
+        """The choices of a prompt whose results have all finished."""
 
     @abstractmethod
     def pieces(self, place: int, opened: OpenRequest, item: StreamItem) -> Iterable[dict[str, Any]]:
-        """Choices of the chunks for what has come of a prompt."""
+        """The choices to stream for one more piece of a prompt's results."""
 
     def num_generated(self, opened: OpenRequest) -> int:
-        """Tokens that the client gets."""
+        """How many generated tokens the client gets."""
         return opened.num_tokens
 
     def extras(self, opened: Sequence[OpenRequest]) -> dict[str, Any]:
-        """More fields of a whole answer."""
+        """Further fields of a whole answer."""
         return {}
 
     def whole(self, opened: Sequence[OpenRequest]) -> bytes:
-        """The answer, once all have finished."""
+        """The answer, once all results have finished."""
         choices = [choice for place, one in enumerate(opened) for choice in self.choices(place, one)]
         return to_json(self._head | {"choices": choices, "usage": self._usage(opened)} | self.extras(opened))
 
     def is_large(self, opened: Sequence[OpenRequest]) -> bool:
-        """Whether it takes long to write the whole answer."""
+        """Whether the whole answer takes long to encode."""
         if self.params.logprobs is None and self.params.prompt_logprobs is None:
             return False
         return self.is_many(self.params.n * sum(len(one.prompt_ids) + one.num_tokens for one in opened))
 
     def is_many(self, num_places: int) -> bool:
-        """Whether it takes long to write the logprobs of so many tokens."""
+        """Whether the logprobs of this many tokens take long to encode."""
         return num_places * (1 + max(self.params.logprobs or 0, self.params.prompt_logprobs or 0)) > _MANY_LOGPROBS
 
     def is_large_piece(self, place: int, opened: OpenRequest, item: StreamItem) -> bool:
-        """Whether it takes long to write the next pieces."""
+        """Whether the next pieces take long to encode."""
         return False
 
     def chunk(self, choice: dict[str, Any]) -> bytes:
-        """An event of a stream."""
+        """One event of a stream."""
         return self._chunk_start + to_json(choice) + self._chunk_end
 
     def last_chunks(self, opened: Sequence[OpenRequest]) -> bytes:
@@ -120,8 +122,8 @@ class Job(ABC):
             return end
         return b"data: " + to_json(self._head | {"choices": [], "usage": self._usage(opened)}) + b"\n\n" + end
 
-    def refusal(self, error: OptionError | RequestError, place: int = 0) -> ApiError:
-        return refusal(error, self.fields, prompt_field=self.prompt_field, place=place)
+    def refusal(self, error: OptionError | RequestError) -> ApiError:
+        return refusal(error, self.fields, prompt_field=self.prompt_field)
 
     def _usage(self, opened: Sequence[OpenRequest]) -> dict[str, Any]:
         num_prompt = sum(len(one.prompt_ids) for one in opened)
@@ -136,13 +138,11 @@ class Job(ABC):
 
     @staticmethod
     def _check_has_text(service: Service) -> None:
-        """Logprobs are told by the texts of tokens."""
+        """Raises `ApiError` with dummy weights: the answer would name tokens by their texts."""
         if not service.engine.tokenizer.has_text:
-            raise ApiError(
-                400, "logprobs is not supported with dummy weights, whose tokens have no text", param="logprobs"
-            )
+            raise ApiError(400, "logprobs needs tokens with texts, which dummy weights have not", option="logprobs")
 
 
 def to_json(content: object) -> bytes:
-    """As UTF-8; what JSON has no number for, as null. One line for every client, also one that splits at U+2028."""
+    """Encode as UTF-8 on one line, even for clients that split lines at U+2028. Infinity and NaN become null."""
     return escape_json_lines(msgspec.json.encode(content))

@@ -1,4 +1,4 @@
-"""Logprobs in OpenAI's two shapes, of completions and of chats, and in vLLM's of prompts."""
+"""Logprobs as JSON: OpenAI's two shapes, for completions and for chats, and vLLM's for prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from antiphon.frontend.detokenizer import Detokenizer, TextBefore
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
 Place = dict[int, Logprob] | None
-"""The token that is there first, then the likeliest; `None` for a prompt's first token."""
+"""The actual token comes first, then the likeliest ones. `None` for a prompt's first token."""
 
 
 def _text(token_id: int, found: Logprob, as_ids: bool) -> str:
@@ -18,11 +18,11 @@ def _text(token_id: int, found: Logprob, as_ids: bool) -> str:
 
 
 class TextPlaces:
-    """Where the texts of tokens are in the text that they make together, one token after the other.
+    """Finds where each token begins in the text that the tokens make together, one token after the other.
 
-    Tokens that are parts of a character are where it begins, and those that the text does not have take no room.
+    A token that is a part of a character is placed where the character begins. A token without text takes no room.
 
-    start: of the first token's text. before: the text that comes before it.
+    start: the place of the first token. before: the text that precedes it.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class TextPlaces:
         self._next = start
 
     def add(self, token_id: int) -> int:
-        """The place of the next token."""
+        """The place of one more token."""
         place = self._next
         self._next += len(self._detokenizer.add(token_id))
         return place
@@ -47,7 +47,7 @@ def completion_logprobs(
     text_places: TextPlaces,
     as_ids: bool = False,
 ) -> dict[str, Any]:
-    """The logprobs of `token_ids`, one place each, which come next for `text_places`."""
+    """The logprobs of completions. places: one for each of `token_ids`, which are the next ones for `text_places`."""
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
@@ -76,7 +76,7 @@ def chat_logprobs(
     tokenizer: Tokenizer | NoTokenizer,
     as_ids: bool = False,
 ) -> dict[str, Any]:
-    """Of `token_ids`, one place each, with the `num_top` likeliest."""
+    """The logprobs of chats. places: one for each of `token_ids`. Each lists its `num_top` likeliest tokens."""
 
     def entry(token_id: int, found: Logprob) -> dict[str, Any]:
         return {
@@ -95,7 +95,7 @@ def chat_logprobs(
 
 
 def prompt_logprobs(places: Sequence[Place]) -> list[dict[str, dict[str, Any]] | None]:
-    """As vLLM has them: token id -> logprob, rank and text."""
+    """The logprobs of a prompt in vLLM's shape: token id -> logprob, rank and text."""
     return [
         None
         if place is None

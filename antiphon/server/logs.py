@@ -1,8 +1,8 @@
-"""Log lines of the server: one event a line, as JSON or as key=value, with the fields that are listed here.
+"""Log lines of the server: one event per line, as JSON or as key=value, with the fields that are listed here.
 
-Texts never get in: no field holds a prompt, an output, a header or a body, and of an exception only its type and place
-are written, because its message may quote what a client sent. (`--log-level debug` writes the message too.) Requests
-are logged by the server when they end, not by uvicorn when they arrive: its access log shows query strings.
+Texts of users are never logged. No field holds a prompt, an output, a header or a body. An exception is logged by its
+type and place only, because its message may quote what a client sent; `--log-level debug` adds the message. A request
+is logged when it ends. uvicorn's access log is off: it would show query strings.
 
     logging.config.dictConfig(log_config("json", "info"))
     log_event("request finished", request_id="cmpl-1", status=200, num_prompt=7, num_generated=2, seconds=0.135)
@@ -17,7 +17,7 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any
 
-from antiphon.core.errors import EngineError, OptionError, unknown_value
+from antiphon.core.errors import EngineError, unknown_value
 from antiphon.core.lines import one_line
 
 LOG_FORMATS = ("text", "json")
@@ -38,17 +38,17 @@ logger = logging.getLogger("antiphon.server")
 def log_event(
     message: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: str | float | bool | None
 ) -> None:
-    """Write one event. message: fixed words, never made from a request; fields: some of `LOG_FIELDS`; None is left out.
+    """Write one event. message: a fixed text, never made from a request. fields: some of `LOG_FIELDS`, without `None`.
 
-    error: written as its type and where it was raised; an `EngineError`, which tells of no request, with its message.
+    error: logged as its type and place. The message of an `EngineError` is added; it holds nothing of a request.
     """
     unknown = fields.keys() - set(LOG_FIELDS)
-    assert not unknown, f"{sorted(unknown)} are no fields of the log; put what may be logged into LOG_FIELDS"
+    assert not unknown, f"{sorted(unknown)} are not in LOG_FIELDS; add what may be logged"
     logger.log(level, message, exc_info=error, extra={_FIELDS: fields})
 
 
 class LineFormatter(logging.Formatter):
-    """A record as one line. log_format: one of `LOG_FORMATS`; texts_of_errors: write messages of exceptions."""
+    """Formats a record as one line. log_format: one of `LOG_FORMATS`. texts_of_errors: add messages of exceptions."""
 
     def __init__(self, log_format: str = "text", texts_of_errors: bool = False) -> None:
         super().__init__()
@@ -97,14 +97,13 @@ def _quoted(value: Any) -> str:
 
 
 def log_config(log_format: str = "text", log_level: str = "info") -> dict[str, Any]:
-    """For `logging.config.dictConfig`, and for uvicorn as its `log_config`: everything on stderr, one format.
+    """Settings for `logging.config.dictConfig` and for uvicorn's `log_config`: everything on stderr in one format.
 
     Raises `OptionError` for an unknown format or level.
     """
-    if log_format not in LOG_FORMATS:
-        raise unknown_value("log_format", log_format, LOG_FORMATS)
-    if log_level not in LOG_LEVELS:
-        raise OptionError(f"log_level={log_level!r} is not known; use one of {', '.join(LOG_LEVELS)}")
+    for option, value, valid in (("log_format", log_format, LOG_FORMATS), ("log_level", log_level, LOG_LEVELS)):
+        if value not in valid:
+            raise unknown_value(option, value, valid)
     level = log_level.upper()
     formatter = {
         "()": LineFormatter,
@@ -119,7 +118,7 @@ def log_config(log_format: str = "text", log_level: str = "info") -> dict[str, A
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {
             "antiphon": {"level": level},
-            # At debug uvicorn logs whole requests.
+            # At level debug uvicorn would log whole requests.
             "uvicorn": {"level": "INFO" if level == "DEBUG" else level, "handlers": [], "propagate": True},
             "uvicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
             "httpx": {"level": "WARNING"},

@@ -1,7 +1,7 @@
-"""What a server counts, as Prometheus text: its requests as they go, and the ranks' own counts mirrored.
+"""The server's metrics as Prometheus text: its own counts of requests, and a mirror of the ranks' counts.
 
-Names are those that dashboards of vLLM know, with the prefix `antiphon:`; docs/operate.md has the table. It knows
-nothing of HTTP and of the engine: the server calls it, and hands it `AsyncEngine.statistics` when somebody scrapes.
+Names are those of vLLM's dashboards with the prefix `antiphon:`; docs/operate.md has the table. This module knows
+neither HTTP nor the engine: the server calls it, and passes `AsyncEngine.statistics` on each scrape.
 
     metrics = ServerMetrics("tiny-deepseek")
     metrics.request_started()
@@ -32,7 +32,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 
 _PREFIX = "antiphon:"
 _MODEL = "model_name"
-# Seconds. The first ones are for small models, the last ones for queues.
+# Seconds. The lowest are for small models, the highest for queues.
 _FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
@@ -49,10 +49,10 @@ _TOKEN_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit 
 
 
 class ServerMetrics:
-    """Counts of one server, in a registry of its own. For one thread: the event loop's.
+    """The counts of one server, in a registry of its own. Only the event loop's thread may use it.
 
-    Every generated token is reported once, by `first_token` (one token) or `next_tokens`; every request that was
-    started is finished once, whatever became of it.
+    Every generated token is reported once, by `first_token` (one token) or `next_tokens`. Every request that was
+    started is finished once, whatever its end.
     """
 
     content_type: ClassVar[str] = CONTENT_TYPE_LATEST
@@ -70,42 +70,42 @@ class ServerMetrics:
             return family.labels(model_name)
 
         self._num_open = Gauge(
-            _PREFIX + "num_requests_open", "Requests that were taken and not answered yet", (_MODEL,), registry=registry
+            _PREFIX + "num_requests_open", "Requests accepted and not answered yet", (_MODEL,), registry=registry
         ).labels(model_name)
-        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts of finished requests").labels(model_name)
-        self._cached_tokens = counter(
-            "prompt_tokens_cached", "Those of them that were found in the prefix cache"
-        ).labels(model_name)
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests").labels(model_name)
+        self._cached_tokens = counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache").labels(
+            model_name
+        )
         self._generated_tokens = counter("generation_tokens", "Generated tokens").labels(model_name)
         finished = counter("request_success", "Finished requests by reason", "finished_reason")
         self._finished = {reason: finished.labels(model_name, reason) for reason in FINISH_REASONS}
         self._rejected = counter("requests_rejected", "Requests answered with an error before they ran", "status")
         self._first_token_s = histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token", _FIRST_TOKEN_BUCKETS
+            "time_to_first_token_seconds", "Time to first token, from the request's arrival", _FIRST_TOKEN_BUCKETS
         )
         self._next_token_s = histogram(
-            "inter_token_latency_seconds", "From a token of a result to the next", _NEXT_TOKEN_BUCKETS
+            "inter_token_latency_seconds", "Time between two tokens of a result", _NEXT_TOKEN_BUCKETS
         )
         self._request_s = histogram(
-            "e2e_request_latency_seconds", "From a request's arrival to its last token", _REQUEST_BUCKETS
+            "e2e_request_latency_seconds", "Time from a request's arrival to its last token", _REQUEST_BUCKETS
         )
-        self._prompt_size = histogram("request_prompt_tokens", "Tokens of a request's prompt", _TOKEN_BUCKETS)
-        self._result_size = histogram("request_generation_tokens", "Tokens generated for a request", _TOKEN_BUCKETS)
+        self._prompt_size = histogram("request_prompt_tokens", "Prompt tokens per request", _TOKEN_BUCKETS)
+        self._result_size = histogram("request_generation_tokens", "Generated tokens per request", _TOKEN_BUCKETS)
         self._engine = _EngineCollector(model_name)
         registry.register(self._engine)
         ProcessCollector(registry=registry)
 
     def request_started(self) -> None:
-        """A request was taken."""
+        """A request was accepted."""
         self._num_open.inc()
 
     def first_token(self, seconds: float) -> None:
-        """A request's first token came so long after the request."""
+        """A request's first token came `seconds` after the request."""
         self._generated_tokens.inc()
         self._first_token_s.observe(seconds)
 
     def next_tokens(self, count: int, seconds: float) -> None:
-        """`count` more tokens of a result came together, so long after the ones before."""
+        """`count` more tokens of a result came together, `seconds` after the previous ones."""
         self._generated_tokens.inc(count)
         for _ in range(count):
             self._next_token_s.observe(seconds / count)
@@ -113,10 +113,10 @@ class ServerMetrics:
     def request_finished(
         self, *, reason: str, num_prompt: int, num_generated: int, num_cached: int, seconds: float
     ) -> None:
-        """A request that was started has ended. reason: one of `FINISH_REASONS`; seconds: since its arrival.
+        """A request that was started has ended. reason: one of `FINISH_REASONS`. seconds: since its arrival.
 
-        num_prompt, num_generated, num_cached: tokens of the prompt, of all its results, and of the prompt those that
-        were in the prefix cache.
+        num_prompt: tokens of the prompt. num_cached: those of them that were in the prefix cache. num_generated: tokens
+        of all its results.
         """
         self._num_open.dec()
         self._finished[reason].inc()
@@ -133,15 +133,15 @@ class ServerMetrics:
     def render(self, stats_by_rank: list[dict[str, Any]] | None) -> bytes:
         """All metrics as text of `content_type`.
 
-        stats_by_rank: `AsyncEngine.statistics`, or None if the engine does not answer: then what is true only now
-        (gauges of the ranks) is left out, and their counts stay where they were.
+        stats_by_rank: `AsyncEngine.statistics`. `None` if the engine does not answer: the gauges of the ranks are left
+        out then, and their counts stay where they were.
         """
         self._engine.take(stats_by_rank)
         return generate_latest(self._registry)
 
 
 class _Mirror:
-    """Counts of another process that never fall: one that begins anew is added to what it was before."""
+    """Mirrors counts of another process so that they never fall: a count that restarts is added to its last value."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, ...], float] = {}
@@ -158,31 +158,35 @@ class _Mirror:
             yield labels, value + self._before.get(labels, 0.0)
 
 
-# (name, text, labels beside the model's) of what the ranks count
+# (name, text, labels besides the model's) of what the ranks count
 _COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("num_preemptions", "Requests that gave their KV blocks back, to be computed again", ("rank",)),
-    ("prefix_cache_queries", "Tokens of admitted texts, looked for in the prefix cache", ("rank",)),
-    ("prefix_cache_hits", "Those of them that were found", ("rank",)),
-    ("steps", "Steps by plan; the same on all ranks", ("plan",)),
-    ("serial_steps", "Steps that were not split, by reason; the same on all ranks", ("reason",)),
+    ("num_preemptions", "Requests that gave up their KV blocks and are computed again", ("rank",)),
+    ("prefix_cache_queries", "Tokens of admitted requests looked up in the prefix cache", ("rank",)),
+    ("prefix_cache_hits", "Tokens found in the prefix cache", ("rank",)),
+    ("steps", "Steps by plan, the same on all ranks", ("plan",)),
+    ("serial_steps", "Steps that were not split, by reason, the same on all ranks", ("reason",)),
     (
         "communication_seconds",
-        "Time in which communication was under way: hidden behind compute, or exposed",
+        "Time of communication, hidden behind compute or exposed",
         ("rank", "plan", "what"),
     ),
-    ("communication_bytes", "Bytes of that communication", ("rank", "plan")),
-    ("expert_tokens", "Pairs of a token and an expert that went to a rank, counted in every 64th step", ("rank",)),
+    ("communication_bytes", "Bytes communicated", ("rank", "plan")),
+    ("expert_tokens", "Pairs of token and expert sent to a rank, counted in every 64th step", ("rank",)),
 )
 _GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("num_requests_running", "Requests in the batch of a rank", ("rank",)),
-    ("num_requests_waiting", "Requests that wait on a rank to be admitted", ("rank",)),
-    ("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all", ("rank",)),
-    ("expert_tokens_max_over_mean", "Busiest expert rank over the mean, mean of the layers; 1 is even", ()),
+    ("num_requests_waiting", "Requests waiting on a rank", ("rank",)),
+    ("kv_cache_usage_perc", "Share of the KV blocks in use, 1 is all", ("rank",)),
+    (
+        "expert_tokens_max_over_mean",
+        "Load of the busiest expert rank over the mean, averaged over layers, 1 is even",
+        (),
+    ),
 )
 
 
 class _EngineCollector(Collector):
-    """The ranks' statistics as metrics: a mirror of each count, gauges of the last ones taken."""
+    """The ranks' statistics as metrics: a mirror of each count, and gauges from the last scrape."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
@@ -245,7 +249,9 @@ class _EngineCollector(Collector):
             for values, value in self._gauges.get(name, {}).items():
                 gauge.add_metric((self._model_name, *values), value)
             yield gauge
-        steps = SummaryMetricFamily(_PREFIX + "step_seconds", "Time of steps by plan", labels=(_MODEL, "rank", "plan"))
+        steps = SummaryMetricFamily(
+            _PREFIX + "step_seconds", "Duration of steps by plan", labels=(_MODEL, "rank", "plan")
+        )
         counts = dict(self._step_count.items())
         for values, seconds in self._step_s.items():
             steps.add_metric((self._model_name, *values), counts[values], seconds)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""The bodies of requests, as OpenAI's API and vLLM's extra parameters have them.
+"""Request bodies, with the fields of OpenAI's API and vLLM's extra parameters.
 
-A field that is not here is refused by its name. `null` is the same as leaving a field out. Ranges are not checked here:
-`SamplingParams` does it, and its messages name the field.
+A field that is not listed here is refused by name. `null` means the same as leaving a field out. Ranges are checked by
+`SamplingParams`, whose errors name the field.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
 
-from antiphon.core.errors import is_whole
+from antiphon.core.errors import RequestError, is_whole
 from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.chat import joined_text
 
 
 class Body(BaseModel):
-    """ignored: fields that change nothing of the answer. unsupported: fields, and the values that ask for nothing."""
+    """A JSON object without unknown fields.
+
+    ignored: fields without effect. unsupported: fields that are refused unless they have one of these values, which ask
+    for nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -63,7 +67,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 
 
 class SamplingFields(Body):
-    """What completions and chats have in common. What is `None` is left open: `SamplingParams` says what holds then."""
+    """The fields that completions and chats share. `None` takes the default of `SamplingParams`."""
 
     ignored = _IGNORED
 
@@ -107,11 +111,11 @@ _TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 
 
 def _checked_prompts(value: object) -> list[str | list[int]]:
-    """One prompt as a list of one."""
+    """The prompts as a list, also if there is only one."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
-        raise ValueError("prompt is neither text nor a list; use a text, token ids, or a list of texts or of token ids")
+        raise _wrong_prompt("prompt is neither a text nor a list")
     kinds = {type(item) for item in value}
     if kinds == {int}:
         return [value]
@@ -119,7 +123,11 @@ def _checked_prompts(value: object) -> list[str | list[int]]:
         return value
     if kinds == {list} and all({type(item) for item in one} <= {int} for one in value):
         return value
-    raise ValueError("prompt mixes types; use a text, token ids, or a list of texts or of token ids, of one kind")
+    raise _wrong_prompt("prompt mixes types")
+
+
+def _wrong_prompt(fact: str) -> RequestError:
+    return RequestError(fact, remedy="use a text, token ids, or a list of either", option="prompt")
 
 
 class CompletionRequest(SamplingFields):
@@ -140,9 +148,9 @@ class CompletionRequest(SamplingFields):
 
 
 class Message(Body):
-    """A message of a chat. A reply of this or another server can be sent back as it is: its idle fields pass.
+    """A message of a chat. A reply can be sent back as it is: fields of it that ask for nothing are accepted.
 
-    reasoning_content: what an assistant thought before; the template decides what becomes of it.
+    reasoning_content: what the assistant reasoned before this content; the template decides whether to use it.
     """
 
     ignored = frozenset({"name"})
@@ -160,7 +168,7 @@ class Message(Body):
     reasoning: str | None = None
     content: Annotated[
         str,
-        PlainValidator(joined_text),
+        PlainValidator(lambda content: joined_text(content)),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -203,7 +211,7 @@ _CHAT_UNSUPPORTED: dict[str, tuple[object, ...]] = {
 
 
 class ChatFields(Body):
-    """What a chat's template is given besides messages, as `LLM.chat_prompt` takes it."""
+    """What a chat template takes besides the messages, as in `LLM.chat_prompt`."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -211,7 +219,7 @@ class ChatFields(Body):
 
 
 class ChatRequest(SamplingFields, ChatFields):
-    """include_reasoning: whether what a reasoning parser finds is told."""
+    """include_reasoning: return the reasoning that the parser finds."""
 
     unsupported = _UNSUPPORTED | _CHAT_UNSUPPORTED
 
@@ -224,12 +232,12 @@ class ChatRequest(SamplingFields, ChatFields):
 
 def _checked_ids(value: object) -> list[int]:
     if not isinstance(value, list) or not all(is_whole(item) for item in value):
-        raise ValueError("tokens is not a list of token ids; use integers")
+        raise RequestError("tokens is not a list of token ids", remedy="use integers", option="tokens")
     return value
 
 
 class TokenizeRequest(ChatFields):
-    """A text, or the messages of a chat."""
+    """What to tokenize: a text, or the messages of a chat."""
 
     unsupported: ClassVar = {name: _CHAT_UNSUPPORTED[name] for name in ("chat_template", "tools")}
 

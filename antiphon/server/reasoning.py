@@ -1,12 +1,12 @@
-"""Parts a chat's answer from the reasoning before it, by the tags of the model.
+"""Separates a chat's reasoning from its answer, by the tags of the model.
 
-    <think>                 the prompt may end with it, or the answer begin with it
+    <think>                 ends the prompt or begins the output
     The fox is red.         reasoning_content
     </think>
     It is red.              content
 
-Text comes in pieces, and a tag may be cut anywhere: what could become one is held back until it is decided. Blank space
-around both parts, which templates put between tags and text, belongs to neither.
+Text comes in pieces, and a tag may be cut anywhere: what could become a tag is held back until it is decided. White
+space around both parts, which templates put between tags and text, belongs to neither.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from antiphon.core.errors import unknown_value
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningTags:
-    """What stands before and after the reasoning of a model."""
+    """The tags before and after the reasoning of a model."""
 
     start: str
     end: str
 
     def is_open(self, prompt: str) -> bool:
-        """Whether a prompt leaves the reasoning open, so that its text comes first in the answer."""
+        """Whether a prompt leaves the reasoning open, so that the output begins inside it."""
         return prompt.rfind(self.start) > prompt.rfind(self.end)
 
 
 _THINK = ReasoningTags(start="<think>", end="</think>")
 
 REASONING_PARSERS = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "qwen3"), _THINK)
-"""By the names that vLLM gives them; they differ in how templates begin the reasoning, which the prompt tells."""
+"""vLLM's names. The parsers differ only in how templates open the reasoning, which the prompt shows."""
 
 
 def reasoning_tags(parser: str) -> ReasoningTags:
-    """Raises `OptionError` for a parser that is not known."""
+    """The tags of a parser. Raises `OptionError` for an unknown one."""
     if parser not in REASONING_PARSERS:
         raise unknown_value("reasoning_parser", parser, REASONING_PARSERS)
     return REASONING_PARSERS[parser]
@@ -43,24 +43,24 @@ def reasoning_tags(parser: str) -> ReasoningTags:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A piece of an answer, or all of it."""
+    """A piece of an output, or all of it, as its two parts."""
 
     reasoning: str
     content: str
 
 
 class ReasoningSplitter:
-    """Splits one answer. inside: whether its prompt has opened the reasoning."""
+    """Splits one output. inside: whether its prompt has opened the reasoning."""
 
     def __init__(self, tags: ReasoningTags, *, inside: bool) -> None:
         self._tags = tags
         self._inside = inside
-        self._before = not inside  # nothing but blank space has come, so reasoning can still begin
-        self._at_start = True  # of the part: blank space there is dropped
+        self._before = not inside  # only white space has come, so reasoning can still begin
+        self._at_start = True  # of the part: white space there is dropped
         self._held = ""
 
     def add(self, text: str, *, last: bool = False) -> Said:
-        """More of the answer. last: nothing comes any more."""
+        """Take more of the output. last: it is complete."""
         reasoning, content = "", ""
         self._held += text
         while self._held:
@@ -71,7 +71,7 @@ class ReasoningSplitter:
                     continue
                 if self._tags.start.startswith(start) and not last:
                     break
-                self._before = self._at_start = False  # there is no reasoning: the text stays as it is
+                self._before = self._at_start = False  # there is no reasoning: the text is the answer
             if not self._inside:
                 content += self._taken(len(self._held))
                 break
@@ -85,7 +85,7 @@ class ReasoningSplitter:
         return Said(reasoning.rstrip() if last and self._inside else reasoning, content)
 
     def _taken(self, num: int) -> str:
-        """The next characters, less blank space at the start of the part."""
+        """The next characters, without white space at the start of the part."""
         taken, self._held = self._held[:num], self._held[num:]
         if self._at_start:
             taken = taken.lstrip()
@@ -93,7 +93,7 @@ class ReasoningSplitter:
         return taken
 
     def _num_certain(self) -> int:
-        """Characters that can be neither the beginning of the end tag nor blank space before it."""
+        """How many characters can be neither the beginning of the end tag nor white space before it."""
         text, tag = self._held, self._tags.end
         held = next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0)
         return len(text[: len(text) - held].rstrip())

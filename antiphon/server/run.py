@@ -1,13 +1,14 @@
-"""The life of a server process: listen, start the ranks, serve, drain, end.
+"""The life of a server process: listen, start the ranks, serve, drain, exit.
 
-The server listens before the ranks start, so that probes see "starting"; a rank that fails ends the process. SIGTERM
-and SIGINT drain; a second signal ends it at once, unless it comes so soon that both are one: `timeout`, for one, sends
-its child a signal and then the whole group.
+The server listens before the ranks start, so that probes see "starting". A rank that fails ends the process. SIGTERM
+and SIGINT drain, and a second signal exits at once. Two signals in quick succession count as one: `timeout`, for
+example, signals its child and then the whole group.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -31,28 +32,28 @@ from antiphon.server.service import Service
 logger = logging.getLogger("antiphon")
 
 _FAILED = 1
-_SHOWN_DEAD_S = 2.0  # how long /health tells of a rank's failure before the process ends
+_SHOWN_DEAD_S = 2.0  # how long /health reports a rank's failure before the process exits
 _LAST_ANSWERS_S = 3.0
-_KEEP_ALIVE_S = 75  # longer than clients keep a connection, so that they close it first
+_KEEP_ALIVE_S = 75  # longer than clients keep a connection, so that it is they who close it
 _BACKLOG = 2048
 _SAME_SIGNAL_S = 0.5
 
 
 def run_server(engine: EngineConfig, options: ServerOptions, *, say: Callable[[str], None]) -> int:
-    """Serve until a signal or a failure, and return the exit code. `say` shows the start-up block, line by line.
+    """Serve until a signal or a failure, and return the exit code. `say` prints the start-up block, line by line.
 
-    Raises as `AsyncEngine` does if the engine cannot start, and `OptionError` if nothing can listen there.
+    Raises what `AsyncEngine` raises if the engine cannot start, and `OptionError` if the address cannot be used.
     """
     with _listen(options) as listening:
         return asyncio.run(_serve(engine, options, listening, say))
 
 
 class _StopError(Exception):
-    """Raised in a start that nobody wants any more."""
+    """Raised inside a start that a signal has cancelled."""
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: uvicorn would raise them again at the end, and the exit code would not be 0."""
+    """uvicorn without its signal handlers, which raise signals again at the end and spoil the exit code."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -92,7 +93,7 @@ async def _serve(
             logger.warning(sentence)
         service.serve(engine)
         gc.collect()
-        gc.freeze()  # the libraries' many objects stay; to look through them again and again would hold up all streams
+        gc.freeze()  # scanning the libraries' many objects again and again would stall all streams
         log_event("serving", model=service.model_name, ranks=config.ranks, version=antiphon.__version__)
         await _first(signals.first.wait(), service.failed.wait())
         if service.failed.is_set():
@@ -123,8 +124,8 @@ async def _start(config: EngineConfig, service: Service, signals: _Signals) -> A
     service.drain()
     await _first(asyncio.shield(starting), signals.second.wait())
     if not starting.done():
-        os._exit(signals.exit_code)  # the thread cannot be ended, while it downloads a model say; ranks see us go
-    with suppress(Exception):  # its start has ended at its next word, or it is ended when it has started
+        os._exit(signals.exit_code)  # the thread cannot be stopped, in a download for example; ranks notice our exit
+    with suppress(Exception):  # the start ends at its next report, or the engine is closed once it has started
         await (await starting).close()
     return None
 
@@ -137,7 +138,7 @@ async def _drain(service: Service, signals: _Signals) -> None:
         async with asyncio.timeout(drain_s):
             await _first(service.wait_until_idle(), signals.second.wait(), service.failed.wait())
     if service.num_open:
-        log_event("open requests are ended", level=logging.WARNING, num_open=service.num_open)
+        log_event("open requests are cut off", level=logging.WARNING, num_open=service.num_open)
 
 
 async def _end_of_a_failure(service: Service, signals: _Signals) -> int:
@@ -149,7 +150,7 @@ async def _end_of_a_failure(service: Service, signals: _Signals) -> int:
 
 
 class _Signals:
-    """SIGTERM and SIGINT, for the running event loop. exit_code: 0, or as a shell has it if they came twice."""
+    """SIGTERM and SIGINT on the running event loop. exit_code: 0, or 128 plus the signal if a second one came."""
 
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
@@ -170,7 +171,7 @@ class _Signals:
 
 
 async def _first(*waits: object) -> None:
-    """Return when one of them has ended; the others are not waited for any more."""
+    """Return when one of them has ended, and cancel the others."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -180,10 +181,10 @@ async def _first(*waits: object) -> None:
 
 
 def _listen(options: ServerOptions) -> socket.socket:
-    """A listening socket that says that it is TCP: only then asyncio sets TCP_NODELAY on what it accepts.
+    """Open a listening socket whose protocol is TCP explicitly: only then does asyncio set TCP_NODELAY on connections.
 
-    Without it a kept-alive connection waits 40 ms for every answer: its body is a second write, which Nagle's algorithm
-    holds back until the client acknowledges the head.
+    Without it, answers on a kept-alive connection take 40 ms longer: the body is a second write, which Nagle's
+    algorithm holds back until the client acknowledges the head.
     """
     host, port = options.host, options.port
     try:
@@ -191,4 +192,11 @@ def _listen(options: ServerOptions) -> socket.socket:
         listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         return socket.socket(family, kind, protocol, fileno=listening.detach())
     except (OSError, UnicodeError) as error:
-        raise OptionError(f"nothing can listen on {host} port {port} ({error}); use another --host or --port") from None
+        option = "port" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else "host"
+        raise OptionError(
+            f"cannot listen on {host} port {port}",
+            limit=str(error),
+            remedy="use another --host or --port",
+            option=option,
+            value=getattr(options, option),
+        ) from None

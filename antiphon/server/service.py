@@ -1,4 +1,4 @@
-"""What all requests share: the engine, how much may be under way, and the phases of the server's life.
+"""What all requests share: the engine, the limit on open results, and the phase of the server.
 
 starting ──► serving ──► draining          a rank that fails: any ──► dead
 """
@@ -24,11 +24,11 @@ from antiphon.server.protocol import ChatFields, Message
 from antiphon.server.reasoning import reasoning_tags
 
 _LONG_TEXT = 4096
-"""Characters from which a text is tokenised beside the event loop."""
+"""Texts of at least this many characters are tokenized off the event loop."""
 _LONG_CHAT = 3072
-"""The same for the messages of a chat, whose template takes time too."""
+"""The same for the messages of a chat, whose template takes time as well."""
 _LONGEST_TAG = 32
-"""Tokens among which the end of a chat's prompt may have a tag that opens the reasoning."""
+"""How many tokens at the end of a chat's prompt are searched for a tag that opens the reasoning."""
 _STATISTICS_S = 2.0
 
 
@@ -40,9 +40,10 @@ class Phase(StrEnum):
 
 
 class Service:
-    """Belongs to the event loop in which it was made. `metrics`; `cut` ends all open requests with its error.
+    """The state of one server. It belongs to the event loop in which it was made.
 
-    detail: a word more about the phase, for /health. failed, failure: set when the engine has ended by itself.
+    cut: ends all open requests with its error. detail: more about the phase, for /health.
+    failed, failure: set when the engine has failed.
     """
 
     def __init__(self, options: ServerOptions) -> None:
@@ -65,15 +66,19 @@ class Service:
     # ---- phases
 
     def serve(self, engine: AsyncEngine) -> None:
-        """The engine is ready, and belongs to the caller still.
+        """Accept requests for an engine that is ready; the caller still owns it.
 
-        Raises `OptionError` if its answers do not show the tags of the reasoning parser.
+        Raises `OptionError` if its outputs cannot show the tags of the reasoning parser.
         """
         for tag in () if self.reasoning is None else (self.reasoning.start, self.reasoning.end):
             if engine.tokenizer.special_id(tag) is not None:
+                parser = self.options.reasoning_parser
                 raise OptionError(
-                    f"reasoning_parser={self.options.reasoning_parser!r} looks for {tag!r}, which is a special token "
-                    "of this model's tokenizer, so that answers do not show it; leave the option out"
+                    f"reasoning_parser={parser!r} cannot find {tag!r}",
+                    limit="it is a special token of this model's tokenizer, so outputs do not show it",
+                    remedy="leave the option out",
+                    option="reasoning_parser",
+                    value=parser,
                 )
         engine.on_failure = self.fail
         engine.attach()
@@ -81,13 +86,13 @@ class Service:
         self.phase, self.detail = Phase.SERVING, ""
 
     def fail(self, error: EngineError) -> None:
-        """The engine has ended by itself. Open requests have got its error already."""
+        """The engine has failed. Open requests have received its error already."""
         self.phase, self.detail = Phase.DEAD, str(error)
         self.failure = error
         self.failed.set()
 
     def drain(self) -> None:
-        """No new requests from now on."""
+        """Accept no new requests."""
         if self.phase in (Phase.STARTING, Phase.SERVING):
             self.phase = Phase.DRAINING
 
@@ -95,9 +100,10 @@ class Service:
         await self._idle.wait()
 
     def cut_all(self) -> None:
-        """End what is open with an error."""
+        """End all open requests with an error."""
         if not self.cut.done():
-            self.cut.set_result(ApiError(503, "the server ends; send the request again", code="shutting_down"))
+            error = ApiError(503, "the server is shutting down", remedy="send the request again", code="shutting_down")
+            self.cut.set_result(error)
 
     def close(self) -> None:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
@@ -109,43 +115,36 @@ class Service:
         """Raises `ApiError` 503 unless it serves."""
         if self.phase is Phase.SERVING and self._engine is not None:
             return self._engine
-        reason = {
-            Phase.STARTING: "the server is starting; try again soon",
-            Phase.DRAINING: "the server is about to end; use another one",
-        }.get(self.phase, f"the engine has ended: {self.detail}")
+        fact, remedy = {
+            Phase.STARTING: ("the server is starting", "try again soon"),
+            Phase.DRAINING: ("the server is shutting down", "use another one"),
+        }.get(self.phase, (f"the engine has ended: {self.detail}", ""))
         retry_after_s = 1 if self.phase is Phase.STARTING else None
-        raise ApiError(503, reason, code=str(self.phase), retry_after_s=retry_after_s)
+        raise ApiError(503, fact, remedy=remedy, code=str(self.phase), retry_after_s=retry_after_s)
 
     @property
     def tokenizer(self) -> Tokenizer | NoTokenizer:
-        """Of the engine that serves, or has served: open requests need it while the server drains."""
+        """The tokenizer. Open requests may use it while the server drains."""
         return (self._engine or self.engine).tokenizer
 
     def check_model(self, name: str) -> None:
-        """Raises `ApiError` 404 unless it is one of ours; an empty name is."""
+        """Raises `ApiError` 404 for a model that is not served. An empty name is the served one."""
         if name and name not in self.options.served_model_names:
             names = ", ".join(self.options.served_model_names)
-            raise ApiError(
-                404, f"model {name!r} is not served here; use {names}", param="model", code="model_not_found"
-            )
+            fact, code = f"model {name!r} is not served here", "model_not_found"
+            raise ApiError(404, fact, remedy=f"use {names}", option="model", value=name, code=code)
 
     @contextmanager
     def admit(self, num_results: int, param: str) -> Iterator[None]:
-        """Count results that are under way. Raises `ApiError` 429 if there are too many, 503 unless it serves."""
+        """Count open results. Raises `ApiError` 429 if there are too many, 503 unless the server accepts requests."""
         most = self.options.max_queue
+        limit = f"at most {most} may be open at once"
         if num_results > most:
-            raise ApiError(
-                400,
-                f"{param} asks for {num_results} results, but at most {most} may be under way; send fewer",
-                param=param,
-            )
+            fact = f"{param} asks for {num_results} results"
+            raise ApiError(400, fact, limit=limit, remedy="ask for fewer", option=param, value=num_results)
         if self.num_open + num_results > most:
-            raise ApiError(
-                429,
-                f"{self.num_open} results are under way, and at most {most} may be; send the request again later",
-                code="queue_full",
-                retry_after_s=1,
-            )
+            fact, remedy = f"{self.num_open} results are open", "send the request again later"
+            raise ApiError(429, fact, limit=limit, remedy=remedy, code="queue_full", retry_after_s=1)
         _ = self.engine
         self.num_open += num_results
         self._idle.clear()
@@ -156,11 +155,12 @@ class Service:
             if not self.num_open:
                 self._idle.set()
 
-    async def encode(self, text: str, *, add_special_tokens: bool, among: int = 0) -> list[int]:
-        """Token ids of a text. among: characters of all texts of the request. Raises `RequestError`."""
+    async def encode(self, text: str, *, add_special_tokens: bool, place: int = 0, among: int = 0) -> list[int]:
+        """The token ids of prompt `place`. among: characters of all texts of the request. Raises `RequestError`."""
         tokenizer = self.tokenizer
         if not tokenizer.has_text:
-            raise RequestError("prompt 0 is a text, but a run with dummy weights has no tokenizer; use token ids")
+            limit = "with dummy weights there is no tokenizer"
+            raise RequestError(f"prompt {place} is a text", limit=limit, remedy="use token ids", option="prompts")
 
         def work() -> list[int]:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -170,7 +170,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
     async def encode_chat(self, messages: Sequence[Message], fields: ChatFields) -> list[int]:
-        """Token ids of a chat. Raises `RequestError` for what its template refuses."""
+        """The token ids of a chat. Raises `RequestError` if its template refuses it."""
         templated = [message.for_template() for message in messages]
         work = partial(
             self.tokenizer.chat,
@@ -181,21 +181,21 @@ class Service:
         )
         num_characters = sum(len(str(text)) for message in templated for text in message.values())
         try:
-            # What a request's variables make the template do cannot be told from their length.
+            # A request's variables can make a template slow, however short they are.
             if num_characters < _LONG_CHAT and not fields.chat_template_kwargs:
                 return work()
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         except ModelError as error:
-            raise RequestError(f"messages: {error}") from error
+            raise RequestError(error.fact, limit=error.limit, remedy=error.remedy, option="messages") from error
 
     def reasons_first(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the answer to a chat begins inside the reasoning, which the end of its prompt has opened."""
+        """Whether the end of a chat's prompt opens the reasoning, so that the answer begins inside it."""
         tags = self.reasoning
         ending = self.tokenizer.decode(prompt_ids[-_LONGEST_TAG:], skip_special=False)
         return tags is not None and ending.rstrip().endswith(tags.start)
 
     async def statistics(self) -> list[dict[str, Any]] | None:
-        """Of the ranks; `None` if they do not answer now."""
+        """The ranks' statistics; `None` if they do not answer in time."""
         if self._engine is None or self.phase is Phase.DEAD:
             return None
         try:

@@ -10,11 +10,14 @@ ALL_ERRORS = [kind for name, kind in vars(errors).items() if name.endswith("Erro
 
 
 def test_every_error_is_an_antiphon_error():
-    assert len(ALL_ERRORS) == 7
+    assert len(ALL_ERRORS) == 9
     assert all(issubclass(kind, errors.AntiphonError) for kind in ALL_ERRORS)
 
 
-@pytest.mark.parametrize("kind", [errors.OptionError, errors.ModelError, errors.RequestError])
+@pytest.mark.parametrize(
+    "kind",
+    [errors.OptionError, errors.ModelError, errors.RequestError, errors.PromptLengthError, errors.UnsupportedError],
+)
 def test_what_the_caller_can_mend_is_a_value_error(kind):
     assert issubclass(kind, ValueError)
     assert not issubclass(kind, RuntimeError)

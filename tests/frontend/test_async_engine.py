@@ -16,6 +16,7 @@ from antiphon.config.engine_config import EngineConfig
 from antiphon.core.errors import EngineError, OptionError, RequestError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.frontend.async_engine import AsyncEngine
+from tests.support.errors import raises
 from tests.support.processes import assert_no_new_workers, worker_pids
 from tests.support.prompts import mixed_prompts
 
@@ -66,7 +67,7 @@ def test_one_life_of_an_engine(two_ranks: LLM) -> None:
     expected = [[result.text for result in output.outputs] for output in outputs]
 
     async def work(engine: AsyncEngine) -> None:
-        with pytest.raises(RequestError, match="is empty"):
+        with raises(RequestError, "prompt 0 ", option="prompts", value=[]):
             engine.open([], SamplingParams())
 
         async def later(number: int) -> list[str]:

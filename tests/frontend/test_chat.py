@@ -9,10 +9,11 @@ import pytest
 
 from antiphon import LLM, SamplingParams
 from antiphon.core.bundled import bundled_model
-from antiphon.core.errors import AntiphonError, ModelError, RequestError
+from antiphon.core.errors import AntiphonError, ModelError, RequestError, UnsupportedError
 from antiphon.frontend.chat import chat_messages, joined_text
 from antiphon.frontend.tokenizer import Tokenizer
 from tests.support.checkpoints import copy_bundled
+from tests.support.errors import raises
 
 # As Qwen3's: the reasoning can be switched off, and is kept of earlier turns.
 THINKING = (
@@ -75,27 +76,30 @@ def test_text_parts_are_joined_and_a_developer_is_the_system() -> None:
 
 
 WRONG = [
-    ([], "messages is not a list of messages; use"),
-    ("Hello", "messages is not a list of messages"),
-    (HELLO[0], "messages is not a list of messages"),
-    ([*HELLO, "Hello"], "messages.1 has no role"),
-    ([{"content": "Hello"}], "messages.0 has no role"),
-    ([{"role": 1, "content": "Hello"}], "messages.0 has no role"),
-    ([{"role": "user"}], "messages.0.content is not text; use a text"),
-    ([{"role": "user", "content": 5}], "messages.0.content is not text"),
-    ([{"role": "user", "content": []}], "messages.0.content is not text"),
-    ([{"role": "user", "content": ["a"]}], "messages.0.content has a part without a type"),
-    ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url', which is not supported; use type text"),
-    ([{"role": "user", "content": [{"type": "text"}]}], 'content has a part of type text that is not {"type"'),
-    ([{"role": "user", "content": "\ud800"}], "messages.0.content is not valid Unicode text"),
+    ([], "messages"),
+    ("Hello", "messages"),
+    (HELLO[0], "messages"),
+    ([*HELLO, "Hello"], "messages.1"),
+    ([{"content": "Hello"}], "messages.0"),
+    ([{"role": 1, "content": "Hello"}], "messages.0"),
+    ([{"role": "user"}], "messages.0.content"),
+    ([{"role": "user", "content": 5}], "messages.0.content"),
+    ([{"role": "user", "content": []}], "messages.0.content"),
+    ([{"role": "user", "content": ["a"]}], "messages.0.content"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content"),
+    ([{"role": "user", "content": "\ud800"}], "messages.0.content"),
 ]
 
 
-@pytest.mark.parametrize(("messages", "words"), WRONG, ids=lambda value: repr(value)[:40])
-def test_wrong_messages_are_an_error_of_ours(thinking: Tokenizer, messages: Any, words: str) -> None:
-    with pytest.raises(RequestError) as refused:
+@pytest.mark.parametrize(("messages", "where"), WRONG, ids=lambda value: repr(value)[:40])
+def test_wrong_messages_are_an_error_of_ours(thinking: Tokenizer, messages: Any, where: str) -> None:
+    with raises(RequestError, where, option=where):
         thinking.chat(messages)
-    assert words in str(refused.value)
+
+
+def test_a_part_of_another_type_is_not_supported(thinking: Tokenizer) -> None:
+    with raises(UnsupportedError, option="messages.0.content", value="image_url", remedy="text"):
+        thinking.chat([{"role": "user", "content": [{"type": "image_url"}]}])
 
 
 @pytest.mark.parametrize(
@@ -111,37 +115,36 @@ def test_wrong_messages_are_an_error_of_ours(thinking: Tokenizer, messages: Any,
 )
 def test_whatever_a_template_raises_is_an_error_of_ours(tmp_path: Path, template: str) -> None:
     tokenizer = Tokenizer(str(copy_bundled(tmp_path, chat_template=template)))
-    with pytest.raises(RequestError, match=r"chat template does not take them .*; change them") as refused:
+    with raises(RequestError, option="messages", remedy="chat_template_kwargs") as refused:
         tokenizer.chat([{"role": "system", "content": "You are a poet."}, *HELLO])
-    assert "\n" not in str(refused.value)
+    assert refused.error.limit and "\n" not in str(refused.error)
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "option", "value"),
     [
-        ({"add_generation_prompt": True, "continue_final_message": True}, "exclude each other.*; set one of them"),
-        (
-            {"template_kwargs": {"chat_template": "{{ 1 }}"}},
-            "'chat_template', which the tokenizer sets, not the caller",
-        ),
-        ({"template_kwargs": {"tokenize": True}}, "'tokenize', which the tokenizer sets"),
-        ({"template_kwargs": {"messages": []}}, "'messages', which the tokenizer sets"),
-        ({"template_kwargs": {"return_dict": True}}, "'return_dict', which the tokenizer sets"),
-        ({"template_kwargs": {"bos_token": "X" * 100}}, "'bos_token', which the tokenizer sets"),
-        ({"template_kwargs": {7: True}}, "does not take them"),
-        ({"add_generation_prompt": "no"}, "add_generation_prompt='no' is not True or False"),
-        ({"continue_final_message": "yes"}, "continue_final_message='yes' is not True or False"),
-        ({"continue_final_message": None}, "continue_final_message=None is not True or False"),
-        ({"template_kwargs": ["enable_thinking"]}, "chat_template_kwargs is a list; use a dict"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", True),
+        ({"template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs", "chat_template"),
+        ({"template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize"),
+        ({"template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages"),
+        ({"template_kwargs": {"return_dict": True}}, "chat_template_kwargs", "return_dict"),
+        ({"template_kwargs": {"bos_token": "X" * 100}}, "chat_template_kwargs", "bos_token"),
+        ({"template_kwargs": {7: True}}, "messages", None),
+        ({"add_generation_prompt": "no"}, "add_generation_prompt", "no"),
+        ({"continue_final_message": "yes"}, "continue_final_message", "yes"),
+        ({"continue_final_message": None}, "continue_final_message", None),
+        ({"template_kwargs": ["enable_thinking"]}, "chat_template_kwargs", ["enable_thinking"]),
     ],
 )
-def test_wrong_settings_are_an_error_of_ours(thinking: Tokenizer, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(RequestError, match=words):
+def test_wrong_settings_are_an_error_of_ours(
+    thinking: Tokenizer, settings: dict[str, Any], option: str, value: Any
+) -> None:
+    with raises(RequestError, option=option, value=value):
         thinking.chat(HELLO, **settings)
 
 
 def test_a_checkpoint_without_a_template_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="has no chat template; use a prompt instead"):
+    with raises(ModelError, option="model", remedy="chat_template.jinja"):
         Tokenizer(str(copy_bundled(tmp_path, chat_template=None))).chat(HELLO)
 
 

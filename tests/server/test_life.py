@@ -88,7 +88,7 @@ def test_two_signals_end_it_at_once() -> None:
         assert next(stream), "it drains: both signals were one"
         start_s = time.monotonic()
         server.process.send_signal(signal.SIGINT)
-        with pytest.raises(openai.APIError, match="the server ends"):
+        with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
         assert server.process.wait(10) == 130
         assert time.monotonic() - start_s < 8
@@ -101,7 +101,7 @@ def test_what_is_open_when_the_time_to_drain_is_over_gets_an_error() -> None:
         stream = iter(server.client().completions.create(stream=True, **LONG))
         next(stream)
         server.process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError, match="the server ends"):
+        with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
         assert server.process.wait(10) == 0
 
@@ -163,22 +163,22 @@ def test_a_worker_that_is_killed_ends_everything_with_errors() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--port", "PORT"], "error: nothing can listen on 127.0.0.1 port "),
-        (["--host", "no.such.host.invalid"], "error: nothing can listen on no.such.host.invalid port "),
-        (["--port", "70000"], "error: port=70000 is no port"),
-        (["--max-queue", "0"], "error: max_queue=0 is not a count"),
-        (["--max-body-bytes", "0"], "error: max_body_bytes=0 is not a count"),
-        (["--ranks", "5", "--port", "0"], "error: num_experts=32 is not divisible by ranks=5"),
-        (["--drain-s", "-1"], "error: drain_s=-1.0 is not a time"),
-        (["--request-timeout-s", "0"], "error: request_timeout_s=0.0 is not a time"),
-        (["--api-key", ""], "error: api_key is empty"),
-        (["--served-model-name", ""], "error: served_model_names has an empty name"),
-        (["--log-format", "xml"], "error: log_format='xml' is not known"),
-        (["--prot", "1"], "error: there is no option --prot; did you mean --port?"),
+        (["--port", "PORT"], ["127.0.0.1", "PORT", "--port"]),
+        (["--host", "no.such.host.invalid"], ["no.such.host.invalid", "--host"]),
+        (["--port", "70000"], ["port=70000", "65535"]),
+        (["--max-queue", "0"], ["max_queue=0"]),
+        (["--max-body-bytes", "0"], ["max_body_bytes=0"]),
+        (["--ranks", "5", "--port", "0"], ["num_experts=32", "ranks=5"]),
+        (["--drain-s", "-1"], ["drain_s=-1.0"]),
+        (["--request-timeout-s", "0"], ["request_timeout_s=0.0"]),
+        (["--api-key", ""], ["api_key"]),
+        (["--served-model-name", ""], ["served_model_names"]),
+        (["--log-format", "xml"], ["log_format='xml'", "json"]),
+        (["--prot", "1"], ["--prot", "--port"]),
     ],
 )
 def test_mistakes_of_the_command_line_are_one_line(
-    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)  # the log is pytest's
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -187,7 +187,9 @@ def test_mistakes_of_the_command_line_are_one_line(
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(told)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert all(name.replace("PORT", port) in line for name in told), line
 
 
 def test_the_key_is_not_in_the_options_text() -> None:

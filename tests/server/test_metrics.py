@@ -20,6 +20,7 @@ from antiphon.bench.serve.workload import Workload, make_asks
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.server.logs import LOG_FIELDS, LineFormatter, log_config, log_event, logger
 from antiphon.server.metrics import FINISH_REASONS, ServerMetrics
+from tests.support.errors import raises
 from tests.support.server import ServerProcess
 from tests.support.waiting import wait_until
 
@@ -286,5 +287,7 @@ def test_the_configuration_of_logs_is_taken_by_uvicorn() -> None:
     told = [json.loads(line) for line in done.stderr.splitlines()]
     assert [line["message"] for line in told] == ["started", "up 1"]
     assert told[0]["port"] == 8000
-    with pytest.raises(OptionError, match="did you mean 'json'"):
+    with raises(OptionError, option="log_format", value="jsn", remedy="'json'"):
         log_config("jsn")
+    with raises(OptionError, option="log_level", value="wrning", remedy="'warning'"):
+        log_config(log_level="wrning")

@@ -163,9 +163,9 @@ def test_fields_that_ask_for_nothing_are_taken(server: ServerProcess) -> None:
 
 
 BODIES: list[tuple[bytes, str]] = [
-    (b"", "not JSON"),
-    (b"{", "not JSON"),
-    (b"nonsense", "not JSON"),
+    (b"", "JSON"),
+    (b"{", "JSON"),
+    (b"pears", "JSON"),
     (b"[]", "array"),
     (b'"text"', "string"),
     (b"7", "number"),
@@ -178,9 +178,9 @@ BODIES: list[tuple[bytes, str]] = [
     (b'{"prompt": "a", "top_p": -Infinity}', "-Infinity"),
     (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
     (b'{"prompt": "a", "logit_bias": {"1": -1e999}}', "logit_bias"),
-    (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "cannot be read|can be read"),
+    (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "4300|digits"),
     (b'{"prompt": "a", "seed": ' + b"9" * 4000 + b"}", "seed"),
-    (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "can be read|prompt"),
+    (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion|prompt"),
     (b'{"prompt": [' + b"[" * 500 + b"]" * 500 + b"]}", "prompt"),
     (b'{"prompt": "a", "prompt": 5}', "prompt"),
 ]
@@ -219,5 +219,6 @@ def test_other_refusals(server: ServerProcess) -> None:
 def test_the_place_of_a_wrong_prompt_is_told(server: ServerProcess) -> None:
     answer = server.post("/v1/completions", json={"prompt": ["fine", "fine", "word " * 5000]})
     error = answer.json()["error"]
-    assert error["message"].startswith("prompt 2 has ") and error["code"] == "context_length_exceeded"
+    assert "prompt 2 " in error["message"] and error["code"] == "context_length_exceeded"
+    assert error["param"] == "prompt"
     assert server.metric("antiphon:num_requests_open") == 0
