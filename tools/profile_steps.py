@@ -24,8 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from antiphon.bench.conditions import rank_environment
 from antiphon.bench.overlap.rank import HasModules, Trial, use_transport
 from antiphon.bench.overlap.steps import OverlapOptions
+from antiphon.bench.parts import TransportPart, part_of
 from antiphon.bench.ranks import run_on_ranks
-from antiphon.comm import RankGroup, TransportPart
+from antiphon.comm import RankGroup
 
 _PARTS = {"S": (1, TransportPart.WHOLE), "C2": (2, TransportPart.COMPUTE_ONLY), "D": (2, TransportPart.WHOLE)}
 _ROUNDS = 4  # the last one is profiled
@@ -87,7 +88,7 @@ def profile_arms(group: RankGroup, device: torch.device, options: dict[str, Any]
         for turn in range(_ROUNDS):
             use_transport(cast("HasModules", trial.model), transport)
             trial.run_step(parts)  # leaves rows in the buffers for C2
-            use_transport(cast("HasModules", trial.model), transport, part)
+            use_transport(cast("HasModules", trial.model), part_of(transport, part))
             torch.cuda.synchronize()
             group.all_gather_object(turn)
             if turn < _ROUNDS - 1:

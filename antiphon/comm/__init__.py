@@ -23,7 +23,7 @@ from antiphon.comm.registry import (
 )
 from antiphon.comm.simulated import Link
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DataPath, Flight, Transport, TransportPart
+from antiphon.comm.transport import DataPath, Flight, Transport
 from antiphon.core.errors import AntiphonError, OptionError, PeerError
 from antiphon.machine.facts import peers_forbidden
 
@@ -41,7 +41,6 @@ __all__ = [
     "Routes",
     "Rows",
     "Transport",
-    "TransportPart",
     "TransportSpec",
     "Usability",
     "Way",

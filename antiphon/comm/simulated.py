@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from antiphon.comm.tokens import Routes, Rows
-from antiphon.comm.transport import DataPath, Flight, Transport, TransportPart
+from antiphon.comm.transport import DataPath, Flight, Transport
 from antiphon.core.errors import OptionError
 
 _BANDWIDTH_UNITS = {"KB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9}
@@ -89,16 +89,12 @@ class SimulatedTransport(Transport):
     def send_tokens(
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
-        self.inner.part = self.part
         return self._delayed(self.inner.send_tokens(lane, x_TD, routes, tokens_by_rank, label))
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
-        self.inner.part = self.part
         return self._delayed(self.inner.send_partials(lane, partial_RD, label))
 
     def _delayed(self, flight: Flight[T]) -> Flight[T]:
-        if self.part is TransportPart.COMPUTE_ONLY:
-            return flight
         arrival_ns = 0
 
         def occupy_link() -> None:

@@ -63,14 +63,6 @@ class DataPath(Enum):
     SIMULATED = "simulated"  # over a simulated link
 
 
-class TransportPart(Enum):
-    """What of a transport runs: all of it, or only one part, to be measured alone with whatever the buffers hold."""
-
-    WHOLE = "whole"
-    COMPUTE_ONLY = "compute only"  # packing and local sums; no copies over the link, no flags, no waits
-    LINK_ONLY = "link only"  # copies over the link, flags and waits
-
-
 class _Phase(Enum):
     IDLE = "idle"
     DISPATCHING = "dispatching"
@@ -100,7 +92,6 @@ class Transport(ABC):
         self.streams = streams
         self.num_lanes = num_lanes
         self.max_tokens = max_tokens
-        self.part = TransportPart.WHOLE
         self.experts_per_rank = shape.experts_per_rank(group.size)
         self._phases = [_Phase.IDLE] * num_lanes
         self._num_rows = [0] * num_lanes  # received last
@@ -217,11 +208,6 @@ class Transport(ABC):
             first_expert=self.group.rank * num_experts,
             num_experts=num_experts,
         )
-
-    def keep_sums(self, own_RD: torch.Tensor, partial_RD: torch.Tensor) -> None:
-        """Copy the caller's sums into the transport's own memory, unless they were written there (`Rows.out_RD`)."""
-        if self.part is not TransportPart.LINK_ONLY and partial_RD.data_ptr() != own_RD.data_ptr():
-            own_RD.copy_(partial_RD)
 
     def _lane_in(self, phase: _Phase, verb: str) -> int:
         lane = current_lane()

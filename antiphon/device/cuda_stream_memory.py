@@ -41,11 +41,6 @@ def check_stream_memory_operations(device: torch.device, what: str) -> bool:
     return bool(_attribute(device, attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES))
 
 
-def copy_async(target: int, source: int, num_bytes: int, stream: int) -> None:
-    """Copy between any two addresses that the device can reach, by a copy engine where one of them is not local."""
-    _checked(driver.cuMemcpyAsync(target, source, num_bytes, stream), "cuMemcpyAsync")
-
-
 def register_host_memory(memory: torch.Tensor, what: str) -> int:
     """Pin `memory` (uint8 on the CPU, page-aligned) for this process and return its device address.
 
@@ -65,6 +60,22 @@ def unregister_host_memory(memories: Sequence[torch.Tensor]) -> None:
     torch.cuda.synchronize()
     for memory in memories:
         _checked(driver.cuMemHostUnregister(memory.data_ptr()), "cuMemHostUnregister")
+
+
+class StreamMemory:
+    """What a medium makes its streams do. A recorder may take its place."""
+
+    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        """Copy between any two addresses that the device can reach, by a copy engine where one of them is not local."""
+        _checked(driver.cuMemcpyAsync(target, source, num_bytes, stream), "cuMemcpyAsync")
+
+    def run(self, operations: StreamOperations, stream: int) -> None:
+        """Queue writes and waits."""
+        operations.queue(stream)
+
+    def capture(self, stream: int, queue: Callable[[], None]) -> Replay:
+        """What `queue` queues on `stream`, to be queued by one call."""
+        return Replay(stream, queue)
 
 
 class Replay:
@@ -106,7 +117,7 @@ class StreamOperations:
     def __init__(self, *, flush: bool) -> None:
         """flush: whether waits also make remote writes visible that arrived before the flag."""
         self._operations: list[Any] = []
-        self.steps: list[MemoryStep] = []  # the same, to be logged
+        self.steps: list[MemoryStep] = []  # the same, for whoever records them
         self._wait_flags = int(_WAIT.CU_STREAM_WAIT_VALUE_EQ) | (int(_WAIT.CU_STREAM_WAIT_VALUE_FLUSH) if flush else 0)
 
     def write(self, address: int, value: int) -> int:

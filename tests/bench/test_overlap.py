@@ -15,11 +15,14 @@ import torch
 
 from antiphon.bench.overlap.rank import ARMS, measure_steps, relative_errors, use_transport
 from antiphon.bench.overlap.steps import OutputsDiffer, OverlapOptions, check_outputs, summarize_steps
-from antiphon.comm import RankGroup, TransportPart, create_transport
+from antiphon.bench.parts import TransportPart, part_of
+from antiphon.comm import ExpertShape, OptionError, RankGroup, Routes, Transport, create_transport
+from antiphon.comm.slab.shared_memory import SharedMemoryTransport
 from antiphon.core.bundled import bundled_model
 from antiphon.models import build_model, expert_shape, read_config
 from antiphon.models.moe import Experts
 from antiphon.runtime import CpuStreams
+from tests.support.errors import raises
 
 FIGURES = (
     "serial_over_dual",
@@ -122,6 +125,42 @@ def test_relative_errors() -> None:
     assert relative_errors(expected_TD * math.nan, expected_TD) == (math.inf, math.inf)
 
 
+def test_a_part_needs_a_whole_exchange_first() -> None:
+    shape = ExpertShape(num_experts=4, top_k=2, hidden_size=8, dtype=torch.float32)
+    group = RankGroup(rank=0, size=1)
+    whole = SharedMemoryTransport(shape, group=group, streams=CpuStreams(), num_lanes=1, max_tokens=8)
+
+    def exchange(transport: Transport, num_tokens: int) -> torch.Tensor:
+        ids_TK = torch.tensor([[0, 1]]).expand(num_tokens, -1)
+        routes = Routes(ids_TK, torch.ones(num_tokens, 2))
+        rows = transport.dispatch(torch.ones(num_tokens, 8), routes, tokens_by_rank=(num_tokens,)).wait()
+        return transport.combine(rows.x_RD.clone()).wait()
+
+    for part in (TransportPart.COMPUTE_ONLY, TransportPart.LINK_ONLY):
+        with raises(OptionError, "3 tokens", "none"):
+            exchange(part_of(whole, part), 3)
+    assert exchange(part_of(whole, TransportPart.WHOLE), 3).shape == (3, 8)
+    for part in (TransportPart.COMPUTE_ONLY, TransportPart.LINK_ONLY):
+        assert exchange(part_of(whole, part), 3).shape == (3, 8)
+        with raises(OptionError, "2 tokens", "3 tokens"):
+            exchange(part_of(whole, part), 2)
+
+
+def test_only_transports_made_of_steps_have_parts() -> None:
+    class Own(Transport):
+        name = "own"
+
+        def send_tokens(self, *arguments: Any) -> Any: ...
+
+        def send_partials(self, *arguments: Any) -> Any: ...
+
+    shape = ExpertShape(num_experts=4, top_k=2, hidden_size=8, dtype=torch.float32)
+    own = Own(shape, group=RankGroup(rank=0, size=1), streams=CpuStreams(), num_lanes=1)
+    assert part_of(own, TransportPart.WHOLE) is own
+    with raises(OptionError, option="transport", value="own", remedy="alltoall"):
+        part_of(own, TransportPart.LINK_ONLY)
+
+
 def test_one_model_serves_all_transports() -> None:
     config = read_config(bundled_model(), num_layers=3)
     shape, group = expert_shape(config, torch.float32), RankGroup(rank=0, size=1)
@@ -129,8 +168,6 @@ def test_one_model_serves_all_transports() -> None:
         create_transport("local", shape, group=group, streams=CpuStreams(), num_lanes=1, max_tokens=8) for _ in range(2)
     )
     model = build_model(config, first)
-    use_transport(model, second, TransportPart.LINK_ONLY)
+    use_transport(model, second)
     used = [module.transport for module in model.modules() if isinstance(module, Experts)]
     assert len(used) == 2 and all(transport is second for transport in used)
-    assert second.part is TransportPart.LINK_ONLY
-    assert first.part is TransportPart.WHOLE

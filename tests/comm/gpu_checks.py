@@ -8,7 +8,7 @@ import time
 import torch
 
 from antiphon.comm import RankGroup
-from antiphon.comm.slab.log import LoggedEvent, MailboxLog
+from antiphon.comm.slab.log import LoggedEvent, record
 from antiphon.comm.slab.mailbox import Phase
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import finish, run_lanes, streams_for
@@ -59,8 +59,7 @@ def logs_of_two_lanes(group: RankGroup, name: str) -> list[LoggedEvent]:
     world = World(group, streams_for(device))
     transport = world.make(name, make_shape(torch.float32, top_k=2, hidden_size=1 << 14), num_lanes=2)
     assert isinstance(transport, SlabTransport)
-    log, sizes = MailboxLog(group.rank), random.Random(11)
-    transport.record_into(log)
+    log, sizes = record(transport), random.Random(11)
     for step in range(5):
         lanes = [
             [[sizes.choice([0, 1, MAX_TOKENS]) for _ in range(group.size)] for _ in range(n)] for n in (4, 6 + step)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.comm import RankGroup, Transport, TransportPart, create_transport
+from antiphon.bench.parts import TransportPart, part_of
+from antiphon.comm import RankGroup, Transport, create_transport
 from antiphon.runtime import CpuStreams, finish, run_lanes
 from tests.comm.world import Tokens, apply_experts, make_shape, make_tokens
 
@@ -23,8 +24,8 @@ def check_parts(group: RankGroup, name: str) -> list[str]:
         """One exchange on every lane, and whether collectives were issued."""
         group.clear_order()
         nothing = group.order_fingerprint()
-        transport.part = part
-        results = run_lanes([lambda: exchange(transport, tokens, counts)] * NUM_LANES, streams=transport.streams)
+        used = part_of(transport, part)
+        results = run_lanes([lambda: exchange(used, tokens, counts)] * NUM_LANES, streams=used.streams)
         return results, group.order_fingerprint() != nothing
 
     problems = []

@@ -24,7 +24,7 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport
 from antiphon.comm.device_watch import WatchWord
-from antiphon.comm.slab.log import LoggedEvent, MailboxLog
+from antiphon.comm.slab.log import LoggedEvent, record
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import CpuStreams, CudaStreams, Streams, current_lane, finish, run_lanes
 from tests.comm.world import MAX_TOKENS, World, make_shape
@@ -165,14 +165,12 @@ class FakeGroup(RankGroup):
 
 
 class ProtocolWorld:
-    """The transports of all ranks, in order of rank, each with its log."""
+    """The transports of all ranks, in order of rank, each with its log if it is recorded."""
 
-    def __init__(self, transports: list[SlabTransport], driver: FakeDriver) -> None:
+    def __init__(self, transports: list[SlabTransport], driver: FakeDriver, *, recorded: bool) -> None:
         self.transports = transports
         self.driver = driver
-        self.recorders = [MailboxLog(transport.group.rank) for transport in transports]
-        for transport, log in zip(transports, self.recorders, strict=True):
-            transport.record_into(log)
+        self.recorders = [record(transport) for transport in transports] if recorded else []
 
     def run(self, layers: Layers) -> None:
         for transport in self.transports:
@@ -187,7 +185,13 @@ class ProtocolWorld:
 
 @contextmanager
 def protocol_world(
-    name: str, *, size: int, num_lanes: int, shape: ExpertShape | None = None, smallest_chunk: int = 256
+    name: str,
+    *,
+    size: int,
+    num_lanes: int,
+    shape: ExpertShape | None = None,
+    smallest_chunk: int = 256,
+    recorded: bool = True,
 ) -> Iterator[ProtocolWorld]:
     """Transports whose runs are logged; they may be changed before they run.
 
@@ -204,7 +208,7 @@ def protocol_world(
         for rank in range(size):
             with _shared_memories(rank, size, memories):
                 transports.append(_make(name, shape, FakeGroup(rank, size), num_lanes))
-        yield ProtocolWorld(transports, driver)
+        yield ProtocolWorld(transports, driver, recorded=recorded)
 
 
 def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> SlabTransport:
@@ -290,8 +294,7 @@ def logs_of_layers(group: RankGroup, name: str, layers: Layers) -> list[LoggedEv
     world = World(group)
     transport = world.make(name, make_shape(torch.float32, top_k=2, hidden_size=16), num_lanes=len(layers))
     assert isinstance(transport, SlabTransport)
-    log = MailboxLog(group.rank)
-    transport.record_into(log)
+    log = record(transport)
     world.barrier()
     run_layers(transport, layers)
     return log.events

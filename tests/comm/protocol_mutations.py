@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from antiphon.comm.slab.log import Action, MailboxLog, MemoryStep
+from antiphon.comm.slab.log import Action, LoggedMailbox, MailboxLog
 from antiphon.comm.slab.mailbox import Exchange, Phase
 from antiphon.comm.slab.transport import SlabTransport
+from antiphon.device.cuda_stream_memory import MemoryStep
 from tests.comm.protocol_checks import MEDIA, ProtocolWorld
 
 __all__ = ["MUTATIONS", "Mutation"]
@@ -31,8 +32,10 @@ class Mutation:
 
 
 def _ends(world: ProtocolWorld) -> Iterator[tuple[SlabTransport, Any, MailboxLog]]:
+    """Each transport, the mailbox of its medium, and its log."""
     for transport, log in zip(world.transports, world.recorders, strict=True):
-        yield transport, transport.mailbox, log
+        assert isinstance(transport.mailbox, LoggedMailbox)
+        yield transport, transport.mailbox.inner, log
 
 
 def no_signal_without_rows(world: ProtocolWorld) -> None:
@@ -112,7 +115,7 @@ def reset_behind_the_next_signal(world: ProtocolWorld) -> None:
 
             def wait(exchange: Exchange, mailbox: Any = mailbox, log: Any = log, late: Any = late) -> None:
                 steps = mailbox._waits[exchange.lane, exchange.phase].operations.steps
-                stream = mailbox._streams.compute_handle
+                stream = mailbox.streams.compute_handle
                 log.stepped(exchange, "wait", [step for step in steps if step.waits], stream)
                 clears = [step for step in steps if not step.waits]
                 late.setdefault(exchange.lane, []).append(lambda: log.stepped(exchange, "reset", clears, stream))
@@ -157,7 +160,7 @@ def signal_before_the_put(world: ProtocolWorld) -> None:
 
 def partial_sums_of_both_lanes_in_one_memory(world: ProtocolWorld) -> None:
     for transport, _, _ in _ends(world):
-        transport._partials[1] = transport._partials[0]
+        transport.partial_sums[1] = transport.partial_sums[0]
 
 
 def one_box_for_both_lanes(world: ProtocolWorld) -> None:
@@ -194,7 +197,7 @@ def arrival_recorded_before_the_downloads(world: ProtocolWorld) -> None:
     for _, mailbox, _ in _ends(world):
 
         def put(exchange: Exchange, inner: Any = mailbox.put, mailbox: Any = mailbox) -> None:
-            early = mailbox._streams.record_on("down")
+            early = mailbox.streams.record_on("down")
             inner(exchange)
             mailbox._arrived[exchange.lane][exchange.phase] = early
 
@@ -251,7 +254,7 @@ class _ChangedStreams:
 
 def _change_streams(world: ProtocolWorld, change: Callable[[str, Any], tuple[str, Any]]) -> None:
     for _, mailbox, _ in _ends(world):
-        mailbox._streams = _ChangedStreams(mailbox._streams, change)
+        mailbox.streams = _ChangedStreams(mailbox.streams, change)
 
 
 _RACE = "in no order"

@@ -189,7 +189,8 @@ def poison_buffers(transport: Transport) -> int:
     if isinstance(inner, SlabTransport):
         return poison_arrivals(inner, Phase.COMBINE)
     if inner.name == "nccl-zero-cta":  # its module cannot be imported without CUDA's bindings
-        buffers = [tensor for name in ("_gathered", "_home", "_partials") for tensor in getattr(inner, name)]
+        windows = (inner._rows, *inner._windows.values())  # type: ignore[attr-defined]
+        buffers = [tensor for of_lanes in windows for tensor in of_lanes]
     else:
         buffers = [tensor for lane in getattr(inner, "_buffers", ()) for tensor in lane._buffers.values()]
     for buffer in buffers:

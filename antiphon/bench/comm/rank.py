@@ -19,7 +19,8 @@ import torch
 
 from antiphon.bench.arm_clock import ArmClock, tell
 from antiphon.bench.comm.bodies import UNITS, Body, make_body
-from antiphon.comm import ExpertShape, RankGroup, Routes, Transport, TransportPart, create_transport
+from antiphon.bench.parts import TransportPart, part_of
+from antiphon.comm import ExpertShape, RankGroup, Routes, Transport, create_transport
 from antiphon.comm.row_format import RowFormat
 from antiphon.core.errors import AntiphonError
 from antiphon.device.device import describe
@@ -47,6 +48,7 @@ class _Exchanges:
     def __init__(self, transport: Transport, num_tokens: int) -> None:
         shape, device = transport.shape, transport.streams.device
         self.transport = transport
+        self._link = part_of(transport, TransportPart.LINK_ONLY)
         row_bytes = RowFormat(shape).row_bytes + shape.hidden_size * shape.dtype.itemsize
         self.num_bytes = (transport.group.size - 1) * num_tokens * row_bytes  # from a rank to its peers, in both phases
         self._tokens_by_rank = (num_tokens,) * transport.group.size
@@ -57,7 +59,6 @@ class _Exchanges:
     def run(self, count: int, compute: Callable[[], None] | None = None) -> None:
         """`count` exchanges, a multiple of the lanes, with `compute` queued beside every phase."""
         each = count // NUM_LANES
-        self.transport.part = TransportPart.LINK_ONLY
         run_lanes([partial(self._lane, each, compute)] * NUM_LANES, streams=self.transport.streams)
 
     def check(self) -> None:
@@ -65,7 +66,6 @@ class _Exchanges:
 
         Several, because some transports send an exchange in another way when it has come before.
         """
-        self.transport.part = TransportPart.WHOLE
         for _ in range(_CHECKED_EXCHANGES):
             results = run_lanes([self._whole] * NUM_LANES, streams=self.transport.streams)
         expected_TD = self._x_TD.float() * self.transport.group.size
@@ -79,11 +79,11 @@ class _Exchanges:
 
     def _lane(self, count: int, compute: Callable[[], None] | None) -> None:
         for _ in range(count):
-            sent = self.transport.dispatch(self._x_TD, self._routes, tokens_by_rank=self._tokens_by_rank)
+            sent = self._link.dispatch(self._x_TD, self._routes, tokens_by_rank=self._tokens_by_rank)
             if compute is not None:
                 compute()
             rows = sent.wait()
-            back = self.transport.combine(rows.x_RD if rows.out_RD is None else rows.out_RD)
+            back = self._link.combine(rows.x_RD if rows.out_RD is None else rows.out_RD)
             if compute is not None:
                 compute()
             back.wait()

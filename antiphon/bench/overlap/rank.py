@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from antiphon.bench.arm_clock import ArmClock, tell
-from antiphon.comm import RankGroup, Routes, Transport, TransportPart, create_transport
+from antiphon.bench.parts import TransportPart, part_of
+from antiphon.comm import RankGroup, Routes, Transport, create_transport
 from antiphon.config.engine_config import DTYPES
 from antiphon.core.batch import Batch, MicroBatch, RequestSlice
 from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
@@ -48,9 +49,8 @@ class HasModules(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
 
-def use_transport(model: HasModules, transport: Transport, part: TransportPart = TransportPart.WHOLE) -> None:
-    """Let all experts of `model` go by `transport`, of which only `part` runs. Between steps only."""
-    transport.part = part
+def use_transport(model: HasModules, transport: Transport) -> None:
+    """Let all experts of `model` go by `transport`. Between steps only."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.transport = transport
@@ -207,17 +207,18 @@ def _measure(trial: Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[s
                 use_transport(cast("HasModules", trial.model), transport)
                 with trial.routes_of_layers() as routes:
                     trial.run_step(serial)
-            arms: dict[str, tuple[TransportPart, Callable[[], Any]]] = {
-                "S": (TransportPart.WHOLE, partial(trial.run_step, serial)),
-                "C": (TransportPart.COMPUTE_ONLY, partial(trial.run_step, serial)),
-                "M": (TransportPart.LINK_ONLY, partial(trial.run_link, transport, x_TD, routes)),
-                "D": (TransportPart.WHOLE, partial(trial.run_step, dual)),
-                "C2": (TransportPart.COMPUTE_ONLY, partial(trial.run_step, dual)),
+            compute, link = (part_of(transport, part) for part in (TransportPart.COMPUTE_ONLY, TransportPart.LINK_ONLY))
+            arms: dict[str, tuple[Transport, Callable[[], Any]]] = {
+                "S": (transport, partial(trial.run_step, serial)),
+                "C": (compute, partial(trial.run_step, serial)),
+                "M": (link, partial(trial.run_link, link, x_TD, routes)),
+                "D": (transport, partial(trial.run_step, dual)),
+                "C2": (compute, partial(trial.run_step, dual)),
             }
             cell = cells[name]
             for arm in ARMS:
-                part, run = arms[arm]
-                use_transport(cast("HasModules", trial.model), transport, part)
+                used, run = arms[arm]
+                use_transport(cast("HasModules", trial.model), used)
                 trial.runner.reserved_sms = transport.num_sms if arm == "D" else 0
                 timed = clock.measure(run)
                 if arm in ("S", "D"):

@@ -10,21 +10,35 @@ On GPUs it is NCCL's, which adds in the model's dtype.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 
 from antiphon.comm import needs
-from antiphon.comm.counts import exchange_counts
-from antiphon.comm.group import Collective, RankGroup
+from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import LaneBuffers, RowFormat
+from antiphon.comm.stepwise import StepwiseTransport, Work, flight_of
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
 from antiphon.core.errors import OptionError
+from antiphon.kernels.pack import add_in_rank_order
 from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams, Streams
 
 
-class AllGatherTransport(Transport):
+@dataclass(slots=True, kw_only=True)
+class PaddedExchange:
+    """An exchange in which every rank sends as many rows as the one with the most tokens."""
+
+    lane: int
+    num_tokens: int  # of this rank
+    padded: int  # rows of every rank
+    out_TD: torch.Tensor | None = None  # the result of a reduce-scatter, the caller's once it has been handed over
+
+
+class AllGatherTransport(StepwiseTransport[PaddedExchange]):
     """All-gather of tokens, reduce-scatter of partial sums."""
 
     name = "allgather"
@@ -49,68 +63,64 @@ class AllGatherTransport(Transport):
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
         self._format = RowFormat(shape)
         self._buffers = [LaneBuffers(streams.device) for _ in range(num_lanes)]
-        self._num_tokens = [0] * num_lanes
-        self._padded_tokens = [0] * num_lanes
+        self._link: _Gathers = group
 
-    def send_tokens(
-        self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
-    ) -> Flight[Rows]:
-        if tokens_by_rank is None:
-            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], lane=lane, label=label)
-        num_tokens, padded = x_TD.shape[0], max(tokens_by_rank)
-        self._num_tokens[lane], self._padded_tokens[lane] = num_tokens, padded
-        buffers, row = self._buffers[lane], self._format
-        packed = buffers.get("packed", padded, row.row_bytes, torch.uint8)
-        if self.part is not TransportPart.LINK_ONLY:
-            row.pack(packed[:num_tokens], x_TD, routes)
-            row.ids(packed)[num_tokens:] = -1
-        gathered = buffers.get("gathered", padded * self.group.size, row.row_bytes, torch.uint8)
-        partials_RD = self._partials(lane)
-        work = self._gather(gathered, packed, label) if self.part is not TransportPart.COMPUTE_ONLY else None
+    def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> PaddedExchange:
+        assert tokens_by_rank is not None
+        return PaddedExchange(lane=lane, num_tokens=routes.ids_TK.shape[0], padded=max(tokens_by_rank))
 
-        def wait() -> Rows:
-            if work is not None:
-                work.wait()
-            return self.rows(row.x(gathered), row.ids(gathered), row.weights(gathered), partials_RD)
+    def pack(self, exchange: PaddedExchange, x_TD: torch.Tensor, routes: Routes) -> None:
+        packed, row = self._packed(exchange), self._format
+        row.pack(packed[: exchange.num_tokens], x_TD, routes)
+        if exchange.num_tokens < exchange.padded:
+            row.ids(packed)[exchange.num_tokens :] = -1
 
-        num_bytes = (self.group.size - 1) * padded * row.row_bytes
-        return Flight(wait=wait, ready_ns=None if work is None else work.ready_ns, num_bytes=num_bytes)
-
-    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
-        hidden_size, dtype = self.shape.hidden_size, self.shape.dtype
-        num_tokens, padded = self._num_tokens[lane], self._padded_tokens[lane]
-        partials_RD = self._partials(lane)
-        self.keep_sums(partials_RD, partial_RD)
-        home = self._buffers[lane].get("home", padded * self.group.size, hidden_size, dtype)
-        equal = [padded] * self.group.size
-        work: Collective | None = None
-        if self.part is not TransportPart.COMPUTE_ONLY:
-            with self.streams.comm(after=self.streams.record()):
-                work = self.group.all_to_all(home, partials_RD, label, out_splits=equal, in_splits=equal)
-
-        def wait() -> torch.Tensor:
-            if work is not None:
-                work.wait()
-            if self.part is TransportPart.LINK_ONLY:
-                return home[:num_tokens]
-            out_TD = torch.zeros(num_tokens, hidden_size, dtype=self.shape.weight_dtype, device=home.device)
-            for part in torch.split(home, padded) if padded else ():
-                out_TD += part[:num_tokens]
-            return out_TD.to(dtype)
-
-        num_bytes = self._combine_bytes(padded)
-        return Flight(wait=wait, ready_ns=None if work is None else work.ready_ns, num_bytes=num_bytes)
-
-    def _partials(self, lane: int) -> torch.Tensor:
-        num_rows = self._padded_tokens[lane] * self.group.size
-        return self._buffers[lane].get("partials", num_rows, self.shape.hidden_size, self.shape.dtype)
-
-    def _combine_bytes(self, padded: int) -> int:
-        return (self.group.size - 1) * padded * self.shape.hidden_size * self.shape.dtype.itemsize
-
-    def _gather(self, gathered: torch.Tensor, packed: torch.Tensor, label: str) -> Collective:
+    def send(self, exchange: PaddedExchange, label: str) -> Flight[None]:
+        gathered, packed = self._gathered(exchange), self._packed(exchange)
         with self.streams.comm(after=self.streams.record()):
-            return self.group.all_gather(gathered, packed, label)
+            work = self._link.all_gather(gathered, packed, label)
+        return flight_of(work, num_bytes=(self.group.size - 1) * exchange.padded * self._format.row_bytes)
+
+    def rows_of(self, exchange: PaddedExchange) -> Rows:
+        gathered, row = self._gathered(exchange), self._format
+        return self.rows(row.x(gathered), row.ids(gathered), row.weights(gathered), self.partials_of(exchange))
+
+    def partials_of(self, exchange: PaddedExchange) -> torch.Tensor:
+        return self._sums("partials", exchange)
+
+    def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
+        home, partials_RD = self._sums("home", exchange), self.partials_of(exchange)
+        equal = [exchange.padded] * self.group.size
+        with self.streams.comm(after=self.streams.record()):
+            work = self.group.all_to_all(home, partials_RD, label, out_splits=equal, in_splits=equal)
+        return flight_of(work, num_bytes=self._combine_bytes(exchange))
+
+    def add(self, exchange: PaddedExchange) -> torch.Tensor:
+        home_WTD = self._sums("home", exchange).view(self.group.size, exchange.padded, self.shape.hidden_size)
+        return add_in_rank_order([part[: exchange.num_tokens] for part in home_WTD])
+
+    def _packed(self, exchange: PaddedExchange) -> torch.Tensor:
+        """My rows [padded, row_bytes], to be sent."""
+        return self._buffers[exchange.lane].get("packed", exchange.padded, self._format.row_bytes, torch.uint8)
+
+    def _gathered(self, exchange: PaddedExchange) -> torch.Tensor:
+        """The rows of all ranks [W * padded, row_bytes]."""
+        num_rows = exchange.padded * self.group.size
+        return self._buffers[exchange.lane].get("gathered", num_rows, self._format.row_bytes, torch.uint8)
+
+    def _sums(self, name: str, exchange: PaddedExchange) -> torch.Tensor:
+        """Partial sums [W * padded, D]: of all ranks' tokens, or of my tokens by all ranks."""
+        num_rows = exchange.padded * self.group.size
+        return self._buffers[exchange.lane].get(name, num_rows, self.shape.hidden_size, self.shape.dtype)
+
+    def _combine_bytes(self, exchange: PaddedExchange) -> int:
+        return (self.group.size - 1) * exchange.padded * self.shape.hidden_size * self.shape.dtype.itemsize
+
+
+class _Gathers(Protocol):
+    """The group of the ranks, on the CPU or on devices."""
+
+    def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> Work: ...
 
 
 class NcclAllGatherTransport(AllGatherTransport):
@@ -139,33 +149,25 @@ class NcclAllGatherTransport(AllGatherTransport):
 
         if not isinstance(streams, CudaStreams):
             raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
-        self._nccl = NcclGroup.of(group, streams, max_ctas=max_ctas)
+        self._link = self._nccl = NcclGroup.of(group, streams, max_ctas=max_ctas)
         self.num_sms = max_ctas or 0
         for lane in range(num_lanes):  # at once, so that the memory that is left can be measured
-            self._padded_tokens[lane] = max_tokens
-            self._partials(lane)
-            for name, num_rows in (("packed", max_tokens), ("gathered", max_tokens * group.size)):
-                self._buffers[lane].get(name, num_rows, self._format.row_bytes, torch.uint8)
+            largest = PaddedExchange(lane=lane, num_tokens=max_tokens, padded=max_tokens)
+            self._packed(largest), self._gathered(largest), self.partials_of(largest)
 
-    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
-        num_tokens, padded = self._num_tokens[lane], self._padded_tokens[lane]
-        partials_RD = self._partials(lane)
-        self.keep_sums(partials_RD, partial_RD)
+    def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
         # New, the caller's; made on the compute stream, so nothing queued there still uses its memory when the comm
         # stream begins to write.
-        out_TD = torch.empty(padded, self.shape.hidden_size, dtype=self.shape.dtype, device=self.streams.device)
-        work = None
-        if self.part is not TransportPart.COMPUTE_ONLY:
-            with self.streams.comm(after=self.streams.record()):
-                work = self._nccl.reduce_scatter(out_TD, partials_RD, label)
-
-        def wait() -> torch.Tensor:
-            if work is not None:
-                work.wait()
-            return out_TD[:num_tokens]
-
-        return Flight(wait=wait, num_bytes=self._combine_bytes(padded))
-
-    def _gather(self, gathered: torch.Tensor, packed: torch.Tensor, label: str) -> Collective:
+        exchange.out_TD = self._new_out(exchange)
         with self.streams.comm(after=self.streams.record()):
-            return self._nccl.all_gather(gathered, packed, label)  # type: ignore[return-value]
+            work = self._nccl.reduce_scatter(exchange.out_TD, self.partials_of(exchange), label)
+        return flight_of(work, num_bytes=self._combine_bytes(exchange))
+
+    def add(self, exchange: PaddedExchange) -> torch.Tensor:
+        """NCCL has added them already."""
+        out_TD, exchange.out_TD = exchange.out_TD, None
+        return (self._new_out(exchange) if out_TD is None else out_TD)[: exchange.num_tokens]
+
+    def _new_out(self, exchange: PaddedExchange) -> torch.Tensor:
+        shape = (exchange.padded, self.shape.hidden_size)
+        return torch.empty(shape, dtype=self.shape.dtype, device=self.streams.device)

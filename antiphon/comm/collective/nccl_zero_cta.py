@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 
 from antiphon.comm import needs
-from antiphon.comm.collective.nccl import NcclCollective, NcclGroup
-from antiphon.comm.counts import exchange_counts
+from antiphon.comm.collective.allgather import AllGatherTransport, PaddedExchange
+from antiphon.comm.collective.nccl import NcclGroup
 from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import Refusal, Way, World
-from antiphon.comm.row_format import RowFormat
-from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
+from antiphon.comm.stepwise import Work, flight_of
+from antiphon.comm.tokens import ExpertShape
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
 from antiphon.core.errors import OptionError
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.pack import add_in_rank_order
@@ -29,7 +29,7 @@ from antiphon.runtime import CudaStreams, Streams
 _COPY_ENGINES_SINCE = (2, 28)
 
 
-class NcclZeroCtaTransport(Transport):
+class NcclZeroCtaTransport(AllGatherTransport):
     """Every rank gets all tokens; needs NVLink between all ranks."""
 
     name = "nccl-zero-cta"
@@ -59,74 +59,62 @@ class NcclZeroCtaTransport(Transport):
         if not isinstance(streams, CudaStreams):
             raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
         warn_of_kernels(torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
-        self._format = RowFormat(shape)
         self._nccl = NcclGroup.of(group, streams, zero_cta=True)
         rows = group.size * max_tokens
         row_bytes, sum_bytes = self._format.row_bytes, shape.hidden_size * shape.dtype.itemsize
         sizes = [size for _ in range(num_lanes) for size in (rows * row_bytes, rows * sum_bytes, rows * sum_bytes)]
         buffers = self._nccl.symmetric_buffers(sizes)
-        self._gathered, self._home, self._partials = buffers[0::3], buffers[1::3], buffers[2::3]
-        self._tokens = [(0, 0)] * num_lanes  # mine, and padded to the most of any rank
+        self._rows = buffers[0::3]
+        self._windows = {"home": buffers[1::3], "partials": buffers[2::3]}
 
-    def send_tokens(
-        self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
-    ) -> Flight[Rows]:
-        if tokens_by_rank is None:
-            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], lane=lane, label=label)
-        num_tokens, padded = x_TD.shape[0], max(tokens_by_rank)
-        self._tokens[lane] = (num_tokens, padded)
-        row = self._format
-        gathered = self._gathered[lane][: self.group.size * padded * row.row_bytes].view(-1, row.row_bytes)
-        mine = gathered[self.group.rank * padded : (self.group.rank + 1) * padded]
-        if self.part is not TransportPart.LINK_ONLY:
-            row.pack(mine[:num_tokens], x_TD, routes)
-            if num_tokens < padded:
-                row.ids(mine)[num_tokens:] = -1
-        partials_RD = self._sums(self._partials[lane], padded)
-        work: NcclCollective | None = None
-        if self.part is not TransportPart.COMPUTE_ONLY and padded:
+    def send(self, exchange: PaddedExchange, label: str) -> Flight[None]:
+        work: Work | None = None
+        if exchange.padded:
             with self.streams.comm(after=self.streams.record()):
-                work = self._nccl.all_gather(gathered, mine, label)
+                work = self._nccl.all_gather(self._gathered(exchange), self._packed(exchange), label)
+        return flight_of(work, num_bytes=(self.group.size - 1) * exchange.padded * self._format.row_bytes)
 
-        def wait() -> Rows:
-            if work is not None:
-                work.wait()
-            return self.rows(row.x(gathered), row.ids(gathered), row.weights(gathered), partials_RD)
+    def keep(self, exchange: PaddedExchange, partial_RD: torch.Tensor) -> None:
+        super().keep(exchange, partial_RD)
+        if self.group.size == 2:
+            self._home(exchange)[self.group.rank].copy_(self._by_rank("partials", exchange)[1 - self.group.rank])
 
-        return Flight(wait=wait, num_bytes=(self.group.size - 1) * padded * row.row_bytes)
-
-    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
-        num_tokens, padded = self._tokens[lane]
-        size, rank = self.group.size, self.group.rank
-        partials_RD = self._sums(self._partials[lane], padded)
-        self.keep_sums(partials_RD, partial_RD)
-        sums_WTD = partials_RD.view(size, padded, self.shape.hidden_size)
-        home = self._sums(self._home[lane], padded)
-        home_WTD = home.view(size, padded, self.shape.hidden_size)
-        two_ranks = size == 2
-        if two_ranks and self.part is not TransportPart.LINK_ONLY:
-            home_WTD[rank].copy_(sums_WTD[1 - rank])
-        work: NcclCollective | None = None
-        if self.part is not TransportPart.COMPUTE_ONLY and padded:
+    def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
+        size, home = self.group.size, self._sums("home", exchange)
+        work: Work | None = None
+        if exchange.padded:
             with self.streams.comm(after=self.streams.record()):
-                if two_ranks:
-                    work = self._nccl.all_gather(home, home_WTD[rank], label)
+                if size == 2:
+                    work = self._nccl.all_gather(home, self._home(exchange)[self.group.rank], label)
                 else:
-                    equal = [padded] * size
+                    equal = [exchange.padded] * size
+                    partials_RD = self.partials_of(exchange)
                     work = self._nccl.all_to_all(home, partials_RD, label, out_splits=equal, in_splits=equal)
+        return flight_of(work, num_bytes=self._combine_bytes(exchange))
 
-        def wait() -> torch.Tensor:
-            if work is not None:
-                work.wait()
-            parts = [(sums_WTD if r == rank else home_WTD)[r][:num_tokens] for r in range(size)]
-            return parts[rank] if self.part is TransportPart.LINK_ONLY else add_in_rank_order(parts)
+    def add(self, exchange: PaddedExchange) -> torch.Tensor:
+        rank, home_WTD, sums_WTD = self.group.rank, self._home(exchange), self._by_rank("partials", exchange)
+        sums = [(sums_WTD if source == rank else home_WTD)[source] for source in range(self.group.size)]
+        return add_in_rank_order([sum_TD[: exchange.num_tokens] for sum_TD in sums])
 
-        return Flight(wait=wait, num_bytes=(size - 1) * padded * self.shape.hidden_size * self.shape.dtype.itemsize)
+    def _packed(self, exchange: PaddedExchange) -> torch.Tensor:
+        """My own part of the gathered rows."""
+        padded, rank = exchange.padded, self.group.rank
+        return self._gathered(exchange)[rank * padded : (rank + 1) * padded]
 
-    def _sums(self, buffer: torch.Tensor, padded: int) -> torch.Tensor:
-        """[W * padded, D] at the start of a buffer."""
-        num_bytes = self.group.size * padded * self.shape.hidden_size * self.shape.dtype.itemsize
-        return buffer[:num_bytes].view(self.shape.dtype).view(-1, self.shape.hidden_size)
+    def _gathered(self, exchange: PaddedExchange) -> torch.Tensor:
+        num_bytes = self.group.size * exchange.padded * self._format.row_bytes
+        return self._rows[exchange.lane][:num_bytes].view(-1, self._format.row_bytes)
+
+    def _sums(self, name: str, exchange: PaddedExchange) -> torch.Tensor:
+        num_bytes = self.group.size * exchange.padded * self.shape.hidden_size * self.shape.dtype.itemsize
+        return self._windows[name][exchange.lane][:num_bytes].view(self.shape.dtype).view(-1, self.shape.hidden_size)
+
+    def _home(self, exchange: PaddedExchange) -> torch.Tensor:
+        return self._by_rank("home", exchange)
+
+    def _by_rank(self, name: str, exchange: PaddedExchange) -> torch.Tensor:
+        return self._sums(name, exchange).view(self.group.size, exchange.padded, self.shape.hidden_size)
 
 
 def warn_of_kernels(nccl: tuple[int, ...]) -> None:

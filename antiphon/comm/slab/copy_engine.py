@@ -19,11 +19,10 @@ from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.group import RankGroup, located
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
-from antiphon.comm.slab.log import CommStreams, MailboxLog
-from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.mailbox import CommStreams, Exchange, MemoryNames, Phase
 from antiphon.comm.slab.transport import CudaSlabTransport
 from antiphon.comm.tokens import ExpertShape
-from antiphon.device.cuda_stream_memory import StreamOperations, check_stream_memory_operations, copy_async
+from antiphon.device.cuda_stream_memory import StreamMemory, StreamOperations, check_stream_memory_operations
 from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams
 
@@ -38,8 +37,8 @@ class PeerCopyMailbox:
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
     ) -> None:
         self._group = group
-        self._streams: CommStreams = streams
-        self._log: MailboxLog | None = None
+        self.streams: CommStreams = streams
+        self.memory = StreamMemory()
         flush = check_stream_memory_operations(streams.device, "transport copy-engine")
         # Multicast over NVLink needs rights that a shared host does not give, and nothing here uses it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -70,26 +69,20 @@ class PeerCopyMailbox:
         return self._boxes[lane][phase]
 
     def put(self, exchange: Exchange) -> None:
-        stream = self._streams.queue_on("comm", after=self._streams.record())
+        stream = self.streams.queue_on("comm", after=self.streams.record())
         offset = self._offsets[exchange.lane][exchange.phase]
         for put in exchange.puts:
             if num_bytes := put.source.numel():
                 target, source = self._bases[put.peer] + offset + put.offset, put.source.data_ptr()
-                copy_async(target, source, num_bytes, stream)
-                if self._log is not None:
-                    self._log.copied(exchange, "put", target, source, num_bytes, stream)
+                self.memory.copy(target, source, num_bytes, stream)
 
     def signal(self, exchange: Exchange) -> None:
-        operations, stream = self._signals[exchange.lane, exchange.phase], self._streams.queue_on("comm")
-        operations.queue(stream)
-        if self._log is not None:
-            self._log.stepped(exchange, "signal", operations.steps, stream)
+        self.memory.run(self._signals[exchange.lane, exchange.phase], self.streams.queue_on("comm"))
 
     def wait(self, exchange: Exchange) -> None:
-        wait, stream = self._waits[exchange.lane, exchange.phase], self._streams.compute_handle
-        wait.queue(located(exchange.label), stream)
-        if self._log is not None:
-            self._log.stepped(exchange, "wait", wait.operations.steps, stream)
+        wait = self._waits[exchange.lane, exchange.phase]
+        wait.announce(located(exchange.label))
+        self.memory.run(wait.operations, self.streams.compute_handle)
 
     def reset(self, exchange: Exchange) -> None:
         """Done: the flags are taken down in the same batch of operations that waits for them."""
@@ -97,16 +90,14 @@ class PeerCopyMailbox:
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return None
 
-    def record_into(self, log: MailboxLog) -> None:
+    def describe(self, names: MemoryNames) -> None:
         for lane, offsets in enumerate(self._offsets):
             for phase in Phase:
-                log.name_box(self.box(lane, phase).data_ptr(), self._sizes[phase], self._group.rank, lane, phase)
+                names.name_box(self.box(lane, phase).data_ptr(), self._sizes[phase], self._group.rank, lane, phase)
                 for rank, base in enumerate(self._bases):
-                    log.name_box(base + offsets[phase], self._sizes[phase], rank, lane, phase)
+                    names.name_box(base + offsets[phase], self._sizes[phase], rank, lane, phase)
                     for source in range(self._group.size):
-                        log.name_flag(self._flag(rank, lane, phase, source), rank, lane, phase, source)
-        self._streams = log.follow(self._streams)
-        self._log = log
+                        names.name_flag(self._flag(rank, lane, phase, source), rank, lane, phase, source)
 
     def _flag(self, rank: int, lane: int, phase: Phase, source: int) -> int:
         return self._bases[rank] + 4 * ((lane * len(Phase) + phase) * self._group.size + source)
@@ -138,11 +129,11 @@ class _Wait:
             self.operations.write(address, _CLEAR)
         self.operations.write(word.address, 0)
 
-    def queue(self, label: str, stream: int) -> None:
+    def announce(self, label: str) -> None:
+        """Tell the watch what is waited for."""
         code = self._word.code(label)
         for number, peer in self._codes:
             self.operations.set_value(number, code + peer)
-        self.operations.queue(stream)
 
 
 class CopyEngineTransport(CudaSlabTransport):

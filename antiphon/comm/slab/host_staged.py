@@ -26,15 +26,14 @@ from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
 from antiphon.comm.slab.chunks import MAX_CHUNKS, chunks_of
 from antiphon.comm.slab.host_memory import share_host_memory
-from antiphon.comm.slab.log import CommStreams, MailboxLog
-from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.mailbox import CommStreams, Exchange, MemoryNames, Phase
 from antiphon.comm.slab.transport import CudaSlabTransport, slab_bytes
 from antiphon.comm.tokens import ExpertShape
 from antiphon.device.cuda_stream_memory import (
     Replay,
+    StreamMemory,
     StreamOperations,
     check_stream_memory_operations,
-    copy_async,
     register_host_memory,
     unregister_host_memory,
 )
@@ -54,8 +53,8 @@ class HostStagedMailbox:
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
     ) -> None:
         self._group = group
-        self._streams: CommStreams = streams
-        self._log: MailboxLog | None = None
+        self.streams: CommStreams = streams
+        self.memory = StreamMemory()
         flush = check_stream_memory_operations(streams.device, "transport host-staged")
         flags_end = aligned(num_lanes * len(Phase) * group.size * MAX_CHUNKS * 4, _ALIGNMENT)
         # Outgoing: one slab for all in dispatch, one for each peer in combine.
@@ -97,10 +96,10 @@ class HostStagedMailbox:
         return self._boxes[lane][phase]
 
     def put(self, exchange: Exchange) -> None:
-        up = self._streams.queue_on("up", after=self._streams.record())
+        up = self.streams.queue_on("up", after=self.streams.record())
         # Not after the compute so far: a peer sends only what this rank's last signal has allowed, and that one was
         # behind this rank's last use of the box. So the peers' slabs come in while the compute of this one goes on.
-        down = self._streams.queue_on("down")
+        down = self.streams.queue_on("down")
         self._announce(exchange, down)
         prepared = self._prepare(exchange, up, down)
         if prepared is None:
@@ -109,7 +108,7 @@ class HostStagedMailbox:
         else:
             prepared.upload.queue(up)
             prepared.download.queue(down)
-        self._arrived[exchange.lane][exchange.phase] = self._streams.record_on("down")
+        self._arrived[exchange.lane][exchange.phase] = self.streams.record_on("down")
 
     def _prepare(self, exchange: Exchange, up: int, down: int) -> _Prepared | None:
         """From the third use on, a replay for each stream: dozens of driver calls become two.
@@ -117,9 +116,9 @@ class HostStagedMailbox:
         Not for slabs that go in one chunk: there are few calls to spare, and in decode few uses of a layout.
         """
         if isinstance(exchange.prepared, _Prepared):
-            return exchange.prepared if self._log is None else None
+            return exchange.prepared
         exchange.prepared = (exchange.prepared or 0) + 1
-        if exchange.prepared <= _USES_BEFORE_REPLAY or self._log is not None or not _goes_in_chunks(exchange):
+        if exchange.prepared <= _USES_BEFORE_REPLAY or not _goes_in_chunks(exchange):
             return None
 
         def upload_and_signal() -> None:
@@ -127,19 +126,20 @@ class HostStagedMailbox:
             self._signal_last(exchange, up)
 
         prepared = exchange.prepared = _Prepared(
-            Replay(up, upload_and_signal), Replay(down, lambda: self._download(exchange, down))
+            self.memory.capture(up, upload_and_signal),
+            self.memory.capture(down, lambda: self._download(exchange, down)),
         )
         return prepared
 
     def signal(self, exchange: Exchange) -> None:
         """The flags of the last chunks; those before were signalled behind their copies. A replay has them all."""
-        if self._log is not None or not isinstance(exchange.prepared, _Prepared):
-            self._signal_last(exchange, self._streams.queue_on("up"))
+        if not isinstance(exchange.prepared, _Prepared):
+            self._signal_last(exchange, self.streams.queue_on("up"))
 
     def wait(self, exchange: Exchange) -> None:
         arrived = self._arrived[exchange.lane][exchange.phase]
         assert arrived is not None
-        self._streams.wait(arrived)
+        self.streams.wait(arrived)
 
     def reset(self, exchange: Exchange) -> None:
         """Done: the down stream has taken each flag down behind its wait."""
@@ -147,22 +147,20 @@ class HostStagedMailbox:
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return None
 
-    def record_into(self, log: MailboxLog) -> None:
+    def describe(self, names: MemoryNames) -> None:
         for lane, boxes in enumerate(self._boxes):
             for phase in Phase:
-                log.name_box(boxes[phase].data_ptr(), boxes[phase].numel(), self._group.rank, lane, phase)
+                names.name_box(boxes[phase].data_ptr(), boxes[phase].numel(), self._group.rank, lane, phase)
                 for rank in range(self._group.size):
                     for peer in range(self._group.size):
-                        self._name_way(log, lane, phase, rank, peer)
-        self._streams = log.follow(self._streams)
-        self._log = log
+                        self._name_way(names, lane, phase, rank, peer)
 
-    def _name_way(self, log: MailboxLog, lane: int, phase: Phase, source: int, reader: int) -> None:
+    def _name_way(self, names: MemoryNames, lane: int, phase: Phase, source: int, reader: int) -> None:
         whom = f"rank {reader}" if phase is Phase.COMBINE else "all"
         name = f"outgoing {phase.name.lower()} slab of rank {source} for {whom}, lane {lane}"
-        log.name_memory(self._slab_at(source, lane, phase, reader), self._slab_bytes[phase], name)
+        names.name_memory(self._slab_at(source, lane, phase, reader), self._slab_bytes[phase], name)
         for chunk in range(MAX_CHUNKS):
-            log.name_flag(self._flag(reader, lane, phase, source, chunk), reader, lane, phase, source, chunk)
+            names.name_flag(self._flag(reader, lane, phase, source, chunk), reader, lane, phase, source, chunk)
 
     def _upload(self, exchange: Exchange, stream: int) -> None:
         """Chunk by chunk to my memory, each followed by its flags; the last ones are left to `signal`."""
@@ -180,9 +178,7 @@ class HostStagedMailbox:
                 if chunk.num_bytes and not (exchange.same_source and uploaded):
                     target = self._slab(self._group.rank, exchange, put.peer) + chunk.start
                     source = put.source.data_ptr() + chunk.start
-                    copy_async(target, source, chunk.num_bytes, stream)
-                    if self._log is not None:
-                        self._log.copied(exchange, "upload", target, source, chunk.num_bytes, stream)
+                    self.memory.copy(target, source, chunk.num_bytes, stream)
                     uploaded = True
                 if number < len(chunks) - 1:
                     flags.append((put.peer, number))
@@ -198,17 +194,12 @@ class HostStagedMailbox:
                 if number >= len(plans[arrival.peer]):
                     continue
                 chunk = plans[arrival.peer][number]
-                wait = self._wait_for(exchange, arrival.peer, number)
-                wait.queue(stream)
-                if self._log is not None:
-                    self._log.stepped(exchange, "wait", wait.steps, stream)
+                self.memory.run(self._wait_for(exchange, arrival.peer, number), stream)
                 if chunk.num_bytes:
                     target = box + arrival.offset + chunk.start
                     source = self._slab(arrival.peer, exchange, self._group.rank) + chunk.start
-                    copy_async(target, source, chunk.num_bytes, stream)
-                    if self._log is not None:
-                        self._log.copied(exchange, "download", target, source, chunk.num_bytes, stream)
-        self._done.queue(stream)
+                    self.memory.copy(target, source, chunk.num_bytes, stream)
+        self.memory.run(self._done, stream)
 
     def _slab(self, owner: int, exchange: Exchange, reader: int) -> int:
         """Address of the slab that `owner` has for `reader`."""
@@ -237,9 +228,7 @@ class HostStagedMailbox:
             for peer, chunk in flags:
                 flag = self._flag(peer, exchange.lane, exchange.phase, self._group.rank, chunk)
                 operations.write(flag, _SET)
-        operations.queue(stream)
-        if self._log is not None:
-            self._log.stepped(exchange, "signal", operations.steps, stream)
+        self.memory.run(operations, stream)
 
     def _wait_for(self, exchange: Exchange, peer: int, chunk: int) -> StreamOperations:
         """Wait for the flag of a chunk, then take it down."""
@@ -256,7 +245,7 @@ class HostStagedMailbox:
         """Tell the watch what the down stream is about to wait for."""
         whom = exchange.arrivals[0].peer if len(exchange.arrivals) == 1 else ALL_PEERS
         self._waiting.set_value(self._code, self._word.code(located(exchange.label)) + whom)
-        self._waiting.queue(stream)
+        self.memory.run(self._waiting, stream)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
 """What one rank queued for the slab protocol: the log that `antiphon.comm.slab.happens_before` proves free of races.
 
-    log = MailboxLog(group.rank)
-    transport.record_into(log)       # on every rank, between the same two exchanges
-    ...                              # any number of whole layers
+    log = record(transport)          # on every rank, before its first exchange
+    ...                              # any number of layers
     problems = check([log.events for every rank])
 
 An event says which stream of which rank does what to which bytes, flag or event of a stream. The order of the list is
@@ -10,7 +9,8 @@ that in which the host queued; what holds beyond it is left to the checker: an o
 over flags. On the CPU there is one stream, "host". Addresses are those that the copies and flags got, and names are
 found from them, so that a wrong address shows.
 
-Only whole exchanges make sense of a log: `TransportPart.WHOLE`.
+`record` puts wrappers around the mailbox, its memory and its streams. A transport that is not recorded knows nothing
+of them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 
-from antiphon.comm.slab.mailbox import Exchange, Phase
-from antiphon.device.cuda_stream_memory import MemoryStep
+from antiphon.comm.slab.mailbox import CommStreams, Exchange, Mailbox, MemoryNames, Phase
+from antiphon.comm.slab.shared_memory import FlaggedMemory, SharedMemoryMailbox, Words, flag_address
+from antiphon.comm.slab.transport import Layout, SlabTransport
+from antiphon.device.cuda_stream_memory import MemoryStep, Replay, StreamMemory, StreamOperations
 from antiphon.runtime import Event
 
 NAMELESS = "memory without a name"
@@ -61,19 +63,20 @@ class LoggedEvent(NamedTuple):
     label: str
 
 
-class CommStreams(Protocol):
-    """What the media of CUDA devices use of `CudaStreams`."""
-
-    @property
-    def compute_handle(self) -> int: ...
-
-    def record(self) -> Event: ...
-
-    def wait(self, event: Event) -> None: ...
-
-    def queue_on(self, name: str, *, after: Event | None = None) -> int: ...
-
-    def record_on(self, name: str) -> Event: ...
+def record(transport: SlabTransport) -> MailboxLog:
+    """Log from now on what `transport` queues. All ranks call it before their first exchange."""
+    log, mailbox, rank = MailboxLog(transport.group.rank), transport.mailbox, transport.group.rank
+    mailbox.describe(log)
+    for lane, sums in enumerate(transport.partial_sums):
+        log.name_memory(sums.data_ptr(), sums.nbytes, f"partial sums of rank {rank}, lane {lane}")
+    if isinstance(mailbox, SharedMemoryMailbox):
+        mailbox.memory = _LoggedFlags(log)
+    else:
+        assert isinstance(mailbox, _StreamMailbox)
+        mailbox.streams = log.follow(mailbox.streams)
+        mailbox.memory = _LoggedStreamMemory(mailbox.memory, log)
+    transport.mailbox = LoggedMailbox(mailbox, transport, log)
+    return log
 
 
 class MailboxLog:
@@ -87,8 +90,9 @@ class MailboxLog:
         self._flags: dict[int, str] = {}
         self._streams: dict[int | None, str] = {None: _HOST}
         self._rounds: dict[int, int] = {}
+        self.exchange: Exchange | None = None  # the one that the mailbox works on
 
-    # ---- names, given before anything is logged; of two for the same address the first one holds
+    # ---- names, given before anything is logged
 
     def name_memory(self, address: int, num_bytes: int, name: str) -> None:
         self._memories.setdefault(address, (num_bytes, name))
@@ -98,7 +102,6 @@ class MailboxLog:
         self.name_memory(address, num_bytes, f"{phase.name.lower()} box of rank {owner}, lane {lane}")
 
     def name_flag(self, address: int, reader: int, lane: int, phase: Phase, source: int, chunk: int = 0) -> None:
-        """The flag at `reader` that `source` sets."""
         name = f"{phase.name.lower()} flag {chunk} from rank {source} at rank {reader}, lane {lane}"
         self._flags.setdefault(address, name)
 
@@ -124,6 +127,9 @@ class MailboxLog:
             self._tensor(Action.READ, part, "local sum", exchange)
 
     # ---- what a medium does; stream: the raw handle, `None` on the CPU
+
+    def stream_name(self, stream: int) -> str:
+        return self._streams[stream]
 
     def copied(
         self, exchange: Exchange, operation: str, target: int, source: int, num_bytes: int, stream: int | None = None
@@ -196,6 +202,134 @@ class _Part(NamedTuple):
     lane: int
     phase: Phase
     label: str
+
+
+class LoggedMailbox:
+    """A `Mailbox` that does what `inner` does, and logs it with what `transport` does around it.
+
+    The experts read the box and write partial sums: logged at the first and at the last moment that they can.
+    """
+
+    def __init__(self, inner: Mailbox, transport: SlabTransport, log: MailboxLog) -> None:
+        self.inner = inner
+        self._transport = transport
+        self._log = log
+
+    def box(self, lane: int, phase: Phase) -> torch.Tensor:
+        return self.inner.box(lane, phase)
+
+    def put(self, exchange: Exchange) -> None:
+        self._log.exchange = exchange
+        if exchange.phase is Phase.DISPATCH:
+            self._log.packed(exchange, exchange.puts[0].source)
+        else:
+            self._log_experts(exchange)
+        self.inner.put(exchange)
+
+    def signal(self, exchange: Exchange) -> None:
+        self._log.exchange = exchange
+        self.inner.signal(exchange)
+
+    def wait(self, exchange: Exchange) -> None:
+        self._log.exchange = exchange
+        self.inner.wait(exchange)
+
+    def reset(self, exchange: Exchange) -> None:
+        self._log.exchange = exchange
+        self.inner.reset(exchange)
+        if exchange.phase is Phase.DISPATCH:
+            self._log_experts(exchange)
+        else:
+            self._log.summed(exchange, self._layout(exchange).home)
+
+    def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
+        return self.inner.ready_ns(exchange)
+
+    def describe(self, names: MemoryNames) -> None:
+        self.inner.describe(names)
+
+    def _layout(self, exchange: Exchange) -> Layout:
+        layout = self._transport.exchanges[exchange.lane]
+        assert layout is not None
+        return layout
+
+    def _log_experts(self, exchange: Exchange) -> None:
+        layout = self._layout(exchange)
+        self._log.experts(exchange.lane, layout.box, layout.partials_RD, exchange.label)
+
+
+class _LoggedFlags(FlaggedMemory):
+    """What a CPU does to shared memory."""
+
+    def __init__(self, log: MailboxLog) -> None:
+        self._log = log
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        super().copy(target, source)
+        self._log.copied(self._exchange, "put", target.data_ptr(), source.data_ptr(), target.numel())
+
+    def set_flag(self, words: Words, number: int) -> None:
+        super().set_flag(words, number)
+        self._log.flag(Action.SET, self._exchange, "signal", flag_address(words, number))
+
+    def arrival_ns(self, words: Words, number: int) -> int:
+        self._log.flag(Action.WAIT, self._exchange, "wait", flag_address(words, number))
+        return super().arrival_ns(words, number)
+
+    def clear_flag(self, words: Words, number: int) -> None:
+        super().clear_flag(words, number)
+        self._log.flag(Action.CLEAR, self._exchange, "reset", flag_address(words, number))
+
+    @property
+    def _exchange(self) -> Exchange:
+        assert self._log.exchange is not None
+        return self._log.exchange
+
+
+@runtime_checkable
+class _StreamMailbox(Protocol):
+    """What the mailboxes of devices have beside `Mailbox`."""
+
+    streams: CommStreams
+    memory: StreamMemory
+
+
+_COPIES = {"up": "upload", "down": "download"}
+"""What a copy on a stream is called."""
+
+
+class _LoggedStreamMemory(StreamMemory):
+    """What a device's streams do. Instead of a capture, everything is queued again one by one, and logged."""
+
+    def __init__(self, inner: StreamMemory, log: MailboxLog) -> None:
+        self._inner = inner
+        self._log = log
+
+    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        self._inner.copy(target, source, num_bytes, stream)
+        operation = _COPIES.get(self._log.stream_name(stream), "put")
+        assert self._log.exchange is not None
+        self._log.copied(self._log.exchange, operation, target, source, num_bytes, stream)
+
+    def run(self, operations: StreamOperations, stream: int) -> None:
+        self._inner.run(operations, stream)
+        steps = operations.steps
+        operation = "signal" if all(step.value and not step.waits for step in steps) else "wait"
+        assert self._log.exchange is not None
+        self._log.stepped(self._log.exchange, operation, steps, stream)
+
+    def capture(self, stream: int, queue: Callable[[], None]) -> Replay:
+        return cast("Replay", _Again(queue))
+
+
+class _Again:
+    """Stands for a replay."""
+
+    def __init__(self, queue: Callable[[], None]) -> None:
+        self._queue = queue
+
+    def queue(self, stream: int) -> None:
+        self._queue()
 
 
 class _LoggedStreams:

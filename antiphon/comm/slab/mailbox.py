@@ -32,12 +32,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from antiphon.comm.slab.log import MailboxLog
+from antiphon.runtime import Event
 
 
 class Phase(IntEnum):
@@ -107,6 +106,33 @@ class Mailbox(Protocol):
         """For `Pending.ready_ns`: when the last slab of the exchange was there, if the medium can tell."""
         ...
 
-    def record_into(self, log: MailboxLog) -> None:
-        """Name my memory and flags to `log`, and log what is queued from now on. Between two exchanges."""
+    def describe(self, names: MemoryNames) -> None:
+        """Say what lies at which address: boxes, flags, and what else slabs pass through."""
         ...
+
+
+class MemoryNames(Protocol):
+    """Takes the names of memories and flags; of two names for the same address the first one holds."""
+
+    def name_memory(self, address: int, num_bytes: int, name: str) -> None: ...
+
+    def name_box(self, address: int, num_bytes: int, owner: int, lane: int, phase: Phase) -> None: ...
+
+    def name_flag(self, address: int, reader: int, lane: int, phase: Phase, source: int, chunk: int = 0) -> None:
+        """The flag at `reader` that `source` sets."""
+        ...
+
+
+class CommStreams(Protocol):
+    """What the media of CUDA devices use of `CudaStreams`."""
+
+    @property
+    def compute_handle(self) -> int: ...
+
+    def record(self) -> Event: ...
+
+    def wait(self, event: Event) -> None: ...
+
+    def queue_on(self, name: str, *, after: Event | None = None) -> int: ...
+
+    def record_on(self, name: str) -> Event: ...

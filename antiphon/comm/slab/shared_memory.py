@@ -24,14 +24,35 @@ from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
 from antiphon.comm.slab.host_memory import share_host_memory
-from antiphon.comm.slab.log import Action, MailboxLog
-from antiphon.comm.slab.mailbox import Exchange, Mailbox, Phase
+from antiphon.comm.slab.mailbox import Exchange, Mailbox, MemoryNames, Phase
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.comm.tokens import ExpertShape
 from antiphon.machine.facts import Facts
 
 _FLAG_WORDS = 2
 _ALIGNMENT = 256
+
+
+Words = np.ndarray[Any, Any]
+"""The flag words of one rank, of 64 bits."""
+
+
+class FlaggedMemory:
+    """What a rank does to memory that others have mapped. A recorder may take its place."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def set_flag(self, words: Words, number: int) -> None:
+        words[number + 1] = time.perf_counter_ns()
+        words[number] = 1
+
+    def arrival_ns(self, words: Words, number: int) -> int:
+        """When a flag was set; only behind a wait for it."""
+        return int(words[number + 1])
+
+    def clear_flag(self, words: Words, number: int) -> None:
+        words[number] = 0
 
 
 class SharedMemoryMailbox:
@@ -52,7 +73,7 @@ class SharedMemoryMailbox:
             for memory in memories
         ]
         self._arrived_ns = [[0, 0] for _ in range(num_lanes)]
-        self._log: MailboxLog | None = None
+        self.memory = FlaggedMemory()
 
     def box(self, lane: int, phase: Phase) -> torch.Tensor:
         return self._boxes[self._group.rank][lane][phase]
@@ -60,19 +81,12 @@ class SharedMemoryMailbox:
     def put(self, exchange: Exchange) -> None:
         for put in exchange.puts:
             box = self._boxes[put.peer][exchange.lane][exchange.phase]
-            target = box[put.offset : put.offset + put.source.numel()]
-            target.copy_(put.source)
-            if self._log is not None:
-                self._log.copied(exchange, "put", target.data_ptr(), put.source.data_ptr(), target.numel())
+            self.memory.copy(box[put.offset : put.offset + put.source.numel()], put.source)
 
     def signal(self, exchange: Exchange) -> None:
         word = self._word(exchange.lane, exchange.phase, self._group.rank)
         for put in exchange.puts:
-            flags = self._flags[put.peer]
-            flags[word + 1] = time.perf_counter_ns()
-            flags[word] = 1
-            if self._log is not None:
-                self._log.flag(Action.SET, exchange, "signal", self._address(put.peer, word))
+            self.memory.set_flag(self._flags[put.peer], word)
 
     def wait(self, exchange: Exchange) -> None:
         flags = self._flags[self._group.rank]
@@ -81,38 +95,28 @@ class SharedMemoryMailbox:
             word = self._word(exchange.lane, exchange.phase, arrival.peer)
             if flags[word] == 0:
                 self._group.wait_until(partial(_is_set, flags, word), exchange.label, peer=arrival.peer)
-            if self._log is not None:
-                self._log.flag(Action.WAIT, exchange, "wait", self._address(self._group.rank, word))
-            arrived_ns = max(arrived_ns, int(flags[word + 1]))
+            arrived_ns = max(arrived_ns, self.memory.arrival_ns(flags, word))
         self._arrived_ns[exchange.lane][exchange.phase] = arrived_ns
 
     def reset(self, exchange: Exchange) -> None:
         flags = self._flags[self._group.rank]
         for arrival in exchange.arrivals:
-            word = self._word(exchange.lane, exchange.phase, arrival.peer)
-            flags[word] = 0
-            if self._log is not None:
-                self._log.flag(Action.CLEAR, exchange, "reset", self._address(self._group.rank, word))
+            self.memory.clear_flag(flags, self._word(exchange.lane, exchange.phase, arrival.peer))
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return lambda: self._arrived_ns[exchange.lane][exchange.phase] or None
 
-    def record_into(self, log: MailboxLog) -> None:
+    def describe(self, names: MemoryNames) -> None:
         for rank, boxes in enumerate(self._boxes):
             for lane, of_lane in enumerate(boxes):
                 for phase in Phase:
-                    log.name_box(of_lane[phase].data_ptr(), of_lane[phase].numel(), rank, lane, phase)
+                    names.name_box(of_lane[phase].data_ptr(), of_lane[phase].numel(), rank, lane, phase)
                     for source in range(self._group.size):
-                        address = self._address(rank, self._word(lane, phase, source))
-                        log.name_flag(address, rank, lane, phase, source)
-        self._log = log
+                        address = flag_address(self._flags[rank], self._word(lane, phase, source))
+                        names.name_flag(address, rank, lane, phase, source)
 
     def _word(self, lane: int, phase: Phase, source: int) -> int:
         return ((lane * len(Phase) + phase) * self._group.size + source) * _FLAG_WORDS
-
-    def _address(self, rank: int, word: int) -> int:
-        """Of a flag word of `rank`, in this process."""
-        return int(self._flags[rank].ctypes.data) + 8 * word
 
 
 class SharedMemoryTransport(SlabTransport):
@@ -138,5 +142,10 @@ class SharedMemoryTransport(SlabTransport):
         )
 
 
-def _is_set(flags: np.ndarray[Any, Any], word: int) -> bool:
-    return bool(flags[word] != 0)
+def flag_address(words: Words, number: int) -> int:
+    """Where a flag lies, in this process."""
+    return int(words.ctypes.data) + words.itemsize * number
+
+
+def _is_set(words: Words, number: int) -> bool:
+    return bool(words[number] != 0)

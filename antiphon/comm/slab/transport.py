@@ -17,44 +17,42 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 
-from antiphon.comm.counts import exchange_counts
 from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import World
 from antiphon.comm.row_format import RowFormat
-from antiphon.comm.slab.log import MailboxLog
 from antiphon.comm.slab.mailbox import Arrival, Exchange, Mailbox, Phase, Put
+from antiphon.comm.stepwise import StepwiseTransport
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport, TransportPart
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
 from antiphon.kernels.pack import add_in_rank_order, pack_rows
 from antiphon.runtime import Streams
-
-T = TypeVar("T")
-
 
 _KEPT_LAYOUTS = 64
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Layout:
+class Layout:
     """All that follows from the numbers of tokens of one lane: views of its buffers, and what goes where.
 
     Made once for each numbers of tokens, because making it takes the host longer than sending.
     """
 
-    tokens_by_rank: tuple[int, ...]
+    lane: int
+    num_tokens: int  # of this rank
     packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, weights and ids in my own slab
     rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, ids and weights of all ranks
+    box: torch.Tensor  # those rows as bytes
     partials_RD: torch.Tensor
     home: list[torch.Tensor]  # the sums for my tokens [T, D], in order of rank; my own in its place
     dispatch: Exchange
     combine: Exchange
 
 
-class SlabTransport(Transport):
+class SlabTransport(StepwiseTransport[Layout]):
     """Dispatch and combine over `mailbox`, which an implementation makes in `_make_mailbox`."""
 
     def __init__(
@@ -72,72 +70,22 @@ class SlabTransport(Transport):
         rows = group.size * max_tokens
         self.mailbox = self._make_mailbox(rows * self._format.row_bytes, rows * self._sum_bytes)
         with torch.inference_mode(False):  # usable inside of it and outside
-            self._partials = [
+            self.partial_sums = [
                 torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=streams.device) for _ in range(num_lanes)
             ]
-        self._layouts: list[dict[tuple[int, ...], _Layout]] = [{} for _ in range(num_lanes)]
-        self._current: list[_Layout | None] = [None] * num_lanes  # of the last dispatch
-        self._log: MailboxLog | None = None
+        self._layouts: list[dict[tuple[int, ...], Layout]] = [{} for _ in range(num_lanes)]
 
     def last_exchange(self, lane: int, phase: Phase) -> Exchange | None:
         """That of the lane's last dispatch, or the one that answers it; for tests and reports."""
-        layout = self._current[lane]
+        layout = self.exchanges[lane]
         return None if layout is None else (layout.dispatch, layout.combine)[phase]
-
-    def record_into(self, log: MailboxLog) -> None:
-        """Log what is queued from now on, for `antiphon.comm.slab.happens_before.check`. No exchange may be under way.
-
-        All ranks call it between the same two exchanges; `part` stays `TransportPart.WHOLE`.
-        """
-        self.mailbox.record_into(log)
-        for lane, sums in enumerate(self._partials):
-            num_bytes = sums.numel() * sums.element_size()
-            log.name_memory(sums.data_ptr(), num_bytes, f"partial sums of rank {self.group.rank}, lane {lane}")
-        self._log = log
 
     @abstractmethod
     def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
         """All ranks call it at once. The sizes are those of a lane's boxes."""
 
-    def send_tokens(
-        self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
-    ) -> Flight[Rows]:
-        if tokens_by_rank is None:
-            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], lane=lane, label=label)
-        layout = self._current[lane] = self._layout(lane, tokens_by_rank)
-        if self.part is not TransportPart.LINK_ONLY:
-            pack_rows(*layout.packed, x_TD, routes.weights_TK, routes.ids_TK)
-        if self._log is not None:
-            self._log.packed(layout.dispatch, layout.dispatch.puts[0].source)
-        self._send(layout.dispatch, label)
-
-        def wait() -> Rows:
-            self._receive(layout.dispatch)
-            if self._log is not None:
-                self._log_experts(lane, layout, label)
-            return self.rows(*layout.rows, layout.partials_RD)
-
-        return self._flight(wait, layout.dispatch)
-
-    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
-        layout = self._current[lane]
-        assert layout is not None
-        self.keep_sums(layout.partials_RD, partial_RD)
-        if self._log is not None:
-            self._log_experts(lane, layout, label)
-        self._send(layout.combine, label)
-
-        def wait() -> torch.Tensor:
-            self._receive(layout.combine)
-            if self.part is TransportPart.LINK_ONLY:
-                return layout.home[self.group.rank]
-            if self._log is not None:
-                self._log.summed(layout.combine, layout.home)
-            return add_in_rank_order(layout.home)
-
-        return self._flight(wait, layout.combine)
-
-    def _layout(self, lane: int, tokens_by_rank: tuple[int, ...]) -> _Layout:
+    def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> Layout:
+        assert tokens_by_rank is not None
         layouts = self._layouts[lane]
         layout = layouts.pop(tokens_by_rank, None)
         if layout is None:
@@ -148,7 +96,25 @@ class SlabTransport(Transport):
         layouts[tokens_by_rank] = layout  # in order of their last use
         return layout
 
-    def _make_layout(self, lane: int, tokens_by_rank: tuple[int, ...]) -> _Layout:
+    def pack(self, exchange: Layout, x_TD: torch.Tensor, routes: Routes) -> None:
+        pack_rows(*exchange.packed, x_TD, routes.weights_TK, routes.ids_TK)
+
+    def send(self, exchange: Layout, label: str) -> Flight[None]:
+        return self._send(exchange.dispatch, label)
+
+    def rows_of(self, exchange: Layout) -> Rows:
+        return self.rows(*exchange.rows, exchange.partials_RD)
+
+    def partials_of(self, exchange: Layout) -> torch.Tensor:
+        return exchange.partials_RD
+
+    def send_back(self, exchange: Layout, label: str) -> Flight[None]:
+        return self._send(exchange.combine, label)
+
+    def add(self, exchange: Layout) -> torch.Tensor:
+        return add_in_rank_order(exchange.home)
+
+    def _make_layout(self, lane: int, tokens_by_rank: tuple[int, ...]) -> Layout:
         me, size, form = self.group.rank, self.group.size, self._format
         peers = [(me + step) % size for step in range(1, size)]
         starts = (0, *accumulate(tokens_by_rank))
@@ -158,14 +124,16 @@ class SlabTransport(Transport):
 
         rows = self.mailbox.box(lane, Phase.DISPATCH)[: starts[-1] * form.row_bytes].view(-1, form.row_bytes)
         mine = part_of(rows, me)
-        partials_RD = self._partials[lane][: starts[-1]]
+        partials_RD = self.partial_sums[lane][: starts[-1]]
         my_bytes = tokens_by_rank[me] * self._sum_bytes
         home = self.mailbox.box(lane, Phase.COMBINE)[: size * my_bytes].view(self.shape.dtype)
         home_WTD = home.view(size, tokens_by_rank[me], self.shape.hidden_size)
-        return _Layout(
-            tokens_by_rank=tokens_by_rank,
+        return Layout(
+            lane=lane,
+            num_tokens=tokens_by_rank[me],
             packed=(form.x(mine), form.weights(mine), form.ids(mine)),
             rows=(form.x(rows), form.ids(rows), form.weights(rows)),
+            box=rows.view(-1),
             partials_RD=partials_RD,
             home=[part_of(partials_RD, rank) if rank == me else home_WTD[rank] for rank in range(size)],
             dispatch=Exchange(
@@ -194,30 +162,22 @@ class SlabTransport(Transport):
             ),
         )
 
-    def _send(self, exchange: Exchange, label: str) -> None:
+    def _send(self, exchange: Exchange, label: str) -> Flight[None]:
         exchange.label = label
-        if self.part is not TransportPart.COMPUTE_ONLY:
-            self.group.note(label, "slabs")
-            self.mailbox.put(exchange)
-            self.mailbox.signal(exchange)
+        self.group.note(label, "slabs")
+        self.mailbox.put(exchange)
+        self.mailbox.signal(exchange)
 
-    def _receive(self, exchange: Exchange) -> None:
-        if self.part is not TransportPart.COMPUTE_ONLY:
+        def wait() -> None:
             self.mailbox.wait(exchange)
             self.mailbox.reset(exchange)
 
-    def _flight(self, wait: Callable[[], T], exchange: Exchange) -> Flight[T]:
         return Flight(
             wait=wait,
             ready_ns=self.mailbox.ready_ns(exchange),
             num_bytes=exchange.num_bytes,
             num_messages=int(bool(exchange.puts)),
         )
-
-    def _log_experts(self, lane: int, layout: _Layout, label: str) -> None:
-        assert self._log is not None
-        num_bytes = sum(layout.tokens_by_rank) * self._format.row_bytes
-        self._log.experts(lane, self.mailbox.box(lane, Phase.DISPATCH)[:num_bytes], layout.partials_RD, label)
 
 
 class CudaSlabTransport(SlabTransport):

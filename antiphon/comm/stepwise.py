@@ -1,0 +1,145 @@
+"""Transports whose phases are made of steps, each of them either computation or communication.
+
+    dispatch   plan, pack ──send──► rows
+    combine    keep ──send_back──► add
+
+Computation: `plan`, `pack`, `keep` and `add`. Communication: `send` and `send_back`, with their waits. The steps are
+called in this order; whoever measures a transport may also call those of one kind alone.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from antiphon.comm.counts import exchange_counts
+from antiphon.comm.group import RankGroup
+from antiphon.comm.tokens import ExpertShape, Routes, Rows
+from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport
+from antiphon.runtime import Streams
+
+T = TypeVar("T")
+
+
+class Planned(Protocol):
+    """What every exchange has: the lane, and the number of tokens of this rank."""
+
+    @property
+    def lane(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+ExchangeT = TypeVar("ExchangeT", bound=Planned)
+
+
+class StepwiseTransport(Transport, Generic[ExchangeT]):
+    """Implementations fill in the steps. `ExchangeT` is what they know of a dispatch and of its combine."""
+
+    wants_counts = True  # whether `plan` must know how many tokens every rank sends
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        *,
+        group: RankGroup,
+        streams: Streams,
+        num_lanes: int,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+    ) -> None:
+        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
+        self.exchanges: list[ExchangeT | None] = [None] * num_lanes  # the last one of each lane
+
+    # ---- the steps
+
+    @abstractmethod
+    def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> ExchangeT:
+        """What goes where. tokens_by_rank: `None` only if `wants_counts` is false."""
+
+    @abstractmethod
+    def pack(self, exchange: ExchangeT, x_TD: torch.Tensor, routes: Routes) -> None:
+        """Write tokens and routes into the buffer that is sent."""
+
+    @abstractmethod
+    def send(self, exchange: ExchangeT, label: str) -> Flight[None]:
+        """Start the exchange of what was packed."""
+
+    @abstractmethod
+    def rows_of(self, exchange: ExchangeT) -> Rows:
+        """What has arrived."""
+
+    @abstractmethod
+    def partials_of(self, exchange: ExchangeT) -> torch.Tensor:
+        """The transport's own memory for the partial sums of these rows [R, D]."""
+
+    def keep(self, exchange: ExchangeT, partial_RD: torch.Tensor) -> None:
+        """Copy the caller's sums into the transport's memory, unless they were written there (`Rows.out_RD`)."""
+        own_RD = self.partials_of(exchange)
+        if partial_RD.data_ptr() != own_RD.data_ptr():
+            own_RD.copy_(partial_RD)
+
+    @abstractmethod
+    def send_back(self, exchange: ExchangeT, label: str) -> Flight[None]:
+        """Start the exchange of the sums that were kept."""
+
+    @abstractmethod
+    def add(self, exchange: ExchangeT) -> torch.Tensor:
+        """The sums that came back, added: [T, D], new."""
+
+    # ---- the phases
+
+    def send_tokens(
+        self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
+    ) -> Flight[Rows]:
+        if tokens_by_rank is None and self.wants_counts:
+            tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], lane=lane, label=label)
+        exchange = self.exchanges[lane] = self.plan(lane, routes, tokens_by_rank)
+        self.pack(exchange, x_TD, routes)
+        return then(self.send(exchange, label), lambda: self.rows_of(exchange))
+
+    def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
+        exchange = self.exchanges[lane]
+        assert exchange is not None
+        self.keep(exchange, partial_RD)
+        return then(self.send_back(exchange, label), lambda: self.add(exchange))
+
+
+class Work(Protocol):
+    """A collective under way, on the CPU or on a device."""
+
+    def wait(self) -> None: ...
+
+    def ready_ns(self) -> int | None: ...
+
+
+def flight_of(work: Work | None, *, num_bytes: int, num_messages: int = 1) -> Flight[None]:
+    """The flight of one collective; of none, where there was nothing to send."""
+    if work is None:
+        return Flight(wait=lambda: None, num_bytes=num_bytes, num_messages=num_messages)
+    return Flight(wait=work.wait, ready_ns=work.ready_ns, num_bytes=num_bytes, num_messages=num_messages)
+
+
+def then(sent: Flight[None], result: Callable[[], T]) -> Flight[T]:
+    """The same flight, with a result that is made when it has arrived."""
+
+    def wait() -> T:
+        sent.wait()
+        return result()
+
+    def launch() -> None:
+        assert sent.launch is not None
+        sent.launch()
+        flight.num_bytes, flight.num_messages = sent.num_bytes, sent.num_messages
+
+    flight = Flight(
+        wait=wait,
+        launch=None if sent.launch is None else launch,
+        ready_ns=sent.ready_ns,
+        num_bytes=sent.num_bytes,
+        num_messages=sent.num_messages,
+    )
+    return flight
