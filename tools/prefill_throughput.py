@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from antiphon import LLM, SamplingParams
-from antiphon.device.device import describe, device_for_rank
+from antiphon.device.table import rank_device
 from antiphon.machine.versions import versions
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         "bench": "prefill throughput",
         "what": "prefill tokens per second and GPU, from LLM.generate to its return",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "devices": [describe(device_for_rank(kind, rank)) for rank in range(options.ranks)],
+        "devices": [rank_device(kind, rank).describe() for rank in range(options.ranks)],
         "versions": versions(),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "transport": stats["transport"],

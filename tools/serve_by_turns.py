@@ -26,7 +26,7 @@ from antiphon.bench.dbo import compare_modes
 from antiphon.bench.serve.load import ServeOptions, run_serve
 from antiphon.bench.serve.workload import Workload
 from antiphon.config.resolve import resolve_device
-from antiphon.device.device import describe, device_for_rank
+from antiphon.device.table import rank_device
 from antiphon.machine.versions import versions
 
 MODES = ("off", "on")
@@ -116,7 +116,7 @@ def one_load(url: str, options: argparse.Namespace, *, seed: int) -> dict[str, A
 
 def to_result(options: argparse.Namespace, words: list[str], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     kind, _ = resolve_device(options.device or "auto", options.ranks)
-    where = [{"device": describe(device_for_rank(kind, rank)), "versions": versions()} for rank in range(options.ranks)]
+    where = [{"device": rank_device(kind, rank).describe(), "versions": versions()} for rank in range(options.ranks)]
     told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     return {
         "bench": "serve by turns",

@@ -18,8 +18,7 @@ from typing import Generic, TypeVar
 import torch
 
 from antiphon.comm import RankGroup
-from antiphon.device.device import synchronize
-from antiphon.device.timing import timer_for
+from antiphon.device.table import device_of
 
 T = TypeVar("T")
 
@@ -40,12 +39,12 @@ class ArmClock:
 
     def __init__(self, group: RankGroup, device: torch.device) -> None:
         self._group = group
-        self._device = device
-        self._timer = timer_for(device)
+        self._device = device_of(device)
+        self._timer = self._device.timer()
 
     def measure(self, run: Callable[[], T]) -> Timed[T]:
         """Run it once, after all ranks have met."""
-        synchronize(self._device)
+        self._device.synchronize()
         meet(self._group)
         self._timer.start()
         start_ns = time.perf_counter_ns()

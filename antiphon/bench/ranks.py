@@ -165,10 +165,10 @@ def _call(rank: int, folder: Path) -> Any:
         ProgressBoard,
         RankGroup,
     )
-    from antiphon.device.device import activate, device_for_rank
+    from antiphon.device.table import rank_device
 
-    device = device_for_rank(task["device"], rank)
-    activate(device)
+    device = rank_device(task["device"], rank)
+    device.activate()
     group = RankGroup.connect(
         rank=rank,
         size=task["ranks"],
@@ -176,7 +176,7 @@ def _call(rank: int, folder: Path) -> Any:
         timeout_s=task["timeout_s"],
         board=ProgressBoard(folder / _PROGRESS_FILE, size=task["ranks"]),
     )
-    result = function(group, device, task["options"])
+    result = function(group, device.torch_device, task["options"])
     group.close()  # not after an error: the process ends, and its watch may be needed until then
     return result
 

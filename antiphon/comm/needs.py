@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from antiphon.machine.advice import Advice, for_docker, format_bytes
 from antiphon.machine.facts import UNLIMITED, Check, Facts, Peer, peers_forbidden
+from antiphon.runtime import Device, find_device
 
 _NCCL_SEGMENT_BYTES = 10 << 20
 """What NCCL allocates in /dev/shm for one connection; less is not enough for any."""
@@ -23,8 +24,8 @@ _NCCL_SHM_BYTES = 1 << 30
 class World:
     """The ranks that a transport is to serve, on one host, each with a device of its own.
 
-    device_kind: "cpu" or "cuda". peer_access: whether the user allows it. host_bytes: of all ranks' slabs in host
-    memory; `None` for what the transport would take.
+    device_kind: a kind of `antiphon.device.table`. peer_access: whether the user allows it. host_bytes: of all ranks'
+    slabs in host memory; `None` for what the transport would take.
     """
 
     ranks: int
@@ -33,6 +34,11 @@ class World:
     num_lanes: int = 2
     max_tokens: int = 8192
     host_bytes: int | None = None
+
+    @property
+    def device(self) -> Device:
+        """The first of the devices, for their capabilities."""
+        return find_device(self.device_kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ def peers_to_talk_to(facts: Facts | None, world: World) -> Refusal | None:
     """What makes every other question pointless: no peers, or not a device for every rank."""
     if world.ranks == 1:
         return Refusal("one rank sends nothing, local is used", "ask for --ranks 2 or more")
-    if world.device_kind == "cpu" or facts is None:
+    if not world.device.peer_access or facts is None:  # what facts know of GPUs is CUDA's
         return None
     count = len(facts.gpus.devices)
     if count >= world.ranks:
@@ -78,7 +84,7 @@ def peers_to_talk_to(facts: Facts | None, world: World) -> Refusal | None:
 
 def gpus(world: World) -> Refusal | None:
     """GPUs, for what their copy engines move."""
-    if world.device_kind == "cuda":
+    if world.device.stream_memory_operations:
         return None
     remedy = "" if world.ranks == 1 else "use shared-memory, the same protocol for CPUs"
     return Refusal("between GPUs, and the ranks run on CPUs", remedy)

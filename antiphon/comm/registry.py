@@ -24,7 +24,7 @@ from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Transport
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.machine.facts import Facts, peers_forbidden
-from antiphon.runtime import Streams
+from antiphon.runtime import Device, Streams, find_device
 
 _CLASSES = {
     "local": ("antiphon.comm.local:LocalTransport",),
@@ -124,7 +124,7 @@ def choose_transport(
     world = World(ranks=num_ranks, device_kind=device_kind, peer_access=peer_access)
     if spec.name in _CLASSES and (refusal := _refusal(spec.name, None, shape, world)):
         raise refused(spec, refusal)
-    if spec.ctas is not None and device_kind != "cuda":
+    if spec.ctas is not None and not world.device.sm_carveout:
         raise OptionError(
             f"transport {str(spec)!r} limits the blocks of NCCL's kernels",
             limit="the ranks run on CPUs",
@@ -137,7 +137,7 @@ def choose_transport(
     reached = num_ranks * (1 - (1 - 1 / num_ranks) ** shape.top_k)
     saving = 1 - reached / num_ranks
     fact = f"routed uniformly, a token with {shape.top_k} experts reaches {reached:.1f} of {num_ranks} ranks"
-    if device_kind == "cuda" and saving < _WORTHWHILE_SAVING_OF_SLABS:
+    if world.device.stream_memory_operations and saving < _WORTHWHILE_SAVING_OF_SLABS:
         for name, reason in _SLABS_OF_GPUS.items():
             if _refusal(name, None, shape, world) is None:
                 return replace(spec, name=name), reason
@@ -223,9 +223,10 @@ def create_transport(
     Raises `OptionError` for an unknown name, a class that cannot be loaded, or ranks that the transport cannot serve.
     """
     spec = parse_transport(spec) if isinstance(spec, str) else spec
-    device_kind = streams.device.type
+    device = streams.owner
+    device_kind = device.kind
     allowed = peer_access and not peers_forbidden(os.environ)
-    reached = _peers_reach(group, streams.device, allowed=allowed)
+    reached = _peers_reach(group, device, allowed=allowed)
     # A transport that was named is tried, whatever the driver says: its error says what the machine lacks.
     peer_access = reached if spec.name == "auto" else allowed
     spec, _ = choose_transport(spec, shape, group.size, device_kind=device_kind, peer_access=peer_access)
@@ -240,20 +241,18 @@ def create_transport(
     return SimulatedTransport(transport, spec.link)
 
 
-def _peers_reach(group: RankGroup, device: torch.device, *, allowed: bool) -> bool:
+def _peers_reach(group: RankGroup, device: Device, *, allowed: bool) -> bool:
     """Whether all devices may and can access each other's memory, asked on every rank: each sees its own side only."""
-    if device.type != "cuda" or group.size == 1:
+    if not device.peer_access or group.size == 1:
         return False
-    from antiphon.machine.cuda import identity, reaches  # only where there are such devices
-
-    devices = group.all_gather_object(identity(device.index))
-    return all(group.all_gather_object(allowed and reaches(device, devices)))
+    devices = group.all_gather_object(device.identity())
+    return all(group.all_gather_object(allowed and device.reaches(devices)))
 
 
-def load_transport(spec: TransportSpec, device_type: str = "cpu") -> type[Transport]:
+def load_transport(spec: TransportSpec, device_kind: str = "cpu") -> type[Transport]:
     """The class behind a name that is not `auto`. Raises `OptionError` if it cannot be loaded."""
     paths = _CLASSES.get(spec.name, (spec.name,))
-    path = paths[-1 if device_type == "cuda" else 0]
+    path = paths[-1 if find_device(device_kind).queues else 0]
     module_name, _, class_name = path.partition(":")
     try:
         loaded = getattr(import_module(module_name), class_name)

@@ -234,7 +234,7 @@ class Transport(ABC):
             )
         _check_forward_only(x_TD, routes.weights_TK)
         places = {tensor.device for tensor in (x_TD, routes.ids_TK, routes.weights_TK)}
-        if len(places) > 1 or x_TD.device.type != self.streams.device.type:
+        if places != {self.streams.device}:
             found = f"{x_TD.device}, ids on {routes.ids_TK.device}, weights on {routes.weights_TK.device}"
             raise OptionError(f"tokens are on {found}; this transport takes all three on {self.streams.device}")
         expected = (x_TD.shape[0], shape.top_k)
@@ -243,7 +243,7 @@ class Transport(ABC):
                 f"routes are {list(routes.ids_TK.shape)} and {list(routes.weights_TK.shape)}; "
                 f"{x_TD.shape[0]} tokens with {shape.top_k} experts each need {list(expected)}"
             )
-        if routes.ids_TK.device.type == "cpu" and routes.ids_TK.numel():  # elsewhere the host would have to wait
+        if routes.ids_TK.is_cpu and routes.ids_TK.numel():  # elsewhere the host would have to wait
             low, high = (int(bound) for bound in routes.ids_TK.aminmax())
             if low < -1 or high >= shape.num_experts:
                 raise OptionError(

@@ -10,7 +10,7 @@ from antiphon.core.policy import NEVER
 def describe_config(config: ResolvedConfig) -> list[tuple[str, str]]:
     """(heading, text) of each line."""
     num_ranks, num_experts = config.options.ranks, config.model.num_experts
-    device = "the CPU" if config.device_kind == "cpu" else config.device_name or config.device_kind
+    device = config.device_name or config.device_kind if config.device.own_memory else "the CPU"
     return [
         ("model", f"{config.options.model} ({_model(config)})"),
         ("ranks", f"{num_ranks} on {device}, {num_experts // num_ranks} of {num_experts} experts each"),

@@ -27,6 +27,8 @@ from antiphon.config.resolve import (
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, is_number, is_whole, unknown_value
 from antiphon.core.policy import OverlapPolicy
+from antiphon.device.device import Device
+from antiphon.device.table import find_device
 from antiphon.models import MatchedFiles, ModelConfig, RoutingSpec, expert_shape, match_checkpoint, read_config
 from antiphon.planning import Conditions, ResolvedPolicy, resolve_policy
 
@@ -34,7 +36,6 @@ logger = logging.getLogger("antiphon.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-_DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 _LONGEST_TIMEOUT_S = 86_400
 _DEFAULT_UTILIZATION = 0.9
 _MIN_KV_CACHE_BYTES = 256 * 2**20
@@ -87,7 +88,8 @@ class EngineConfig:
         model = read_config(source, num_layers=self.num_layers)
         check_layers(policy, model.num_layers)
         # 3 the way between the ranks
-        dtype_name = _DEFAULT_DTYPES[device_kind] if self.dtype == "auto" else self.dtype
+        device = find_device(device_kind)
+        dtype_name = str(device.default_dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         shape = expert_shape(model, DTYPES[dtype_name])
         shape.experts_per_rank(self.ranks)
         peer_access = resolve_peer_access(self.peer_access)
@@ -104,7 +106,7 @@ class EngineConfig:
             model = matched.resolve(model)
         # 5 sizes
         max_model_len = _limit("max_model_len", self.max_model_len, model.max_positions, "the model's positions")
-        max_num_batched_tokens = self._max_num_batched_tokens(max_model_len, device_kind)
+        max_num_batched_tokens = self._max_num_batched_tokens(max_model_len, device)
         resolved = ResolvedConfig(
             options=replace(
                 self,
@@ -125,7 +127,7 @@ class EngineConfig:
             transport_reason=transport_reason,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
-            cache=self._cache(model, max_model_len, DTYPES[dtype_name], device_kind),
+            cache=self._cache(model, max_model_len, DTYPES[dtype_name], device),
             data_path=DataPath.NONE if self.ranks == 1 else None,
         )
         for name, value, reason in resolved.chosen():
@@ -164,23 +166,23 @@ class EngineConfig:
         if self.dtype not in ("auto", *DTYPES):
             raise unknown_value("dtype", self.dtype, ("auto", *DTYPES))
 
-    def _max_num_batched_tokens(self, max_model_len: int, device_kind: str) -> int:
+    def _max_num_batched_tokens(self, max_model_len: int, device: Device) -> int:
         most = self.max_num_batched_tokens
         if most is None:
             longest = max_model_len
-            if device_kind != "cpu" and self.max_model_len is None:
+            if device.own_memory and self.max_model_len is None:
                 longest = min(longest, _MOST_DEFAULT_BATCHED_TOKENS)
             most = max(_MIN_BATCHED_TOKENS, longest)
         _check_count("max_num_batched_tokens", most)
         return most
 
-    def _cache(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device_kind: str) -> CacheSize | None:
+    def _cache(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device: Device) -> CacheSize | None:
         """`None` if it is measured on the device. One block more than can be used: block 0 is for padding."""
         bytes_per_block = block_bytes(model, block_size=self.block_size, dtype=dtype)
         if self.kv_cache_memory is not None:
             _check_count("kv_cache_memory", self.kv_cache_memory)
             memory, source = self.kv_cache_memory, "set by kv_cache_memory"
-        elif device_kind == "cpu":
+        elif not device.own_memory:
             one_text = -(-max_model_len // self.block_size) + 1
             memory = max(_MIN_KV_CACHE_BYTES, one_text * bytes_per_block)
             source = "the default for CPUs" if memory == _MIN_KV_CACHE_BYTES else "made for one text of max_model_len"
@@ -235,6 +237,11 @@ class ResolvedConfig:
         return replace(self, model=replace(self.model, eos_token_ids=tuple(token_ids)))
 
     @property
+    def device(self) -> Device:
+        """The first of the devices, for their capabilities."""
+        return find_device(self.device_kind)
+
+    @property
     def policy(self) -> OverlapPolicy:
         """The policy that was asked for, resolved."""
         return self.resolved_policy.policy
@@ -266,7 +273,7 @@ class ResolvedConfig:
         options, policy = self.options, self.policy
         off = "dbo='off'" if options.policy.dbo == "off" else "dbo='auto', which is off here"
         sentences = policy.without_effect(off) + overruled_dbo(options.policy, self.dbo_source)
-        is_measured = options.kv_cache_memory is None and self.device_kind != "cpu"
+        is_measured = options.kv_cache_memory is None and self.device.own_memory
         if options.gpu_memory_utilization != _DEFAULT_UTILIZATION and not is_measured:
             assert self.cache is not None
             sentences.append(
@@ -290,7 +297,7 @@ class ResolvedConfig:
         if self.options.policy.dbo != self.policy.dbo:
             chosen.append(("dbo", self.policy.dbo, self.resolved_policy.cause))
         if self.options.dtype == "auto":
-            reason = "exact and fast on CPUs" if self.device_kind == "cpu" else "what GPUs compute fastest"
+            reason = "what GPUs compute fastest" if self.device.own_memory else "exact and fast on CPUs"
             chosen.append(("dtype", self.dtype_name, reason))
         return chosen
 

@@ -30,7 +30,7 @@ def check_memory(config: ResolvedConfig) -> None:
     """
     weights = weight_bytes(config.model, config.dtype, config.options.ranks)
     limit = obtainable_memory()
-    if config.device_kind != "cpu" or config.cache is None or limit is None:
+    if config.device.own_memory or config.cache is None or limit is None:
         return
     ranks = config.options.ranks
     each = f" on each of {ranks} ranks" if ranks > 1 else ""

@@ -14,7 +14,8 @@ from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import DBO_MODES, OverlapPolicy
 from antiphon.core.warn_once import warn_once
-from antiphon.device.device import DEVICE_KINDS, num_devices, nvidia_gpus
+from antiphon.device.table import DEVICES, num_devices
+from antiphon.machine.probe import nvidia_gpus
 from antiphon.models import PRESETS, RoutingSpec, parse_routing, resolve_model
 
 logger = logging.getLogger("antiphon.engine")
@@ -87,8 +88,8 @@ def resolve_device(device: str, ranks: int) -> tuple[str, str]:
     name, where = device, "device"
     if device == "auto" and os.environ.get(DEVICE_VARIABLE):
         name, where = os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE
-    if name not in ("auto", *DEVICE_KINDS):
-        raise unknown_value(where, name, ("auto", *DEVICE_KINDS))
+    if name not in ("auto", *DEVICES):
+        raise unknown_value(where, name, ("auto", *DEVICES))
     if name == "cpu":
         return name, f"by {where}"
     found = num_devices("cuda")

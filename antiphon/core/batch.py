@@ -118,11 +118,11 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return self.token_ids_T.shape[0] - self.num_padding
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device, *, pin_memory: bool = False) -> MicroBatch:
         """The same with every tensor on `device`, by one copy; itself if it is there already. See `core.upload`."""
         if self.token_ids_T.device == device:
             return self
-        moved: MicroBatch = _with_tensors(self, iter(upload(list(_tensors(self)), device)))
+        moved: MicroBatch = _with_tensors(self, iter(upload(list(_tensors(self)), device, pin_memory=pin_memory)))
         return moved
 
 
@@ -170,14 +170,14 @@ def use_micro_batch(part: MicroBatch) -> Iterator[None]:
         _current.reset(token)
 
 
-def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def upload(tensors: Sequence[torch.Tensor], device: torch.device, *, pin_memory: bool = False) -> list[torch.Tensor]:
     """Copies of CPU tensors, all of one dtype, on `device`, in order: views of one new buffer there.
 
-    On a GPU the copy goes through pinned memory on the stream that is current, and the results are safe on that
-    stream. The sources may be changed as soon as the call has returned.
+    On a GPU the copy is queued on the stream that is current, and the results are safe on that stream. The sources may
+    be changed as soon as the call has returned. pin_memory: copy through pinned memory, so that the host need not wait.
     """
     sizes = [tensor.numel() for tensor in tensors]
-    packed = torch.empty(sum(sizes), dtype=tensors[0].dtype, device="cpu", pin_memory=device.type == "cuda")
+    packed = torch.empty(sum(sizes), dtype=tensors[0].dtype, device="cpu", pin_memory=pin_memory)
     torch.cat([tensor.reshape(-1) for tensor in tensors], out=packed)
     # torch's allocator of pinned memory keeps the buffer until the copy is done.
     moved = packed.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from antiphon.comm.slab.transport import slab_bytes
 from antiphon.config.engine_config import ResolvedConfig
 from antiphon.config.memory import is_out_of_memory
 from antiphon.core.errors import AntiphonError, OptionError, first_line
-from antiphon.device.device import activate, describe, device_for_rank
+from antiphon.device.table import rank_device
 from antiphon.engine.cache.block_pool import BlockPool
 from antiphon.engine.cache.kv_cache import allocate_cache, measured_cache
 from antiphon.engine.messages import LOADING, Ready, Starting
@@ -39,7 +39,7 @@ from antiphon.models import (
     weight_bytes,
 )
 from antiphon.planning import Conditions, Planner, resolve_policy
-from antiphon.runtime import Streams, streams_for
+from antiphon.runtime import Streams
 from antiphon.timeline import StepRecorder
 
 
@@ -56,9 +56,9 @@ def build_engine(
     weights; without it the ranks wait in their next exchange, for as long as the group's time limit allows.
     """
     options = config.options
-    device = device_for_rank(config.device_kind, group.rank)
-    activate(device)
-    streams = streams_for(device)
+    device = rank_device(config.device_kind, group.rank)
+    device.activate()
+    streams = device.streams()
     report(Starting(what="making the transport"))
     transport = make_transport(config, group, streams)
     report(Starting(what=LOADING))
@@ -77,7 +77,7 @@ def build_engine(
             num_blocks=cache.num_blocks,
             block_size=options.block_size,
             dtype=config.dtype,
-            device=device,
+            device=device.torch_device,
         )
     )
     if options.debug_order:
@@ -104,12 +104,15 @@ def build_engine(
             scheduler.requests,
             vocab_size=config.model.vocab_size,
             eos_token_ids=config.model.eos_token_ids,
+            pin_memory=device.pinned_memory,
         ),
         transport=transport,
         cache=cache,
         recorder=recorder,
         stats=StepStats(options.policy.micro_batches),
-        expert_load=ExpertLoad(model, num_experts=config.model.num_experts, num_ranks=options.ranks, device=device),
+        expert_load=ExpertLoad(
+            model, num_experts=config.model.num_experts, num_ranks=options.ranks, device=device.torch_device
+        ),
     )
 
 
@@ -117,7 +120,7 @@ def ready_message(engine: StepEngine) -> Ready:
     """What a rank tells the front when `build_engine` is done."""
     transport = engine.transport
     return Ready(
-        device_name=describe(transport.streams.device),
+        device_name=transport.streams.owner.describe(),
         transport_name=transport.name,
         data_path=transport.data_path,
         cache=engine.cache,

@@ -30,7 +30,6 @@ class Runner:
         self.reserved_sms = 0
         self._num_layers = model.num_layers
         self._streams = streams
-        self._device = streams.device
         self._recorder = recorder
 
     @torch.inference_mode()
@@ -44,19 +43,22 @@ class Runner:
         All ranks must call it with the same layers.
         """
         # Outside the lanes: all copies before the first layer.
-        parts = [part.to(self._device) for part in parts]
+        parts = [self._on_device(part) for part in parts]
         in_lanes = range(self._num_layers)[layers]
         if len(parts) == 1 or len(in_lanes) == self._num_layers:
             hidden = self._run_lanes(parts)
             return [rows_TD[: part.num_tokens] for rows_TD, part in zip(hidden, parts, strict=True)]
         assert whole is not None, f"layers {in_lanes} of {self._num_layers} are split, and the others need a whole"
-        whole = whole.to(self._device)
+        whole = self._on_device(whole)
         before, after = range(in_lanes.start), range(in_lanes.stop, self._num_layers)
         states: list[Any] = []
         for micro_batches, some_layers in (([whole], before), (parts, in_lanes), ([whole], after)):
             if some_layers:
                 states = self._run_lanes(micro_batches, some_layers, states)
         return states
+
+    def _on_device(self, part: MicroBatch) -> MicroBatch:
+        return part.to(self._streams.device, pin_memory=self._streams.owner.pinned_memory)
 
     def _run_lanes(
         self, parts: Sequence[MicroBatch], layers: range | None = None, states: Sequence[Any] = ()

@@ -10,7 +10,6 @@ from antiphon.comm import RankGroup
 from antiphon.config.engine_config import ResolvedConfig
 from antiphon.core.errors import EngineError
 from antiphon.core.policy import OverlapPolicy
-from antiphon.device.device import release_unused
 from antiphon.engine.build import build_engine, ready_message
 from antiphon.engine.messages import Ready, Starting
 from antiphon.engine.scheduling.request import Request, TokenOutput
@@ -111,10 +110,10 @@ class InProcessClient:
     def close(self) -> None:
         self._ended = self._ended or "it was closed"
         if self._engine is not None:
-            device = self._engine.transport.streams.device
+            device = self._engine.transport.streams.owner
             self._engine = None  # free weights and cache now, not when the caller drops the LLM
             with suppress(RuntimeError):  # a device that has failed has been reported before
-                release_unused(device)
+                device.release_unused()
 
     def _running(self) -> StepEngine:
         if self._ended or self._engine is None:

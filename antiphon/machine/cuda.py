@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -45,25 +44,6 @@ def probe_gpus(pinned_bytes: int) -> Gpus:
         pinned_memory=_pin(pinned_bytes),
         pinned_bytes=pinned_bytes,
         direct_launches=_direct_launches(),
-    )
-
-
-def identity(index: int) -> tuple[int, str]:
-    """A device's index in this process, and what it is called everywhere ("" if torch does not say)."""
-    return index, str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
-
-
-def reaches(device: torch.device, others: Iterable[tuple[int, str]]) -> bool:
-    """Whether `device` can access the memory of these devices; it can its own. `others` are `identity`s of all ranks.
-
-    False, too, where this process does not see a device as its rank does: with CUDA_VISIBLE_DEVICES for each process
-    nothing can be found out about the others' devices, and torch does not share memory between such processes.
-    """
-    return all(
-        index < torch.cuda.device_count()
-        and identity(index) == (index, name)
-        and (index == device.index or torch.cuda.can_device_access_peer(device.index, index))
-        for index, name in others
     )
 
 

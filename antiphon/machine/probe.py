@@ -83,6 +83,22 @@ def _backends() -> tuple[str, ...]:
 # ---- GPUs
 
 
+def nvidia_gpus(root: Path = _ROOT) -> int:
+    """NVIDIA GPUs on this machine's PCI bus, whatever torch and the driver can do with them; 0 where nobody says.
+
+    root: of the file system that knows them.
+    """
+    return sum(_is_nvidia_gpu(device) for device in root.glob("sys/bus/pci/devices/*"))
+
+
+def _is_nvidia_gpu(device: Path) -> bool:
+    try:
+        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return vendor == "0x10de" and kind.startswith("0x03")  # a display controller, which those without a display are too
+
+
 def probe_gpus_apart(pinned_bytes: int, time_limit_s: float) -> Gpus:
     """`machine_cuda.probe_gpus` in a process of its own."""
     if torch.version.cuda is None:

@@ -31,7 +31,7 @@ def installed(distribution: str) -> str | None:
 
 
 def _cuda_versions() -> dict[str, str]:
-    from antiphon.device.cuda_timing import cuda_versions  # only where torch was built for such a device
+    from antiphon.device.cuda import cuda_versions  # only where torch was built for such a device
 
     try:
         return cuda_versions()

@@ -20,9 +20,10 @@ One thread, two lanes; `=` computes, `.` is on the wire:
 """
 
 from antiphon.core.errors import LaneError
-from antiphon.device.cuda_streams import CudaStreams
-from antiphon.device.device import activate, device_for_rank, num_devices
-from antiphon.device.streams import CpuStreams, Event, Streams, streams_for
+from antiphon.device.cpu import CpuStreams
+from antiphon.device.cuda import CudaStreams
+from antiphon.device.device import Device, Event, Streams
+from antiphon.device.table import activate, device_for_rank, find_device, num_devices, streams_for
 from antiphon.runtime.hook import EventKind, LaneEvent, Recorder
 from antiphon.runtime.lanes import run_lanes
 from antiphon.runtime.pending import Pending
@@ -31,6 +32,7 @@ from antiphon.runtime.traps import current_lane, finish, num_lanes, order_point,
 __all__ = [
     "CpuStreams",
     "CudaStreams",
+    "Device",
     "Event",
     "EventKind",
     "LaneError",
@@ -41,6 +43,7 @@ __all__ = [
     "activate",
     "current_lane",
     "device_for_rank",
+    "find_device",
     "finish",
     "num_devices",
     "num_lanes",

@@ -1,4 +1,4 @@
-"""The former name of `antiphon.device.device`."""
+"""The former name of `antiphon.device.table`."""
 
-from antiphon.device.device import activate as activate
-from antiphon.device.device import device_for_rank as device_for_rank
+from antiphon.device.table import activate as activate
+from antiphon.device.table import device_for_rank as device_for_rank

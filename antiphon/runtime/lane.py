@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from antiphon.device.streams import Streams
+from antiphon.device.device import Streams
 from antiphon.runtime.hook import Hook
 from antiphon.runtime.torch_state import TorchState
 

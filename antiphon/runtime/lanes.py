@@ -16,7 +16,8 @@ from typing import TypeVar
 from greenlet import GreenletExit, greenlet
 
 from antiphon.core.errors import LaneError
-from antiphon.device.streams import CpuStreams, Streams
+from antiphon.device.cpu import CpuStreams
+from antiphon.device.device import Streams
 from antiphon.runtime.hook import EventKind, Hook, Recorder
 from antiphon.runtime.lane import Lane, LaneCancelled, RunState, current, running_lane
 from antiphon.runtime.torch_state import TorchState

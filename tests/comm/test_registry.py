@@ -30,8 +30,10 @@ from antiphon.comm.local import LocalTransport
 from antiphon.comm.simulated import SimulatedTransport
 from antiphon.core.errors import OptionError
 from antiphon.core.warn_once import warn_once
+from antiphon.device.cuda import CudaDevice
+from antiphon.device.device import Identity
 from antiphon.machine.probe import examine_machine
-from antiphon.runtime import CpuStreams
+from antiphon.runtime import CpuStreams, find_device
 from tests.comm.protocol_checks import FakeDriver
 from tests.support.errors import raises
 
@@ -364,16 +366,16 @@ def test_all_devices_are_asked_whatever_the_transport(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NCCL_P2P_DISABLE", variable)
-    monkeypatch.setattr("antiphon.machine.cuda.identity", lambda index: (index, f"GPU-{index}"))
-    monkeypatch.setattr("antiphon.machine.cuda.reaches", lambda device, devices: reaches)
+    monkeypatch.setattr(CudaDevice, "identity", lambda self: Identity(self.index, f"GPU-{self.index}"))
+    monkeypatch.setattr(CudaDevice, "reaches", lambda self, devices: reaches)
     monkeypatch.setattr(registry, "load_transport", lambda *arguments: Anything)
-    gathered = iter([[(0, "GPU-0"), (1, "GPU-1")], None])
+    gathered = iter([[Identity(0, "GPU-0"), Identity(1, "GPU-1")], None])
 
     def all_gather(mine: Any) -> list[Any]:
         return next(gathered) or [mine, others]
 
     group: Any = SimpleNamespace(rank=0, size=2, all_gather_object=all_gather)
-    streams: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    streams: Any = SimpleNamespace(owner=find_device("cuda"))
     transport = create_transport(
         name, make_shape(), group=group, streams=streams, num_lanes=1, max_tokens=4, peer_access=allowed
     )

@@ -68,7 +68,7 @@ class World:
     def make(self, name: str, shape: ExpertShape, *, num_lanes: int = 1) -> Transport:
         """The transport of that name itself, at one rank too, where `create_transport` would take `local`."""
         spec = parse_transport(name)
-        kind = load_transport(spec, self.streams.device.type)
+        kind = load_transport(spec, self.streams.owner.kind)
         inner = kind(shape, group=self.group, streams=self.streams, num_lanes=num_lanes, max_tokens=MAX_TOKENS)
         return inner if spec.link is None else SimulatedTransport(inner, spec.link)
 

@@ -71,7 +71,8 @@ def test_each_tensor_arrives_in_its_own_place(monkeypatch: pytest.MonkeyPatch) -
     """As on a device, but readable."""
     part = make_part()
     monkeypatch.setattr(
-        "antiphon.core.batch.upload", lambda tensors, device: [t.clone() for t in upload(tensors, torch.device("cpu"))]
+        "antiphon.core.batch.upload",
+        lambda tensors, device, *, pin_memory: [t.clone() for t in upload(tensors, torch.device("cpu"))],
     )
     moved = part.to(META)
     pairs = list(zip(every_tensor(moved), every_tensor(part), strict=True))

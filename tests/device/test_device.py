@@ -1,71 +1,146 @@
-"""The device facade on the CPU, and its CUDA side where there is a device."""
+"""The contract of a device for every kind that can be had here, and what is each kind's own."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from antiphon.device import device as devices
+from antiphon.core.errors import OptionError
+from antiphon.device.cpu import CpuDevice
+from antiphon.device.cuda import CudaDevice
+from antiphon.device.device import Device, Identity
+from antiphon.device.table import device_for_rank, device_of, find_device, num_devices, rank_device, streams_for
+from tests.support.errors import raises
 
 CPU = torch.device("cpu")
+ON_GPUS = ("cuda",)
+KINDS = [pytest.param(kind, marks=pytest.mark.gpu if kind in ON_GPUS else ()) for kind in ("cpu", "cuda")]
 
-needs_cuda = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")
+
+@pytest.fixture(params=KINDS)
+def device(request: pytest.FixtureRequest) -> Device:
+    found = find_device(request.param)
+    if not found.count():
+        pytest.skip(f"no device of kind {request.param}")
+    found.activate()
+    return found
 
 
-def test_every_rank_is_on_the_cpu_and_nothing_is_to_be_done() -> None:
-    assert [devices.device_for_rank("cpu", rank) for rank in range(3)] == [CPU] * 3
-    assert devices.num_devices("cpu") == 1
-    devices.activate(CPU)
-    devices.synchronize(CPU)
-    devices.reset_peak(CPU)
-    assert devices.describe(CPU).startswith("CPU (")
+# ---- the contract
+
+
+def test_a_device_says_what_and_where_it_is(device: Device) -> None:
+    assert device.describe()
+    assert device == find_device(device.kind, device.index) != find_device(device.kind, device.index + 1)
+    assert torch.zeros(2, device=device.torch_device).device == device.torch_device
+    assert device.autocast_types[-1] == "cpu"
+    device.synchronize()
+
+
+def test_memory_has_a_peak(device: Device) -> None:
+    device.reset_peak()
+    free_bytes, total_bytes = device.memory()
+    assert 0 < free_bytes < total_bytes
+    before = device.peak_bytes()
+    torch.empty(2**28, dtype=torch.uint8, device=device.torch_device).fill_(1)  # dropped at once
+    held = device.peak_bytes() - before
+    assert 0 < before < total_bytes
+    if device.own_memory:
+        assert 2**28 <= held < 2**28 + 2**26
+        device.reset_peak()
+        assert abs(device.peak_bytes() - before) < 2**26
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_a_comm_stream_does_is_there_behind_its_event(device: Device) -> None:
+    streams = device.streams()
+    assert (streams.owner, streams.device) == (device, device.torch_device)
+    x = torch.zeros(2**20, device=device.torch_device)
+    assert streams.on_compute_stream()
+    for round_ in range(1, 4):
+        x += 1
+        with streams.comm(after=streams.record()):
+            assert streams.on_compute_stream() is not device.queues
+            x *= 2
+            arrived = streams.record()
+        assert streams.on_compute_stream()
+        streams.wait(arrived)
+        expected = 2 ** (round_ + 1) - 2
+        assert x.eq(expected).all()
+    with streams.comm(after=streams.record(), name="up"):
+        x -= x
+    streams.join()
+    assert not x.any()
+    with streams.leave_free(0):
+        pass
+
+
+def test_a_timer_measures_what_is_queued(device: Device) -> None:
+    timer = device.timer()
+    timer.start()
+    x = torch.ones(512, 512, device=device.torch_device)
+    for _ in range(20):
+        x = x @ x / 512
+    assert 0 < timer.elapsed_ms(timer.stop()) < 60_000
+
+
+# ---- the table
+
+
+def test_making_a_device_touches_no_hardware() -> None:
+    device = find_device("cuda", 3)
+    assert (device.index, device.torch_device) == (3, torch.device("cuda", 3))
+    assert not torch.cuda.is_initialized() or torch.cuda.device_count()
+
+
+def test_a_kind_that_is_not_in_the_table() -> None:
+    with raises(OptionError, "cdua", "cuda", option="device", value="cdua"):
+        find_device("cdua")
+
+
+def test_a_torch_device_is_found_in_the_table() -> None:
+    assert device_of(CPU) == CpuDevice("cpu")
+    assert device_of(torch.device("cuda", 1)) == CudaDevice("cuda", 1)
+    device = find_device("cpu")
+    assert device_of(device) is device
+    assert streams_for(CPU).owner == streams_for(device).owner == device
+
+
+def test_ranks_share_the_cpu_and_take_other_devices_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [device_for_rank("cpu", rank) for rank in range(3)] == [CPU] * 3
+    assert num_devices("cpu") == 1
+    monkeypatch.setattr(CudaDevice, "count", lambda self: 2)
+    assert num_devices("cuda") == 2
+    assert [str(device_for_rank("cuda", rank)) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert rank_device("cuda", 3) == find_device("cuda", 1)
+
+
+# ---- what is a kind's own
 
 
 def test_memory_of_the_host() -> None:
-    free_bytes, total_bytes = devices.memory(CPU)
-    assert 0 < free_bytes < total_bytes
-    assert 0 < devices.peak_bytes(CPU) < total_bytes
-    assert total_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert find_device("cpu").memory().total_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_gpus_are_found_on_the_bus_whatever_torch_can_do_with_them(tmp_path: Path) -> None:
-    found = {
-        "0000:18:00.0": ("0x10de", "0x030200"),  # a GPU without a display
-        "0000:3b:00.0": ("0x10de", "0x030000"),  # one with a display
-        "0000:3b:00.1": ("0x10de", "0x040300"),  # its sound
-        "0000:05:00.0": ("0x10de", "0x068000"),  # an NVSwitch
-        "0000:00:02.0": ("0x8086", "0x030000"),  # somebody else's
-    }
-    for name, (vendor, kind) in found.items():
-        folder = tmp_path / "sys/bus/pci/devices" / name
-        folder.mkdir(parents=True)
-        (folder / "vendor").write_text(f"{vendor}\n")
-        (folder / "class").write_text(f"{kind}\n")
-    (tmp_path / "sys/bus/pci/devices/0000:06:00.0").mkdir()  # nobody may read it
-    assert devices.nvidia_gpus(tmp_path) == 2
-    assert devices.nvidia_gpus(tmp_path / "nothing") == 0
-
-
-def test_ranks_take_cuda_devices_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("antiphon.device.cuda_device.num_devices", lambda: 2)
-    assert devices.num_devices("cuda") == 2
-    assert [str(devices.device_for_rank("cuda", rank)) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_the_peak_of_a_device_counts_what_was_held_in_between() -> None:
-    device = torch.device("cuda", 0)
-    devices.activate(device)
-    devices.reset_peak(device)
-    before = devices.peak_bytes(device)
-    torch.empty(2**28, dtype=torch.uint8, device=device)  # dropped at once
-    assert 2**28 <= devices.peak_bytes(device) - before < 2**28 + 2**26
-    free_bytes, total_bytes = devices.memory(device)
-    assert 0 < free_bytes < total_bytes
-    devices.reset_peak(device)
-    assert abs(devices.peak_bytes(device) - before) < 2**26
-    assert torch.get_float32_matmul_precision() == "highest"
+@pytest.mark.parametrize(
+    ("own", "others", "reached"),
+    [
+        ("ab", [(0, "GPU-a"), (1, "GPU-b")], True),
+        ("ac", [(0, "GPU-a"), (1, "GPU-c")], False),  # no access
+        ("a", [(0, "GPU-a"), (0, "GPU-b")], False),  # CUDA_VISIBLE_DEVICES shows each process one device
+        ("a", [(0, "GPU-a"), (1, "GPU-b")], False),  # or only its own
+        ("ab", [(0, "GPU-a"), (1, "GPU-c")], False),  # or another one in that place
+        ("ab", [(0, "GPU-a")], True),
+    ],
+)
+def test_devices_are_known_by_more_than_their_index(
+    own: str, others: list[tuple[int, str]], reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"GPU-{letter}" for letter in own]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=names[index]))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: names[other] == "GPU-b")
+    assert CudaDevice("cuda", 0).reaches([Identity(*other) for other in others]) is reached

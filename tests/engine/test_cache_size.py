@@ -12,9 +12,9 @@ from antiphon.comm import RankGroup
 from antiphon.config.cache import CacheSize, block_bytes
 from antiphon.config.engine_config import EngineConfig, ResolvedConfig
 from antiphon.core.errors import OptionError
+from antiphon.device.cpu import CpuDevice
 from antiphon.device.device import DeviceMemory
 from antiphon.engine.build import build_engine
-from antiphon.engine.cache import kv_cache
 from antiphon.engine.cache.kv_cache import blocks_that_fit, largest_batch, measured_cache
 from antiphon.engine.step import StepEngine
 from tests.support.errors import raises
@@ -99,9 +99,9 @@ def test_the_largest_step_is_run_and_what_it_leaves_is_taken(
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
     monkeypatch.setattr(model, "forward", counted_forward)
     monkeypatch.setattr(model, "logits", counted_logits)
-    monkeypatch.setattr(kv_cache, "reset_peak", lambda device: calls.append("reset"))
-    monkeypatch.setattr(kv_cache, "peak_bytes", lambda device: (calls.append("peak"), 30 * block)[1])
-    monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(CpuDevice, "reset_peak", lambda self: calls.append("reset"))
+    monkeypatch.setattr(CpuDevice, "peak_bytes", lambda self: (calls.append("peak"), 30 * block)[1])
+    monkeypatch.setattr(CpuDevice, "memory", lambda self: DeviceMemory(0, 100 * block))
     size = measure(engine, config)
     assert calls == ["reset", "step", "peak", "reset"]  # one step, not split
     assert tokens == [96]
@@ -116,8 +116,8 @@ def test_no_room_is_an_error_that_says_what_there_is(
     used: int, fits: bool, engine: StepEngine, config: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
-    monkeypatch.setattr(kv_cache, "peak_bytes", lambda device: used * block)
-    monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(CpuDevice, "peak_bytes", lambda self: used * block)
+    monkeypatch.setattr(CpuDevice, "memory", lambda self: DeviceMemory(0, 100 * block))
     if fits:
         assert measure(engine, config).num_blocks == 2
         return
@@ -127,8 +127,8 @@ def test_no_room_is_an_error_that_says_what_there_is(
 
 def test_the_smallest_rank_decides(engine: StepEngine, config: ResolvedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
-    monkeypatch.setattr(kv_cache, "peak_bytes", lambda device: 30 * block)
-    monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(CpuDevice, "peak_bytes", lambda self: 30 * block)
+    monkeypatch.setattr(CpuDevice, "memory", lambda self: DeviceMemory(0, 100 * block))
 
     def with_a_smaller_peer(value: object) -> list[object]:
         return [value] if value == "loaded" else [value, (7, 83 * block, 100 * block)]
@@ -164,7 +164,7 @@ def test_a_text_is_never_longer_than_the_memory_of_the_device(
 
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
     endless = replace(config, max_model_len=2**40)
-    monkeypatch.setattr(kv_cache, "memory", lambda device: DeviceMemory(0, 100 * block))
+    monkeypatch.setattr(CpuDevice, "memory", lambda self: DeviceMemory(0, 100 * block))
     monkeypatch.setattr(engine.runner.model, "forward", run_out)
     with raises(OptionError, "1504", option="max_num_batched_tokens", value=96, remedy="max_model_len"):
         measure(engine, endless)

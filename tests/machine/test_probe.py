@@ -372,22 +372,19 @@ def test_the_calling_process_gets_no_context() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
-@pytest.mark.parametrize(
-    ("own", "others", "reached"),
-    [
-        ("ab", [(0, "GPU-a"), (1, "GPU-b")], True),
-        ("ac", [(0, "GPU-a"), (1, "GPU-c")], False),  # no access
-        ("a", [(0, "GPU-a"), (0, "GPU-b")], False),  # CUDA_VISIBLE_DEVICES shows each process one device
-        ("a", [(0, "GPU-a"), (1, "GPU-b")], False),  # or only its own
-        ("ab", [(0, "GPU-a"), (1, "GPU-c")], False),  # or another one in that place
-        ("ab", [(0, "GPU-a")], True),
-    ],
-)
-def test_devices_are_known_by_more_than_their_index(
-    own: str, others: list[tuple[int, str]], reached: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = [f"GPU-{letter}" for letter in own]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=names[index]))
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: names[other] == "GPU-b")
-    assert machine_cuda.reaches(torch.device("cuda", 0), others) is reached
+def test_gpus_are_found_on_the_bus_whatever_torch_can_do_with_them(tmp_path: Path) -> None:
+    found = {
+        "0000:18:00.0": ("0x10de", "0x030200"),  # a GPU without a display
+        "0000:3b:00.0": ("0x10de", "0x030000"),  # one with a display
+        "0000:3b:00.1": ("0x10de", "0x040300"),  # its sound
+        "0000:05:00.0": ("0x10de", "0x068000"),  # an NVSwitch
+        "0000:00:02.0": ("0x8086", "0x030000"),  # somebody else's
+    }
+    for name, (vendor, kind) in found.items():
+        folder = tmp_path / "sys/bus/pci/devices" / name
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(f"{vendor}\n")
+        (folder / "class").write_text(f"{kind}\n")
+    (tmp_path / "sys/bus/pci/devices/0000:06:00.0").mkdir()  # nobody may read it
+    assert machine.nvidia_gpus(tmp_path) == 2
+    assert machine.nvidia_gpus(tmp_path / "nothing") == 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from antiphon.device.table import device_of
 from antiphon.kernels.grouped_experts import grouped_product
 
 UNITS = 16
@@ -54,8 +55,8 @@ _CPU = _Sizes(grouped=(128, 4, 64, 64), dense=(128, 64, 64), attention=(16, 32, 
 
 def make_body(name: str, device: torch.device, *, seed: int = 0) -> Body:
     """The body of that name on `device`: bfloat16, on the CPU float32 and small."""
-    on_cpu = device.type == "cpu"
-    sizes, dtype = (_CPU, torch.float32) if on_cpu else (_GPU, torch.bfloat16)
+    owner = device_of(device)
+    sizes, dtype = _GPU if owner.own_memory else _CPU, owner.default_dtype
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from antiphon.bench.parts import TransportPart, part_of
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport, create_transport
 from antiphon.comm.row_format import RowFormat
 from antiphon.core.errors import AntiphonError
-from antiphon.device.device import describe
+from antiphon.device.table import device_of
 from antiphon.machine.versions import versions
 from antiphon.runtime import run_lanes, streams_for, switch
 
@@ -138,7 +138,7 @@ def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str,
         for name, times in measured.items():
             cells.append({"transport": name, "size_bytes": size, "tokens": num_tokens, **times})
         tell(group, f"exchanges of {size} bytes are measured")
-    return {"device": describe(device), "versions": versions(), "cells": cells}
+    return {"device": device_of(device).describe(), "versions": versions(), "cells": cells}
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ from antiphon.core.batch import Batch, MicroBatch, RequestSlice
 from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
 from antiphon.core.errors import OptionError
 from antiphon.core.plan import Plan
-from antiphon.device.device import describe
+from antiphon.device.table import device_of
 from antiphon.engine.cache.kv_cache import allocate_cache
 from antiphon.engine.runner import Runner
 from antiphon.machine.versions import versions
@@ -115,7 +115,8 @@ class Trial:
         if len(cut.part_tokens) < num_lanes:
             raise OptionError(f"--tokens {num_tokens} cannot be cut into {num_lanes} parts ({cut.refusal.text})")
         plan = Plan(part_tokens=(cut.part_tokens,) * self.group.size, reason="as measured")
-        return [part.to(self.streams.device) for part in split(batch, plan, block_size=_BLOCK_SIZE)]
+        device, pins = self.streams.device, self.streams.owner.pinned_memory
+        return [part.to(device, pin_memory=pins) for part in split(batch, plan, block_size=_BLOCK_SIZE)]
 
     def run_step(self, parts: Sequence[MicroBatch]) -> list[torch.Tensor]:
         return self.runner.run(parts)
@@ -179,7 +180,7 @@ def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any
         steps.append({"tokens": num_tokens, "transports": _measure(trial, clock, num_tokens)})
         tell(group, f"steps of {num_tokens} tokens are measured")
     return {
-        "device": describe(device),
+        "device": device_of(device).describe(),
         "versions": versions(),
         "model": {
             "architecture": config.architecture,

@@ -126,7 +126,7 @@ class SharedMemoryTransport(SlabTransport):
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        if world.device_kind != "cpu":
+        if world.device.own_memory:
             return Refusal("between CPUs, and the ranks run on GPUs", "use host-staged")
         # Only pages that are written to are taken, so nothing is asked for beforehand unless somebody names it.
         lacks = needs.lacks_of_shared_memory(facts, world.host_bytes or 0)

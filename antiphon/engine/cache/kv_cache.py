@@ -12,7 +12,6 @@ from antiphon.config.engine_config import ResolvedConfig
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.errors import OptionError, first_line
 from antiphon.core.plan import Plan
-from antiphon.device.device import memory, peak_bytes, reset_peak
 from antiphon.engine.runner import Runner
 from antiphon.models import CausalLM, ModelConfig
 from antiphon.runtime import Streams
@@ -58,10 +57,11 @@ def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams,
     """
     # Ranks load at different speeds, and may take longer than the time limit inside a step allows.
     group.all_gather_object("loaded")
-    reset_peak(streams.device)
+    device = streams.owner
+    device.reset_peak()
     run_largest_step(config, model, streams=streams, rank=group.rank)
-    used_bytes, total_bytes = peak_bytes(streams.device), memory(streams.device).total_bytes
-    reset_peak(streams.device)
+    used_bytes, total_bytes = device.peak_bytes(), device.memory().total_bytes
+    device.reset_peak()
     utilization = config.options.gpu_memory_utilization
     bytes_per_block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
     mine = blocks_that_fit(
@@ -128,7 +128,7 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
 def _longest_text(config: ResolvedConfig, streams: Streams) -> int:
     """No text is longer than the cache, and no cache is larger than the device, whatever the model allows."""
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
-    in_memory = memory(streams.device).total_bytes // block * config.options.block_size
+    in_memory = streams.owner.memory().total_bytes // block * config.options.block_size
     return min(config.max_model_len, max(in_memory, config.max_num_batched_tokens))
 
 

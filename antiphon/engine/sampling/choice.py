@@ -54,15 +54,23 @@ class Chooser:
     """Sets `Request.sampling`.
 
     num_likeliest: tokens of a row that are put in order at first. most_elements: size of the largest temporary tensor.
+    pin_memory: see `core.batch.upload`.
     """
 
     def __init__(
-        self, *, vocab_size: int, eos_token_ids: Sequence[int], num_likeliest: int, most_elements: int
+        self,
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        num_likeliest: int,
+        most_elements: int,
+        pin_memory: bool,
     ) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._num_likeliest = num_likeliest
         self._chunk_size = most_elements // vocab_size
+        self._pin_memory = pin_memory
         self._counts: PenaltyCounts | None = None
 
     def choose(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, list[int]]:
@@ -144,6 +152,7 @@ class Chooser:
                 torch.tensor(amounts, dtype=torch.int64),
             ],
             device,
+            pin_memory=self._pin_memory,
         )
         if self._counts is not None and places:
             self._counts.add(places_E, amounts_E)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -23,7 +24,7 @@ class Sampler:
 
     to_logits: maps hidden states [N, D] to logits [N, V], in float32 at least. requests: the scheduler's table, of
     which `num_reported` and `sampling` are set here. eos_token_ids: what min_tokens hides. num_likeliest and
-    most_elements: see `Chooser`.
+    most_elements and pin_memory: see `Chooser`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Sampler:
         eos_token_ids: Sequence[int] = (),
         num_likeliest: int = 1024,
         most_elements: int = 2**22,
+        pin_memory: bool = False,
     ) -> None:
         self._to_logits = to_logits
         self._requests = requests
@@ -43,7 +45,9 @@ class Sampler:
             eos_token_ids=eos_token_ids,
             num_likeliest=num_likeliest,
             most_elements=most_elements,
+            pin_memory=pin_memory,
         )
+        self._upload = partial(upload, pin_memory=pin_memory)
         self._chunk_size = most_elements // vocab_size
 
     @torch.inference_mode()
@@ -62,7 +66,7 @@ class Sampler:
                 if told is not None:
                     sampled.prompt[place] = told
         if places:
-            (last_N,) = upload([torch.tensor(last_rows)], hidden_TD.device)
+            (last_N,) = self._upload([torch.tensor(last_rows)], hidden_TD.device)
             sampled.tokens = dict(zip(places, self._tokens(self._to_logits(hidden_TD[last_N]), requests), strict=True))
         return sampled
 
@@ -72,14 +76,14 @@ class Sampler:
         scored = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
         for part in chunks(0, len(scored), self._chunk_size):
             rows = scored[part]
-            (rows_N,) = upload([torch.tensor(rows)], logits_NV.device)
+            (rows_N,) = self._upload([torch.tensor(rows)], logits_NV.device)
             tops = [requests[row].params.logprobs or 0 for row in rows]
             found = score_tokens(logits_NV[rows_N], ids_N[rows_N], [token_ids[row] for row in rows], tops)
             for row, token in zip(rows, found, strict=True):
                 tokens[row] = token
         kept = [row for row, request in enumerate(requests) if request.params.return_logits]
         if kept:
-            (rows_N,) = upload([torch.tensor(kept)], logits_NV.device)
+            (rows_N,) = self._upload([torch.tensor(kept)], logits_NV.device)
             for row, logits_V in zip(kept, logits_NV[rows_N].cpu(), strict=True):
                 tokens[row] = replace(tokens[row], logits=_to_bytes(logits_V))
         return tokens
@@ -98,7 +102,7 @@ class Sampler:
             logits_SV = self._to_logits(hidden_SD[part.start - context_len : part.stop - context_len])
             next_ids = prompt_ids[part.start + 1 : part.stop + 1]
             if params.prompt_logprobs is not None and next_ids:
-                (next_S,) = upload([torch.tensor(next_ids)], logits_SV.device)
+                (next_S,) = self._upload([torch.tensor(next_ids)], logits_SV.device)
                 tops = [params.prompt_logprobs] * len(next_ids)
                 logprobs += score_tokens(logits_SV[: len(next_ids)], next_S, next_ids, tops)
             if params.return_prompt_logits:
