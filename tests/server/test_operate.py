@@ -47,7 +47,7 @@ def test_every_status_that_the_server_answers_is_explained() -> None:
 
 
 def test_fields_and_phases_that_the_page_names_exist() -> None:
-    (logs,) = re.findall(r"When a request ends: (.*?)\. Never", PAGE, flags=re.DOTALL)
+    (logs,) = re.findall(r"When a request ends, its line has (.*?)\.\n", PAGE, flags=re.DOTALL)
     assert set(re.findall(r"`(\w+)`", logs)) <= set(LOG_FIELDS)
     assert "draining" in {str(phase) for phase in Phase} and "| serving or draining |" in PAGE
 
