@@ -9,6 +9,7 @@ Uses the streams that it is given and never switches lanes. The one place that c
 """
 
 from antiphon.comm.group import RankGroup
+from antiphon.comm.mesh import Mesh
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.progress import ProgressBoard
 from antiphon.comm.registry import (
@@ -33,6 +34,7 @@ __all__ = [
     "ExpertShape",
     "Flight",
     "Link",
+    "Mesh",
     "OptionError",
     "PeerError",
     "ProgressBoard",

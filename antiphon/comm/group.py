@@ -137,6 +137,38 @@ class RankGroup:
         group._is_ours = True
         return group
 
+    def part(self, ranks: Sequence[int]) -> RankGroup:
+        """The group of some of these ranks, this one among them, in the order given. All of them call it at once.
+
+        All ranks are this group itself. The part keeps no progress board, and its ranks are numbered from 0.
+        """
+        if tuple(ranks) == tuple(range(self.size)):
+            return self
+        mine = list(ranks).index(self.rank)
+        if len(ranks) == 1:
+            return RankGroup(rank=0, size=1, timeout_s=self.timeout_s)
+        self._check_open()
+        assert self._process_group is not None
+        world = dist.get_process_group_ranks(self._process_group)
+        process_group = dist.new_group(
+            [world[rank] for rank in ranks],
+            backend="gloo",
+            timeout=timedelta(seconds=self.timeout_s),
+            use_local_synchronization=True,
+        )
+        part = RankGroup(
+            rank=mine,
+            size=len(ranks),
+            process_group=process_group,
+            timeout_s=self.timeout_s,
+            on_stuck=self._on_stuck,
+        )
+        part._is_ours = True
+        return part
+
+    def __repr__(self) -> str:
+        return f"RankGroup(rank {self.rank} of {self.size})"
+
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The CPU group; `None` for a group of one."""

@@ -9,11 +9,11 @@ from antiphon.core.policy import NEVER
 
 def describe_config(config: ResolvedConfig) -> list[tuple[str, str]]:
     """(heading, text) of each line."""
-    num_ranks, num_experts = config.options.ranks, config.model.num_experts
+    mesh, num_experts = config.options.mesh, config.model.num_experts
     device = config.device_name or config.device_kind if config.device.own_memory else "the CPU"
     return [
         ("model", f"{config.options.model} ({_model(config)})"),
-        ("ranks", f"{num_ranks} on {device}, {num_experts // num_ranks} of {num_experts} experts each"),
+        ("ranks", f"{mesh.world} on {device}, {num_experts // mesh.ep} of {num_experts} experts each"),
         ("transport", f"{config.transport}: {config.transport_reason}"),
         ("KV cache", _cache(config)),
         ("steps", _steps(config)),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from antiphon.comm import DataPath, TransportSpec, choose_transport, load_transport, parse_transport
+from antiphon.comm import DataPath, Mesh, TransportSpec, choose_transport, load_transport, parse_transport
 from antiphon.config.cache import CacheSize, block_bytes
 from antiphon.config.resolve import (
     check_layers,
@@ -71,6 +71,11 @@ class EngineConfig:
     timeout_s: float = 120.0
     debug_order: bool = False
 
+    @property
+    def mesh(self) -> Mesh:
+        """How the ranks work together: every rank has requests of its own, and the experts are spread over all."""
+        return Mesh(dp=self.ranks)
+
     def resolve(self, *, matched: MatchedFiles | None = None) -> ResolvedConfig:
         """Check everything that can be checked before a process starts, and resolve every `auto`.
 
@@ -91,10 +96,10 @@ class EngineConfig:
         device = find_device(device_kind)
         dtype_name = str(device.default_dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         shape = expert_shape(model, DTYPES[dtype_name])
-        shape.experts_per_rank(self.ranks)
+        shape.experts_per_rank(self.mesh.ep)
         peer_access = resolve_peer_access(self.peer_access)
         transport, transport_reason = choose_transport(
-            requested, shape, self.ranks, device_kind=device_kind, peer_access=peer_access
+            requested, shape, self.mesh.ep, device_kind=device_kind, peer_access=peer_access
         )
         load_transport(transport, device_kind)
         # 4 the checkpoint
@@ -128,7 +133,7 @@ class EngineConfig:
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             cache=self._cache(model, max_model_len, DTYPES[dtype_name], device),
-            data_path=DataPath.NONE if self.ranks == 1 else None,
+            data_path=DataPath.NONE if self.mesh.ep == 1 else None,
         )
         for name, value, reason in resolved.chosen():
             logger.info("%s: auto -> %s (%s)", name, value, reason)

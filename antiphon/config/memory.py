@@ -28,7 +28,7 @@ def check_memory(config: ResolvedConfig) -> None:
     """Before the ranks start. Raises `OptionError` if their weights and KV caches are more than the host has available,
     `ModelError` if no tensor can have such sizes.
     """
-    weights = weight_bytes(config.model, config.dtype, config.options.ranks)
+    weights = weight_bytes(config.model, config.dtype, config.options.mesh.ep)
     limit = obtainable_memory()
     if config.device.own_memory or config.cache is None or limit is None:
         return

@@ -103,7 +103,7 @@ class Plan:
     lane of every rank, so that all of its shapes are known beforehand.
     """
 
-    part_tokens: tuple[tuple[int, ...], ...]  # [rank][lane], real tokens
+    part_tokens: tuple[tuple[int, ...], ...]  # [data-parallel replica][lane], real tokens
     graph: int = 0  # rows of every lane in a padded step; 0 in an eager one
     reason: str  # a short fixed text, counted in the statistics
     detail: str = ""  # the numbers behind the reason

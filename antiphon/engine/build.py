@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from antiphon.comm import (
+    Mesh,
     RankGroup,
     Refusal,
     Transport,
@@ -49,18 +50,23 @@ def build_engine(
     *,
     report: Callable[[Starting], None] = lambda starting: None,
     meet: Callable[[], None] = lambda: None,
+    mesh: Mesh | None = None,
 ) -> StepEngine:
     """Load this rank's weights, allocate its cache, and make its step engine. All ranks do it at the same time.
 
     report: called with what is being done, many times while weights are read. meet: returns when all ranks have their
     weights; without it the ranks wait in their next exchange, for as long as the group's time limit allows.
+    mesh: how the ranks of `group` work together, by default as the options say.
     """
     options = config.options
+    mesh = options.mesh if mesh is None else mesh
+    _check_mesh(mesh, group)
+    axes, replica = mesh.groups(group), mesh.place(group.rank).dp
     device = rank_device(config.device_kind, group.rank)
     device.activate()
     streams = device.streams()
     report(Starting(what="making the transport"))
-    transport = make_transport(config, group, streams)
+    transport = make_transport(config, axes.ep, streams)
     report(Starting(what=LOADING))
     model = _load(config, transport, report)
     report(Starting(what="waiting until all ranks have loaded"))
@@ -84,7 +90,7 @@ def build_engine(
         group.record_order()
     scheduler = Scheduler(
         BlockPool(cache.num_blocks, options.block_size, prefix_caching=options.prefix_caching),
-        rank=group.rank,
+        rank=replica,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         eos_token_ids=config.model.eos_token_ids,
@@ -111,9 +117,22 @@ def build_engine(
         recorder=recorder,
         stats=StepStats(options.policy.micro_batches),
         expert_load=ExpertLoad(
-            model, num_experts=config.model.num_experts, num_ranks=options.ranks, device=device.torch_device
+            model, num_experts=config.model.num_experts, num_ranks=mesh.ep, device=device.torch_device
         ),
     )
+
+
+def _check_mesh(mesh: Mesh, group: RankGroup) -> None:
+    """Raise `OptionError` for a mesh that the engine cannot run yet, or that has another number of ranks."""
+    if mesh.tp > 1:
+        raise OptionError(
+            f"tp={mesh.tp} is not supported",
+            limit="attention cannot be split over ranks: tensor-parallel projections and their collectives are missing",
+            remedy=f"use tp=1 with dp={mesh.world}",
+            option="tp",
+            value=mesh.tp,
+        )
+    mesh.check_world(group.size)
 
 
 def ready_message(engine: StepEngine) -> Ready:
@@ -166,7 +185,7 @@ def _refusal(config: ResolvedConfig) -> Refusal | None:
     """Why the transport cannot run on this machine, if something forbids it. Examining it takes seconds."""
     options = config.options
     world = World(
-        ranks=options.ranks,
+        ranks=options.mesh.ep,
         device_kind=config.device_kind,
         peer_access=options.peer_access,
         num_lanes=options.policy.micro_batches,
@@ -205,4 +224,4 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
 
 
 def _weight_gib(config: ResolvedConfig) -> float:
-    return weight_bytes(config.model, config.dtype, config.options.ranks) / 2**30
+    return weight_bytes(config.model, config.dtype, config.options.mesh.ep) / 2**30

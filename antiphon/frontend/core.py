@@ -56,7 +56,7 @@ class Core:
         checkpoint = self.config.options
         self.tokenizer = NoTokenizer() if checkpoint.load_format == "dummy" else Tokenizer(checkpoint.model)
         self.config = with_end_token_of(self.tokenizer, self.config)
-        self._load = [0] * checkpoint.ranks  # tokens that each rank may still come to
+        self._load = [0] * checkpoint.mesh.dp  # tokens that each replica may still come to
         self._placed: dict[int, Placed] = {}
 
     def started(self, ready: Ready) -> None:

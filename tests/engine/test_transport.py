@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from antiphon.comm import RankGroup
+from antiphon.comm import Mesh, RankGroup
 from antiphon.config.engine_config import EngineConfig
 from antiphon.core.errors import OptionError
 from antiphon.engine import build
@@ -59,3 +59,11 @@ def test_host_memory_is_judged_by_what_this_engine_needs(monkeypatch: pytest.Mon
 
     with raises(OptionError, "1 MiB", option="transport", value="shared-memory"):
         make(monkeypatch, RuntimeError("no memory"), little_memory)
+
+
+def test_a_mesh_that_the_engine_cannot_run_is_refused_before_anything_is_made() -> None:
+    config, alone = EngineConfig(device="cpu").resolve(), RankGroup(rank=0, size=1)
+    with raises(OptionError, "tensor-parallel", option="tp", value=2, remedy="dp=2"):
+        build.build_engine(config, alone, mesh=Mesh(tp=2))
+    with raises(OptionError, "there are 1", option="dp", value=3):
+        build.build_engine(config, alone, mesh=Mesh(dp=3))
