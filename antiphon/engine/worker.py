@@ -1,16 +1,13 @@
-"""One rank in a process of its own: `python -m antiphon.engine.worker --rank R --folder DIR`.
+"""One rank in a process of its own: `python -m antiphon.engine.worker --rank R ...`.
 
-Started by `worker_processes`, never by hand. The folder holds `options.json`, the front's socket, the meeting place of
-the ranks and the progress board. The worker ends when the front says so, when the front's end of its standard input
-closes (the front has died), or after an error, which it reports first.
+Started by a launcher, never by hand. The folder of the ranks holds `options.json` and the progress board. The worker
+ends when the front says so, when the front has died, or after an error, which it reports first.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import shutil
 import threading
 import time
 import traceback
@@ -48,14 +45,13 @@ from antiphon.engine.messages import (
     keep_all,
 )
 from antiphon.engine.step import StepEngine
+from antiphon.launch import Place, end_with_launcher
 from antiphon.models import MatchedFiles
 
 logger = logging.getLogger("antiphon.engine.worker")
 
 OPTIONS_FILE = "options.json"
-SOCKET_FILE = "front.sock"
 PROGRESS_FILE = "progress"
-_MEETING_FILE = "meeting"
 
 START_S = 120.0
 """How long the ranks have to load and to meet, however short `timeout_s` is."""
@@ -165,23 +161,18 @@ class Worker:
 
 def main() -> int:
     """Run the worker. Returns the exit code: 0 after `Stop`, 1 after an error."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    arguments = parser.parse_args()
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s rank {arguments.rank} %(levelname)s %(name)s: %(message)s"
-    )
-    _end_with_front(arguments.folder)
+    place = Place.from_arguments()
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {place.rank} %(levelname)s %(name)s: %(message)s")
+    end_with_launcher(place.folder)
     socket = zmq.Context().socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, str(arguments.rank).encode())
+    socket.setsockopt(zmq.IDENTITY, str(place.rank).encode())
     socket.setsockopt(zmq.LINGER, _FAREWELL_MS)
     keep_all(socket)
-    socket.connect(f"ipc://{arguments.folder / SOCKET_FILE}")
+    socket.connect(place.front)
     try:
-        _serve(socket, arguments.rank, arguments.folder)
+        _serve(socket, place)
     except Exception as error:
-        logger.exception("rank %d fails", arguments.rank)
+        logger.exception("rank %d fails", place.rank)
         _send(socket, _failed(error))
         exit_code = 1
     else:
@@ -191,7 +182,8 @@ def main() -> int:
     return exit_code
 
 
-def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
+def _serve(socket: zmq.Socket[bytes], place: Place) -> None:
+    rank, folder = place.rank, place.folder
     start = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=WorkerStart)
     options, config = start.options, start.resolve()
     warnings = KeptWarnings()
@@ -201,7 +193,7 @@ def _serve(socket: zmq.Socket[bytes], rank: int, folder: Path) -> None:
     group = RankGroup.connect(
         rank=rank,
         size=options.ranks,
-        init_method=f"file://{folder / _MEETING_FILE}",
+        init_method=place.meeting,
         timeout_s=options.timeout_s,
         meeting_timeout_s=max(options.timeout_s, START_S),
         board=board,
@@ -263,18 +255,6 @@ def _threads_per_rank(ranks: int) -> int:
         return int(asked)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores // ranks)
-
-
-def _end_with_front(folder: Path) -> None:
-    """End this process, and remove the folder, when the front is gone, whatever this process is doing then."""
-
-    def watch() -> None:
-        while os.read(0, 1024):  # not sys.stdin, whose lock would disturb the interpreter's end
-            pass
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="front-watch", daemon=True).start()
 
 
 def _send(socket: zmq.Socket[bytes], message: FromWorker) -> None:

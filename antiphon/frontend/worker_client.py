@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import zmq
 
-from antiphon.config.engine_config import ResolvedConfig
+from antiphon.comm import ProgressBoard
+from antiphon.config.engine_config import EngineConfig, ResolvedConfig
 from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.messages import (
@@ -34,8 +36,8 @@ from antiphon.engine.messages import (
     keep_all,
 )
 from antiphon.engine.scheduling.request import Request, TokenOutput
-from antiphon.engine.worker import START_S, WorkerStart
-from antiphon.frontend.worker_processes import WorkerProcesses
+from antiphon.engine.worker import OPTIONS_FILE, PROGRESS_FILE, START_S, WorkerStart, read_report
+from antiphon.launch import Launcher, LocalLauncher
 from antiphon.timeline import StepTimeline
 
 _POLL_MS = 100
@@ -55,13 +57,30 @@ class SaidOnce:
             logging.getLogger(warned.logger).warning("%s", warned.text)
 
 
+def worker_environment(options: EngineConfig) -> dict[str, str]:
+    """The variables that the workers have besides those of the launcher."""
+    return {} if options.peer_access else {"NCCL_P2P_DISABLE": "1"}  # what is forbidden to us is forbidden to NCCL
+
+
 class WorkerClient:
-    """Owns the worker processes and the socket to them."""
+    """Owns the worker processes and the socket to them.
+
+    The folder of the ranks holds their options, their reports and their progress board beside what the launcher needs.
+    """
 
     ready: Ready
 
-    def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
-        """Return when all ranks are ready. on_start: called with every stage of the start until then."""
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        on_start: Callable[[str], None] | None = None,
+        *,
+        launcher: Launcher | None = None,
+    ) -> None:
+        """Return when all ranks are ready. on_start: called with every stage of the start until then.
+
+        launcher: starts the ranks; `None` starts them on this host.
+        """
         self._ranks = config.options.ranks
         self._patience_s = config.options.timeout_s * 1.5
         self._wave = 0
@@ -75,13 +94,16 @@ class WorkerClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         keep_all(self._socket)
         try:
-            self._processes = WorkerProcesses(WorkerStart.of(config))
+            self._processes = (launcher or LocalLauncher()).prepare(self._ranks)
         except BaseException:
             self._context.destroy()
             raise
         try:
-            self._socket.bind(self._processes.address)
-            self._processes.start()
+            folder = self._processes.folder
+            self._board = ProgressBoard(folder / PROGRESS_FILE, size=self._ranks)
+            (folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(WorkerStart.of(config)))
+            self._socket.bind(self._processes.front)
+            self._processes.start("antiphon.engine.worker", worker_environment(config.options))
             self._wait_for_ready(on_start or (lambda what: None))
         except BaseException:
             self._ended = self._ended or "it did not start"  # close need not wait for anything
@@ -252,8 +274,7 @@ class WorkerClient:
     # ---- failures
 
     def _silence(self, patience_s: float, what: str) -> EngineError:
-        where = self._processes.board.describe()
-        reason = f"no rank answered for {patience_s:.0f} s ({what}): {where}"
+        reason = f"no rank answered for {patience_s:.0f} s ({what}): {self._board.describe()}"
         return self._end(reason, remedy="raise timeout_s if steps are long")
 
     def _failure(self, what: str) -> AntiphonError:
@@ -283,7 +304,8 @@ class WorkerClient:
 
     def _read_reports(self) -> None:
         """Reports that ranks could only write to a file come first: the other failures follow from them."""
-        reports = self._processes.reports()
+        found = {rank: read_report(rank, self._processes.folder) for rank in range(self._ranks)}
+        reports = {rank: report for rank, report in found.items() if report is not None}
         self._failures = reports | {rank: f for rank, f in self._failures.items() if rank not in reports}
 
     def _end_by(self, rank: int, failure: Failed, what: str) -> AntiphonError:

@@ -39,7 +39,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "obtainable_memory", lambda: 4 * GIB)
     for name in ("make_transport", "build_model", "allocate_cache"):
         monkeypatch.setattr(build, name, refuse)
-    monkeypatch.setattr("antiphon.frontend.worker_client.WorkerProcesses", refuse)
+    monkeypatch.setattr("antiphon.frontend.worker_client.LocalLauncher", refuse)
 
 
 def model(folder: Path, **changes: Any) -> str:

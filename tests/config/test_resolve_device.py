@@ -22,7 +22,7 @@ from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.policy import NEVER, OverlapPolicy
 from antiphon.core.warn_once import warn_once
 from antiphon.engine.messages import Ready, decode_from_worker, encode
-from antiphon.frontend.worker_processes import _environment
+from antiphon.frontend.worker_client import worker_environment
 from tests.support.errors import raises
 
 
@@ -207,7 +207,7 @@ def test_peer_access(asked: bool, variable: str | None, expected: bool, monkeypa
     assert resolve_peer_access(asked) is expected
     options = EngineConfig(peer_access=asked, device="cpu").resolve().options
     assert options.peer_access is expected
-    assert (_environment(options).get("NCCL_P2P_DISABLE") == "1") is not expected
+    assert (worker_environment(options).get("NCCL_P2P_DISABLE") == "1") is not expected
 
 
 def test_an_option_without_effect_says_so(caplog: pytest.LogCaptureFixture) -> None:

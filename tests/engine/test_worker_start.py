@@ -19,7 +19,7 @@ from antiphon.config.engine_config import EngineConfig, ResolvedConfig
 from antiphon.core.errors import ModelError
 from antiphon.engine.build import build_engine
 from antiphon.engine.worker import WorkerStart
-from antiphon.frontend.worker_processes import WorkerProcesses
+from antiphon.launch.local import LocalRanks
 from antiphon.models import Checkpoint, MatchedFiles
 from tests.support.checkpoints import copy_bundled
 from tests.support.errors import raises
@@ -183,14 +183,14 @@ def test_dummy_weights_match_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.processes
 def test_a_file_that_goes_before_the_ranks_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single file that is there now is another checkpoint: no rank may read it in place of the shards."""
-    really_start = WorkerProcesses.start
+    really_start = LocalRanks.start
 
-    def start(processes: WorkerProcesses) -> None:
+    def start(ranks: LocalRanks, *words: Any) -> None:
         add_single_file(folder)
         (folder / "model-00002-of-00002.safetensors").unlink()
-        really_start(processes)
+        really_start(ranks, *words)
 
-    monkeypatch.setattr(WorkerProcesses, "start", start)
+    monkeypatch.setattr(LocalRanks, "start", start)
     with raises(ModelError, "model-00002-of-00002.safetensors") as raised:
         LLM(str(folder), ranks=2, device="cpu", max_model_len=64)
     assert raised.error.remedy and raised.error.remedy not in raised.error.fact, "its fields came from the worker"

@@ -8,28 +8,19 @@ connects by itself, as often as it likes. No process outlives the call, nor the 
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from antiphon.launch import LocalLauncher, Place, RankProcesses, end_with_launcher
+
 __all__ = ["Meeting", "RanksError", "run_ranks"]
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _TASK_FILE = "task.pickle"
-_GRACE_S = 1.0
-"""How long the other ranks may go on after the first failure, so that their tracebacks are shown too."""
 
 
 class RanksError(AssertionError):
@@ -62,73 +53,23 @@ def run_ranks(
     timeout_s: the group's time limit. limit_s: seconds after which everything is killed. Arguments and results are
     pickled. Raises `RanksError` with the tracebacks of the ranks.
     """
-    with tempfile.TemporaryDirectory(prefix="antiphon-ranks-") as name:
-        folder = Path(name)
-        (folder / _TASK_FILE).write_bytes(pickle.dumps((function_path, size, args, connect, timeout_s)))
-        processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(size):
-                processes.append(_start(rank, folder))
-            end = _wait_for_all(processes, limit_s)
-        finally:
-            _kill(processes)
-        if end is not None:
-            raise RanksError(f"{function_path} on {size} ranks: {end}\n{_reports(processes, folder)}")
-        return [_read_result(folder, rank)[1] for rank in range(size)]
+    with LocalLauncher().prepare(size, prefix="antiphon-ranks-") as ranks:
+        (ranks.folder / _TASK_FILE).write_bytes(pickle.dumps((function_path, args, connect, timeout_s)))
+        ranks.start("tests.support.ranks")
+        failure = ranks.wait(limit_s)
+        ranks.end()
+        if failure is not None:
+            raise RanksError(f"{function_path} on {size} ranks: {failure}\n{_reports(ranks)}")
+        return [_read_result(ranks.folder, rank)[1] for rank in range(size)]
 
 
-def _start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
-    search_path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
-    with (folder / f"output-{rank}").open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.support.ranks", str(rank), str(folder)],
-            cwd=_REPOSITORY,
-            env=environment,
-            stdin=subprocess.PIPE,  # its end tells the rank that this process is gone
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def _wait_for_all(processes: Sequence[subprocess.Popen[bytes]], limit_s: float) -> str | None:
-    """`None` once every rank has ended well, else what went wrong."""
-    deadline = time.monotonic() + limit_s
-    failure: str | None = None
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
-        if None not in codes:
-            break
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed and failure is None:
-            failure = f"rank {failed[0]} failed first, with exit code {codes[failed[0]]}"
-            deadline = min(deadline, time.monotonic() + _GRACE_S)
-        time.sleep(0.02)
-    else:
-        late = [rank for rank, process in enumerate(processes) if process.poll() is None]
-        return failure or f"ranks {late} did not end within {limit_s:g} s"
-    failed = [rank for rank, process in enumerate(processes) if process.returncode]
-    return failure or (f"ranks {failed} failed" if failed else None)
-
-
-def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the session, so that what a rank started goes too
-    for process in processes:
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
-
-
-def _reports(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> str:
+def _reports(ranks: RankProcesses) -> str:
     reports = []
-    for rank, process in enumerate(processes):
-        kind, value = _read_result(folder, rank)
+    for rank in range(ranks.size):
+        kind, value = _read_result(ranks.folder, rank)
         said = value if kind == "error" else f"({kind})"
-        printed = (folder / f"output-{rank}").read_text(errors="replace")[-4000:].strip()
-        reports.append(f"--- rank {rank}, exit code {process.returncode}\n{said}\n{printed}".rstrip())
+        printed = ranks.output(rank)[-4000:].strip()
+        reports.append(f"--- rank {rank}, exit code {ranks.exit_code(rank)}\n{said}\n{printed}".rstrip())
     return "\n".join(reports)
 
 
@@ -140,18 +81,9 @@ def _read_result(folder: Path, rank: int) -> tuple[str, Any]:
 # ---- in the process of a rank
 
 
-def _end_with_parent() -> None:
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-def _call(rank: int, folder: Path) -> Any:
-    function_path, size, args, connect, timeout_s = pickle.loads((folder / _TASK_FILE).read_bytes())
-    meeting = Meeting(rank=rank, size=size, folder=folder)
+def _call(place: Place) -> Any:
+    function_path, args, connect, timeout_s = pickle.loads((place.folder / _TASK_FILE).read_bytes())
+    meeting = Meeting(rank=place.rank, size=place.size, folder=place.folder)
     module_name, _, name = function_path.partition(":")
     function = getattr(import_module(module_name), name)
     if not connect:
@@ -161,7 +93,7 @@ def _call(rank: int, folder: Path) -> Any:
     from antiphon.comm import RankGroup
 
     torch.set_num_threads(1)
-    group = RankGroup.connect(rank=rank, size=size, init_method=meeting.init_method("0"), timeout_s=timeout_s)
+    group = RankGroup.connect(rank=place.rank, size=place.size, init_method=place.meeting, timeout_s=timeout_s)
     try:
         return function(group, *args)
     finally:
@@ -169,18 +101,18 @@ def _call(rank: int, folder: Path) -> Any:
 
 
 def _main() -> int:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    _end_with_parent()
+    place = Place.from_arguments()
+    end_with_launcher(place.folder)
     try:
-        content = pickle.dumps(("returned", _call(rank, folder)))
+        content = pickle.dumps(("returned", _call(place)))
     except BaseException:
         content = pickle.dumps(("error", traceback.format_exc()))
         code = 1
     else:
         code = 0
-    unfinished = folder / f"unfinished-{rank}"
+    unfinished = place.folder / f"unfinished-{place.rank}"
     unfinished.write_bytes(content)
-    unfinished.rename(folder / f"result-{rank}")
+    unfinished.rename(place.folder / f"result-{place.rank}")
     return code
 
 

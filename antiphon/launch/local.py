@@ -1,0 +1,106 @@
+"""Ranks on this host: child processes that meet in a private folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from antiphon.core.folders import socket_folder
+from antiphon.launch.base import Launcher, RankProcesses
+
+logger = logging.getLogger("antiphon.launch")
+
+_KILLED_S = 5.0  # the system's time to end a killed process; one that waits for a device or a disk can take for ever
+
+
+class LocalLauncher(Launcher):
+    """Starts every rank as a child of this process, on this host."""
+
+    def prepare(self, size: int, *, prefix: str = "antiphon-") -> LocalRanks:
+        return LocalRanks(size, prefix)
+
+
+class LocalRanks(RankProcesses):
+    """Child processes. The folder holds the sockets, the meeting place and what each rank prints."""
+
+    def __init__(self, size: int, prefix: str) -> None:
+        folder = socket_folder(prefix)
+        super().__init__(
+            size=size, folder=folder, front=f"ipc://{folder / 'front.sock'}", meeting=f"file://{folder / 'meeting'}"
+        )
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(
+        self, module: str, environment: Mapping[str, str] | None = None, *, show_stderr_of_rank_0: bool = False
+    ) -> None:
+        merged = _environment() | dict(environment or {})
+        for rank in range(self.size):
+            # -P: modules of the current folder must not hide those of the library.
+            command = [sys.executable, "-P", "-m", module, *self.place(rank).arguments()]
+            with self._log(rank).open("wb") as log:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,  # closes when this process ends, and the rank with it
+                    stdout=log,
+                    stderr=None if show_stderr_of_rank_0 and rank == 0 else log,
+                    env=merged,
+                    start_new_session=True,  # Ctrl-C reaches this process only
+                )
+            self._processes.append(process)
+
+    def exit_code(self, rank: int) -> int | None:
+        return self._processes[rank].poll()
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} (pid {self._processes[rank].pid})"
+
+    def output(self, rank: int) -> str:
+        try:
+            return self._log(rank).read_text(errors="replace")
+        except OSError:  # somebody has tidied up
+            return ""
+
+    def end(self, *, patience_s: float = 0.0) -> None:
+        """As `RankProcesses.end`; a process that the system does not end in time is logged and left."""
+        try:
+            deadline = time.monotonic() + patience_s
+            while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
+                time.sleep(0.01)
+        finally:
+            for process in self._processes:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the session, so that what a rank started goes too
+            deadline = time.monotonic() + _KILLED_S
+            for rank, process in enumerate(self._processes):
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    logger.error("rank %d (pid %d) was killed, but the system has not ended it", rank, process.pid)
+                if process.stdin is not None:
+                    process.stdin.close()
+
+    def close(self, *, patience_s: float = 0.0) -> None:
+        super().close(patience_s=patience_s)
+        self._processes.clear()
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.log"
+
+
+def _environment() -> dict[str, str]:
+    """The environment of ranks that are all on this host."""
+    environment = dict(os.environ)
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    # Multicast over NVLink needs rights that a shared host does not give, and none of our transports uses it.
+    environment.setdefault("NCCL_NVLS_ENABLE", "0")
+    environment.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    # Ranks find modules where this process does, also in a notebook or a script's own folder.
+    environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    return environment
