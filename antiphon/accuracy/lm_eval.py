@@ -23,7 +23,7 @@ def main() -> None:
     """Run lm_eval's command with the arguments of this process. An error of ours is one line on stderr."""
     try:
         if find_spec("lm_eval") is None:
-            raise OptionError("lm_eval is not installed, and this is its command; pip install 'antiphon[eval]'")
+            raise OptionError("lm_eval is not installed", remedy="pip install 'antiphon[eval]'")
         import_module("antiphon.accuracy.lm_eval_model")  # it registers the model type
         if len(sys.argv) > 2 and not any(word.partition("=")[0] == "--include_path" for word in sys.argv):
             sys.argv += ["--include_path", str(TASKS)]

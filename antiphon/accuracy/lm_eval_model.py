@@ -61,7 +61,12 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     ) -> None:
         super().__init__()
         if pretrained is not None and model is not None and pretrained != model:
-            raise OptionError(f"pretrained={pretrained!r} and model={model!r} contradict each other; give one of them")
+            raise OptionError(
+                f"pretrained={pretrained!r} and model={model!r} contradict each other",
+                remedy="give one of them",
+                option="model",
+                value=model,
+            )
         if str(batch_size) not in ("1", "auto") or max_batch_size is not None:
             logger.warning("batch_size has no effect: the engine fills its steps itself; max_num_seqs bounds them")
         self._owns_engine = llm is None

@@ -1,4 +1,4 @@
-"""What the benches share around a measurement: options resolved, transports chosen, conditions written down."""
+"""What benchmarks share around a measurement: parsing options, choosing transports, recording the conditions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
 def check_ranks(ranks: int) -> None:
     """Raises `OptionError` for fewer than two: one rank has nothing to exchange."""
     if ranks < 2:
-        raise OptionError(f"--ranks {ranks} has no communication to measure; use at least 2")
+        raise OptionError(f"--ranks {ranks} has no communication to measure", remedy="use at least 2", option="ranks")
 
 
 def rank_environment(*, peer_access: bool) -> dict[str, str]:
-    """What the ranks get beside this process's environment."""
+    """Environment variables that the ranks get in addition to this process's."""
     return {} if peer_access else dict(_NO_PEERS)
 
 
 def resolve_transports(text: str | None, *, device: str, ranks: int, peer_access: bool) -> list[str]:
-    """The transports asked for, or all that this machine can use. Raises `OptionError` for a name that is not known."""
+    """The transports asked for, or all that this machine can use. Raises `OptionError` for an unknown name."""
     if text is None:
         return _usable(device, ranks, peer_access)
     names = parse_names(text, "transports")
@@ -38,7 +38,7 @@ def resolve_transports(text: str | None, *, device: str, ranks: int, peer_access
 
 
 def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
-    """What `antiphon doctor` calls usable, but for what only tests need."""
+    """The transports that `antiphon doctor` calls usable, without those for tests."""
     from antiphon.comm import usable_transports
     from antiphon.machine.probe import examine_machine  # asks the machine, for seconds
 
@@ -48,15 +48,23 @@ def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
         names.insert(names.index("copy-engine"), "nccl-zero-cta")  # a baseline, which needs the same of the machine
     if not names:
         why = "; ".join(f"{found.name}: {found.reason}" for found in judged)
-        raise OptionError(f"no transport is usable for --ranks {ranks} on {device} ({why}); antiphon doctor says more")
+        raise OptionError(
+            f"no transport is usable for --ranks {ranks} on {device}",
+            limit=why,
+            remedy="run antiphon doctor for details",
+        )
     return names
 
 
 def parse_names(text: str, option: str, valid: Sequence[str] | None = None) -> list[str]:
-    """Words between commas, each once. Raises `OptionError` for none, a repeated one, or one not among `valid`."""
+    """Different words separated by commas. Raises `OptionError` for none, a repeated one, or one not in `valid`."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
-        raise OptionError(f"--{option} {text!r} is not a list of different names; write them with commas between")
+        raise OptionError(
+            f"--{option} {text!r} is not a list of different names",
+            remedy="separate them by commas",
+            option=option,
+        )
     for name in names:
         if valid is not None and name not in valid:
             raise unknown_value(option, name, valid)
@@ -64,29 +72,35 @@ def parse_names(text: str, option: str, valid: Sequence[str] | None = None) -> l
 
 
 def parse_counts(text: str, option: str) -> list[int]:
-    """Integers of at least 1 between commas. Raises `OptionError`."""
+    """Integers of at least 1, separated by commas. Raises `OptionError` for anything else."""
     counts = [parse_size(name, shown=f"--{option}: {name!r}") for name in parse_names(text, option)]
     if min(counts) < 1:
-        raise OptionError(f"--{option} {text!r} is not a list of counts; write integers such as 512,2k")
+        raise OptionError(
+            f"--{option} {text!r} is not a list of counts", remedy="write integers such as 512,2k", option=option
+        )
     return counts
 
 
 def parse_numbers(text: str, option: str) -> list[float]:
-    """Numbers between commas. Raises `OptionError`."""
+    """Numbers separated by commas. Raises `OptionError` for anything else."""
     try:
         return [float(name) for name in parse_names(text, option)]
     except ValueError as error:
-        raise OptionError(f"--{option} {text!r} is not a list of numbers; write some such as 50,99.9") from error
+        raise OptionError(
+            f"--{option} {text!r} is not a list of numbers", remedy="write numbers such as 50,99.9", option=option
+        ) from error
 
 
 def parse_sizes(text: str, option: str = "sizes") -> list[int]:
-    """Bytes from `4K,1M`, or a range `4K..512M` in steps of 4, its end included. Raises `OptionError`."""
+    """Bytes from `4K,1M`, or from a range `4K..512M` in steps of 4x, end included. Raises `OptionError`."""
     sizes: list[int] = []
     for name in parse_names(text, option):
         first, dots, last = name.partition("..")
         size, end = _size(first, option), _size(last if dots else first, option)
         if end < size:
-            raise OptionError(f"--{option} {name} ends before it begins; write the smaller size first")
+            raise OptionError(
+                f"--{option} {name} ends before it begins", remedy="write the smaller size first", option=option
+            )
         while size < end:
             sizes.append(size)
             size *= _RANGE_STEP
@@ -97,12 +111,14 @@ def parse_sizes(text: str, option: str = "sizes") -> list[int]:
 def _size(text: str, option: str) -> int:
     size = parse_size(text, shown=f"--{option}: {text!r}", of_bytes=True)
     if size < 1:
-        raise OptionError(f"--{option}: {text!r} is not a size; write bytes, or such as 4K, 16M, 1G")
+        raise OptionError(
+            f"--{option} {text!r} is not a size", remedy="write bytes, or a size such as 4K, 16M, 1G", option=option
+        )
     return size
 
 
 def conditions(results: Sequence[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
-    """The part of a result that says where, when and how; every rank's result names its device and versions."""
+    """The part of a result that says where, when and how it was measured, with devices and versions of all ranks."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "devices": [result["device"] for result in results],
@@ -121,21 +137,23 @@ def check_writable(path: Path | None, option: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_fifo():
-            return  # to open and close it would be its end
+            return  # opening and closing a pipe would end it
         is_new = not path.exists()
         path.open("ab").close()
         if is_new:
-            path.resolve().unlink()  # what a link leads to, not the link
+            path.resolve().unlink()  # the target of a link, not the link
     except OSError as error:
-        raise OptionError(f"--{option} {path} cannot be written ({error}); name a file that can be") from error
+        raise OptionError(
+            f"--{option} {path} cannot be written", limit=str(error), remedy="name another file", option=option
+        ) from error
 
 
 def write_json(result: dict[str, Any], path: Path | None) -> None:
-    """Print the result as one line, the last one, and write it to `path` for people too. Numbers get 6 digits."""
+    """Print the result as the last line, and write it indented to `path`. Numbers get 6 digits."""
     result = _rounded(result)
     try:
         print(json.dumps(result, allow_nan=False), flush=True)
-    finally:  # one of the two is there though the other cannot be written
+    finally:  # if one of the two cannot be written, the other still is
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -67,11 +67,16 @@ class DboOptions:
             if mode not in DBO_MODES:
                 raise unknown_value("modes", mode, DBO_MODES)
         if len(set(self.modes)) < max(2, len(self.modes)):
-            raise OptionError(f"--modes {','.join(self.modes)} compares nothing; use two different ones or more")
+            raise OptionError(
+                f"--modes {','.join(self.modes)} compares nothing",
+                remedy="use two different ones or more",
+                option="modes",
+            )
         if self.capacity_share is not None and (not self.capacity_share > 0 or isfinite(self.request_rate)):
             raise OptionError(
-                f"--capacity-share {self.capacity_share:g} and --request-rate {self.request_rate:g} do not fit; give a "
-                "share above 0 and no rate"
+                f"--capacity-share {self.capacity_share:g} and --request-rate {self.request_rate:g} do not fit",
+                remedy="give a share above 0 and no rate",
+                option="capacity-share",
             )
         rate = self.request_rate if self.capacity_share is None else 1.0  # that rate is measured
         arrival_times(self.workload.num_prompts, rate, burstiness=self.burstiness, seed=self.workload.seed)

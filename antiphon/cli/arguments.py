@@ -70,7 +70,9 @@ def json_object(name: str, text: str | None, *, example: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise OptionError(f"--{name.replace('_', '-')} {text!r} is not a JSON object; use one such as '{example}'")
+        raise OptionError(
+            f"--{name.replace('_', '-')} {text!r} is not a JSON object", remedy=f"use one such as '{example}'"
+        )
     return value
 
 
@@ -141,13 +143,15 @@ def _words(left: list[str]) -> list[str]:
 def _texts(flag: str, words: Sequence[str]) -> list[str]:
     """The words, where one that is a JSON list stands for its items."""
     if not words:
-        raise OptionError(f"{flag} needs at least one value; use {flag} NAME [NAME ...]")
+        raise OptionError(f"{flag} needs at least one value", remedy=f"use {flag} NAME [NAME ...]", option=flag)
     texts = []
     for word in words:
         try:
             items = json.loads(word) if word.startswith("[") else [word]
         except json.JSONDecodeError as error:
-            raise OptionError(f"{flag} {word!r} is not a JSON list ({error}); use {flag} a b") from None
+            raise OptionError(
+                f"{flag} {word!r} is not a JSON list", limit=str(error), remedy=f"use {flag} a b", option=flag
+            ) from None
         texts += [_value(f"{flag} {word!r}", "text", item) for item in items]
     return texts
 
@@ -158,7 +162,7 @@ def _names(options: Sequence[OwnOption]) -> list[str]:
 
 def _next(flag: str, kind: str, left: list[str]) -> str:
     if not left:
-        raise OptionError(f"{flag} needs a value; use {flag} and {_WHAT[kind]}")
+        raise OptionError(f"{flag} needs a value", remedy=f"use {flag} and {_WHAT[kind]}", option=flag)
     return left.pop(0)
 
 
@@ -169,7 +173,7 @@ def _check(flag: str, kind: str, text: str) -> None:
     try:
         {"whole": int, "wholes": int, "number": float}.get(kind, str)(text)
     except ValueError:
-        raise OptionError(f"{flag} {text!r} is not {_WHAT[kind]}; use {_WHAT[kind]}") from None
+        raise OptionError(f"{flag} {text!r} is not {_WHAT[kind]}", remedy=f"use {_WHAT[kind]}", option=flag) from None
 
 
 def _from_text(flag: str, kind: str, text: str) -> Any:
@@ -180,7 +184,7 @@ def _from_text(flag: str, kind: str, text: str) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        raise OptionError(f"{flag} {text!r} is not {_WHAT[kind]}; use {_WHAT[kind]}") from None
+        raise OptionError(f"{flag} {text!r} is not {_WHAT[kind]}", remedy=f"use {_WHAT[kind]}", option=flag) from None
     return _value(flag, kind, value)
 
 
@@ -226,34 +230,49 @@ def _entries(path: str) -> list[tuple[str, yaml.Node, Any, str]]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{CONFIG_FLAG} {path} cannot be read ({error}); pass a YAML file of options") from error
+        raise OptionError(
+            f"{CONFIG_FLAG} {path} cannot be read",
+            limit=str(error),
+            remedy="pass a YAML file of options",
+            option=CONFIG_FLAG,
+        ) from error
     try:
         loader = yaml.SafeLoader(text)
     except yaml.reader.ReaderError as error:
         line_number = text.count("\n", 0, error.position) + 1
         raise OptionError(
-            f"{CONFIG_FLAG} {path}, line {line_number} is not YAML (it has the character {chr(error.character)!r}); "
-            "remove it"
+            f"{CONFIG_FLAG} {path}, line {line_number} is not YAML",
+            limit=f"it has the character {chr(error.character)!r}",
+            remedy="remove it",
+            option=CONFIG_FLAG,
         ) from error
     try:
         root = loader.get_single_node()
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
-            raise OptionError(f"{CONFIG_FLAG} {path} is not a list of options; write one a line, such as `ranks: 2`")
+            raise OptionError(
+                f"{CONFIG_FLAG} {path} is not a list of options",
+                remedy="write one per line, such as `ranks: 2`",
+                option=CONFIG_FLAG,
+            )
         entries, seen = [], set()
         for key, node in root.value:
             name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else str(key)
             where = f"{CONFIG_FLAG} {path}, line {key.start_mark.line + 1}"
             if name in seen:
-                raise OptionError(f"{where}: {name} is given twice; leave one of them out")
+                raise OptionError(f"{where}: {name} is given twice", remedy="leave one of them out")
             seen.add(name)
             entries.append((name, node, _constructed(loader, node, f"{where}, {name}"), where))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise OptionError(f"{CONFIG_FLAG} {path}{line} is not YAML ({error.problem}); repair it") from error
+        raise OptionError(
+            f"{CONFIG_FLAG} {path}{line} is not YAML", limit=str(error.problem), remedy="correct it", option=CONFIG_FLAG
+        ) from error
     except RecursionError:
-        raise OptionError(f"{CONFIG_FLAG} {path} is nested too deeply; no option is") from None
+        raise OptionError(
+            f"{CONFIG_FLAG} {path} is nested too deeply", remedy="write one option per line", option=CONFIG_FLAG
+        ) from None
     finally:
         loader.dispose()
     return entries
@@ -263,7 +282,9 @@ def _constructed(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
     try:
         return loader.construct_object(node, deep=True)
     except (ValueError, LookupError, AttributeError, OverflowError) as error:  # of 2024-13-01, of !!bool perhaps
-        raise OptionError(f"{where} is not what YAML takes it for ({error}); put a text in quotes") from error
+        raise OptionError(
+            f"{where} does not have the type that YAML gives it", limit=str(error), remedy="quote a text"
+        ) from error
 
 
 def _value(where: str, kind: str, value: Any) -> Any:
@@ -282,7 +303,7 @@ def _value(where: str, kind: str, value: Any) -> Any:
         "json": isinstance(value, Mapping) or is_whole(value),
     }[kind]
     if not right:
-        raise OptionError(f"{where}={value!r} is not {_WHAT[kind]}; use {_WHAT[kind]}")
+        raise OptionError(f"{where}={value!r} is not {_WHAT[kind]}", remedy=f"use {_WHAT[kind]}", value=value)
     return value
 
 

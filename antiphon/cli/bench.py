@@ -212,7 +212,7 @@ def serve(
     if backend not in endpoints:
         raise unknown_value("backend", backend, endpoints)
     if save_detailed and not save_result:
-        raise OptionError("--save-detailed writes nothing alone; add --save-result")
+        raise OptionError("--save-detailed writes nothing alone", remedy="add --save-result", option="save-detailed")
     options = ServeOptions(
         base_url=base_url or f"http://{f'[{host}]' if ':' in host else host}:{port}",
         endpoint=endpoint or endpoints[backend],
@@ -292,7 +292,11 @@ def dbo(
     from antiphon.config.keywords import OPTION_DEFAULTS, make_config
 
     if engine["dbo"] != OPTION_DEFAULTS["dbo"]:
-        raise OptionError(f"--dbo {engine['dbo']} is what this command varies; use --modes {engine['dbo']},...")
+        raise OptionError(
+            f"--dbo {engine['dbo']} is what this command varies",
+            remedy=f"use --modes {engine['dbo']},...",
+            option="dbo",
+        )
     config = make_config(
         {name: engine[name] for name in OPTION_DEFAULTS},
         {name: value for name, value in engine.items() if name not in OPTION_DEFAULTS},

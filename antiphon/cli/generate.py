@@ -105,7 +105,7 @@ def generate(
     if prompts_file is not None:
         prompts += read_prompts(prompts_file)
     if not prompts:
-        raise OptionError("there is no prompt; use --prompt TEXT or --prompts-file FILE")
+        raise OptionError("there is no prompt", remedy="use --prompt TEXT or --prompts-file FILE")
     if chat:
         prompts = [*as_chats(prompts)]
     template: dict[str, Any] = {
@@ -116,8 +116,9 @@ def generate(
     is_formatted = template["chat_template_kwargs"] or continue_final_message or add_generation_prompt is not None
     if is_formatted and not any(isinstance(one, Chat) for one in prompts):
         raise OptionError(
-            "--chat-template-kwargs, --continue-final-message and --add-generation-prompt are for chats; add --chat, "
-            "or leave them out"
+            "--chat-template-kwargs, --continue-final-message and --add-generation-prompt are for chats",
+            remedy="add --chat, or leave them out",
+            option="chat-template-kwargs",
         )
     bias: Any = json_object("logit_bias", logit_bias, example='{"5": -100}')  # SamplingParams checks its keys
     params = [

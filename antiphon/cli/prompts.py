@@ -31,14 +31,19 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--prompts-file {path} cannot be read ({error}); pass a text file in UTF-8") from error
+        raise OptionError(
+            f"--prompts-file {path} cannot be read",
+            limit=str(error),
+            remedy="pass a text file in UTF-8",
+            option="prompts-file",
+        ) from error
     prompts: list[Prompt]
     if path.suffix == ".jsonl":
         prompts = _prompts_of_objects(text, path)
     else:
         prompts = [line for line in split_lines(text) if line.strip()]
     if not prompts:
-        raise OptionError(f"--prompts-file {path} holds no prompt; write one a line")
+        raise OptionError(f"--prompts-file {path} holds no prompt", remedy="write one per line", option="prompts-file")
     return prompts
 
 
@@ -46,7 +51,7 @@ def _prompts_of_objects(text: str, path: Path) -> list[Prompt]:
     try:
         return [_prompt_of(row, number) for number, row in json_lines(text, _PROMPT_LINE)]
     except ValueError as error:
-        raise OptionError(f"--prompts-file {path}, {error}") from error
+        raise OptionError(f"--prompts-file {path}, {error}", option="prompts-file") from error
 
 
 def _prompt_of(row: Any, number: int) -> Prompt:
@@ -66,7 +71,9 @@ def as_chats(prompts: Sequence[Prompt]) -> list[Chat]:
     chats = []
     for prompt in prompts:
         if isinstance(prompt, list):
-            raise OptionError("--chat takes texts and messages, but a prompt has token ids; leave --chat out")
+            raise OptionError(
+                "--chat takes texts and messages, but a prompt has token ids", remedy="leave --chat out", option="chat"
+            )
         chats.append(prompt if isinstance(prompt, Chat) else Chat([{"role": "user", "content": prompt}]))
     return chats
 

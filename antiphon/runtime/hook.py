@@ -1,6 +1,7 @@
-"""The recorder hook: what a run of lanes tells whoever listens.
+"""The recorder hook: the events of a run of lanes, for a listener.
 
-Off, it costs one lookup an event. A recorder that raises is switched off with one warning; the run goes on.
+Without a recorder an event costs one lookup. A recorder that raises is switched off with one warning, and the run goes
+on.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class EventKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LaneEvent:
-    """One event. `pending` numbers the pendings of a run; -1 where there is none.
+    """One event. `pending` is the number of the pending within the run, -1 if the event has none.
 
-    `ready_ns` is when the data of an ARRIVED pending was there, `None` where the transport cannot tell.
+    `ready_ns` is when the data of an ARRIVED pending was complete; `None` if the transport cannot tell.
     """
 
     kind: EventKind

@@ -1,7 +1,7 @@
 """Run functions on lanes: round robin from lane 0, in one host thread.
 
-The caller is the hub. It resumes lane 0 until that lane switches, then lane 1, and so on; a lane that has ended is
-passed over. The order of operations is fixed by the functions and never by timing.
+The caller is the hub. It resumes lane 0 until that lane switches, then lane 1, and so on, skipping lanes that have
+ended. The functions alone fix the order of operations, never timing.
 
     hub ─► lane 0 ──switch─► hub ─► lane 1 ──switch─► hub ─► lane 0 ...
 """
@@ -49,7 +49,7 @@ def run_lanes(
     streams = streams if streams is not None else CpuStreams()
     outer = running_lane()
     if outer is not None and outer.greenlet is not None:
-        raise LaneError(f"run_lanes was called inside lane {outer.index}; lanes cannot be nested")
+        raise LaneError(f"run_lanes was called inside lane {outer.index}", limit="lanes cannot be nested")
     run = RunState(
         num_lanes=len(functions),
         streams=streams,
@@ -98,7 +98,7 @@ def _run_round_robin(lanes: list[Lane], functions: Sequence[Callable[[], T]]) ->
         raise
     finally:
         for lane in lanes:
-            lane.greenlet = None  # whose context holds the lane: what a lane has set would wait for the collector
+            lane.greenlet = None  # its context holds the lane: without this only the garbage collector would free it
     return [results[index] for index in range(len(lanes))]
 
 
@@ -110,7 +110,7 @@ def _lane_main(lane: Lane, function: Callable[[], T]) -> T:
         check_lane_state(lane, "ends")
         if lane.pendings:
             labels = ", ".join(repr(pending.label) for pending in lane.pendings.values())
-            raise LaneError(f"lane {lane.index} ended with pending {labels} not finished; call finish on it")
+            raise LaneError(f"lane {lane.index} ended with pending {labels} not finished", remedy="call finish on it")
         return result
     finally:
         lane.done = True
@@ -118,7 +118,7 @@ def _lane_main(lane: Lane, function: Callable[[], T]) -> T:
 
 
 def _cancel(lanes: list[Lane], error: BaseException) -> None:
-    """End every lane that has started and not ended; what they raise on the way is noted on `error`."""
+    """Cancel every lane that has started and not ended. Errors on the way become notes of `error`."""
     for lane in lanes:
         if lane.done or lane.greenlet is None or not lane.greenlet:
             continue  # ended, or never started
@@ -137,7 +137,7 @@ def _cancel(lanes: list[Lane], error: BaseException) -> None:
 
 
 def _release(lanes: list[Lane], streams: Streams, error: BaseException) -> None:
-    """Give up what is pending and wait for the comm stream; what fails on the way is noted on `error`."""
+    """Abandon all pendings and wait for the comm streams. Errors on the way become notes of `error`."""
     pendings = [pending for lane in lanes for pending in lane.pendings.values()]
     for release in (*(pending.abandon for pending in pendings), streams.join):
         try:

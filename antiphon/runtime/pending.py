@@ -55,7 +55,7 @@ class Pending(Generic[T]):
 
     @staticmethod
     def done(value: T, *, label: str) -> Pending[T]:
-        """A pending whose result is there already (no communication)."""
+        """A pending whose result is available already, without communication."""
         return Pending(lambda: value, label=label, num_messages=0)
 
     def wait(self) -> T:
@@ -63,8 +63,8 @@ class Pending(Generic[T]):
         lane = running_lane()
         if lane is not self._lane:
             raise LaneError(
-                f"pending {self.label!r} was sent by {_name(self._lane)} and waited for by {_name(lane)}; "
-                "finish it in the lane that sent it"
+                f"pending {self.label!r} was sent by {_name(self._lane)} and waited for by {_name(lane)}",
+                remedy="finish it in the lane that sent it",
             )
         wait = self._take_wait()
         self._emit(EventKind.WAIT)
@@ -94,7 +94,7 @@ class Pending(Generic[T]):
 
     def _take_wait(self) -> Callable[[], T]:
         if self._wait is None:
-            raise LaneError(f"pending {self.label!r} was finished before; a pending is finished exactly once")
+            raise LaneError(f"pending {self.label!r} was finished before", limit="a pending is finished exactly once")
         wait, self._wait = self._wait, None
         return wait
 

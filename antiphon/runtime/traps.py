@@ -30,7 +30,9 @@ def switch(label: str = "") -> None:
         return
     check_lane_state(lane, f"switches at {label!r}")
     if getcurrent() is not lane.greenlet:
-        raise LaneError(f"switch({label!r}) was called in a greenlet inside lane {lane.index}; call it in the lane")
+        raise LaneError(
+            f"switch({label!r}) was called in a greenlet inside lane {lane.index}", remedy="call it in the lane"
+        )
     lane.hook.emit(EventKind.SWITCH_OUT, lane.index, label)
     lane.greenlet.parent.switch()
     lane.hook.emit(EventKind.SWITCH_IN, lane.index, label)
@@ -67,8 +69,9 @@ def order_point(key: Hashable) -> None:
     before = lane.previous
     if before is not None and not before.done and before.points_passed.get(key, 0) < count:
         raise LaneError(
-            f"lane {lane.index} reached {key!r} before lane {before.index}: its requests may read what lane "
-            f"{before.index} has not written; give every lane the same switches before this point"
+            f"lane {lane.index} reached {key!r} before lane {before.index}",
+            limit=f"its requests may read what lane {before.index} has not written",
+            remedy="give every lane the same switches before this point",
         )
     lane.points_passed[key] = count
 
@@ -78,8 +81,11 @@ def check_lane_state(lane: Lane, doing: str) -> None:
     changes = lane.run.torch_state.changes(TorchState.read(lane.run.streams.device_types))
     if changes:
         raise LaneError(
-            f"lane {lane.index} {doing} with torch state changed ({changes}), which holds for all lanes of the "
-            "thread; set it once, outside run_lanes"
+            f"lane {lane.index} {doing} with torch state changed ({changes})",
+            limit="this state holds for all lanes of the thread",
+            remedy="set it once, outside run_lanes",
         )
     if not lane.run.streams.on_compute_stream():
-        raise LaneError(f"lane {lane.index} {doing} away from the compute stream; leave the stream context first")
+        raise LaneError(
+            f"lane {lane.index} {doing} away from the compute stream", remedy="leave the stream context first"
+        )

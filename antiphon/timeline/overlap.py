@@ -1,12 +1,11 @@
 """How much communication a step hid, from its events.
 
-    communication   time in which at least one communication was under way: from its launch to its arrival
+    communication   time in which at least one communication was in flight: from its launch to its arrival
     exposed         time in which a lane blocked the host to wait for one
     hidden          communication - exposed: what compute covered
 
-Where nothing is sent (`local`), all three are 0. Where the transport cannot tell when data was there, because a GPU's
-stream waits for it and not the host, nothing is observed, and all three are `None`: `antiphon bench overlap` measures
-there what is hidden.
+If nothing is sent (`local`), all three are 0. On a GPU the stream waits for data, not the host, so the transport cannot
+tell when it arrived. All three are `None` then; `antiphon bench overlap` measures there.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from antiphon.runtime import EventKind, LaneEvent
 class StepTimeline:
     """One step of one rank. Times are `time.perf_counter_ns` of the rank's process: the host's.
 
-    On a GPU the host only queues: the step's time is how long that took, and no event says when data arrived.
+    On a GPU the host only queues work: the step's time is how long that takes, and no event says when data arrives.
     """
 
     number: int
@@ -38,7 +37,7 @@ class StepTimeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOverlap:
-    """The overlap of one step on one rank; `None` for what was not observed."""
+    """The overlap of one step on one rank. `None` means not observed."""
 
     time_s: float
     communication_s: float | None
@@ -95,10 +94,10 @@ class OverlapTotals:
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Any]] = {}
-        self._unseen: set[str] = set()  # kinds of whose steps some were not observed, and none that sent something was
+        self._unseen: set[str] = set()  # kinds with unobserved steps, and no observed one that sent something
 
     def add(self, kind: str, overlap: StepOverlap) -> None:
-        """Steps that were not observed add to the time and the bytes only."""
+        """Add one step. A step that was not observed adds only its time and bytes."""
         added = asdict(overlap)
         sums = self._sums.setdefault(kind, dict.fromkeys(added, 0))
         for name, value in added.items():
@@ -110,6 +109,6 @@ class OverlapTotals:
             self._unseen.discard(kind)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`; `None` for what no step has shown."""
+        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`; `None` for what no step has observed."""
         unknown = dict.fromkeys(_OBSERVED)
         return {kind: sums | (unknown if kind in self._unseen else {}) for kind, sums in self._sums.items()}

@@ -1,4 +1,4 @@
-"""Records the events of each step, keeps the last steps whole, and sums the overlap of all."""
+"""Records the events of each step, keeps the last steps, and sums the overlap of all."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ logger = logging.getLogger("antiphon.timeline")
 
 
 def _ignore(event: LaneEvent) -> None:
-    """What comes between two steps belongs to none."""
+    """Drops events between two steps."""
 
 
 class StepRecorder:
-    """A recorder of lanes that cuts the stream of events into steps.
+    """A recorder of lanes that divides the stream of events into steps.
 
-    steps: the last `num_kept` of them. totals: the overlap of all steps that have ended well. If measuring it fails,
-    it is switched off with one warning, and the run goes on.
+    steps: the last `num_kept` steps. totals: the overlap of all steps that have succeeded. If measuring fails, it is
+    switched off with one warning, and the run goes on.
     """
 
     def __init__(self, num_kept: int = 64) -> None:
         self.steps: deque[StepTimeline] = deque(maxlen=num_kept)
         self.totals = OverlapTotals()
-        self.on_event: Callable[[LaneEvent], None] = _ignore  # in a step, the list of its events takes them itself
+        self.on_event: Callable[[LaneEvent], None] = _ignore  # within a step: append to its list of events
         self._measuring = True
 
     @contextmanager

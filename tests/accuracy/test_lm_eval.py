@@ -27,6 +27,7 @@ from antiphon.accuracy.evaluate import word_problems
 from antiphon.accuracy.lm_eval_model import AntiphonLM, load_word_problems
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import OptionError
+from tests.support.errors import raises
 
 TEXTS = [
     "Once upon a time there was a fox named Ruby, who lived in a small house by the river.",
@@ -173,9 +174,9 @@ def test_texts_end_before_a_stop_string_and_long_prompts_lose_their_beginning(on
 
 
 def test_what_cannot_be_asked_is_refused(lm: AntiphonLM) -> None:
-    with pytest.raises(OptionError, match=r"gen_kwargs='top_pp' is not known; .*did you mean 'top_p'\?"):
+    with raises(OptionError, option="gen_kwargs", value="top_pp", remedy="'top_p'"):
         lm.generate_until(ask("generate_until", ("x", {"top_pp": 0.5})))
-    with pytest.raises(OptionError, match="pretrained='a' and model='b' contradict each other"):
+    with raises(OptionError, "pretrained='a'", "model='b'", option="model", value="b"):
         AntiphonLM("a", model="b")
 
 

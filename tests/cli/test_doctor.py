@@ -18,6 +18,7 @@ import antiphon
 from antiphon.cli.doctor import describe, run_doctor
 from antiphon.core.errors import OptionError
 from antiphon.machine.facts import UNLIMITED, Check, Device, Facts, Gpus, Host, Numa, NumaNode, Peer, Versions
+from tests.support.errors import raises
 
 GIB = 1 << 30
 WORKS = Check(ok=True, detail="tried")
@@ -191,7 +192,7 @@ def test_ranks_without_a_device_end_with_code_1() -> None:
     assert code == 1
     assert "3 ranks need 3 GPUs, and there are 2" in text
     assert printed(TWO_GPUS, ranks=1)[0] == 0
-    with pytest.raises(OptionError, match="ranks=0 is out of range"):
+    with raises(OptionError, "ranks=0"):
         printed(TWO_GPUS, ranks=0)
 
 

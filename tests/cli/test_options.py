@@ -20,6 +20,7 @@ from antiphon.core.errors import OptionError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import SamplingParams
 from tests.support.asked import AskedError, run_command, stop_before_start
+from tests.support.errors import raises
 
 OTHER_VALUES: dict[str, Any] = {
     "model": "org/name",
@@ -173,18 +174,18 @@ def test_the_command_line_wins_over_the_file(
         ("enable-dbo: 1", "line 1, enable_dbo=1 is not true or false"),
         ("additional-config: text", "line 1, additional_config='text' is not JSON"),
         ("config: other.yaml", "line 1: there is no option 'config'"),
-        ("- ranks", "is not a list of options; write one a line, such as `ranks: 2`"),
+        ("- ranks", "such as `ranks: 2`"),
         ("ranks: [", "line 1 is not YAML"),
-        ("a: b: c", "line 1 is not YAML .*; repair it"),
-        ("seed: " + 2000 * "[" + 2000 * "]", "is nested too deeply; no option is"),
-        ("seed: 1\nmodel: a\x07b", r"line 2 is not YAML \(it has the character '\\x07'\); remove it"),
+        ("a: b: c", "line 1 is not YAML: "),
+        ("seed: " + 2000 * "[" + 2000 * "]", "nested too deeply; "),
+        ("seed: 1\nmodel: a\x07b", r"line 2 is not YAML: .*'\\x07'; "),
         (
             "seed: 1\nrevision: 2024-13-01",
-            r"line 2, revision is not what YAML takes it for \(month .*; put a text in q",
+            r"line 2, revision .*: month .*; quote",
         ),
-        ("ranks: !!bool perhaps", "line 1, ranks is not what YAML takes it for"),
-        ("ranks: !!timestamp x", "line 1, ranks is not what YAML takes it for"),
-        ("ranks: 1" + ":00" * 200 + ".0", "line 1, ranks is not what YAML takes it for"),
+        ("ranks: !!bool perhaps", "line 1, ranks does not have the type"),
+        ("ranks: !!timestamp x", "line 1, ranks does not have the type"),
+        ("ranks: 1" + ":00" * 200 + ".0", "line 1, ranks does not have the type"),
     ],
 )
 def test_mistakes_in_the_file(text: str, pattern: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_mistakes_in_the_file(text: str, pattern: str, monkeypatch: pytest.Monke
 
 
 def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match=r"--config /no/such\.yaml cannot be read"):
+    with raises(OptionError, "/no/such.yaml", option="--config"):
         run_command(monkeypatch, "generate", "--prompt", "x", "--config", "/no/such.yaml")
 
 
@@ -275,6 +276,6 @@ def test_eval_takes_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
         run_command(monkeypatch, "eval", "word-problems", "org/name", "-dp", "2", "--dbo", "on", "--num", "4")
     assert ended.value.config == config_of(model="org/name", ranks=2, dbo="on")
     assert ended.value.config.policy == OverlapPolicy(dbo="on")
-    with pytest.raises(OptionError, match="there is no option --nun; did you mean --num"):
+    with raises(OptionError, "--nun", "--num"):
         run_command(monkeypatch, "eval", "word-problems", "--nun", "4")
     assert evaluate.word_problems.__doc__

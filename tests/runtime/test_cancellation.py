@@ -9,6 +9,7 @@ from greenlet import GreenletExit
 from antiphon.core.errors import LaneError
 from antiphon.runtime import Pending, finish, run_lanes, switch
 from antiphon.runtime.lane import LaneCancelled
+from tests.support.errors import raises
 
 
 class ExpertError(Exception):
@@ -336,6 +337,6 @@ def test_a_lane_error_ends_the_other_lanes_as_any_error_does():
     def forgetful():
         Pending(lambda: None, label="forgotten")
 
-    with pytest.raises(LaneError, match="forgotten"):
+    with raises(LaneError, "forgotten", remedy="finish"):
         run_lanes([lane_cleaning_up(log, "other"), forgetful])
     assert log == ["other cleaned up"]

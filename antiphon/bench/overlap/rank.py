@@ -79,7 +79,10 @@ class Trial:
         max_tokens = max(options["tokens"])
         if min(options["seq_len"], max_tokens) > self.config.max_positions:
             raise OptionError(
-                f"--seq-len {options['seq_len']} is more than the model's {self.config.max_positions} positions"
+                f"--seq-len {options['seq_len']} is too long",
+                limit=f"the model has {self.config.max_positions} positions",
+                remedy=f"use at most {self.config.max_positions}",
+                option="seq-len",
             )
         shape = expert_shape(self.config, dtype)
         self.transports = {
@@ -100,7 +103,11 @@ class Trial:
         modules = list(cast("HasModules", self.model).modules())
         self.moe_layers = [module for module in modules if isinstance(module, MoELayer)]
         if not self.moe_layers:
-            raise OptionError(f"--num-layers {options['num_layers']} leaves no layer with experts; use more")
+            raise OptionError(
+                f"--num-layers {options['num_layers']} leaves no layer with experts",
+                remedy="use more",
+                option="num-layers",
+            )
         self.model.bind_kv_cache(
             allocate_cache(
                 self.config, num_blocks=_num_blocks(options), block_size=_BLOCK_SIZE, dtype=dtype, device=device
@@ -113,7 +120,9 @@ class Trial:
         batch = self._batch(num_tokens)
         cut = find_cut(batch.query_lens, num_parts=num_lanes, rule="token")
         if len(cut.part_tokens) < num_lanes:
-            raise OptionError(f"--tokens {num_tokens} cannot be cut into {num_lanes} parts ({cut.refusal.text})")
+            raise OptionError(
+                f"--tokens {num_tokens} cannot be cut into {num_lanes} parts", limit=cut.refusal.text, option="tokens"
+            )
         plan = Plan(part_tokens=(cut.part_tokens,) * self.group.size, reason="as measured")
         device, pins = self.streams.device, self.streams.owner.pinned_memory
         return [part.to(device, pin_memory=pins) for part in split(batch, plan, block_size=_BLOCK_SIZE)]

@@ -66,21 +66,34 @@ class ServeOptions:
                 raise unknown_value("percentile-metrics", name, METRICS)
         for percentile in self.percentiles:
             if not 0 <= percentile <= 100:
-                raise OptionError(f"--metric-percentiles {percentile:g} is no percentile; use numbers from 0 to 100")
+                raise OptionError(
+                    f"--metric-percentiles {percentile:g} is not a percentile",
+                    remedy="use numbers from 0 to 100",
+                    option="metric-percentiles",
+                )
         if not self.base_url.startswith(("http://", "https://")):
-            raise OptionError(f"--base-url {self.base_url} is no address; use one such as http://127.0.0.1:8000")
+            raise OptionError(
+                f"--base-url {self.base_url} is not an HTTP address",
+                remedy="use one such as http://127.0.0.1:8000",
+                option="base-url",
+            )
         if not self.endpoint.startswith("/"):
-            raise OptionError(f"--endpoint {self.endpoint} is no path; use one such as /v1/completions")
+            raise OptionError(
+                f"--endpoint {self.endpoint} is not a path", remedy="use one such as /v1/completions", option="endpoint"
+            )
         try:
             httpx.URL(self.base_url + self.endpoint)
             _ = urlsplit(self.base_url).port  # it checks the range
         except (httpx.InvalidURL, ValueError) as error:
             raise OptionError(
-                f"{self.base_url + self.endpoint!r} is no address ({error}); use one such as http://127.0.0.1:8000 for "
-                "--base-url, or a port up to 65535 for --port"
+                f"{self.base_url + self.endpoint!r} is not a valid address",
+                limit=str(error),
+                remedy="use one such as http://127.0.0.1:8000 for --base-url, or a port up to 65535 for --port",
             ) from error
         if self.api_key is not None and re.fullmatch("[!-~]+", self.api_key) is None:
-            raise OptionError("the API key has other characters than visible ASCII ones; set OPENAI_API_KEY to the key")
+            raise OptionError(
+                "the API key has characters other than visible ASCII", remedy="set OPENAI_API_KEY to the key"
+            )
 
     @property
     def is_chat(self) -> bool:
@@ -102,7 +115,9 @@ async def _run(options: ServeOptions) -> dict[str, Any]:
     times = arrival_times(workload.num_prompts, options.request_rate, burstiness=options.burstiness, seed=workload.seed)
     asks = make_asks(workload, options.num_warmups)
     if options.is_chat and not all(isinstance(ask.prompt, str) for ask in asks):
-        raise OptionError(f"{options.endpoint} takes no token ids; use /v1/completions, or texts in --dataset-path")
+        raise OptionError(
+            f"{options.endpoint} takes no token ids", remedy="use /v1/completions, or texts in --dataset-path"
+        )
     headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
     async with httpx.AsyncClient(
         headers=headers,
@@ -125,7 +140,7 @@ async def _run(options: ServeOptions) -> dict[str, Any]:
         for warming in asks[workload.num_prompts :]:
             answered = await ask(warming)
             if answered.error:
-                raise OptionError(f"a request to warm up was not answered: {answered.error}")
+                raise OptionError("a warm-up request was not answered", limit=answered.error)
         answers, duration_s = await timed_load(
             asks[: workload.num_prompts], times, ask, max_concurrency=options.max_concurrency
         )
@@ -140,14 +155,16 @@ async def _first_model(client: httpx.AsyncClient, base_url: str) -> str:
         return str(response.json()["data"][0]["id"])
     except httpx.HTTPStatusError as error:
         remedy = "set OPENAI_API_KEY" if error.response.status_code in (401, 403) else "give its name by --model"
-        raise OptionError(f"{url} answers {error.response.status_code} instead of its models; {remedy}") from error
+        raise OptionError(f"{url} answers {error.response.status_code} instead of its models", remedy=remedy) from error
     except httpx.HTTPError as error:
         raise OptionError(
-            f"{url} cannot be reached ({type(error).__name__}: {error}); start a server there, with antiphon serve for "
-            "example, or pass --base-url"
+            f"{url} cannot be reached",
+            limit=f"{type(error).__name__}: {error}",
+            remedy="start a server there, for example with antiphon serve, or pass --base-url",
+            option="base-url",
         ) from error
     except (ValueError, LookupError, TypeError) as error:
-        raise OptionError(f"{url} names no model; give its name by --model") from error
+        raise OptionError(f"{url} names no model", remedy="name it with --model", option="model") from error
 
 
 async def timed_load(

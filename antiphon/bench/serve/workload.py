@@ -61,11 +61,21 @@ class Workload:
         if self.dataset not in DATASETS:
             raise unknown_value("dataset-name", self.dataset, DATASETS)
         if self.dataset != "random" and self.path is None:
-            raise OptionError(f"--dataset-name {self.dataset} needs a file; add --dataset-path FILE")
+            raise OptionError(
+                f"--dataset-name {self.dataset} needs a file", remedy="add --dataset-path FILE", option="dataset-name"
+            )
         if not 0 <= self.range_ratio < 1:
-            raise OptionError(f"--random-range-ratio {self.range_ratio} is out of range; use 0 (all equal) to below 1")
+            raise OptionError(
+                f"--random-range-ratio {self.range_ratio} is out of range",
+                remedy="use 0 (all equal) to below 1",
+                option="random-range-ratio",
+            )
         if self.vocab_size <= _FIRST_ID:
-            raise OptionError(f"--random-vocab-size {self.vocab_size} is too small; use more than {_FIRST_ID}")
+            raise OptionError(
+                f"--random-vocab-size {self.vocab_size} is too small",
+                remedy=f"use more than {_FIRST_ID}",
+                option="random-vocab-size",
+            )
 
 
 def make_asks(workload: Workload, num_extra: int = 0) -> list[Ask]:
@@ -76,7 +86,11 @@ def make_asks(workload: Workload, num_extra: int = 0) -> list[Ask]:
     assert workload.path is not None
     found = (_sharegpt if workload.dataset == "sharegpt" else _custom)(workload.path, workload)
     if not found:
-        raise OptionError(f"--dataset-path {workload.path} holds no prompt; write an object with one a line")
+        raise OptionError(
+            f"--dataset-path {workload.path} holds no prompt",
+            remedy="write one object with a prompt per line",
+            option="dataset-path",
+        )
     return [found[place % len(found)] for place in range(num)]
 
 
@@ -112,10 +126,17 @@ def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise OptionError(
-            f"--dataset-path {path} is not JSON ({error}); use a file of ShareGPT conversations"
+            f"--dataset-path {path} is not JSON",
+            limit=str(error),
+            remedy="use a file of ShareGPT conversations",
+            option="dataset-path",
         ) from error
     if not isinstance(rows, list):
-        raise OptionError(f"--dataset-path {path} is not a JSON list of entries; use a file of ShareGPT conversations")
+        raise OptionError(
+            f"--dataset-path {path} is not a JSON list of entries",
+            remedy="use a file of ShareGPT conversations",
+            option="dataset-path",
+        )
     asks, odd = [], []
     for place, row in enumerate(rows, start=1):
         try:
@@ -131,8 +152,10 @@ def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
     told = f"{len(odd)} of {len(rows)} entries are not conversations" + (f" (the first: {odd[0]})" if odd else "")
     if not asks:
         raise OptionError(
-            f"--dataset-path {path} holds no prompt that can be used: {told}, {len(rows) - len(odd)} are too short or "
-            'too long; use entries such as {"conversations": [{"value": "a question"}, {"value": "its answer"}]}'
+            f"--dataset-path {path} holds no usable prompt",
+            limit=f"{told}, {len(rows) - len(odd)} are too short or too long",
+            remedy='use entries such as {"conversations": [{"value": "a question"}, {"value": "its answer"}]}',
+            option="dataset-path",
         )
     if odd:
         logger.warning("--dataset-path %s: %s and were skipped", path, told)
@@ -169,7 +192,9 @@ def _custom(path: Path, workload: Workload) -> list[Ask]:
         return [_custom_ask(row, number, workload) for number, row in json_lines(text)]
     except ValueError as error:
         raise OptionError(
-            f'--dataset-path {path}, {error}; write an object such as {{"prompt": "text", "output_tokens": 64}} a line'
+            f"--dataset-path {path}, {error}",
+            remedy='write one object per line, such as {"prompt": "text", "output_tokens": 64}',
+            option="dataset-path",
         ) from error
 
 
@@ -192,7 +217,12 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--dataset-path {path} cannot be read ({error}); pass a text file in UTF-8") from error
+        raise OptionError(
+            f"--dataset-path {path} cannot be read",
+            limit=str(error),
+            remedy="pass a text file in UTF-8",
+            option="dataset-path",
+        ) from error
 
 
 def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int = 0) -> list[float]:
@@ -203,9 +233,17 @@ def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int =
     and for those of which floating-point numbers can make no times.
     """
     if not rate > 0:
-        raise OptionError(f"--request-rate {rate} is not a rate; use requests a second, above 0, or inf")
+        raise OptionError(
+            f"--request-rate {rate} is not a rate",
+            remedy="use a number of requests per second above 0, or inf",
+            option="request-rate",
+        )
     if not 0 < burstiness < inf:
-        raise OptionError(f"--burstiness {burstiness} is not a shape; use a number above 0, 1 for a Poisson process")
+        raise OptionError(
+            f"--burstiness {burstiness} is out of range",
+            remedy="use a number above 0; 1 is a Poisson process",
+            option="burstiness",
+        )
     if rate == inf or num < 2:
         return [0.0] * num
     gaps = np.random.default_rng([seed, 2]).gamma(burstiness, 1.0, num - 1)
@@ -214,7 +252,9 @@ def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int =
         times *= (num - 1) / rate / times[-1]
     if not np.isfinite(times).all():
         raise OptionError(
-            f"--burstiness {burstiness:g} and --request-rate {rate:g} give no times of arrival; use numbers nearer to 1"
+            f"--burstiness {burstiness:g} and --request-rate {rate:g} give no finite arrival times",
+            remedy="use numbers closer to 1",
+            option="burstiness",
         )
     scaled: list[float] = times.tolist()
     return scaled
