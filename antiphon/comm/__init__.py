@@ -10,7 +10,7 @@ Uses the streams that it is given and never switches lanes. The one place that c
 
 from antiphon.comm.group import RankGroup
 from antiphon.comm.mesh import Mesh
-from antiphon.comm.needs import Refusal, Way, World
+from antiphon.comm.needs import Refusal, Way, World, peers_forbidden
 from antiphon.comm.progress import ProgressBoard
 from antiphon.comm.registry import (
     TransportSpec,
@@ -26,7 +26,6 @@ from antiphon.comm.simulated import Link
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DataPath, Flight, Transport
 from antiphon.core.errors import AntiphonError, OptionError, PeerError
-from antiphon.machine.facts import peers_forbidden
 
 __all__ = [
     "AntiphonError",

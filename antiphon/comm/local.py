@@ -19,7 +19,7 @@ class LocalTransport(Transport):
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
         if world.ranks == 1:
             return None
-        return Refusal(f"for one rank, and there are {world.ranks}", "ask for --ranks 1, or use auto")
+        return Refusal("for one rank", "ask for --ranks 1, or use auto", limit=f"there are {world.ranks}")
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:

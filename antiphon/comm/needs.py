@@ -6,11 +6,11 @@ Without facts (`None`), before anybody has examined the machine, only what the u
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from antiphon.machine.advice import Advice, for_docker, format_bytes
-from antiphon.machine.facts import UNLIMITED, Check, Facts, Peer, peers_forbidden
+from antiphon.machine.facts import UNLIMITED, Check, Facts, Peer
 from antiphon.runtime import Device, find_device
 
 _NCCL_SEGMENT_BYTES = 10 << 20
@@ -43,10 +43,15 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a transport cannot serve a world, and what would help."""
+    """Why a transport cannot serve a world, the bound that the world exceeds, and what would help."""
 
     fact: str
     remedy: str = ""
+    limit: str = field(default="", kw_only=True)
+
+    def __str__(self) -> str:
+        """Without the remedy."""
+        return f"{self.fact}: {self.limit}" if self.limit else self.fact
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,11 @@ class Way:
 
     description: str
     remedy: str = ""
+
+
+def peers_forbidden(environment: Mapping[str, str]) -> bool:
+    """Whether `NCCL_P2P_DISABLE` forbids peer access, to NCCL and so to us."""
+    return environment.get("NCCL_P2P_DISABLE", "").strip() not in ("", "0")
 
 
 def refusal_of(lacks: Iterable[Advice]) -> Refusal | None:
@@ -79,7 +89,7 @@ def peers_to_talk_to(facts: Facts | None, world: World) -> Refusal | None:
     if count > 1:
         remedy = f"ask for --ranks {count}, or {remedy}"
     problem = f" ({facts.gpus.problem})" if facts.gpus.problem else ""
-    return Refusal(f"{world.ranks} ranks need {world.ranks} GPUs, and there are {count}{problem}", remedy)
+    return Refusal(f"{world.ranks} ranks need {world.ranks} GPUs", remedy, limit=f"there are {count}{problem}")
 
 
 def gpus(world: World) -> Refusal | None:
@@ -104,7 +114,7 @@ def shm_of_nccl(facts: Facts | None, world: World) -> Refusal | None:
     if facts is None or not _lacks_room(facts, world, _NCCL_SEGMENT_BYTES):
         return None
     free = format_bytes(facts.host.shm_free_bytes)
-    return Refusal(f"without peer access NCCL needs /dev/shm, which has {free} free", _larger_shm(facts))
+    return Refusal("without peer access NCCL needs /dev/shm", _larger_shm(facts), limit=f"it has {free} free")
 
 
 def way_of_nccl(facts: Facts, world: World) -> Way:

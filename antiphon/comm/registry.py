@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from antiphon.comm.group import RankGroup
-from antiphon.comm.needs import Refusal, World
+from antiphon.comm.needs import Refusal, World, peers_forbidden
 from antiphon.comm.simulated import Link, parse_link
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Transport
 from antiphon.core.errors import OptionError, unknown_value
-from antiphon.machine.facts import Facts, peers_forbidden
+from antiphon.machine.facts import Facts
 from antiphon.runtime import Device, Streams, find_device
 
 _CLASSES = {
@@ -152,7 +152,7 @@ def refused(spec: TransportSpec, refusal: Refusal, cause: str = "") -> OptionErr
     shown = f" ({cause})" if cause else ""
     return OptionError(
         f"transport {str(spec)!r} cannot be used here",
-        limit=f"{refusal.fact}{shown}",
+        limit=f"{refusal}{shown}",
         remedy=refusal.remedy or "use another transport",
         option="transport",
         value=str(spec),
@@ -200,7 +200,7 @@ def usable_transports(
 def _judge(name: str, facts: Facts, world: World) -> Usability:
     kind = load_transport(TransportSpec(name=name), world.device_kind)
     if refusal := kind.refusal(facts, _LARGE_SHAPE, world):
-        return Usability(name, False, refusal.fact, refusal.remedy)
+        return Usability(name, False, str(refusal), refusal.remedy)
     way = kind.way(facts, _LARGE_SHAPE, world)
     return Usability(name, True, way.description, way.remedy)
 

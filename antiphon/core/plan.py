@@ -17,7 +17,7 @@ ROW_SIZE = _FIXED_FIELDS + MAX_LANES
 """Length of a row, in int64 words."""
 
 
-class Refusal(IntEnum):
+class SerialReason(IntEnum):
     """Why a rank cannot cut its batch."""
 
     NONE = 0
@@ -26,13 +26,13 @@ class Refusal(IntEnum):
 
     @property
     def text(self) -> str:
-        return _REFUSAL_TEXT[self]
+        return _SERIAL_TEXT[self]
 
 
-_REFUSAL_TEXT = {
-    Refusal.NONE: "can be cut",
-    Refusal.TOO_FEW_TOKENS: "fewer tokens than lanes",
-    Refusal.NO_BOUNDARY: "no request boundary near the cut",
+_SERIAL_TEXT = {
+    SerialReason.NONE: "can be cut",
+    SerialReason.TOO_FEW_TOKENS: "fewer tokens than lanes",
+    SerialReason.NO_BOUNDARY: "no request boundary near the cut",
 }
 
 
@@ -50,7 +50,7 @@ class Proposal:
     decode_only: bool
     part_tokens: tuple[int, ...]
     num_prefill_tokens: int = 0
-    refusal: Refusal = Refusal.NONE
+    refusal: SerialReason = SerialReason.NONE
     wave: int = 0
     policy: int = 0
     order: int = 0
@@ -81,7 +81,7 @@ class Proposal:
         return Proposal(
             num_tokens=row[0],
             decode_only=bool(row[1]),
-            refusal=Refusal(row[2]),
+            refusal=SerialReason(row[2]),
             wave=row[3],
             policy=row[4],
             order=row[5],

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 UNLIMITED = -1
@@ -119,8 +118,3 @@ class Facts:
     host: Host
     numa: Numa
     environment: dict[str, str]
-
-
-def peers_forbidden(environment: Mapping[str, str]) -> bool:
-    """Whether `NCCL_P2P_DISABLE` forbids peer access, to NCCL and so to us."""
-    return environment.get("NCCL_P2P_DISABLE", "").strip() not in ("", "0")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from antiphon.core.errors import OptionError, out_of_range, unknown_value
-from antiphon.core.plan import MAX_LANES, Refusal
+from antiphon.core.plan import MAX_LANES, SerialReason
 from antiphon.core.policy import SPLIT_RULES
 
 DEFAULT_IMBALANCE_RATIO = 0.1
@@ -23,7 +23,7 @@ class Cut:
     """Tokens of each part; a single part, and why, if the batch cannot be cut."""
 
     part_tokens: tuple[int, ...]
-    refusal: Refusal = Refusal.NONE
+    refusal: SerialReason = SerialReason.NONE
 
 
 def request_boundary(
@@ -74,14 +74,14 @@ def find_cut(
     if num_parts == 1:
         return Cut(whole)
     if total < num_parts:
-        return Cut(whole, Refusal.TOO_FEW_TOKENS)
+        return Cut(whole, SerialReason.TOO_FEW_TOKENS)
     targets = [total * part // num_parts for part in range(1, num_parts)]
     if rule == "token" or decode_only:
         return Cut(_lengths(targets, total))
     nearest = num_parts > 2
     cuts = [_boundary_near(query_lens, target, total, imbalance_ratio, nearest=nearest)[0] for target in targets]
     if 0 in cuts or len(set(cuts)) < len(cuts):
-        return Cut(whole, Refusal.NO_BOUNDARY)
+        return Cut(whole, SerialReason.NO_BOUNDARY)
     return Cut(_lengths(cuts, total))
 
 

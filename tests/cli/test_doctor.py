@@ -190,7 +190,7 @@ def test_no_limits_and_no_container() -> None:
 def test_ranks_without_a_device_end_with_code_1() -> None:
     code, text = printed(TWO_GPUS, ranks=3)
     assert code == 1
-    assert "3 ranks need 3 GPUs, and there are 2" in text
+    assert "3 ranks need 3 GPUs: there are 2" in text
     assert printed(TWO_GPUS, ranks=1)[0] == 0
     with raises(OptionError, "ranks=0"):
         printed(TWO_GPUS, ranks=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from antiphon.core.errors import PeerError
-from antiphon.core.plan import Proposal, Refusal
+from antiphon.core.plan import Proposal, SerialReason
 from antiphon.planning import exchange
 from antiphon.runtime import finish
 from tests.comm.world import World, make_shape, make_tokens
@@ -94,7 +94,7 @@ def _proposal(step: int, rank: int) -> Proposal:
         num_tokens=tokens,
         decode_only=bool((step + rank) % 2),
         part_tokens=(tokens,) if rank % 2 else tuple(range(2 + step % 7)),
-        refusal=Refusal(rank % 3),
+        refusal=SerialReason(rank % 3),
         wave=2**40 + step,
         policy=2**32 - 1,
     )

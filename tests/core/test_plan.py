@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.core.plan import MAX_LANES, ROW_SIZE, Plan, Proposal, Refusal, plan_kind
+from antiphon.core.plan import MAX_LANES, ROW_SIZE, Plan, Proposal, SerialReason, plan_kind
 
 counts = st.integers(0, 2**40)
 words = st.integers(0, 2**63 - 1)
@@ -18,14 +18,14 @@ proposals = st.builds(
     decode_only=st.booleans(),
     num_prefill_tokens=counts,
     part_tokens=st.lists(counts, min_size=1, max_size=MAX_LANES).map(tuple),
-    refusal=st.sampled_from(Refusal),
+    refusal=st.sampled_from(SerialReason),
     wave=words,
     policy=words,
     order=words,
 )
 
 ALL_DIFFERENT = Proposal(
-    num_tokens=50, decode_only=True, part_tokens=(20, 30), refusal=Refusal.NO_BOUNDARY, wave=7, policy=8, order=9
+    num_tokens=50, decode_only=True, part_tokens=(20, 30), refusal=SerialReason.NO_BOUNDARY, wave=7, policy=8, order=9
 )
 
 
@@ -48,7 +48,7 @@ def test_types_come_back_too(proposal):
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Proposal)])
 def test_every_field_is_in_the_row(field):
-    other = {"decode_only": False, "part_tokens": (20, 31), "refusal": Refusal.NONE}.get(field, 1234)
+    other = {"decode_only": False, "part_tokens": (20, 31), "refusal": SerialReason.NONE}.get(field, 1234)
     assert replace(ALL_DIFFERENT, **{field: other}).to_row() != ALL_DIFFERENT.to_row()
 
 
@@ -57,9 +57,9 @@ def test_a_proposal_can_split_from_two_parts_on(part_tokens, can_split):
     assert replace(ALL_DIFFERENT, part_tokens=part_tokens).can_split is can_split
 
 
-@pytest.mark.parametrize("refusal", Refusal)
+@pytest.mark.parametrize("refusal", SerialReason)
 def test_every_refusal_has_a_text_of_its_own(refusal):
-    others = {other.text for other in Refusal if other is not refusal}
+    others = {other.text for other in SerialReason if other is not refusal}
     assert refusal.text
     assert refusal.text not in others
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from antiphon.core.plan import MAX_LANES, Plan, Proposal, Refusal
+from antiphon.core.plan import MAX_LANES, Plan, Proposal, SerialReason
 from antiphon.core.policy import DBO_MODES, NEVER, OverlapPolicy
 from antiphon.planning import decide
 
@@ -17,17 +17,21 @@ def offer(*part_tokens: int, decode_only: bool = False, wave: int = 0) -> Propos
     return Proposal(num_tokens=sum(part_tokens), decode_only=decode_only, part_tokens=part_tokens, wave=wave)
 
 
-def refused(num_tokens: int, refusal: Refusal = Refusal.NO_BOUNDARY, *, decode_only: bool = False) -> Proposal:
+def refused(
+    num_tokens: int, refusal: SerialReason = SerialReason.NO_BOUNDARY, *, decode_only: bool = False
+) -> Proposal:
     return Proposal(num_tokens=num_tokens, decode_only=decode_only, part_tokens=(num_tokens,), refusal=refusal)
 
 
-IDLE = refused(0, Refusal.TOO_FEW_TOKENS)
+IDLE = refused(0, SerialReason.TOO_FEW_TOKENS)
 
 
 @st.composite
 def offers(draw, num_lanes: int):
     if draw(st.booleans()):
-        return refused(draw(st.integers(0, 700)), draw(st.sampled_from([Refusal.TOO_FEW_TOKENS, Refusal.NO_BOUNDARY])))
+        return refused(
+            draw(st.integers(0, 700)), draw(st.sampled_from([SerialReason.TOO_FEW_TOKENS, SerialReason.NO_BOUNDARY]))
+        )
     parts = draw(st.lists(st.integers(1, 500), min_size=num_lanes, max_size=num_lanes))
     num_prefill = draw(st.integers(0, sum(parts)))
     return replace(offer(*parts, decode_only=num_prefill == 0), num_prefill_tokens=num_prefill)
@@ -208,7 +212,7 @@ def test_below_a_threshold_the_plan_says_who_and_how_far():
     assert decide([offer(5, 5, decode_only=True)], AUTO).reason == "below the decode threshold"
 
 
-@pytest.mark.parametrize("small", [IDLE, refused(1, Refusal.TOO_FEW_TOKENS), refused(400)])
+@pytest.mark.parametrize("small", [IDLE, refused(1, SerialReason.TOO_FEW_TOKENS), refused(400)])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_idle_or_small_rank_runs_its_batch_whole_in_lane_0_beside_dummies(small, rank):
     proposals = [offer(300, 300)]
@@ -229,7 +233,7 @@ def test_a_small_rank_that_can_be_cut_is_cut():
     assert decide([offer(1, 1), offer(300, 212)], AUTO).part_tokens == ((1, 1), (300, 212))
 
 
-@pytest.mark.parametrize("refusal", [Refusal.NO_BOUNDARY, Refusal.TOO_FEW_TOKENS])
+@pytest.mark.parametrize("refusal", [SerialReason.NO_BOUNDARY, SerialReason.TOO_FEW_TOKENS])
 def test_a_busiest_rank_that_cannot_be_cut_makes_the_step_serial(refusal):
     plan = decide([offer(5, 5), offer(8, 8), refused(77, refusal)], ON)
     assert plan.part_tokens == ((10,), (16,), (77,))
@@ -273,7 +277,7 @@ def test_of_equally_busy_ranks_the_first_decides():
     policy = replace(ON, min_prefill_tokens=100)
     assert decide([many, few], policy).kind == "dual"
     assert decide([few, many], policy).kind == "serial"
-    assert decide([refused(600), offer(300, 300)], AUTO).reason == Refusal.NO_BOUNDARY.text
+    assert decide([refused(600), offer(300, 300)], AUTO).reason == SerialReason.NO_BOUNDARY.text
 
 
 @pytest.mark.parametrize("policy", [ON, AUTO])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from antiphon.comm import RankGroup
 from antiphon.core.batch import Batch, RequestSlice
-from antiphon.core.plan import Plan, Refusal
+from antiphon.core.plan import Plan, SerialReason
 from antiphon.core.policy import DBO_MODES, SPLIT_RULES, OverlapPolicy
 from antiphon.planning import Planner, decide
 from antiphon.splitting import split
@@ -28,7 +28,7 @@ def batch_of(*shapes: tuple[int, int], rank: int = 0) -> Batch:
 def test_the_offer_cuts_by_the_policy():
     proposal = Planner(OverlapPolicy()).propose(batch_of((10, 0), (5, 3)))
     assert (proposal.num_tokens, proposal.part_tokens, proposal.decode_only) == (15, (7, 8), False)
-    assert proposal.refusal is Refusal.NONE
+    assert proposal.refusal is SerialReason.NONE
 
 
 def test_the_offer_counts_the_tokens_of_prompts():
@@ -41,7 +41,7 @@ def test_the_offer_counts_the_tokens_of_prompts():
 def test_the_offer_uses_the_rule_and_the_ratio_of_the_policy():
     batch = batch_of((60, 0), (40, 0))
     strict = OverlapPolicy(split="request-boundary")
-    assert Planner(strict).propose(batch).refusal is Refusal.NO_BOUNDARY
+    assert Planner(strict).propose(batch).refusal is SerialReason.NO_BOUNDARY
     assert Planner(strict).propose(batch).part_tokens == (100,)
     loose = OverlapPolicy(split="request-boundary", imbalance_ratio=0.2)
     assert Planner(loose).propose(batch).part_tokens == (60, 40)
@@ -63,7 +63,7 @@ def test_decodes_are_cut_in_the_middle_by_both_rules(split_rule):
 def test_too_few_tokens_are_offered_whole(shapes):
     proposal = Planner(OverlapPolicy(dbo="on")).propose(batch_of(*shapes))
     assert proposal.part_tokens == (len(shapes),)
-    assert proposal.refusal is Refusal.TOO_FEW_TOKENS
+    assert proposal.refusal is SerialReason.TOO_FEW_TOKENS
     assert not proposal.can_split
 
 

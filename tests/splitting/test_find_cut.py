@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.core.errors import OptionError
-from antiphon.core.plan import MAX_LANES, Refusal
+from antiphon.core.plan import MAX_LANES, SerialReason
 from antiphon.core.policy import SPLIT_RULES
 from antiphon.splitting import Cut, find_cut, request_boundary
 from tests.support.errors import raises
@@ -41,7 +41,7 @@ def test_the_token_rule_cuts_evenly(query_lens, num_parts, part_tokens):
 def test_parts_of_the_token_rule_differ_by_one_token_at_most(query_lens, num_parts):
     assume(sum(query_lens) >= num_parts)
     cut = find_cut(query_lens, num_parts=num_parts, rule="token")
-    assert cut.refusal is Refusal.NONE
+    assert cut.refusal is SerialReason.NONE
     assert len(cut.part_tokens) == num_parts
     assert sum(cut.part_tokens) == sum(query_lens)
     assert max(cut.part_tokens) - min(cut.part_tokens) <= 1
@@ -54,7 +54,7 @@ def test_parts_of_the_token_rule_differ_by_one_token_at_most(query_lens, num_par
 def test_decode_only_batches_are_cut_evenly_by_both_rules(num_requests, num_parts, rule, ratio):
     cut = find_cut([1] * num_requests, num_parts=num_parts, rule=rule, decode_only=True, imbalance_ratio=ratio)
     if num_requests < num_parts:
-        assert cut == Cut((num_requests,), Refusal.TOO_FEW_TOKENS)
+        assert cut == Cut((num_requests,), SerialReason.TOO_FEW_TOKENS)
     else:
         assert cut == find_cut([num_requests], num_parts=num_parts, rule="token")
 
@@ -66,7 +66,7 @@ def test_two_parts_at_a_boundary_are_those_of_request_boundary(query_lens, ratio
     tokens, _ = request_boundary(query_lens, num_tokens=0, imbalance_ratio=ratio)
     cut = find_cut(query_lens, num_parts=2, rule="request-boundary", imbalance_ratio=ratio)
     if tokens == 0:
-        assert cut == Cut((sum(query_lens),), Refusal.NO_BOUNDARY)
+        assert cut == Cut((sum(query_lens),), SerialReason.NO_BOUNDARY)
     else:
         assert cut == Cut((tokens, sum(query_lens) - tokens))
 
@@ -77,7 +77,7 @@ def test_boundary_cuts_are_boundaries_near_the_even_cuts(query_lens, num_parts, 
     cut = find_cut(query_lens, num_parts=num_parts, rule="request-boundary", imbalance_ratio=ratio)
     total = sum(query_lens)
     assert sum(cut.part_tokens) == total
-    if cut.refusal is not Refusal.NONE:
+    if cut.refusal is not SerialReason.NONE:
         assert cut.part_tokens == (total,)
         return
     assert len(cut.part_tokens) == num_parts
@@ -107,7 +107,7 @@ def test_equal_requests_are_cut_at_boundaries_into_any_number_of_parts(num_parts
 )
 def test_without_a_boundary_near_the_cut_the_batch_stays_whole(query_lens, num_parts, ratio):
     cut = find_cut(query_lens, num_parts=num_parts, rule="request-boundary", imbalance_ratio=ratio)
-    assert cut == Cut((sum(query_lens),), Refusal.NO_BOUNDARY)
+    assert cut == Cut((sum(query_lens),), SerialReason.NO_BOUNDARY)
 
 
 @pytest.mark.parametrize("rule", SPLIT_RULES)
@@ -115,7 +115,7 @@ def test_without_a_boundary_near_the_cut_the_batch_stays_whole(query_lens, num_p
 def test_fewer_tokens_than_parts_are_not_cut(rule, num_parts):
     for query_lens in ([], [num_parts - 1], [1] * (num_parts - 1)):
         cut = find_cut(query_lens, num_parts=num_parts, rule=rule)
-        assert cut == Cut((sum(query_lens),), Refusal.TOO_FEW_TOKENS)
+        assert cut == Cut((sum(query_lens),), SerialReason.TOO_FEW_TOKENS)
 
 
 @pytest.mark.parametrize("rule", SPLIT_RULES)
