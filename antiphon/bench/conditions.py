@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from antiphon.comm import parse_transport
+from antiphon.config.resolve import resolve_device
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.sizes import parse_size
 
@@ -25,6 +26,23 @@ def check_ranks(ranks: int) -> None:
 def rank_environment(*, peer_access: bool) -> dict[str, str]:
     """Environment variables that the ranks get in addition to this process's."""
     return {} if peer_access else dict(_NO_PEERS)
+
+
+def resolve_measured_device(device: str, ranks: int, kinds: Sequence[str]) -> str:
+    """The kind of device to measure on. kinds: those that the benchmarks have sizes for.
+
+    Raises `OptionError` for another kind: figures of generic:cuda would be read as CUDA's.
+    """
+    kind, _ = resolve_device(device, ranks)
+    if kind not in kinds:
+        raise OptionError(
+            f"benchmarks do not run on device={kind!r}",
+            limit=f"they measure {' and '.join(kinds)}",
+            remedy=f"use one of {', '.join(kinds)}",
+            option="device",
+            value=kind,
+        )
+    return kind
 
 
 def resolve_transports(text: str | None, *, device: str, ranks: int, peer_access: bool) -> list[str]:

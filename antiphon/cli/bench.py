@@ -65,13 +65,14 @@ def comm(
         check_writable,
         parse_names,
         parse_sizes,
+        resolve_measured_device,
         resolve_transports,
         write_json,
     )
-    from antiphon.config.resolve import resolve_device, resolve_peer_access
+    from antiphon.config.resolve import resolve_peer_access
 
     check_ranks(ranks)
-    kind, _ = resolve_device(device, ranks)
+    kind = resolve_measured_device(device, ranks, tuple(_DEFAULT_TOKENS))
     peer_access = resolve_peer_access(not no_peer_access)
     bodies = [name for name in parse_names(beside, "beside", (_NO_BODY, *BODY_NAMES)) if name != _NO_BODY]
     options = CommOptions(
@@ -117,15 +118,16 @@ def overlap(
         check_ranks,
         check_writable,
         parse_counts,
+        resolve_measured_device,
         resolve_transports,
         write_json,
     )
     from antiphon.bench.overlap.steps import OverlapOptions, check_outputs, print_steps, run_overlap
     from antiphon.config.engine_config import DTYPES
-    from antiphon.config.resolve import resolve_device, resolve_peer_access
+    from antiphon.config.resolve import resolve_peer_access
 
     check_ranks(ranks)
-    kind, _ = resolve_device(device, ranks)
+    kind = resolve_measured_device(device, ranks, tuple(_DEFAULT_TOKENS))
     peer_access = resolve_peer_access(not no_peer_access)
     if dtype not in ("auto", *DTYPES):
         raise unknown_value("dtype", dtype, ("auto", *DTYPES))

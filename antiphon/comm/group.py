@@ -241,13 +241,17 @@ class RankGroup:
         if self._closed:  # torch would take the default group for none
             raise PeerError(f"rank {self.rank} has closed its group; nothing can be exchanged any more")
 
-    def wait_for(self, work: dist.Work, label: str) -> None:
+    def wait_for(self, work: dist.Work, label: str, *, limited: bool = True) -> None:
+        """Wait for a collective; raises `PeerError` after the time limit.
+
+        limited: False where the wait is a device's, which does not block the host and is limited by its backend.
+        """
         where = located(label)
         if self._board is not None:
             self._board.mark(self.rank, f"waiting for {where}")
         start = time.monotonic()
         try:
-            work.wait(timedelta(seconds=self.timeout_s))
+            work.wait(timedelta(seconds=self.timeout_s)) if limited else work.wait()
         except RuntimeError as error:
             waited = f"rank {self.rank} waited {time.monotonic() - start:.1f} s for {where} in vain"
             raise PeerError(_missing(waited, self.rank, self._board, error)) from error

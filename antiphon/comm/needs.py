@@ -101,12 +101,26 @@ def gpus(world: World) -> Refusal | None:
 
 
 def library(facts: Facts | None, world: World, name: str) -> Refusal | None:
-    """A backend of torch.distributed, "gloo" or "nccl", and peers."""
+    """A backend of torch.distributed, such as "gloo", and peers."""
     if refusal := peers_to_talk_to(facts, world):
         return refusal
     if facts is not None and name not in facts.versions.backends:
         return Refusal(f"this torch is built without {name}", "install another build of torch")
     return None
+
+
+def queued_collectives(facts: Facts | None, world: World) -> Refusal | None:
+    """The backend of torch.distributed for the world's devices, and what it needs."""
+    name = world.device.collective_backend
+    if refusal := library(facts, world, name):
+        return refusal
+    return shm_of_nccl(facts, world) if name == "nccl" else None
+
+
+def way_of_queued_collectives(facts: Facts, world: World) -> Way:
+    """How that backend gets from one device to another."""
+    name = world.device.collective_backend
+    return way_of_nccl(facts, world) if name == "nccl" else Way(f"over {name}")
 
 
 def shm_of_nccl(facts: Facts | None, world: World) -> Refusal | None:

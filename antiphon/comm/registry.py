@@ -30,11 +30,11 @@ _CLASSES = {
     "local": ("antiphon.comm.local:LocalTransport",),
     "allgather": (
         "antiphon.comm.collective.allgather:AllGatherTransport",
-        "antiphon.comm.collective.allgather:NcclAllGatherTransport",
+        "antiphon.comm.collective.allgather:QueuedAllGatherTransport",
     ),
     "alltoall": (
         "antiphon.comm.collective.alltoall:AllToAllTransport",
-        "antiphon.comm.collective.nccl_alltoall:NcclAllToAllTransport",
+        "antiphon.comm.collective.queued_alltoall:QueuedAllToAllTransport",
     ),
     "copy-engine": ("antiphon.comm.slab.copy_engine:CopyEngineTransport",),
     "host-staged": ("antiphon.comm.slab.host_staged:HostStagedTransport",),

@@ -14,7 +14,7 @@ from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import DBO_MODES, OverlapPolicy
 from antiphon.core.warn_once import warn_once
-from antiphon.device.table import DEVICES, num_devices
+from antiphon.device.table import find_device, num_devices
 from antiphon.machine.probe import nvidia_gpus
 from antiphon.models import PRESETS, RoutingSpec, parse_routing, resolve_model
 
@@ -83,24 +83,29 @@ def check_layers(policy: OverlapPolicy, num_layers: int) -> None:
 def resolve_device(device: str, ranks: int) -> tuple[str, str]:
     """The kind of device, and why. Warns if `auto` leaves GPUs idle.
 
-    Raises `OptionError` for an unknown kind, and for more ranks than CUDA devices.
+    Raises `OptionError` for an unknown kind, and for more ranks than devices of that kind.
     """
     name, where = device, "device"
     if device == "auto" and os.environ.get(DEVICE_VARIABLE):
         name, where = os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE
-    if name not in ("auto", *DEVICES):
-        raise unknown_value(where, name, ("auto", *DEVICES))
-    if name == "cpu":
-        return name, f"by {where}"
-    found = num_devices("cuda")
-    if found >= ranks:
-        return "cuda", f"CUDA devices: {found}, ranks: {ranks}"
     if name == "auto":
-        _warn_of_idle_gpus(found, ranks)
-        return "cpu", f"CUDA devices: {found}, ranks: {ranks}"
+        found = num_devices("cuda")
+        if found < ranks:
+            _warn_of_idle_gpus(found, ranks)
+        return "cuda" if found >= ranks else "cpu", f"CUDA devices: {found}, ranks: {ranks}"
+    owner = find_device(name, option=where)
+    if not owner.own_memory:  # all ranks share the host
+        return name, f"by {where}"
+    found = num_devices(name)
+    if found >= ranks:
+        return name, f"devices: {found}, ranks: {ranks}"
+    checked = "CUDA_VISIBLE_DEVICES and torch's build" if owner.peer_access else "torch's build and its plug-in"
     raise OptionError(
-        f"{where}='cuda' needs one CUDA device a rank: ranks={ranks}, but {found} can be used here; "
-        "use fewer ranks or device='cpu', or check the driver, CUDA_VISIBLE_DEVICES and torch's build"
+        f"{where}={name!r} needs one device a rank",
+        limit=f"ranks={ranks}, and {found} can be used here",
+        remedy=f"use fewer ranks or device='cpu', or check the driver, {checked}",
+        option=where,
+        value=name,
     )
 
 

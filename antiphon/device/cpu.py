@@ -40,7 +40,7 @@ class CpuDevice(Device):
         return
 
     def streams(self) -> Streams:
-        return CpuStreams()
+        return CpuStreams(self)
 
     def timer(self) -> StepTimer:
         return CpuTimer()
@@ -68,9 +68,10 @@ _HAPPENED = _CpuEvent()
 class CpuStreams:
     """Streams of a CPU rank: the calling thread is both of them."""
 
-    owner: Device = CpuDevice("cpu")
-    device = owner.torch_device
-    device_types = owner.autocast_types
+    def __init__(self, owner: Device | None = None) -> None:
+        self.owner = owner if owner is not None else CpuDevice("cpu")
+        self.device = self.owner.torch_device
+        self.device_types = self.owner.autocast_types
 
     def record(self) -> Event:
         return _HAPPENED

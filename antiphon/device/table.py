@@ -18,6 +18,11 @@ DEVICES = MappingProxyType(
     {
         "cpu": "antiphon.device.cpu:CpuDevice",
         "cuda": "antiphon.device.cuda:CudaDevice",
+        "xpu": "antiphon.device.generic:GenericDevice",
+        "npu": "antiphon.device.generic:GenericDevice",
+        "generic": "antiphon.device.generic:GenericDevice",
+        "generic:cuda": "antiphon.device.generic:GenericDevice",
+        "generic:cpu": "antiphon.device.generic_cpu:PretendedDevice",
     }
 )
 """Kind, and the class of its devices."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from antiphon.core.warn_once import warn_once
+from antiphon.kernels.dispatch import takes_cuda_kernels
 
 MOST_POSITIONS = 1 << 18
 """Positions of decoding requests gathered at once, padded to the longest: 512 MiB at 1,024 bfloat16 numbers each."""
@@ -41,7 +42,7 @@ def causal_attention(
             q_NHSQ, key_NGLQ, value_NGLV, 0.0, is_causal=True, return_debug_mask=False, scale=scale
         )[0]
         return out_NHSV
-    if q_NHSQ.is_cuda:
+    if takes_cuda_kernels(q_NHSQ):
         _warn_of_pieces(q_NHSQ.dtype, q_NHSQ.shape[3])
     return causal_attention_reference(q_NHSQ, key_NGLQ, value_NGLV, scale)
 
@@ -101,7 +102,7 @@ def _is_grouped(q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor) -> bool:
 
 
 def _takes_flash(q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor, value_NGLV: torch.Tensor) -> bool:
-    if not q_NHSQ.is_cuda or q_NHSQ.dtype not in _FLASH_DTYPES or q_NHSQ.shape[3] % _FLASH_ALIGNMENT:
+    if not takes_cuda_kernels(q_NHSQ) or q_NHSQ.dtype not in _FLASH_DTYPES or q_NHSQ.shape[3] % _FLASH_ALIGNMENT:
         return False
     # Asked as if there were no mask: torch's own causal mask, at the upper left, is refused with a context.
     grouped = _is_grouped(q_NHSQ, key_NGLQ)

@@ -5,19 +5,42 @@ A function with a twin is written once, as its reference, and decorated:
     @fused("norm_rope", one_dtype=("x_TD", "weight_D"))
     def rms_norm(x_TD, weight_D, eps): ...
 
-`rms_norm(...)` then runs `antiphon.kernels.fused.norm_rope.rms_norm_fused` for tensors on a CUDA device and the body
-above for all others; `rms_norm.reference(...)` always runs the body. The twin is imported at its first call, because
-Triton is only installed with CUDA. Twins take the same arguments: `tests/kernels/test_dispatch.py` compares them.
+`rms_norm(...)` then runs `antiphon.kernels.fused.norm_rope.rms_norm_fused` for tensors on a CUDA device, and the body
+above for all others and inside `cuda_kernels(False)`; `rms_norm.reference(...)` always runs the body. The twin is
+imported at its first call, because Triton is only installed with CUDA. Twins take the same arguments:
+`tests/kernels/test_dispatch.py` compares them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, Generic, ParamSpec, TypeVar
 
+import torch
+
 from antiphon.core.warn_once import warn_once
+
+_allowed: ContextVar[bool] = ContextVar("antiphon_cuda_kernels", default=True)
+
+
+@contextmanager
+def cuda_kernels(allowed: bool) -> Iterator[None]:
+    """Inside, kernels that only CUDA has run for tensors there, or (False) plain torch as on any other device."""
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def takes_cuda_kernels(tensor: torch.Tensor) -> bool:
+    """Whether kernels that only CUDA has may run on the tensor."""
+    return tensor.is_cuda and _allowed.get()
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +70,7 @@ class Kernel(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         tensors: tuple[Any, ...] = args
-        if not tensors[0].is_cuda:
+        if not takes_cuda_kernels(tensors[0]):
             return self.reference(*args, **kwargs)
         places = self._dtype_places
         for place in places[1:]:

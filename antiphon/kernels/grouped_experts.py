@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.core.warn_once import warn_once
-from antiphon.kernels.dispatch import fused
+from antiphon.kernels.dispatch import fused, takes_cuda_kernels
 
 _ALIGNMENT_BYTES = 16  # torch's grouped GEMM requires it of the strides
 _GROUPED_KERNELS = (9, 10)  # major compute capabilities for which torch up to 2.14 has a grouped kernel
@@ -117,8 +117,9 @@ def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.
     number_bytes = x_XD.element_size()
     unaligned = x_XD.shape[1] * number_bytes % _ALIGNMENT_BYTES or weight_END.shape[1] * number_bytes % _ALIGNMENT_BYTES
     # On CUDA devices torch has a grouped kernel for bfloat16 only; its handling of other dtypes varies by version.
-    in_a_loop = x_XD.dtype != torch.bfloat16 if x_XD.is_cuda else x_XD.dtype == torch.float64
-    if x_XD.is_cuda:
+    on_cuda = takes_cuda_kernels(x_XD)
+    in_a_loop = x_XD.dtype == torch.float64 if x_XD.is_cpu else x_XD.dtype != torch.bfloat16 or not on_cuda
+    if on_cuda:
         _warn_of_loop(x_XD.dtype, bool(unaligned), _major(x_XD.device))
     if in_a_loop or unaligned or x_XD.shape[0] == 0:
         return grouped_product_reference(x_XD, weight_END, ends_E)

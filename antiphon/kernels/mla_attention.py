@@ -19,6 +19,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.causal_attention import MOST_POSITIONS, causal_attention, request_groups
+from antiphon.kernels.dispatch import takes_cuda_kernels
 
 MOST_EXPANDED = 1 << 20
 """Heads times positions whose keys and values exist at once: 1.25 GiB in bfloat16 at DeepSeek's sizes with padding.
@@ -76,7 +77,7 @@ def _prefill(q_NSHQ: torch.Tensor, latents_NLC: torch.Tensor, up_HXC: torch.Tens
     key_NLHQ = torch.cat([both_NLHX[..., :query_size], rope_key_NLHP], dim=-1)
     value_NLHV = both_NLHX[..., query_size:]
     q_NHSQ, key_NHLQ, value_NHLV = q_NSHQ.transpose(1, 2), key_NLHQ.transpose(1, 2), value_NLHV.transpose(1, 2)
-    fused = q_NSHQ.is_cuda and q_NSHQ.dtype in _FUSED_DTYPES and value_NLHV.shape[3] <= q_NSHQ.shape[3]
+    fused = takes_cuda_kernels(q_NSHQ) and q_NSHQ.dtype in _FUSED_DTYPES and value_NLHV.shape[3] <= q_NSHQ.shape[3]
     padded = fused and not _takes_short_values(q_NHSQ, key_NHLQ, value_NHLV)
     attention = _causal_padded if padded else causal_attention
     return attention(q_NHSQ, key_NHLQ, value_NHLV, scale).transpose(1, 2)

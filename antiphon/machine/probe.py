@@ -76,8 +76,8 @@ def probe_versions(driver: str | None = None, root: Path = _ROOT) -> Versions:
 def _backends() -> tuple[str, ...]:
     if not torch.distributed.is_available():
         return ()
-    has = {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
-    return tuple(name for name, available in has.items() if available)
+    known = torch.distributed.Backend.backend_list  # plug-ins add theirs
+    return tuple(name for name in known if torch.distributed.is_backend_available(name))
 
 
 # ---- GPUs

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Routes
+from antiphon.kernels.dispatch import takes_cuda_kernels
 from antiphon.kernels.router import Scoring, choose_experts, hide_padding
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import parameter
@@ -89,7 +90,7 @@ class Router(nn.Module):
         """Logits [T, E] in float32 at least."""
         if self.config.narrow:
             return F.linear(x_TD, self.weight).to(self.wide)
-        if x_TD.is_cuda and x_TD.dtype != self.wide and x_TD.shape[0]:
+        if takes_cuda_kernels(x_TD) and x_TD.dtype != self.wide and x_TD.shape[0]:
             # Products of 16-bit numbers are exact in float32, so neither side needs converting.
             return torch.mm(x_TD, self.weight.t(), out_dtype=self.wide)
         return F.linear(x_TD.to(self.wide), self.weight.to(self.wide))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from antiphon.comm import DataPath
 from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRESHOLD, NEVER, OverlapPolicy
+from antiphon.runtime import find_device
 
 _CUDA_THRESHOLD = 4096
 """Below it two eager lanes keep the host busy for longer than the devices (docs/performance.md), decode steps too."""
@@ -23,7 +24,7 @@ _CUDA_THRESHOLD = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """Where steps run; the same on all ranks. device_kind: "cpu" or "cuda"."""
+    """Where steps run; the same on all ranks. device_kind: a kind of device."""
 
     device_kind: str
     data_path: DataPath
@@ -76,11 +77,14 @@ def resolve_policy(policy: OverlapPolicy, conditions: Conditions) -> ResolvedPol
 def _rule(conditions: Conditions) -> tuple[int, int, str]:
     """The thresholds of prefill and decode, and why."""
     is_simulated = conditions.data_path is DataPath.SIMULATED
-    if conditions.device_kind == "cuda":
+    device = find_device(conditions.device_kind)
+    if device.peer_access:
         if conditions.data_path is DataPath.PEERS:
             return NEVER, NEVER, "peer access is in use, where overlap has not paid"
         where = "the link is simulated" if is_simulated else "data goes through host memory"
         return _CUDA_THRESHOLD, _CUDA_THRESHOLD, f"{where}, where overlap has paid"
     if is_simulated:
         return DEFAULT_PREFILL_THRESHOLD, DEFAULT_DECODE_THRESHOLD, "the link is simulated"
+    if device.own_memory:
+        return NEVER, NEVER, f"on {device.kind} nobody has measured whether overlap pays"
     return NEVER, NEVER, "between processes on CPUs communication is too small a part of a step to be worth hiding"

@@ -115,7 +115,7 @@ def test_what_is_said_is_said_as_it_is() -> None:
         (["--model", "/no/such"], "error: model '/no/such' is not a folder"),
         (["--prompts-file", "/no/such"], "error: --prompts-file /no/such cannot be read"),
         (["--split", "tokens"], "did you mean 'token'?"),
-        (["--device", "cuda", "--ranks", "64"], "error: device='cuda' needs one CUDA device a rank: ranks=64, but "),
+        (["--device", "cuda", "--ranks", "64"], "error: device='cuda' needs one device a rank: ranks=64, "),
         (["--no-peer-access", "--transport", "copy-engine", "--ranks", "2"], "error: transport 'copy-engine' "),
         (["--model", "glm-4.5-air"], "error: model 'glm-4.5-air' is a shape without weights; use load_format='dummy'"),
         (["--rank", "2"], "error: there is no option --rank; did you mean --ranks?"),

@@ -16,8 +16,12 @@ from antiphon.device.table import device_for_rank, device_of, find_device, num_d
 from tests.support.errors import raises
 
 CPU = torch.device("cpu")
-ON_GPUS = ("cuda",)
-KINDS = [pytest.param(kind, marks=pytest.mark.gpu if kind in ON_GPUS else ()) for kind in ("cpu", "cuda")]
+KINDS = [
+    "cpu",
+    "generic:cpu",
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("generic:cuda", marks=pytest.mark.gpu),
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -53,6 +57,14 @@ def test_memory_has_a_peak(device: Device) -> None:
         device.reset_peak()
         assert abs(device.peak_bytes() - before) < 2**26
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_two_devices_of_one_hardware_are_not_the_same() -> None:
+    ours, generic = find_device("cuda", 1), find_device("generic:cuda", 1)
+    assert ours != generic
+    assert ours.torch_device == generic.torch_device == torch.device("cuda", 1)
+    assert ours.fused_kernels and not generic.fused_kernels
+    assert ours.collective_backend == generic.collective_backend == "nccl"
 
 
 def test_what_a_comm_stream_does_is_there_behind_its_event(device: Device) -> None:

@@ -22,6 +22,7 @@ PEERS = Conditions(device_kind="cuda", data_path=DataPath.PEERS)
 THROUGH_HOST = Conditions(device_kind="cuda", data_path=DataPath.HOST)
 CPUS = Conditions(device_kind="cpu", data_path=DataPath.HOST)
 SIMULATED = Conditions(device_kind="cpu", data_path=DataPath.SIMULATED)
+XPUS = Conditions(device_kind="xpu", data_path=DataPath.HOST)
 ONE_CPU, ONE_GPU = (Conditions(device_kind=kind, data_path=DataPath.NONE) for kind in ("cpu", "cuda"))
 
 
@@ -238,3 +239,9 @@ def test_over_all_results_auto_loses_about_one_percent() -> None:
     found = cells()
     assert mean_loss(found, AUTO) < 0.011, worst(found, AUTO)
     assert max(cell.loss(AUTO) for cell in found) < 0.16, worst(found, AUTO)
+
+
+def test_auto_is_off_where_nobody_has_measured_overlap() -> None:
+    resolved = resolve_policy(OverlapPolicy(), XPUS)
+    assert resolved.policy.dbo == "off"
+    assert "xpu" in resolved.cause

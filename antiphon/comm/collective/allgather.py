@@ -16,16 +16,16 @@ from typing import Protocol
 import torch
 
 from antiphon.comm import needs
+from antiphon.comm.collective.queued import QueuedGroup
 from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import LaneBuffers, RowFormat
 from antiphon.comm.stepwise import StepwiseTransport, Work, flight_of
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
-from antiphon.core.errors import OptionError
 from antiphon.kernels.pack import add_in_rank_order
 from antiphon.machine.facts import Facts
-from antiphon.runtime import CudaStreams, Streams
+from antiphon.runtime import Streams
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,16 +123,16 @@ class _Gathers(Protocol):
     def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> Work: ...
 
 
-class NcclAllGatherTransport(AllGatherTransport):
-    """The same on CUDA devices, by NCCL. max_ctas: see `NcclGroup`."""
+class QueuedAllGatherTransport(AllGatherTransport):
+    """The same where a device queues its work. max_ctas: see `QueuedGroup.of`."""
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        return needs.library(facts, world, "nccl") or needs.shm_of_nccl(facts, world)
+        return needs.queued_collectives(facts, world)
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return needs.way_of_nccl(facts, world)
+        return needs.way_of_queued_collectives(facts, world)
 
     def __init__(
         self,
@@ -145,11 +145,7 @@ class NcclAllGatherTransport(AllGatherTransport):
         max_ctas: int | None = None,
     ) -> None:
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
-        from antiphon.comm.collective.nccl import NcclGroup  # only where there are such devices
-
-        if not isinstance(streams, CudaStreams):
-            raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
-        self._link = self._nccl = NcclGroup.of(group, streams, max_ctas=max_ctas)
+        self._link = self._queued = QueuedGroup.of(group, streams, max_ctas=max_ctas)
         self.num_sms = max_ctas or 0
         for lane in range(num_lanes):  # at once, so that the memory that is left can be measured
             largest = PaddedExchange(lane=lane, num_tokens=max_tokens, padded=max_tokens)
@@ -160,11 +156,11 @@ class NcclAllGatherTransport(AllGatherTransport):
         # stream begins to write.
         exchange.out_TD = self._new_out(exchange)
         with self.streams.comm(after=self.streams.record()):
-            work = self._nccl.reduce_scatter(exchange.out_TD, self.partials_of(exchange), label)
+            work = self._queued.reduce_scatter(exchange.out_TD, self.partials_of(exchange), label)
         return flight_of(work, num_bytes=self._combine_bytes(exchange))
 
     def add(self, exchange: PaddedExchange) -> torch.Tensor:
-        """NCCL has added them already."""
+        """The reduce-scatter has added them already."""
         out_TD, exchange.out_TD = exchange.out_TD, None
         return (self._new_out(exchange) if out_TD is None else out_TD)[: exchange.num_tokens]
 

@@ -59,7 +59,7 @@ class NcclZeroCtaTransport(AllGatherTransport):
         if not isinstance(streams, CudaStreams):
             raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
         warn_of_kernels(torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
-        self._nccl = NcclGroup.of(group, streams, zero_cta=True)
+        self._nccl = NcclGroup.shared(group, streams, zero_cta=True)
         rows = group.size * max_tokens
         row_bytes, sum_bytes = self._format.row_bytes, shape.hidden_size * shape.dtype.itemsize
         sizes = [size for _ in range(num_lanes) for size in (rows * row_bytes, rows * sum_bytes, rows * sum_bytes)]

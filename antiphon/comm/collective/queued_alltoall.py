@@ -1,4 +1,4 @@
-"""`alltoall` on CUDA devices, by NCCL: exact routing, with the counts on the host one switch later.
+"""`alltoall` where a device queues its work: exact routing, with the counts on the host one switch later.
 
     dispatch   tokens packed by destination rank; counts exchanged and copied to the host   (comm stream)
     launch     behind the lane's switch: the host waits for the counts, then the rows go    (late launch)
@@ -14,27 +14,26 @@ import torch
 
 from antiphon.comm import needs
 from antiphon.comm.collective.alltoall import AllToAllTransport, RoutedExchange
-from antiphon.comm.collective.nccl import NcclGroup
+from antiphon.comm.collective.queued import QueuedGroup
 from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.stepwise import Work
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
-from antiphon.core.errors import OptionError
 from antiphon.machine.facts import Facts
-from antiphon.runtime import CudaStreams, Streams
+from antiphon.runtime import Streams
 
 
-class NcclAllToAllTransport(AllToAllTransport):
-    """Exact routing over NCCL's variable all-to-all. max_ctas: see `NcclGroup`."""
+class QueuedAllToAllTransport(AllToAllTransport):
+    """Exact routing over the variable all-to-all of the device's backend. max_ctas: see `QueuedGroup.of`."""
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        return needs.library(facts, world, "nccl") or needs.shm_of_nccl(facts, world)
+        return needs.queued_collectives(facts, world)
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return needs.way_of_nccl(facts, world)
+        return needs.way_of_queued_collectives(facts, world)
 
     def __init__(
         self,
@@ -47,9 +46,7 @@ class NcclAllToAllTransport(AllToAllTransport):
         max_ctas: int | None = None,
     ) -> None:
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
-        if not isinstance(streams, CudaStreams):
-            raise OptionError(f"NCCL needs CUDA devices, not {streams.device}")
-        self._link = NcclGroup.of(group, streams, max_ctas=max_ctas)
+        self._link = QueuedGroup.of(group, streams, max_ctas=max_ctas)
         self.num_sms = max_ctas or 0
         most_rows = group.size * max_tokens
         for lane in range(num_lanes):  # at once, so that the memory that is left can be measured
@@ -58,8 +55,9 @@ class NcclAllToAllTransport(AllToAllTransport):
             for name in ("partials", "home"):
                 self._sums(name, lane, most_rows)
         with torch.inference_mode(False):
+            pins = streams.owner.pinned_memory
             self._counts = [
-                torch.zeros(2, group.size, dtype=torch.int64, device="cpu", pin_memory=True) for _ in range(num_lanes)
+                torch.zeros(2, group.size, dtype=torch.int64, device="cpu", pin_memory=pins) for _ in range(num_lanes)
             ]
 
     def send(self, exchange: RoutedExchange, label: str) -> Flight[None]:
@@ -71,14 +69,17 @@ class NcclAllToAllTransport(AllToAllTransport):
         ready = self.streams.record()
         with self.streams.comm(after=ready):
             ones = [1] * num_ranks
-            self._link.all_to_all(counts_2W[1], counts_2W[0], f"counts of {label}", out_splits=ones, in_splits=ones)
+            exchanged = self._link.all_to_all(
+                counts_2W[1], counts_2W[0], f"counts of {label}", out_splits=ones, in_splits=ones
+            )
+            exchanged.wait()
             counts.copy_(counts_2W, non_blocking=True)
             counted = self.streams.record()
         work: Work | None = None
 
         def launch() -> None:
             nonlocal work
-            counted.synchronize()  # type: ignore[attr-defined]  # the device watch limits it
+            counted.synchronize()  # type: ignore[attr-defined]  # limited by the device watch or the backend
             exchange.sent, exchange.received = counts.tolist()
             flight.num_bytes = exchange.remote_rows(self.group.rank) * self._format.row_bytes
             work = self._send_rows(exchange, label, after=ready)  # not behind what the other lane has queued since

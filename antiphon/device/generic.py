@@ -1,0 +1,193 @@
+"""Any accelerator that PyTorch knows, by `torch.accelerator`, `torch.Stream` and `torch.Event` alone.
+
+    generic         the accelerator of this torch, whatever it is
+    generic:cuda    CUDA hardware by these calls only: how they are exercised on a machine with GPUs
+    xpu, npu        Intel's GPUs; Ascend's NPUs, with the plug-in that registers them
+
+It promises streams, memory figures and pinned memory. It knows nothing that only one maker's driver has: no peer
+access, no stream memory operations, no fused kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from antiphon.core.errors import LaneError, OptionError
+from antiphon.device.device import Device, DeviceMemory, Event, Reading, StepTimer, Streams
+
+_HIGH_PRIORITY = -1
+_PREFIX = "generic:"  # of kinds that name the hardware under the generic calls
+
+
+class GenericDevice(Device):
+    """One accelerator, of the type that the kind names."""
+
+    queues = True
+    own_memory = True
+    pinned_memory = True
+    default_dtype = torch.bfloat16
+
+    def __init__(self, kind: str, index: int = 0) -> None:
+        if kind == "generic":
+            found = torch.accelerator.current_accelerator()
+            if found is None:
+                raise OptionError(
+                    "device='generic' is the accelerator of this torch",
+                    limit="it has none that can be used here",
+                    remedy="use device='cpu', or 'generic:cpu' to exercise the code without one",
+                    option="device",
+                    value=kind,
+                )
+            self._type = found.type
+        else:
+            self._type = kind.removeprefix(_PREFIX)
+        super().__init__(kind, index)
+
+    def _torch_device(self) -> torch.device:
+        try:
+            return torch.device(self._type, self.index)
+        except RuntimeError as error:
+            raise OptionError(
+                f"device={self.kind!r} is not a type of device that this torch knows",
+                remedy="install the plug-in that registers it, such as torch-npu for npu",
+                option="device",
+                value=self.kind,
+            ) from error
+
+    @property
+    def collective_backend(self) -> str:
+        return str(dist.get_default_backend_for_device(self.torch_device))
+
+    def count(self) -> int:
+        found = torch.accelerator.current_accelerator()
+        here = found is not None and found.type == self._type
+        return torch.accelerator.device_count() if here else 0
+
+    def current_index(self) -> int:
+        return int(torch.accelerator.current_device_index())
+
+    def describe(self) -> str:
+        module = torch.get_device_module(self.torch_device)
+        name = getattr(module, "get_device_name", lambda device: str(device))(self.torch_device)
+        return f"{name} ({self.kind})"
+
+    def activate(self) -> None:
+        torch.accelerator.set_device_index(self.index)
+        torch.set_float32_matmul_precision("highest")
+
+    def synchronize(self) -> None:
+        torch.accelerator.synchronize(self.torch_device)
+
+    def streams(self) -> Streams:
+        return GenericStreams(self)
+
+    def timer(self) -> StepTimer:
+        return GenericTimer(self)
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(*torch.accelerator.get_memory_info(self.torch_device))
+
+    def release_unused(self) -> None:
+        self.synchronize()
+        torch.accelerator.empty_cache()
+
+    def reset_peak(self) -> None:
+        self.release_unused()
+        torch.accelerator.reset_peak_memory_stats(self.torch_device)
+
+    def peak_bytes(self) -> int:
+        """Reserved memory, as on CUDA devices: what the allocator could not reuse would be missing again."""
+        self.synchronize()
+        free_bytes, total_bytes = self.memory()
+        outside = total_bytes - free_bytes - torch.accelerator.memory_reserved(self.torch_device)
+        return int(outside + torch.accelerator.max_memory_reserved(self.torch_device))
+
+    # ---- what `GenericStreams` and `GenericTimer` are made of
+
+    def new_stream(self) -> Any:
+        """A stream of high priority beside the others."""
+        return torch.Stream(self.torch_device, priority=_HIGH_PRIORITY)
+
+    def new_event(self) -> Any:
+        """An event that keeps its time."""
+        return torch.Event(self.torch_device, enable_timing=True)
+
+    def current_stream(self) -> Any:
+        return torch.accelerator.current_stream(self.torch_device)
+
+    def set_stream(self, stream: Any) -> None:
+        """Make it the current one."""
+        torch.accelerator.set_stream(stream)
+
+
+class GenericStreams:
+    """`Streams` of one accelerator. Not thread-safe: one host thread issues everything."""
+
+    def __init__(self, owner: GenericDevice) -> None:
+        self.owner: Device = owner
+        self.device = owner.torch_device
+        self.device_types = owner.autocast_types
+        self._calls = owner
+        self._compute = owner.current_stream()
+        self._comm: dict[str, Any] = {}
+
+    def record(self) -> Event:
+        event: Event = self._calls.current_stream().record_event()
+        return event
+
+    def wait(self, event: Event) -> None:
+        self._calls.current_stream().wait_event(event)
+
+    @contextmanager
+    def comm(self, *, after: Event, name: str = "comm") -> Iterator[None]:
+        if not self.on_compute_stream():
+            raise LaneError("a communication was sent away from the compute stream; leave the other stream first")
+        stream = self._comm.get(name)
+        if stream is None:
+            stream = self._comm[name] = self._calls.new_stream()
+        self._calls.set_stream(stream)
+        try:
+            stream.wait_event(after)
+            yield
+        finally:
+            self._calls.set_stream(self._compute)
+
+    def join(self) -> None:
+        for stream in self._comm.values():
+            self._compute.wait_stream(stream)
+
+    def on_compute_stream(self) -> bool:
+        return bool(self._calls.current_stream() == self._compute)
+
+    def leave_free(self, num_sms: int) -> AbstractContextManager[None]:
+        """There are no SMs to leave: `Device.sm_carveout` says so."""
+        return nullcontext()
+
+
+class GenericTimer:
+    """`StepTimer` of one accelerator, by events on the stream that is current."""
+
+    def __init__(self, owner: GenericDevice) -> None:
+        self._owner = owner
+        self._start: Any = None
+
+    def start(self) -> None:
+        self._start = self._record()
+
+    def stop(self) -> Reading:
+        assert self._start is not None, "stop without start"
+        return Reading(self._start, self._record())
+
+    def elapsed_ms(self, reading: Reading) -> float:
+        reading.stop.synchronize()
+        return float(reading.start.elapsed_time(reading.stop))
+
+    def _record(self) -> Any:
+        event = self._owner.new_event()
+        event.record(self._owner.current_stream())
+        return event

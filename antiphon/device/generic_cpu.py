@@ -1,0 +1,106 @@
+"""`generic:cpu`: the generic device over a pretended accelerator, whose work the CPU does at once.
+
+It exercises the generic streams, the queued transports over gloo and the engine above them on any machine, in worker
+processes too. Which stream is current is kept as on hardware. Nothing runs late, so a missing wait does not show.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from antiphon.device.cpu import host_memory, peak_host_bytes
+from antiphon.device.device import DeviceMemory
+from antiphon.device.generic import GenericDevice
+
+
+class PretendedDevice(GenericDevice):
+    """The CPU behind the generic device's calls. It has no memory of its own, and pins none."""
+
+    own_memory = False
+    pinned_memory = False
+    default_dtype = torch.float32
+
+    def __init__(self, kind: str, index: int = 0) -> None:
+        super().__init__(kind, index)
+        self._default = self._current = PretendedStream()
+
+    def _torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def collective_backend(self) -> str:
+        return "gloo"
+
+    def count(self) -> int:
+        return 1
+
+    def current_index(self) -> int:
+        return 0
+
+    def describe(self) -> str:
+        return "CPU as a pretended accelerator"
+
+    def activate(self) -> None:
+        self._current = self._default
+
+    def synchronize(self) -> None:
+        return
+
+    def memory(self) -> DeviceMemory:
+        return host_memory()
+
+    def release_unused(self) -> None:
+        return
+
+    def reset_peak(self) -> None:
+        """The CPU's peak cannot start afresh."""
+
+    def peak_bytes(self) -> int:
+        return peak_host_bytes()
+
+    def new_stream(self) -> PretendedStream:
+        return PretendedStream()
+
+    def new_event(self) -> PretendedEvent:
+        return PretendedEvent()
+
+    def current_stream(self) -> PretendedStream:
+        return self._current
+
+    def set_stream(self, stream: PretendedStream) -> None:
+        self._current = stream
+
+
+class PretendedEvent:
+    """A point in time on a pretended stream."""
+
+    def __init__(self) -> None:
+        self._recorded_ns = 0
+
+    def record(self, stream: PretendedStream) -> None:
+        self._recorded_ns = time.perf_counter_ns()
+
+    def synchronize(self) -> None:
+        assert self._recorded_ns, "waited for an event that nobody has recorded"
+
+    def elapsed_time(self, later: PretendedEvent) -> float:
+        """Milliseconds."""
+        return (later._recorded_ns - self._recorded_ns) * 1e-6
+
+
+class PretendedStream:
+    """A queue that is always empty: what is launched on it has happened when the launch returns."""
+
+    def record_event(self) -> PretendedEvent:
+        event = PretendedEvent()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: PretendedEvent) -> None:
+        assert isinstance(event, PretendedEvent), "an event of another device reached a pretended stream"
+        event.synchronize()
+
+    def wait_stream(self, stream: PretendedStream) -> None:
+        return
