@@ -90,7 +90,9 @@ class GenericDevice(Device):
         return GenericTimer(self)
 
     def memory(self) -> DeviceMemory:
-        return DeviceMemory(*torch.accelerator.get_memory_info(self.torch_device))
+        module = torch.get_device_module(self.torch_device)
+        ask = getattr(torch.accelerator, "get_memory_info", None) or module.mem_get_info  # the older name
+        return DeviceMemory(*ask(self.torch_device))
 
     def release_unused(self) -> None:
         self.synchronize()
