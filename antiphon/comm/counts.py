@@ -38,6 +38,7 @@ def check_lanes(lane_by_rank: Sequence[int], lane: int, label: str) -> None:
     for rank, other in enumerate(lane_by_rank):
         if other != lane:
             raise LaneError(
-                f"{label} on lane {lane} met rank {rank} on lane {other}; all ranks must call dispatch and combine in "
-                "the same order over all lanes, so lanes must switch alike on all of them"
+                f"{label} on lane {lane} met rank {rank} on lane {other}",
+                limit="all ranks must call dispatch and combine in the same order over all lanes",
+                remedy="let the lanes switch alike on all ranks",
             )

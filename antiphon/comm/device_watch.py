@@ -120,10 +120,10 @@ class DeviceWatch:
 
     def _report(self, word: WatchWord, value: int, waited_s: float) -> None:
         label, whom = word.explain(value)
-        message = f"rank {self._rank} waited {waited_s:.1f} s on its device for {label} from {whom} in vain"
+        message = f"rank {self._rank} timed out after {waited_s:.1f} s waiting on its device for {label} from {whom}"
         try:
             if self._board is not None:
-                message += f"; {self._board.describe(except_rank=self._rank)}"
+                message += f": {self._board.describe(except_rank=self._rank)}"
             if self._on_stuck is not None:
                 self._on_stuck(message)
         finally:

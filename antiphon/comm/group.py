@@ -110,8 +110,11 @@ class RankGroup:
         """
         if dist.is_initialized():
             raise OptionError(
-                "torch.distributed is initialised in this process already; make the group from a gloo group of it: "
-                "RankGroup(rank=..., size=..., process_group=torch.distributed.new_group(backend='gloo'))"
+                "torch.distributed is initialised in this process already",
+                remedy="make the group from a gloo group of it: RankGroup(rank=..., size=..., "
+                "process_group=torch.distributed.new_group(backend='gloo'))",
+                option="init_method",
+                value=init_method,
             )
         meeting_timeout_s = timeout_s if meeting_timeout_s is None else meeting_timeout_s
         if board is not None:
@@ -125,7 +128,7 @@ class RankGroup:
                 timeout=timedelta(seconds=max(timeout_s, meeting_timeout_s)),
             )
         except (RuntimeError, dist.DistError) as error:
-            raise PeerError(_missing(f"rank {rank} could not meet its peers", rank, board, error)) from error
+            raise _peer_error(f"rank {rank} could not meet its peers", rank, board, error) from error
         group = cls(
             rank=rank,
             size=size,
@@ -223,7 +226,7 @@ class RankGroup:
             dist.all_gather_object(values, value, group=self._process_group)
         except RuntimeError as error:
             what = f"rank {self.rank} could not exchange {type(value).__name__} with its peers"
-            raise PeerError(_missing(what, self.rank, self._board, error)) from error
+            raise _peer_error(what, self.rank, self._board, error) from error
         return values
 
     def _start(self, operation: Any, label: str, out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Collective:
@@ -232,14 +235,12 @@ class RankGroup:
         try:
             work = operation(out, mine, group=self._process_group, async_op=True, **options)
         except RuntimeError as error:
-            raise PeerError(
-                _missing(f"rank {self.rank} could not start {label!r}", self.rank, self._board, error)
-            ) from error
+            raise _peer_error(f"rank {self.rank} could not start {label!r}", self.rank, self._board, error) from error
         return Collective(self, work, label, (out, mine))
 
     def _check_open(self) -> None:
         if self._closed:  # torch would take the default group for none
-            raise PeerError(f"rank {self.rank} has closed its group; nothing can be exchanged any more")
+            raise PeerError(f"rank {self.rank} has closed its group", remedy="make a new group to exchange anything")
 
     def wait_for(self, work: dist.Work, label: str, *, limited: bool = True) -> None:
         """Wait for a collective; raises `PeerError` after the time limit.
@@ -253,8 +254,10 @@ class RankGroup:
         try:
             work.wait(timedelta(seconds=self.timeout_s)) if limited else work.wait()
         except RuntimeError as error:
-            waited = f"rank {self.rank} waited {time.monotonic() - start:.1f} s for {where} in vain"
-            raise PeerError(_missing(waited, self.rank, self._board, error)) from error
+            waited_s = time.monotonic() - start
+            how = "timed out" if waited_s > 0.99 * self.timeout_s else "failed"  # gloo notices a peer that ends
+            what = f"rank {self.rank} {how} after {waited_s:.1f} s waiting for {where}"
+            raise _peer_error(what, self.rank, self._board, error) from error
         if self._board is not None:
             self._board.mark(self.rank, f"computing after {where}")
 
@@ -270,13 +273,8 @@ class RankGroup:
         while not done():
             waited_s = time.monotonic() - start
             if waited_s > self.timeout_s:
-                raise PeerError(
-                    _missing(
-                        f"rank {self.rank} waited {waited_s:.1f} s for {where} in vain",
-                        self.rank,
-                        self._board,
-                    )
-                )
+                what = f"rank {self.rank} timed out after {waited_s:.1f} s waiting for {where}"
+                raise _peer_error(what, self.rank, self._board)
             time.sleep(nap_s)
             nap_s = min(nap_s + _FIRST_NAP_S, _LONGEST_NAP_S)
         if self._board is not None:
@@ -320,9 +318,12 @@ def _all_gather(out: torch.Tensor, mine: torch.Tensor, **options: Any) -> dist.W
     return work
 
 
-def _missing(what: str, rank: int, board: ProgressBoard | None, error: Exception | None = None) -> str:
-    peers = f"; {board.describe(except_rank=rank)}" if board is not None else ""
-    return f"{what}{peers}" + (f" ({_reason(error)})" if error is not None else "")
+def _peer_error(fact: str, rank: int, board: ProgressBoard | None, error: Exception | None = None) -> PeerError:
+    """The error that says where the peers are, as far as the board knows, and what the library said."""
+    known = [] if board is None else [board.describe(except_rank=rank)]
+    if error is not None:
+        known.append(f"({_reason(error)})")
+    return PeerError(fact, limit=" ".join(known))
 
 
 def _reason(error: Exception) -> str:

@@ -22,7 +22,7 @@ from antiphon.comm.needs import Refusal, World, peers_forbidden
 from antiphon.comm.simulated import Link, parse_link
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Transport
-from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.errors import OptionError, first_line, out_of_range, unknown_value
 from antiphon.machine.facts import Facts
 from antiphon.runtime import Device, Streams, find_device
 
@@ -59,7 +59,7 @@ _WORTHWHILE_SAVING = 0.25
 """Share of the bytes that exact routing must save before it is worth the exchange of counts."""
 
 _WORTHWHILE_SAVING_OF_SLABS = 0.5
-"""The same before it is worth the multiprocessors of communication kernels, which the slab transports do not need."""
+"""The same before it is worth the SMs of communication kernels, which the slab transports do not need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ def parse_transport(text: str) -> TransportSpec:
     names = ("auto", *_CLASSES, "simulated")
     if first not in names and (rest or "." in first):
         if len(rest) != 1 or not rest[0].isidentifier():
-            raise OptionError(f"transport={text!r} is not package.module:Class; name the class after one colon")
+            raise _wrong(text, "is not package.module:Class", "name the class after one colon")
         return TransportSpec(name=text)
     if first not in names:
         raise unknown_value("transport", text, names)
@@ -90,15 +90,19 @@ def parse_transport(text: str) -> TransportSpec:
         if len(rest) == 1 and len(_CLASSES.get(first, ())) > 1 and re.fullmatch(r"[1-9]\d{0,2}ctas", rest[0]):
             return TransportSpec(name=first, ctas=int(rest[0].removesuffix("ctas")))
         if rest:
-            raise OptionError(f"transport={text!r} has settings, which only simulated takes; use {first!r}")
+            raise _wrong(text, "has settings, which only simulated takes", f"use {first!r}")
         return TransportSpec(name=first)
     if len(rest) > 3:
-        raise OptionError(f"transport={text!r} has too many parts; use simulated:INNER:BANDWIDTH:LATENCY")
+        raise _wrong(text, "has too many parts", "use simulated:INNER:BANDWIDTH:LATENCY")
     settings: list[str | None] = [*rest, *[None] * (3 - len(rest))]
     inner, bandwidth, latency = settings[0] or "auto", settings[1], settings[2]
     if inner not in ("auto", *_CLASSES):
         raise unknown_value("transport inside simulated", inner, ("auto", *_CLASSES))
     return TransportSpec(name=inner, link=parse_link(bandwidth, latency))
+
+
+def _wrong(text: str, what: str, remedy: str) -> OptionError:
+    return OptionError(f"transport={text!r} {what}", remedy=remedy, option="transport", value=text)
 
 
 def choose_transport(
@@ -185,7 +189,7 @@ def usable_transports(
     Raises `OptionError` for no ranks or an unknown kind of device.
     """
     if ranks < 1:
-        raise OptionError(f"ranks={ranks} is out of range", remedy="use an integer of at least 1", option="ranks")
+        raise out_of_range("ranks", ranks, "an integer of at least 1")
     if device_kind not in ("cpu", "cuda"):
         raise unknown_value("device_kind", device_kind, ("cpu", "cuda"))
     world = World(ranks=ranks, device_kind=device_kind, peer_access=peer_access, host_bytes=shared_bytes)
@@ -258,7 +262,18 @@ def load_transport(spec: TransportSpec, device_kind: str = "cpu") -> type[Transp
         loaded = getattr(import_module(module_name), class_name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         remedy = "install cuda-bindings" if spec.name in _CLASSES else "check the path and PYTHONPATH"
-        raise OptionError(f"transport {path!r} cannot be loaded: {error}; {remedy}") from error
+        raise OptionError(
+            f"transport {path!r} cannot be loaded",
+            limit=first_line(error),
+            remedy=remedy,
+            option="transport",
+            value=spec.name,
+        ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
-        raise OptionError(f"transport {path!r} is not a subclass of antiphon.comm.Transport")
+        raise OptionError(
+            f"transport {path!r} is not a subclass of antiphon.comm.Transport",
+            remedy="name a class that is",
+            option="transport",
+            value=spec.name,
+        )
     return loaded

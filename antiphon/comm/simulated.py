@@ -51,8 +51,11 @@ def _number(text: str, units: dict[str, float], what: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([A-Za-z/]+)", text.strip())
     if match is None or match[2] not in units or (what == "bandwidth" and float(match[1]) == 0):
         raise OptionError(
-            f"{what} {text!r} of the simulated link is not a number with a unit; use {', '.join(units)}, "
-            f"such as {'200MB/s' if what == 'bandwidth' else '1ms'}"
+            f"{what}={text!r} of a simulated link is not a number with a unit",
+            limit=f"the units are {', '.join(units)}",
+            remedy=f"write something like {'200MB/s' if what == 'bandwidth' else '1ms'}",
+            option=what,
+            value=text,
         )
     return float(match[1]) * units[match[2]]
 

@@ -31,7 +31,10 @@ class ExpertShape:
         if num_ranks < 1 or self.num_experts % num_ranks:
             fitting = ", ".join(str(n) for n in range(1, self.num_experts + 1) if self.num_experts % n == 0)
             raise OptionError(
-                f"num_experts={self.num_experts} is not divisible by ranks={num_ranks}; use {fitting} ranks"
+                f"num_experts={self.num_experts} is not divisible by ranks={num_ranks}",
+                remedy=f"use {fitting} ranks",
+                option="ranks",
+                value=num_ranks,
             )
         return self.num_experts // num_ranks
 

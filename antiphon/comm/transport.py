@@ -74,7 +74,7 @@ class Transport(ABC):
     """Dispatch and combine. Implementations fill in `send_tokens` and `send_partials`."""
 
     name: ClassVar[str]
-    num_sms: int = 0  # multiprocessors that computation had better leave to the transport's kernels, if that is known
+    num_sms: int = 0  # SMs that computation should leave to the transport's kernels, if that is known
     through_host: ClassVar[bool] = False  # whether data goes through host memory also where devices reach each other
     peers_reach: bool = False  # whether all devices may and can access each other's memory; set by `create_transport`
 
@@ -160,8 +160,9 @@ class Transport(ABC):
         expected = (self._num_rows[lane], self.shape.hidden_size)
         if partial_RD.shape != expected or partial_RD.dtype != self.shape.dtype:
             raise OptionError(
-                f"partial sums are {list(partial_RD.shape)} {partial_RD.dtype}; "
-                f"the rows received need {list(expected)} {self.shape.dtype}"
+                f"partial sums are {list(partial_RD.shape)} {partial_RD.dtype}",
+                limit=f"the rows received need {list(expected)} {self.shape.dtype}",
+                option="partial_RD",
             )
         _check_forward_only(partial_RD)
         label = f"combine {label}".rstrip()
@@ -212,11 +213,18 @@ class Transport(ABC):
     def _lane_in(self, phase: _Phase, verb: str) -> int:
         lane = current_lane()
         if lane >= self.num_lanes:
-            raise LaneError(f"lane {lane} uses a transport that was made for {self.num_lanes} lanes; make it for more")
+            raise LaneError(
+                f"lane {lane} is out of range",
+                limit=f"this transport was made for {self.num_lanes} lanes",
+                remedy=f"make it with num_lanes={lane + 1} or more",
+                option="num_lanes",
+                value=self.num_lanes,
+            )
         if self._phases[lane] is not phase:
             raise LaneError(
-                f"{verb} on lane {lane} while it is {self._phases[lane].value}; "
-                "dispatch and combine alternate, and each is finished before the next"
+                f"{verb} on lane {lane} while it is {self._phases[lane].value}",
+                limit="dispatch and combine alternate",
+                remedy="finish each before the next",
             )
         return lane
 
@@ -224,24 +232,34 @@ class Transport(ABC):
         shape = self.shape
         if x_TD.dim() != 2 or x_TD.shape[1] != shape.hidden_size or x_TD.dtype != shape.dtype:
             raise OptionError(
-                f"tokens are {list(x_TD.shape)} {x_TD.dtype}; "
-                f"this transport takes [T, {shape.hidden_size}] {shape.dtype}"
+                f"tokens are {list(x_TD.shape)} {x_TD.dtype}",
+                limit=f"this transport takes [T, {shape.hidden_size}] {shape.dtype}",
+                option="x_TD",
             )
         if x_TD.shape[0] > self.max_tokens:
             raise OptionError(
-                f"{x_TD.shape[0]} tokens are more than max_tokens={self.max_tokens}, "
-                "for which this transport was made; make it for more"
+                f"{x_TD.shape[0]} tokens are too many",
+                limit=f"this transport was made for max_tokens={self.max_tokens}",
+                remedy="make it for more",
+                option="max_tokens",
+                value=self.max_tokens,
             )
         _check_forward_only(x_TD, routes.weights_TK)
         places = {tensor.device for tensor in (x_TD, routes.ids_TK, routes.weights_TK)}
         if places != {self.streams.device}:
             found = f"{x_TD.device}, ids on {routes.ids_TK.device}, weights on {routes.weights_TK.device}"
-            raise OptionError(f"tokens are on {found}; this transport takes all three on {self.streams.device}")
+            raise OptionError(
+                f"tokens are on {found}",
+                limit=f"this transport takes all three on {self.streams.device}",
+                remedy=f"move them to {self.streams.device}",
+                option="x_TD",
+            )
         expected = (x_TD.shape[0], shape.top_k)
         if routes.ids_TK.shape != expected or routes.weights_TK.shape != expected:
             raise OptionError(
-                f"routes are {list(routes.ids_TK.shape)} and {list(routes.weights_TK.shape)}; "
-                f"{x_TD.shape[0]} tokens with {shape.top_k} experts each need {list(expected)}"
+                f"routes are {list(routes.ids_TK.shape)} and {list(routes.weights_TK.shape)}",
+                limit=f"{x_TD.shape[0]} tokens with {shape.top_k} experts each need {list(expected)}",
+                option="routes",
             )
         if routes.ids_TK.is_cpu and routes.ids_TK.numel():  # elsewhere the host would have to wait
             low, high = (int(bound) for bound in routes.ids_TK.aminmax())
@@ -249,6 +267,7 @@ class Transport(ABC):
                 raise OptionError(
                     f"expert ids run from {low} to {high}",
                     remedy=f"use 0 to {shape.num_experts - 1}, and -1 for rows that are padding",
+                    option="routes",
                 )
 
     def _checked_counts(self, tokens_by_rank: Sequence[int], num_tokens: int) -> tuple[int, ...]:
@@ -256,8 +275,11 @@ class Transport(ABC):
         rank, size = self.group.rank, self.group.size
         if len(counts) != size or counts[rank] != num_tokens or not 0 <= min(counts) <= max(counts) <= self.max_tokens:
             raise OptionError(
-                f"tokens_by_rank={counts} does not fit: {size} ranks, rank {rank} sends {num_tokens} tokens, and none "
-                f"may send more than {self.max_tokens}; pass the same counts on all ranks"
+                f"tokens_by_rank={counts} does not fit",
+                limit=f"{size} ranks, rank {rank} sends {num_tokens} tokens, and none may send over {self.max_tokens}",
+                remedy="pass the same counts on all ranks",
+                option="tokens_by_rank",
+                value=counts,
             )
         return counts
 
@@ -266,8 +288,9 @@ def _check_forward_only(*tensors: torch.Tensor) -> None:
     """The buffers outlive the call: a graph that goes through them would never end."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise OptionError(
-            "a tensor wants a gradient, and transports are forward only; "
-            "run under torch.no_grad() or torch.inference_mode(), entered outside run_lanes"
+            "a tensor requires a gradient",
+            limit="transports are forward only",
+            remedy="run under torch.no_grad() or torch.inference_mode(), entered outside run_lanes",
         )
 
 

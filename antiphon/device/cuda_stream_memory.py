@@ -1,4 +1,4 @@
-"""Copies, flags and waits that a CUDA stream carries out by itself: no kernel, no streaming multiprocessor.
+"""Copies, flags and waits that a CUDA stream carries out by itself: no kernel, no SM.
 
 Thin over `cuda.bindings.driver` (it comes with torch). Addresses are device addresses; streams are raw handles.
 Source: CUDA driver API, stream memory operations.
@@ -32,11 +32,16 @@ _MAPPED_FOR_ALL = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_
 def check_stream_memory_operations(device: torch.device, what: str) -> bool:
     """Whether waits can flush remote writes. Raises `OptionError` if the device has no such operations."""
     if driver is None:
-        raise OptionError(f"{what} needs the Python package cuda-bindings", remedy="`pip install cuda-bindings`")
+        raise OptionError(
+            f"{what} needs the Python package cuda-bindings", remedy="`pip install cuda-bindings`", option="transport"
+        )
     attribute = driver.CUdevice_attribute
     if not _attribute(device, attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS):
         raise OptionError(
-            f"{what} needs stream memory operations, which {device} or its driver does not have; use alltoall"
+            f"{what} needs stream memory operations",
+            limit=f"{device} or its driver does not have them",
+            remedy="use alltoall",
+            option="transport",
         )
     return bool(_attribute(device, attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES))
 
@@ -49,8 +54,10 @@ def register_host_memory(memory: torch.Tensor, what: str) -> int:
     (error,) = driver.cuMemHostRegister(memory.data_ptr(), memory.numel(), _MAPPED_FOR_ALL)
     if error != driver.CUresult.CUDA_SUCCESS:
         raise OptionError(
-            f"{what} needs {memory.numel() / 2**20:.0f} MiB of pinned host memory, and cannot have it ({error.name}); "
-            "raise the locked-memory limit (ulimit -l unlimited, docker --ulimit memlock=-1) or lower max_tokens"
+            f"{what} cannot pin {memory.numel() / 2**20:.0f} MiB of host memory",
+            limit=error.name,
+            remedy="raise the limit on locked memory (ulimit -l, docker --ulimit memlock=-1) or lower max_tokens",
+            option="max_tokens",
         )
     return int(_checked(driver.cuMemHostGetDevicePointer(memory.data_ptr(), 0), "cuMemHostGetDevicePointer"))
 

@@ -98,7 +98,7 @@ def _stream_memory_operations(index: int) -> Check:
         return Check(ok=None, detail=f"cuda.bindings cannot be imported: {first_line(error)}")
     device = torch.device("cuda", index)
     try:
-        flush = memory.check_stream_memory_operations(device, "a transport without multiprocessors")
+        flush = memory.check_stream_memory_operations(device, "a transport that takes no SMs")
         with torch.cuda.device(device):
             word = torch.zeros(1, dtype=torch.int32, device=device)
             stream = torch.cuda.current_stream().cuda_stream

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from antiphon.comm import ExpertShape, Routes
-from antiphon.core.errors import LaneError, OptionError
+from antiphon.core.errors import AntiphonError, LaneError, OptionError
 from antiphon.runtime import current_lane, finish, run_lanes, switch
 from tests.comm.world import (
     MAX_TOKENS,
@@ -267,16 +269,16 @@ def phases_alternate(world: World, name: str) -> None:
     transport = world.make(name, shape)
     tokens = world.tokens(shape, 2, seed=world.rank)
     partial_RD = torch.zeros(2, shape.hidden_size, dtype=shape.dtype, device=world.streams.device)
-    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), "combine on lane 0 while it is idle")
+    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), ("combine", "lane 0", "idle"))
     sent = transport.dispatch(tokens.x_TD, tokens.routes)
-    again = "dispatch on lane 0 while it is dispatching"
+    again = ("dispatch", "lane 0", "dispatching")
     _expect_error(world, LaneError, lambda: transport.dispatch(tokens.x_TD, tokens.routes), again)
-    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), "combine on lane 0 while it is dispatching")
+    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), ("combine", "lane 0", "dispatching"))
     rows = finish(sent)
-    early = "dispatch on lane 0 while it is received"
+    early = ("dispatch", "lane 0", "received")
     _expect_error(world, LaneError, lambda: transport.dispatch(tokens.x_TD, tokens.routes), early)
     back = transport.combine(apply_experts(rows, shape, world.group))
-    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), "combine on lane 0 while it is combining")
+    _expect_error(world, LaneError, lambda: transport.combine(partial_RD), ("combine", "lane 0", "combining"))
     world.expect_sums(finish(back), tokens, "after refused calls:")
 
 
@@ -289,7 +291,7 @@ def lanes_beyond_the_last_are_refused(world: World, name: str) -> None:
         if current_lane() == 1:
             transport.dispatch(tokens.x_TD, tokens.routes)
 
-    _expect_error(world, LaneError, lambda: run_lanes([in_second_lane] * 2), "made for 1 lanes")
+    _expect_error(world, LaneError, lambda: run_lanes([in_second_lane] * 2), ("lane 1",), option="num_lanes", value=1)
 
 
 def wrong_tokens_are_refused(world: World, name: str) -> None:
@@ -299,18 +301,19 @@ def wrong_tokens_are_refused(world: World, name: str) -> None:
     tokens = world.tokens(shape, 3, seed=world.rank)
     x_TD, routes = tokens.x_TD, tokens.routes
     narrow = Routes(routes.ids_TK[:, :2], routes.weights_TK)
-    for wrong_x, wrong_routes, text in [
-        (x_TD[:, :4], routes, "tokens are [3, 4] torch.float64; this transport takes [T, 5] torch.float64"),
-        (x_TD.float(), routes, "tokens are [3, 5] torch.float32; this transport takes [T, 5] torch.float64"),
-        (x_TD[0], routes, "tokens are [5] torch.float64"),
-        (x_TD, narrow, "routes are [3, 2] and [3, 3]; 3 tokens with 3 experts each need [3, 3]"),
-        (x_TD, Routes(routes.ids_TK, routes.weights_TK[:2]), "routes are [3, 3] and [2, 3]"),
-        (x_TD[:2], routes, "2 tokens with 3 experts each need [2, 3]"),
+    for wrong_x, wrong_routes, option, names in [
+        (x_TD[:, :4], routes, "x_TD", ("[3, 4]", "[T, 5]", "torch.float64")),
+        (x_TD.float(), routes, "x_TD", ("[3, 5] torch.float32", "[T, 5] torch.float64")),
+        (x_TD[0], routes, "x_TD", ("[5]", "torch.float64")),
+        (x_TD, narrow, "routes", ("[3, 2] and [3, 3]", "need [3, 3]")),
+        (x_TD, Routes(routes.ids_TK, routes.weights_TK[:2]), "routes", ("[3, 3] and [2, 3]",)),
+        (x_TD[:2], routes, "routes", ("need [2, 3]",)),
     ]:
-        _expect_error(world, OptionError, lambda x=wrong_x, r=wrong_routes: transport.dispatch(x, r), text)
+        call = partial(transport.dispatch, wrong_x, wrong_routes)
+        _expect_error(world, OptionError, call, names, option=option)
     many = world.tokens(shape, MAX_TOKENS + 1, seed=world.rank)
-    too_many = f"{MAX_TOKENS + 1} tokens are more than max_tokens={MAX_TOKENS}"
-    _expect_error(world, OptionError, lambda: transport.dispatch(many.x_TD, many.routes), too_many)
+    call = partial(transport.dispatch, many.x_TD, many.routes)
+    _expect_error(world, OptionError, call, (str(MAX_TOKENS + 1),), option="max_tokens", value=MAX_TOKENS)
     world.expect_sums(world.run(transport, tokens, None), tokens, "after refused calls:")
 
 
@@ -329,7 +332,7 @@ def wrong_partial_sums_are_refused(world: World, name: str) -> None:
         ("hidden size", partial_RD[:, :1]),
         ("dtype", partial_RD.float()),
     ]:
-        _expect_error(world, OptionError, lambda wrong=wrong: transport.combine(wrong), "partial sums are", what)
+        _expect_error(world, OptionError, partial(transport.combine, wrong), what=what, option="partial_RD")
     world.expect_sums(finish(transport.combine(partial_RD)), tokens, "after refused calls:")
 
 
@@ -342,8 +345,8 @@ def reset_forgets_a_failed_run(world: World, name: str) -> None:
         finish(transport.dispatch(tokens.x_TD, tokens.routes))
         raise KeyError("broken expert")
 
-    _expect_error(world, KeyError, lambda: run_lanes([fail_between_phases]), "broken expert")
-    _expect_error(world, LaneError, lambda: transport.dispatch(tokens.x_TD, tokens.routes), "while it is received")
+    _expect_error(world, KeyError, lambda: run_lanes([fail_between_phases]), ("broken expert",))
+    _expect_error(world, LaneError, lambda: transport.dispatch(tokens.x_TD, tokens.routes), ("received",))
     transport.reset()
     world.expect_sums(world.run(transport, tokens, None), tokens, "after a reset:")
 
@@ -352,15 +355,28 @@ def _inner_name(name: str) -> str:
     return name.split(":")[1] if name.startswith("simulated:") else name
 
 
-def _expect_error(world: World, kind: type[Exception], call: object, text: str, what: str = "") -> None:
+def _expect_error(
+    world: World,
+    kind: type[Exception],
+    call: Callable[[], object],
+    names: tuple[str, ...] = (),
+    *,
+    what: str = "",
+    option: str | None = None,
+    value: object = None,
+) -> None:
+    """names: what the error must contain, never prose. option, value: its fields."""
+    what = what or ", ".join(names)
     try:
-        call()  # type: ignore[operator]
+        call()
     except kind as error:
-        world.expect(text in str(error), f"{what or text}: the message is {error}")
+        world.expect(all(name in str(error) for name in names), f"{what}: the message is {error}")
+        if isinstance(error, AntiphonError):
+            world.expect_equal((error.option, error.value), (option, value), f"{what}: option and value")
     except Exception as error:
-        world.expect(False, f"{what or text}: {kind.__name__} was expected, not {error!r}")
+        world.expect(False, f"{what}: {kind.__name__} was expected, not {error!r}")
     else:
-        world.expect(False, f"{what or text}: no {kind.__name__}")
+        world.expect(False, f"{what}: no {kind.__name__}")
 
 
 def _row_bytes(shape: ExpertShape) -> int:

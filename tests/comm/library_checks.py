@@ -23,7 +23,7 @@ NUM_TOKENS = 5
 
 
 def be_a_program(meeting: Meeting) -> dict[str, str]:
-    """What each misuse says ("" if nothing), by name."""
+    """The error of each misuse with its fields ("" if there is none), by name."""
     dist.init_process_group("gloo", init_method=meeting.init_method("mine"), rank=meeting.rank, world_size=meeting.size)
     said = {"connect": _error(lambda: RankGroup.connect(rank=meeting.rank, size=2, init_method="env://"))}
     group = RankGroup(rank=meeting.rank, size=meeting.size, process_group=dist.group.WORLD, timeout_s=20)
@@ -103,5 +103,5 @@ def _error(call: Callable[[], object]) -> str:
     try:
         call()
     except AntiphonError as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__} {error.option}={error.value}: {error}"
     return ""

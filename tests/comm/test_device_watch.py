@@ -42,9 +42,10 @@ def test_a_wait_that_never_ends_is_reported_and_ends_the_process(tmp_path: Path,
     ended = run_stuck(tmp_path, row)
     said = (tmp_path / "report").read_text()
     assert ended.returncode == 1
-    waited = re.match(r"rank 0 waited (\d+\.\d) s ", said)
+    waited = re.match(r"rank 0 .* (\d+\.\d) s ", said)
     assert waited is not None and float(waited[1]) >= 0.5
-    assert "on its device for combine layer 3, lane 1 from rank 1 in vain; rank 1 never started" in said
+    for name in ("device", "combine layer 3, lane 1 from rank 1", "rank 1 never started"):
+        assert name in said
     assert f"error: {said}" in ended.stderr
 
 

@@ -135,7 +135,7 @@ def test_a_peer_that_does_not_answer_is_named_within_the_time_limit(how: str) ->
 
         state = "running" if how == "sleeps" else "stopped"
         where = r"combine layer \d, lane \d" if how == "sleeps" else r".*"
-        pattern = rf"rank 0 waited [3-9]\.\d s for {where} in vain; rank 1 \(pid {victim}, {state}\) was last .*\d"
+        pattern = rf"rank 0 timed out after [3-9]\.\d s .*{where}.*rank 1 \(pid {victim}, {state}\) .*\d"
         with clean_end(within_s=12), pytest.raises(EngineError, match=pattern):
             llm.generate(PROMPTS, LONG, progress=stop)
     assert_no_new_workers(before)
@@ -148,7 +148,7 @@ def test_a_peer_that_stops_inside_an_exchange_of_slabs_is_named(phase: str) -> N
     before = worker_pids()
     transport = f"tests.support.transports:SlabStopsIn{phase.title()}"
     pattern = (
-        rf"rank 0 waited [3-9]\.\d s for {phase} layer \d, lane \d from rank 1 in vain; rank 1 \(pid \d+, running\)"
+        rf"rank 0 timed out after [3-9]\.\d s .*{phase} layer \d, lane \d from rank 1.*rank 1 \(pid \d+, running\)"
     )
     with (
         LLM(ranks=2, transport=transport, dbo="on", timeout_s=3) as llm,

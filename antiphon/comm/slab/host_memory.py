@@ -15,7 +15,7 @@ import socket
 import torch
 
 from antiphon.comm.group import RankGroup
-from antiphon.core.errors import OptionError, PeerError
+from antiphon.core.errors import OptionError, PeerError, first_line
 from antiphon.core.folders import socket_folder
 
 _ALIGNMENT = 4096
@@ -62,8 +62,10 @@ def _make_memfd(num_bytes: int, what: str) -> int:
         os.ftruncate(descriptor, num_bytes)
     except (AttributeError, OSError) as error:
         raise OptionError(
-            f"{what} needs {num_bytes / 2**20:.0f} MiB of memory that processes share (memfd), and cannot have it: "
-            f"{error}; use the transport alltoall"
+            f"{what} cannot have {num_bytes / 2**20:.0f} MiB of memory that processes share (memfd)",
+            limit=first_line(error),
+            remedy="use the transport alltoall",
+            option="transport",
         ) from error
     return descriptor
 
@@ -91,5 +93,7 @@ def _exchange(group: RankGroup, listener: socket.socket, paths: list[str], mine:
         except OSError as error:
             for descriptor in descriptors.values():
                 os.close(descriptor)
-            raise PeerError(f"rank {group.rank} could not share host memory for {what}: {error}") from error
+            raise PeerError(
+                f"rank {group.rank} could not share host memory for {what}", limit=first_line(error)
+            ) from error
     return [descriptors[rank] for rank in range(group.size)]
