@@ -70,11 +70,11 @@ class _SlabThatStops(SharedMemoryTransport):
     phase: ClassVar[Phase]
     num_exchanges = 0
 
-    def _send(self, exchange: Exchange, label: str) -> None:
+    def _send(self, exchange: Exchange, label: str) -> Flight[None]:
         self.num_exchanges += exchange.phase is self.phase
         if self.group.rank == 1 and self.num_exchanges == 3:
             time.sleep(1e6)
-        super()._send(exchange, label)
+        return super()._send(exchange, label)
 
 
 class SlabStopsInDispatch(_SlabThatStops):
