@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -231,12 +232,16 @@ class RankGroup:
 
     def _start(self, operation: Any, label: str, out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Collective:
         self._check_open()
-        self.note(label, operation.__name__)
+        launch = partial(operation, out, mine, group=self._process_group, async_op=True, **options)
+        return Collective(self, self.start(launch, label, operation.__name__), label, (out, mine))
+
+    def start(self, launch: Callable[[], Any], label: str, operation: str) -> Any:
+        """Start a collective on any communicator of these ranks. Raises `PeerError` if a peer is known to be gone."""
+        self.note(label, operation)
         try:
-            work = operation(out, mine, group=self._process_group, async_op=True, **options)
+            return launch()
         except RuntimeError as error:
             raise _peer_error(f"rank {self.rank} could not start {label!r}", self.rank, self._board, error) from error
-        return Collective(self, work, label, (out, mine))
 
     def _check_open(self) -> None:
         if self._closed:  # torch would take the default group for none

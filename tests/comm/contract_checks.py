@@ -403,9 +403,11 @@ def _remote_rows(world: World, inner: str, shape: ExpertShape, counts: tuple[int
     return int(max(copies[world.rank].sum(), copies[:, world.rank].sum()))
 
 
-def transports_of(size: int, device_type: str = "cpu") -> list[str]:
-    """Names of all transports that can run on `size` ranks of a device."""
-    if device_type == "cuda":
+def transports_of(size: int, kind: str = "cpu") -> list[str]:
+    """Names of all transports that can run on `size` ranks of that kind of device."""
+    if kind.startswith("generic:"):
+        return ["allgather", "alltoall"]
+    if kind == "cuda":
         return ["allgather", "alltoall", "copy-engine", "host-staged", "nccl-zero-cta"]
     names = [
         "allgather",

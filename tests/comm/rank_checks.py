@@ -10,10 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from antiphon.comm import RankGroup
-from antiphon.runtime import streams_for
+from antiphon.runtime import find_device
 from tests.comm import agreement_checks, contract_checks, simulated_checks
 from tests.comm.world import DTYPES, World
 
@@ -48,12 +46,12 @@ _AGREEMENT_CHECKS = (
 )
 
 
-def checks_of(size: int, device_type: str = "cpu") -> dict[str, Check]:
+def checks_of(size: int, kind: str = "cpu") -> dict[str, Check]:
     """Every check for `size` ranks, by a name that says transport and variant."""
     checks: dict[str, Check] = {}
-    for transport in contract_checks.transports_of(size, device_type):
+    for transport in contract_checks.transports_of(size, kind):
         checks |= _contract_of(transport)
-    if size > 1 and device_type == "cpu":
+    if size > 1 and kind == "cpu":
         for transport in ("allgather", "alltoall"):
             check = partial(simulated_checks.communications_queue_on_the_link, name=transport)
             checks[f"simulated:{transport}/communications_queue_on_the_link"] = check
@@ -80,16 +78,16 @@ def _contract_of(name: str) -> dict[str, Check]:
     return checks | {f"{name}/{check.__name__}": partial(check, name=name) for check in _PLAIN_CHECKS}
 
 
-def run_checks(group: RankGroup, folder: str, device_type: str = "cpu", only: str = "") -> dict[str, str]:
+def run_checks(group: RankGroup, folder: str, kind: str = "cpu", only: str = "") -> dict[str, str]:
     """On every rank: the problem that each check found here, or an empty text.
 
     A check that raises leaves the ranks out of step, so they part and meet again before the next one.
     """
     outcomes: dict[str, str] = {}
-    streams = streams_for(torch.device(device_type, group.rank))
-    if device_type == "cuda":
-        torch.cuda.set_device(group.rank)
-    checks = {name: check for name, check in checks_of(group.size, device_type).items() if name.startswith(only)}
+    device = find_device(kind, group.rank)
+    device.activate()
+    streams = device.streams()
+    checks = {name: check for name, check in checks_of(group.size, kind).items() if name.startswith(only)}
     for number, (name, check) in enumerate(checks.items()):
         world = World(group, streams)
         try:

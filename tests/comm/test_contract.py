@@ -49,3 +49,10 @@ CASES = [pytest.param(size, check, id=f"{size}-{check}") for size in WORLD_SIZES
 def test_contract(outcomes: Outcomes, size: int, check: str) -> None:
     problems = outcomes.problems(size, check)
     assert not problems, "\n".join(problems)
+
+
+def test_contract_of_transports_that_a_device_queues(tmp_path: Path) -> None:
+    by_rank = run_ranks("tests.comm.rank_checks:run_checks", 2, str(tmp_path), "generic:cpu", timeout_s=20)
+    problems = [f"rank {rank}: {name}: {said}" for rank, by in enumerate(by_rank) for name, said in by.items() if said]
+    assert not problems, "\n".join(problems)
+    assert set(by_rank[0]) == set(checks_of(2, "generic:cpu"))

@@ -18,10 +18,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("transport", transports_of(2, "cuda"))
-def test_contract_on_two_devices(transport: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "transport"), [(kind, name) for kind in ("cuda", "generic:cuda") for name in transports_of(2, kind)]
+)
+def test_contract_on_two_devices(kind: str, transport: str, tmp_path: Path) -> None:
     by_rank = run_ranks(
-        "tests.comm.rank_checks:run_checks", 2, str(tmp_path), "cuda", transport, timeout_s=20, limit_s=300
+        "tests.comm.rank_checks:run_checks", 2, str(tmp_path), kind, transport, timeout_s=20, limit_s=300
     )
     problems = [f"rank {rank}: {name}: {said}" for rank, by in enumerate(by_rank) for name, said in by.items() if said]
     assert not problems, "\n".join(problems)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -118,8 +119,8 @@ class QueuedGroup:
         return self._queue(label, "all-to-all", dist.all_to_all_single, out, mine, list(out_splits), list(in_splits))
 
     def _queue(self, label: str, operation: str, call: Any, *arguments: Any) -> Work:
-        self._group.note(label, operation)
-        work = call(*arguments, group=self._process_group, async_op=True)
+        launch = partial(call, *arguments, group=self._process_group, async_op=True)
+        work = self._group.start(launch, label, operation)
         return QueuedCollective(self._group, work, label, arguments[:2], limited=not self._streams.owner.own_memory)
 
     def close(self) -> None:
