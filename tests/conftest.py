@@ -18,8 +18,27 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels are tested on the CPU then
 
 from antiphon import LLM
+from antiphon.launch import LocalLauncher
+from antiphon.launch.local import LocalRanks
+from tests.support.warm_ranks import warm
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_ranks() -> Iterator[None]:
+    """Ranks that tests start have torch loaded already; tests of starting itself take `cold_ranks`."""
+    if torch.cuda.is_available():
+        yield  # no fork beside the driver
+    else:
+        with warm():
+            yield
+
+
+@pytest.fixture
+def cold_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks start as those of users do."""
+    monkeypatch.setattr(LocalLauncher, "prepare", lambda self, size, *, prefix="antiphon-": LocalRanks(size, prefix))
 
 
 @pytest.fixture(scope="session")

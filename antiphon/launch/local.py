@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from antiphon.core.folders import socket_folder
 from antiphon.launch.base import Launcher, RankProcesses
@@ -42,18 +43,22 @@ class LocalRanks(RankProcesses):
     ) -> None:
         merged = _environment() | dict(environment or {})
         for rank in range(self.size):
-            # -P: modules of the current folder must not hide those of the library.
-            command = [sys.executable, "-P", "-m", module, *self.place(rank).arguments()]
+            show_stderr = show_stderr_of_rank_0 and rank == 0
             with self._log(rank).open("wb") as log:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,  # closes when this process ends, and the rank with it
-                    stdout=log,
-                    stderr=None if show_stderr_of_rank_0 and rank == 0 else log,
-                    env=merged,
-                    start_new_session=True,  # Ctrl-C reaches this process only
-                )
-            self._processes.append(process)
+                self._processes.append(self._start(rank, module, merged, log, show_stderr=show_stderr))
+
+    def _start(
+        self, rank: int, module: str, environment: dict[str, str], log: IO[bytes], *, show_stderr: bool
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            # -P: modules of the current folder must not hide those of the library.
+            [sys.executable, "-P", "-m", module, *self.place(rank).arguments()],
+            stdin=subprocess.PIPE,  # closes when this process ends, and the rank with it
+            stdout=log,
+            stderr=None if show_stderr else log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process only
+        )
 
     def exit_code(self, rank: int) -> int | None:
         return self._processes[rank].poll()

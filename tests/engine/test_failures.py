@@ -54,6 +54,7 @@ def test_a_lane_that_raises_ends_the_engine_with_its_error() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("cold_ranks")
 def test_a_killed_worker_is_named() -> None:
     before = worker_pids()
     with LLM(ranks=2, dbo="on") as llm:
@@ -375,6 +376,7 @@ def test_workers_end_with_a_script_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("cold_ranks")
 def test_leaving_the_context_ends_every_worker_and_one_rank_starts_none() -> None:
     before = worker_pids()
     with LLM(ranks=1) as llm:

@@ -16,9 +16,11 @@ import pytest
 from antiphon.launch import LocalLauncher
 from antiphon.launch.local import LocalRanks
 
+pytestmark = pytest.mark.usefixtures("cold_ranks")
+
 
 @pytest.fixture
-def ranks() -> Iterator[LocalRanks]:
+def ranks(cold_ranks: None) -> Iterator[LocalRanks]:
     with LocalLauncher().prepare(1) as ranks:
         yield ranks
 

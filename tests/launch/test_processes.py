@@ -11,7 +11,7 @@ import pytest
 from antiphon.launch import LocalLauncher
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("cold_ranks")]
 
 PROGRAM = "tests.launch.rank_programs"
 

@@ -6,13 +6,15 @@ import os
 import time
 from pathlib import Path
 
+from tests.support.warm_ranks import warm_pids
+
 __all__ = ["assert_no_new_workers", "worker_pids"]
 
 
 def worker_pids(parent: int | None = None) -> dict[int, int]:
     """Pid by rank number in the command line, of running workers whose parent is this process."""
     parent = os.getpid() if parent is None else parent
-    found = {}
+    found = warm_pids() if parent == os.getpid() else {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
