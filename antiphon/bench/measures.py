@@ -68,7 +68,7 @@ def step_figures(times: StepTimes, *, best_serial: float) -> dict[str, float | N
 
 
 def gigabytes_per_s(num_bytes: float, time_ms: float) -> float | None:
-    """Of 10^9 bytes."""
+    """Gigabytes of 10^9 bytes per second."""
     return _ratio(num_bytes * 1e-6, time_ms)
 
 

@@ -193,7 +193,7 @@ def _from_file(found: Arguments, options: list[OwnOption], own_names: list[str])
 
 
 def _kind(annotation: Any) -> str:
-    """Of the option with this annotation: `Annotated[int | None, ...]` is a whole number."""
+    """The kind of the option with this annotation: `Annotated[int | None, ...]` is a whole number."""
     plain, *marks = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
     if SEVERAL_WORDS in marks:
         return "words"

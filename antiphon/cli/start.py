@@ -38,5 +38,5 @@ def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
 
 
 def say(console: Console, text: str) -> None:
-    """As it is: no markup, no emoji codes, no colours, no line breaks put in."""
+    """Print a text as it is, without markup, emoji codes, colors or added line breaks."""
     console.print(Text(text), soft_wrap=True)

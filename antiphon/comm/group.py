@@ -111,7 +111,7 @@ class RankGroup:
         """
         if dist.is_initialized():
             raise OptionError(
-                "torch.distributed is initialised in this process already",
+                "torch.distributed is initialized in this process already",
                 remedy="make the group from a gloo group of it: RankGroup(rank=..., size=..., "
                 "process_group=torch.distributed.new_group(backend='gloo'))",
                 option="init_method",

@@ -4,7 +4,7 @@
     tp   tensor parallel    ranks that share the requests and the attention heads of one replica
     ep   expert parallel    ranks that hold a part of the experts each: all of them
 
-A rank is one process with one device. Neighbours share a replica: Mesh(dp=2, tp=2) has
+A rank is one process with one device. Adjacent ranks share a replica: Mesh(dp=2, tp=2) has
 
     rank   0     1     2     3
     dp     0     0     1     1

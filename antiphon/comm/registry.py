@@ -47,7 +47,7 @@ _BASELINES = ("nccl-zero-cta",)
 """For measurements: not among those that `usable_transports` judges."""
 
 _LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
-"""Of DeepSeek-V3: the largest rows that are usual."""
+"""The shape of DeepSeek-V3, the largest rows in common use."""
 
 _SLABS_OF_GPUS = {
     "copy-engine": "copies between peers take no SM from compute",

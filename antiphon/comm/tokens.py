@@ -23,7 +23,7 @@ class ExpertShape:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the routing weights: float32, or float64 for a float64 model."""
+        """The dtype of the routing weights: float32, or float64 for a float64 model."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def experts_per_rank(self, num_ranks: int) -> int:

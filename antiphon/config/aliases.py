@@ -196,8 +196,8 @@ _USE_RANKS = "use ranks=N, which shares out requests and experts"
 _OF_THE_SERVER = ("it is an option of the server", "leave it out, or use `antiphon serve`")
 _NO_PARSERS = ("there are no tools, and texts are not parsed", "leave it out")
 _ONE_HOST = ("ranks are processes of one host", "leave it out, and use ranks=N for this host's")
-_NOT_QUANTISED = (
-    "weights are quantised only by their checkpoint, and block-wise float8 is the one kind that is read",
+_NOT_QUANTIZED = (
+    "weights are quantized only by their checkpoint, and block-wise float8 is the one kind that is read",
     "leave it out, and pass such a checkpoint",
 )
 _OWN_TOKENIZER = ("the tokenizer is that of the checkpoint", "leave it out, or put other files into the model's folder")
@@ -276,7 +276,7 @@ FOREIGN_OPTIONS = (
     # model
     _option("model_path", "text", _same_as("model")),
     _option("trust_remote_code", "flag", _no_effect("nothing that a checkpoint brings is executed")),
-    _option("quantization", "text", _refused(*_NOT_QUANTISED)),
+    _option("quantization", "text", _refused(*_NOT_QUANTIZED)),
     _option("tokenizer", "text", _refused(*_OWN_TOKENIZER)),
     _option("tokenizer_mode", "text", _is_so("auto", fact="there is one kind of tokenizer", remedy="use 'auto'")),
     _option("tokenizer_revision", "text", _refused(*_OWN_TOKENIZER)),

@@ -161,5 +161,5 @@ def resolve_routing(routing: str, load_format: str) -> RoutingSpec:
     """Raises `OptionError` for a routing that is not known, and for a table in place of what a router has learned."""
     spec = parse_routing(routing)
     if str(spec) != "model" and load_format != "dummy":
-        raise OptionError(f"routing={routing!r} would make nonsense of real weights; use it with load_format='dummy'")
+        raise OptionError(f"routing={routing!r} requires dummy weights; add load_format='dummy'")
     return spec

@@ -111,7 +111,7 @@ class CpuTimer:
 
 
 def host_memory() -> DeviceMemory:
-    """Of the host, for all its processes."""
+    """The memory of the host, for all its processes."""
     page_bytes = os.sysconf("SC_PAGE_SIZE")
     free_pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
     return DeviceMemory(free_pages * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes)

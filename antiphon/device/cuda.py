@@ -207,6 +207,6 @@ class CudaTimer:
 
 
 def cuda_versions() -> dict[str, str]:
-    """Of what torch uses on a CUDA device; asking initialises nothing there."""
+    """The versions of the libraries that torch uses on a CUDA device. Asking initializes nothing there."""
     nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
     return {"nccl": ".".join(map(str, nccl)) if isinstance(nccl, tuple) else str(nccl)}

@@ -1,4 +1,4 @@
-"""`LLM`: the offline API. It tokenises, spreads requests over the ranks, and collects their texts."""
+"""`LLM`: the offline API. It tokenizes, spreads requests over the ranks, and collects their texts."""
 
 from __future__ import annotations
 

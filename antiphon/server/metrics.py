@@ -228,7 +228,7 @@ class _EngineCollector(Collector):
             self._counters["serial_steps"].set((reason,), count)
 
     def _take_expert_tokens(self, tokens_by_source: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Of [source rank][layer][expert's rank]; a step waits for the busiest rank in every layer."""
+        """tokens_by_source: [source rank][layer][expert's rank]. A step waits for the busiest rank in every layer."""
         by_layer = [
             [sum(sources) for sources in zip(*layer, strict=True)] for layer in zip(*tokens_by_source, strict=True)
         ]

@@ -169,7 +169,7 @@ THRESHOLDS = {"dbo_prefill_token_threshold": 512, "dbo_decode_token_threshold": 
         (ENGINE_A + f"--additional-config '{CONFIG_A % (1, 'false')}'", MEANT_A),
         (ENGINE_A + f"--additional-config '{CONFIG_A % (16, 'false')}'", NO_EXPERT_SLICES),
         (ENGINE_A + f"--additional-config '{CONFIG_A % (1, 'true')}'", f"enable_graph_mode=True: {NO_GRAPHS}"),
-        (ENGINE_A.replace("-O 0", "-O0") + "--quantization ascend", "weights are quantised only by their checkpoint"),
+        (ENGINE_A.replace("-O 0", "-O0") + "--quantization ascend", "weights are quantized only by their checkpoint"),
         (ENGINE_A.replace("-O 0", "-O3"), "mode=3: nothing is compiled by torch.compile; leave it out"),
         (ENGINE_A + "-tp=8", f"tp=8: {NO_TENSOR_PARALLELISM}use ranks=N"),
     ],

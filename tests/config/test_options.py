@@ -109,7 +109,7 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ("cpu_offload_gb", 8, "weights stay on their device; use more ranks"),
     ("model_path", "glm-4.5-air", {"model": "glm-4.5-air"}),
     ("trust_remote_code", True, "note: nothing that a checkpoint brings is executed"),
-    ("quantization", "fp8", "weights are quantised only by their checkpoint"),
+    ("quantization", "fp8", "weights are quantized only by their checkpoint"),
     ("tokenizer", "org/other", TOKENIZER),
     ("tokenizer_mode", "auto", SAME),
     ("tokenizer_mode", "slow", "there is one kind of tokenizer; use 'auto'"),

@@ -19,7 +19,7 @@ import pytest
 
 from antiphon import LLM, SamplingParams
 from antiphon.core.bundled import bundled_model
-from antiphon.core.errors import EngineError, ModelError, OptionError, RequestError
+from antiphon.core.errors import EngineError, ModelError, OptionError, PromptLengthError, RequestError
 from antiphon.engine.messages import Failed
 from antiphon.engine.worker import read_report
 from tests.support.errors import raises
@@ -165,7 +165,7 @@ def test_a_peer_that_stops_inside_an_exchange_of_slabs_is_named(phase: str) -> N
 def test_a_failed_request_leaves_the_engine_usable(one_rank: LLM) -> None:
     expected = [output.token_ids for output in one_rank.generate(PROMPTS)]
     too_long = [5] * 5000
-    with raises(RequestError, "prompt 1", "5000", "max_model_len=4096", "4095"):
+    with raises(PromptLengthError, "prompt 1", "5000", "max_model_len=4096", "4095", option="prompts", value=5000):
         one_rank.generate(["fine", too_long])
     assert [output.token_ids for output in one_rank.generate(PROMPTS)] == expected
     assert one_rank.stats()["unfinished"] == 0
@@ -174,7 +174,7 @@ def test_a_failed_request_leaves_the_engine_usable(one_rank: LLM) -> None:
 @pytest.mark.processes
 def test_a_failed_request_leaves_two_ranks_usable(two_ranks: LLM) -> None:
     expected = [output.token_ids for output in two_ranks.generate(PROMPTS)]
-    with raises(RequestError, "5000"):
+    with raises(PromptLengthError, "5000"):
         two_ranks.generate(["fine", [5] * 5000])
     assert [output.token_ids for output in two_ranks.generate(PROMPTS)] == expected
 

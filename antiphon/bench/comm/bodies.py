@@ -40,7 +40,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Of a whole launch."""
+    """The sizes of a whole launch."""
 
     grouped: tuple[int, int, int, int]  # X, E, D, N
     dense: tuple[int, int, int]  # X, D, N

@@ -56,7 +56,7 @@ def run_comm(options: CommOptions) -> dict[str, Any]:
 
 
 def summarize_exchanges(cells_by_rank: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of each cell the slowest rank of every repeat, and what follows from it."""
+    """Summarize each cell: its slowest rank in every repeat, and the figures that follow."""
     return [_summarize(cells) for cells in zip(*cells_by_rank, strict=True)]
 
 

@@ -41,7 +41,7 @@ def allocate_cache(
 
 
 _GIB = 2**30
-_SCATTER = 2_654_435_761  # Knuth's multiplier: neighbours in a text get tokens that are far apart
+_SCATTER = 2_654_435_761  # Knuth's multiplier: adjacent places of a text get tokens that are far apart
 
 
 def blocks_that_fit(*, total_bytes: int, used_bytes: int, utilization: float, bytes_per_block: int) -> int:

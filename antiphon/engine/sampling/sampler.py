@@ -89,7 +89,7 @@ class Sampler:
         return tokens
 
     def _tell_prompt(self, request: Request, hidden_SD: torch.Tensor, context_len: int) -> PromptPart | None:
-        """Of the positions that a slice, with its hidden states, has computed and that were not told before."""
+        """The prompt's part for the positions that a slice has computed and that were not reported before."""
         params, prompt_ids = request.params, request.prompt_ids
         first, last = max(context_len, request.num_reported), min(context_len + len(hidden_SD), len(prompt_ids))
         if first >= last:
@@ -125,7 +125,7 @@ def score_tokens(
     chosen_N1 = logprobs_NV.gather(1, token_ids_N.unsqueeze(-1))
     rank_N1 = (logprobs_NV > chosen_N1).sum(-1, keepdim=True) + 1
     count = min(max(tops), logits_NV.shape[1])
-    # Chosen by the logits: log-softmax can round neighbours to one value.
+    # Chosen by the logits: log-softmax can round two of them to one value.
     ids_NK = likeliest(logits_NV, count)[1]
     top_NK = logprobs_NV.gather(1, ids_NK)
     packed = torch.cat([chosen_N1.double(), rank_N1.double(), ids_NK.double(), top_NK.double()], dim=-1).tolist()

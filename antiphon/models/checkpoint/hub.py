@@ -1,6 +1,6 @@
 """Models by their id on the Hugging Face hub: found in the cache, or downloaded, by the hub's own library.
 
-That library honours its variables: HF_HOME and HF_HUB_CACHE (where the cache is), HF_HUB_OFFLINE=1 (nothing is
+It reads its environment variables: HF_HOME and HF_HUB_CACHE (where the cache is), HF_HUB_OFFLINE=1 (nothing is
 downloaded), HF_ENDPOINT, HF_TOKEN, HF_HUB_ETAG_TIMEOUT (seconds to wait for the hub), and shows its own progress bars.
 """
 
