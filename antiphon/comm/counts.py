@@ -12,17 +12,17 @@ from antiphon.runtime import Pending
 
 
 def wait_for_counts(work: Collective, label: str) -> None:
-    """Wait for an exchange of counts inside a dispatch; recorded, so that it counts as exposed.
+    """Wait for an exchange of counts inside a dispatch, and record it as exposed communication.
 
-    A pending of its own without messages: those of the counts are counted with the rows.
+    It is a pending with no messages, because the messages of the counts are added to those of the rows.
     """
     Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
 
 
 def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str) -> tuple[int, ...]:
-    """The tokens of every rank, where the caller does not know them. The host waits.
+    """Exchange the token counts of all ranks, for a caller that does not know them. The host waits.
 
-    Raises `LaneError` if a rank is on another lane: counts are matched by their order over all lanes.
+    Raises `LaneError` if a rank is on another lane: counts are matched by their order across lanes.
     """
     found_W2 = torch.empty(group.size, 2, dtype=torch.int64, device="cpu")
     label = f"counts of {label}"
@@ -34,7 +34,7 @@ def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str)
 
 
 def check_lanes(lane_by_rank: Sequence[int], lane: int, label: str) -> None:
-    """Raise `LaneError` if a rank is on another lane than this one."""
+    """Raise `LaneError` if a rank is on a different lane."""
     for rank, other in enumerate(lane_by_rank):
         if other != lane:
             raise LaneError(

@@ -1,8 +1,9 @@
-"""The watch over waits that a GPU stream cannot give up by itself.
+"""A watchdog for waits that a GPU stream cannot abandon.
 
-`cuStreamWaitValue32` and a collective's kernel wait for ever. So a stream writes a number into a pinned host word
-before it waits, and 0 after it; a thread that makes no driver call reads the words, and says on the progress board what
-this rank waits for. When a number stays for longer than the time limit, it reports who is missing and ends the process.
+`cuStreamWaitValue32` and a collective's kernel wait forever. So a stream writes a number into a pinned host word before
+it waits, and 0 afterwards. A thread that makes no driver calls reads the words and writes to the progress board what
+this rank waits for. If a number stays longer than the time limit, the thread reports who is missing and ends the
+process.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ _MAX_WORDS = 64
 _LABELS = 4096
 _PEERS = 64
 ALL_PEERS = _PEERS - 1
-"""In place of a peer: the wait is for all of them."""
+"""Stands for all peers instead of one."""
 
 _PERIOD_S = 0.2
 
 
 @dataclass(slots=True, eq=False)
 class WatchWord:
-    """A word of one stream. What is written is `code(label) + peer`; nobody waits while it is 0."""
+    """The word of one stream: `code(label) + peer` while the stream waits, else 0."""
 
     address: int
     _labels: list[str] = field(default_factory=lambda: [""] * _LABELS)
     _number: int = 0
 
     def code(self, label: str) -> int:
-        """The value that stands for a new wait with this label; add the rank that is waited for."""
+        """The code of a new wait with this label; add the rank that is waited for."""
         self._number = self._number % (2**24) + 1
         self._labels[self._number % _LABELS] = label
         return self._number * _PEERS
@@ -85,7 +86,7 @@ class DeviceWatch:
         return word
 
     def close(self) -> None:
-        """The watch goes on until no stream waits: what is given up at the end may still wait for a peer."""
+        """Stop once no stream waits: work that is abandoned at the end may still wait for a peer."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -110,7 +111,7 @@ class DeviceWatch:
                     self._report(word, value, now - since[place][1])
                     return
                 elif place not in told and now - since[place][1] > 2 * _PERIOD_S:
-                    told.add(place)  # once, so that the board says since when
+                    told.add(place)  # only once, so that the board keeps the time when it began
                     label, whom = word.explain(value)
                     self._mark(f"waiting on its device for {label} from {whom}")
 

@@ -1,4 +1,4 @@
-"""One rank's end of a process group: the collectives that Antiphon uses, with a time limit and a named culprit.
+"""One rank's end of a process group: collectives with a time limit, and errors that name the missing peer.
 
 All ranks must issue the same collectives in the same order; with `record_order` the group keeps a fingerprint of
 its own order, which the agreement compares.
@@ -47,12 +47,12 @@ class Collective:
         self._group.wait_for(self._work, self._label)
 
     def ready_ns(self) -> int | None:
-        """When the data was there, as far as this process has noticed."""
+        """When this process noticed that the data had arrived."""
         return self._ready_ns
 
 
 class Closeable(Protocol):
-    """Something that ends with the group."""
+    """Something that is closed with the group."""
 
     def close(self) -> None: ...
 
@@ -60,10 +60,12 @@ class Closeable(Protocol):
 class RankGroup:
     """One rank of a group of `size`. A group of one needs no process group and moves nothing.
 
-    process_group: of torch.distributed, for tensors on the CPU (gloo), with the same ranks in the same order; the
-    caller's, who destroys it. `connect` makes one.
-    timeout_s: longest wait for a peer. board: where to say where this rank is; optional.
-    on_stuck: gets the report of a device wait that outlasted the limit, on another thread; the process ends after it.
+    process_group: a gloo group of torch.distributed with the same ranks in the same order. The caller owns it and
+        destroys it; `connect` makes one.
+    timeout_s: maximum wait for a peer.
+    board: optional; this rank writes there what it waits for.
+    on_stuck: called on another thread with the report of a device wait that exceeded the limit; then the process ends.
+
     Not thread-safe: one host thread issues everything.
     """
 
@@ -105,7 +107,7 @@ class RankGroup:
     ) -> RankGroup:
         """Meet the other ranks over gloo; `init_method` as in `torch.distributed.init_process_group`.
 
-        Once in a process: torch cannot try a meeting again.
+        Only once per process: torch cannot retry a rendezvous.
         Raises `OptionError` if the process has a process group already, `PeerError` if not all ranks come within
         `meeting_timeout_s`, by default `timeout_s`.
         """
@@ -179,7 +181,7 @@ class RankGroup:
         return self._process_group
 
     def close(self) -> None:
-        """Leave the process group, if `connect` made it: peers that still wait for this rank get an error then."""
+        """Destroy the process group if `connect` made it; peers that still wait for this rank get an error."""
         self._closed = True
         for extra in self.extras.values():
             extra.close()
@@ -191,7 +193,7 @@ class RankGroup:
         self._process_group = None
 
     def device_watch(self) -> DeviceWatch:
-        """The watch over this rank's device waits; made when it is first needed."""
+        """The watch over this rank's device waits, created on first use."""
         if self._device_watch is None:
             self._device_watch = DeviceWatch(
                 rank=self.rank, timeout_s=self.timeout_s, board=self._board, on_stuck=self._on_stuck
@@ -218,7 +220,7 @@ class RankGroup:
         return self._start(dist.all_to_all_single, label, out, mine, **splits)
 
     def all_gather_object(self, value: object) -> list[Any]:
-        """Every rank's `value`; slow, for errors and set-up."""
+        """The `value` of every rank. Slow: for setup and errors."""
         if self.size == 1:
             return [value]
         self._check_open()
@@ -288,11 +290,11 @@ class RankGroup:
     # ---- the debug mode that compares the order of collectives
 
     def record_order(self) -> None:
-        """Keep a list of all collectives from now on, for `order_fingerprint`."""
+        """Start recording all collectives for `order_fingerprint`."""
         self._order = []
 
     def note(self, label: str, operation: str) -> None:
-        """A communication is about to be sent, by whatever means; every transport says so."""
+        """Record that a communication is about to be sent; every transport calls it."""
         if self._order is not None:
             self._order.append(f"{located(label)}: {operation}")
 
@@ -324,7 +326,7 @@ def _all_gather(out: torch.Tensor, mine: torch.Tensor, **options: Any) -> dist.W
 
 
 def _peer_error(fact: str, rank: int, board: ProgressBoard | None, error: Exception | None = None) -> PeerError:
-    """The error that says where the peers are, as far as the board knows, and what the library said."""
+    """The error with what the board knows of the peers, and the library's reason."""
     known = [] if board is None else [board.describe(except_rank=rank)]
     if error is not None:
         known.append(f"({_reason(error)})")
@@ -332,7 +334,7 @@ def _peer_error(fact: str, rank: int, board: ProgressBoard | None, error: Except
 
 
 def _reason(error: Exception) -> str:
-    """The fact in gloo's message, without its place in the source and its advice."""
+    """The fact in gloo's message, without source location and advice."""
     return re.sub(r"^\[\S+\] ", "", first_line(error)).partition(" This is typically")[0].rstrip(".")
 
 

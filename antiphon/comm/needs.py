@@ -1,7 +1,7 @@
-"""What transports need of a machine, each need as a function of `Facts`: what is lacking, and what would help.
+"""What transports need from a machine: functions of `Facts` that say what is missing and what would help.
 
-A transport names its needs in `Transport.refusal`. What is unknown counts as lacking, and is said to be unknown.
-Without facts (`None`), before anybody has examined the machine, only what the user asked for is judged.
+A transport names its needs in `Transport.refusal`. What is unknown counts as missing and is reported as unknown.
+Without facts (`None`), before the machine has been examined, only the user's request is judged.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from antiphon.machine.facts import UNLIMITED, Check, Facts, Peer
 from antiphon.runtime import Device, find_device
 
 _NCCL_SEGMENT_BYTES = 10 << 20
-"""What NCCL allocates in /dev/shm for one connection; less is not enough for any."""
+"""What NCCL allocates in /dev/shm per connection; with less, none can be made."""
 
 _NCCL_SHM_BYTES = 1 << 30
-"""What NCCL's documentation asks for in containers."""
+"""What NCCL's documentation recommends for containers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def peers_forbidden(environment: Mapping[str, str]) -> bool:
 
 
 def refusal_of(lacks: Iterable[Advice]) -> Refusal | None:
-    """One refusal for all that is lacking; `None` if nothing is."""
+    """One refusal for everything that is missing; `None` if nothing is."""
     lacks = list(lacks)
     if not lacks:
         return None
@@ -77,7 +77,7 @@ def refusal_of(lacks: Iterable[Advice]) -> Refusal | None:
 
 
 def peers_to_talk_to(facts: Facts | None, world: World) -> Refusal | None:
-    """What makes every other question pointless: no peers, or not a device for every rank."""
+    """The first condition: there are peers, and a device for every rank."""
     if world.ranks == 1:
         return Refusal("one rank sends nothing, local is used", "ask for --ranks 2 or more")
     if not world.device.peer_access or facts is None:  # what facts know of GPUs is CUDA's
@@ -93,7 +93,7 @@ def peers_to_talk_to(facts: Facts | None, world: World) -> Refusal | None:
 
 
 def gpus(world: World) -> Refusal | None:
-    """GPUs, for what their copy engines move."""
+    """Copy engines, which only GPUs have."""
     if world.device.stream_memory_operations:
         return None
     remedy = "" if world.ranks == 1 else "use shared-memory, the same protocol for CPUs"
@@ -215,7 +215,7 @@ def lack_of(check: Check, need: str, remedy: str) -> list[Advice]:
 
 
 def links(facts: Facts, world: World) -> str:
-    """Over what the GPUs of the ranks reach each other."""
+    """The links between the GPUs of the ranks, in words."""
     kinds = sorted({peer.link for peer in _peers(facts, world) if peer.link})
     return f" ({', '.join(kinds)})" if kinds else ""
 
@@ -225,7 +225,7 @@ def _peers(facts: Facts, world: World) -> list[Peer]:
 
 
 def _lacks_room(facts: Facts, world: World, num_bytes: int) -> bool:
-    """Whether NCCL goes through /dev/shm, and this has less room than that."""
+    """Whether NCCL goes through /dev/shm and finds less than `num_bytes` free there."""
     by_shm = lacks_of_peer_access(facts, world) and facts.environment.get("NCCL_SHM_DISABLE", "0") == "0"
     free_bytes = facts.host.shm_free_bytes
     return bool(by_shm) and free_bytes is not None and free_bytes < num_bytes

@@ -1,17 +1,17 @@
-"""The contract of every transport, and the part of it that all share.
+"""The contract of every transport, and what all transports share.
 
     dispatch   sends each token to the ranks that hold its experts
     combine    brings the partial sums home and adds them
 
 Contract, for every implementation and tested for each:
 
-- Lanes: one set of buffers a lane; the lane is the one that is running. Lanes may be anywhere between their phases.
+- Lanes: each lane has buffers of its own, and a call belongs to the lane that runs. Lanes may be in different phases.
 - Order: on a lane, dispatch and combine alternate, each finished before the next. All ranks call them in the same
   order over all lanes together, ranks without tokens too.
 - Sources: `x_TD` is read before `dispatch` returns, or after an event on the compute stream that it records.
 - Results: `Rows` belong to the transport and are valid until their combine is sent; the result of `combine`
   [T, D] is new and the caller's. Both are safe on the compute stream once finished.
-- Way: `through_host` says if data goes through host memory where devices reach each other, too.
+- Path: `through_host` says whether data goes through host memory even where devices reach each other.
 - Sums: over experts of one rank in float32 at least (by the caller), over ranks as the transport says.
 
 Shapes: `T` tokens of this rank, `D` hidden size, `K` experts per token, `R` rows received, `W` ranks.
@@ -37,14 +37,14 @@ from antiphon.runtime import Pending, Streams, current_lane
 T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 8192
-"""Tokens of one lane on one rank, where the caller does not say."""
+"""Maximum number of tokens per lane and rank, unless the caller sets it."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Flight(Generic[T]):
-    """What an implementation returns of a communication that it has sent; see `Pending` for the fields.
+    """A communication under way, as an implementation returns it; the fields are those of `Pending`.
 
-    A late launch may set the sizes, which are not known before.
+    A late launch sets the sizes if they are unknown before it.
     """
 
     wait: Callable[[], T]
@@ -75,7 +75,7 @@ class Transport(ABC):
 
     name: ClassVar[str]
     num_sms: int = 0  # SMs that computation should leave to the transport's kernels, if that is known
-    through_host: ClassVar[bool] = False  # whether data goes through host memory also where devices reach each other
+    through_host: ClassVar[bool] = False  # whether data goes through host memory even where devices reach each other
     peers_reach: bool = False  # whether all devices may and can access each other's memory; set by `create_transport`
 
     def __init__(
@@ -98,15 +98,15 @@ class Transport(ABC):
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        """Why this transport cannot serve `world` with experts of `shape`; `None` if nothing is known against it.
+        """Why this transport cannot serve `world` with experts of `shape`; `None` if nothing speaks against it.
 
-        facts: of the machine; `None` before it has been examined, when only what was asked for can be judged.
+        facts: what is known of the machine; `None` before it has been examined, when only the request can be judged.
         """
         return None
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        """How its data would travel there, where it is not refused."""
+        """How its data would travel in a world that is not refused."""
         return Way("")
 
     @property
@@ -132,10 +132,12 @@ class Transport(ABC):
     ) -> Pending[Rows]:
         """Send each token to the ranks of its experts.
 
-        x_TD: [T, D] in the shape's dtype; T may be 0. tokens_by_rank: T of every rank if the caller knows it (an
-        engine does), which spares some transports an exchange; the same tuple on all ranks, or `None` on all.
+        x_TD: [T, D] in the shape's dtype; T may be 0.
+        tokens_by_rank: T of every rank if the caller knows it (an engine does), which saves some transports an
+            exchange; the same tuple on all ranks, or `None` on all.
         label: the place in the model, such as "layer 3", for recordings and errors.
-        Raises `LaneError` out of order, `OptionError` for tensors that do not fit the shape or want a gradient.
+
+        Raises `LaneError` out of order, `OptionError` for tensors that do not fit the shape or require a gradient.
         """
         self._check(x_TD, routes)
         if tokens_by_rank is not None:
@@ -152,7 +154,7 @@ class Transport(ABC):
         return _pending(flight, label, received)
 
     def combine(self, partial_RD: torch.Tensor, *, label: str = "") -> Pending[torch.Tensor]:
-        """Send home the partial sums of the rows that this lane received last; the result is [T, D], in order.
+        """Send the partial sums of the rows received last back to their owners; the result is [T, D], in order.
 
         partial_RD: [R, D] in the shape's dtype, rows in the order of `Rows`. Raises as `dispatch` does.
         """
@@ -175,10 +177,10 @@ class Transport(ABC):
         return _pending(flight, label, came_home)
 
     def reset(self) -> None:
-        """Forget on which phase each lane is, after a failed run.
+        """Return all lanes to idle after a failed run.
 
-        Sound only if nothing is under way: on one rank, or if every rank failed after the same call. A rank that
-        failed alone leaves its peers inside an exchange, and the group has to end.
+        Safe only if nothing is under way: on one rank, or if every rank failed after the same call. If one rank failed
+        alone, its peers are inside an exchange and the group must end.
         """
         self._phases = [_Phase.IDLE] * self.num_lanes
 
@@ -285,7 +287,7 @@ class Transport(ABC):
 
 
 def _check_forward_only(*tensors: torch.Tensor) -> None:
-    """The buffers outlive the call: a graph that goes through them would never end."""
+    """Refuse gradients: the buffers outlive the call, and so would an autograd graph through them."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise OptionError(
             "a tensor requires a gradient",

@@ -85,7 +85,7 @@ class NcclGroup(QueuedGroup):
         return buffers
 
     def close(self) -> None:
-        """Give up the windows; the communicator itself ends with the group's process groups."""
+        """Deregister the windows; the communicator itself ends with the group's process groups."""
         backend: Any = self._process_group._get_backend(self._streams.device)
         for pool in self._pools:
             backend.deregister_mem_pool(pool)

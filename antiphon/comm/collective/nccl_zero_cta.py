@@ -118,7 +118,7 @@ class NcclZeroCtaTransport(AllGatherTransport):
 
 
 def warn_of_kernels(nccl: tuple[int, ...]) -> None:
-    """Say so if this NCCL has no collectives by copy engines, and silently launches its kernels instead."""
+    """Warn if this NCCL has no copy-engine collectives and silently launches kernels instead."""
     if nccl < _COPY_ENGINES_SINCE:
         warn_once(
             f"NCCL {'.'.join(map(str, nccl))} has no collectives by copy engines, so nccl-zero-cta launches kernels",

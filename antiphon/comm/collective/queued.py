@@ -69,7 +69,7 @@ class QueuedGroup:
 
     @classmethod
     def shared(cls, group: RankGroup, streams: Any, **settings: Any) -> Self:
-        """The one with these settings, made when it is first asked for."""
+        """The communicator with these settings, created on first use."""
         key = (cls, *settings.items())
         found = group.extras.get(key)
         if found is None:

@@ -85,7 +85,7 @@ class PeerCopyMailbox:
         self.memory.run(wait.operations, self.streams.compute_handle)
 
     def reset(self, exchange: Exchange) -> None:
-        """Done: the flags are taken down in the same batch of operations that waits for them."""
+        """Nothing to do: the batch of operations that waits for the flags also clears them."""
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return None
@@ -116,7 +116,7 @@ class PeerCopyMailbox:
 
 
 class _Wait:
-    """Wait for every peer's flag, then take all of them down: one batch of operations."""
+    """One batch of operations: wait for every peer's flag, then clear all of them."""
 
     def __init__(self, flag_by_peer: dict[int, int], word: WatchWord, *, flush: bool) -> None:
         self._word = word

@@ -70,7 +70,7 @@ class HostStagedMailbox:
         for peer in range(group.size):
             if peer != group.rank:
                 self._bases[peer] = register_host_memory(self._memories[peer], what)
-        # Unpinned before the mappings go; not at the end of the process, when a stream may wait for ever.
+        # Unpinned before the mappings go; not at the end of the process, when a stream may wait forever.
         weakref.finalize(self, unregister_host_memory, self._memories).atexit = False
         self._lane_starts = [flags_end + lane * lane_bytes for lane in range(num_lanes)]
         with torch.inference_mode(False):
@@ -81,7 +81,7 @@ class HostStagedMailbox:
                 ]
                 for _ in range(num_lanes)
             ]
-        torch.cuda.synchronize(streams.device)  # whoever had the memory of the boxes before is done with it
+        torch.cuda.synchronize(streams.device)  # earlier users of the boxes' memory are done with it
         group.all_gather_object("boxes are ready")
         self._word = group.device_watch().word("down")
         self._arrived: list[list[Event | None]] = [[None, None] for _ in range(num_lanes)]
@@ -111,9 +111,9 @@ class HostStagedMailbox:
         self._arrived[exchange.lane][exchange.phase] = self.streams.record_on("down")
 
     def _prepare(self, exchange: Exchange, up: int, down: int) -> _Prepared | None:
-        """From the third use on, a replay for each stream: dozens of driver calls become two.
+        """From the third use on, one replay per stream: dozens of driver calls become two.
 
-        Not for slabs that go in one chunk: there are few calls to spare, and in decode few uses of a layout.
+        Not for slabs of a single chunk, which save few calls; and in decode a layout is rarely used again.
         """
         if isinstance(exchange.prepared, _Prepared):
             return exchange.prepared
@@ -132,7 +132,7 @@ class HostStagedMailbox:
         return prepared
 
     def signal(self, exchange: Exchange) -> None:
-        """The flags of the last chunks; those before were signalled behind their copies. A replay has them all."""
+        """Set the flags of the last chunks; earlier ones follow their copies. A replay contains them all."""
         if not isinstance(exchange.prepared, _Prepared):
             self._signal_last(exchange, self.streams.queue_on("up"))
 
@@ -142,7 +142,7 @@ class HostStagedMailbox:
         self.streams.wait(arrived)
 
     def reset(self, exchange: Exchange) -> None:
-        """Done: the down stream has taken each flag down behind its wait."""
+        """Nothing to do: the down stream clears each flag after its wait."""
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return None

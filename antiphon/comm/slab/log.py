@@ -1,4 +1,4 @@
-"""What one rank queued for the slab protocol: the log that `antiphon.comm.slab.happens_before` proves free of races.
+"""The log of what one rank queued for the slab protocol; `antiphon.comm.slab.happens_before` checks it for races.
 
     log = record(transport)          # on every rank, before its first exchange
     ...                              # any number of layers
@@ -64,7 +64,7 @@ class LoggedEvent(NamedTuple):
 
 
 def record(transport: SlabTransport) -> MailboxLog:
-    """Log from now on what `transport` queues. All ranks call it before their first exchange."""
+    """Log everything that `transport` queues. All ranks call it before their first exchange."""
     log, mailbox, rank = MailboxLog(transport.group.rank), transport.mailbox, transport.group.rank
     mailbox.describe(log)
     for lane, sums in enumerate(transport.partial_sums):
@@ -197,7 +197,7 @@ class MailboxLog:
 
 
 class _Part(NamedTuple):
-    """An exchange that is not there yet, or no more."""
+    """Stands for an exchange that has not begun or is over."""
 
     lane: int
     phase: Phase

@@ -78,7 +78,7 @@ class Exchange:
     same_source: bool  # every peer gets the same slab at the same offset
     label: str = ""  # for recordings and errors: "dispatch layer 3"
     num_bytes: int = field(init=False)  # to or from the peers, whichever is more
-    prepared: Any = None  # of the medium, which may make something once that it needs at every use
+    prepared: Any = None  # what the medium has prepared for repeated use
 
     def __post_init__(self) -> None:
         sent = sum(put.source.numel() for put in self.puts)

@@ -1,7 +1,7 @@
 """`shared-memory`: the slab protocol on CPUs of one host; a rank writes into its peers' boxes.
 
-It runs the protocol of the GPU transports between real processes, on any machine. The calling thread copies, so it
-hides only the waiting for late peers.
+It runs the protocol of the GPU transports between real processes, on any machine. The calling thread does the copies,
+so only waits for late peers are hidden.
 
 Memory of a rank: | flags | dispatch box, combine box of lane 0 | of lane 1 | ...
 A flag is two words of 64 bits: 1 when the slab is complete, and when that was. The copy, the time and the flag are
@@ -48,7 +48,7 @@ class FlaggedMemory:
         words[number] = 1
 
     def arrival_ns(self, words: Words, number: int) -> int:
-        """When a flag was set; only behind a wait for it."""
+        """When a flag was set; valid only after a wait for it."""
         return int(words[number + 1])
 
     def clear_flag(self, words: Words, number: int) -> None:
@@ -128,7 +128,7 @@ class SharedMemoryTransport(SlabTransport):
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
         if world.device.own_memory:
             return Refusal("between CPUs, and the ranks run on GPUs", "use host-staged")
-        # Only pages that are written to are taken, so nothing is asked for beforehand unless somebody names it.
+        # Only pages that are written count, so no size is required unless the caller names one.
         lacks = needs.lacks_of_shared_memory(facts, world.host_bytes or 0)
         return needs.peers_to_talk_to(facts, world) or needs.refusal_of(lacks)
 

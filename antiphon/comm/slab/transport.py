@@ -36,9 +36,9 @@ _KEPT_LAYOUTS = 64
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Layout:
-    """All that follows from the numbers of tokens of one lane: views of its buffers, and what goes where.
+    """Everything that follows from the token counts of one lane: views of its buffers, and what goes where.
 
-    Made once for each numbers of tokens, because making it takes the host longer than sending.
+    Made once per set of counts, because making it takes the host longer than sending.
     """
 
     lane: int
@@ -69,14 +69,14 @@ class SlabTransport(StepwiseTransport[Layout]):
         self._sum_bytes = shape.hidden_size * shape.dtype.itemsize
         rows = group.size * max_tokens
         self.mailbox = self._make_mailbox(rows * self._format.row_bytes, rows * self._sum_bytes)
-        with torch.inference_mode(False):  # usable inside of it and outside
+        with torch.inference_mode(False):  # usable inside and outside of inference mode
             self.partial_sums = [
                 torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=streams.device) for _ in range(num_lanes)
             ]
         self._layouts: list[dict[tuple[int, ...], Layout]] = [{} for _ in range(num_lanes)]
 
     def last_exchange(self, lane: int, phase: Phase) -> Exchange | None:
-        """That of the lane's last dispatch, or the one that answers it; for tests and reports."""
+        """The exchange of the lane's last dispatch, or of its combine; for tests and reports."""
         layout = self.exchanges[lane]
         return None if layout is None else (layout.dispatch, layout.combine)[phase]
 
@@ -90,7 +90,7 @@ class SlabTransport(StepwiseTransport[Layout]):
         layout = layouts.pop(tokens_by_rank, None)
         if layout is None:
             if len(layouts) >= _KEPT_LAYOUTS:
-                layouts.pop(next(iter(layouts)))  # the one that was not used for the longest time
+                layouts.pop(next(iter(layouts)))  # the least recently used
             with torch.inference_mode(False):
                 layout = self._make_layout(lane, tokens_by_rank)
         layouts[tokens_by_rank] = layout  # in order of their last use
