@@ -1,4 +1,4 @@
-"""Word problems, solved by an engine and counted; with overlap off and on, if asked."""
+"""Word problems, solved by an engine and scored, optionally with overlap off and on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ANSWER = re.compile(r"####\s*(-?\d+)")
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A question, and the number that answers it."""
+    """A question and its answer, a number."""
 
     question: str
     number: str
@@ -28,13 +28,13 @@ class WordProblem:
         return f"Question: {self.question}\nAnswer:"
 
     def solved_by(self, text: str) -> bool:
-        """Whether the text's first `#### number` is right."""
+        """Whether the first `#### number` of the text is right."""
         found = _ANSWER.search(text)
         return found is not None and found[1] == self.number
 
 
 def word_problems() -> list[WordProblem]:
-    """All 256, which the model was not trained on."""
+    """All 256 problems; the model was not trained on them."""
     text = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8")
     problems = []
     for _, row in json_lines(text):

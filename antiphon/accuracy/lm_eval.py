@@ -16,11 +16,11 @@ import antiphon
 from antiphon.core.errors import AntiphonError, OptionError
 
 TASKS = Path(antiphon.__file__).parent / "data" / "lm_eval"
-"""What `--include_path` takes."""
+"""The folder of the task, for `--include_path`."""
 
 
 def main() -> None:
-    """Run lm_eval's command with the arguments of this process. An error of ours is one line on stderr."""
+    """Run lm_eval's command with the arguments of this process. Errors of Antiphon are one line on stderr."""
     try:
         if find_spec("lm_eval") is None:
             raise OptionError("lm_eval is not installed", remedy="pip install 'antiphon[eval]'")

@@ -79,7 +79,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self.max_gen_toks = max_gen_toks
 
     def close(self) -> None:
-        """End the engine, unless the caller brought it."""
+        """Close the engine, unless the caller passed it in."""
         if self._owns_engine:
             self._llm.close()
 
@@ -96,7 +96,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return [output.text for output in self._generate(prompts, params, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The logprob of each whole text. One that is too long is scored in windows, each token once."""
+        """The logprob of each whole text. A text that is too long is scored in windows, each token once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for place, (text,) in enumerate(request.args for request in requests):
@@ -117,7 +117,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """For each (key, context, continuation): the logprob of the continuation, and whether greedy would write it."""
+        """For each (key, context, continuation): its logprob, and whether greedy sampling would produce it."""
         prompts, counts = [], []
         for _key, context_ids, continuation_ids in requests:
             counts.append(min(len(continuation_ids), self.max_length - 2))
@@ -141,7 +141,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token in front of a text without a context."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
@@ -150,14 +150,14 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return str(self._llm.config.options.model).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with the checkpoint's special tokens unless the text, say of a chat template, has them."""
+        """Token ids, with the checkpoint's special tokens unless the text has them, as after a chat template."""
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             add_special_tokens = not (begin and string.startswith(begin))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """By the checkpoint's template. Without add_generation_prompt the last message is left open."""
+        """Format a chat by the checkpoint's template. Without add_generation_prompt the last message is left open."""
         text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -169,7 +169,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     # ---- the engine
 
     def _sampling(self, asked: dict[str, Any]) -> SamplingParams:
-        """What the task asks for; it is greedy unless it says `do_sample` or a temperature."""
+        """The parameters of a task. Greedy unless it sets `do_sample` or a temperature."""
         values = dict(normalize_gen_kwargs(asked, default_max_gen_toks=self.max_gen_toks))
         values.pop("do_sample")
         values.setdefault("temperature", 0.0)
@@ -191,7 +191,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 def _ending(token_ids: list[int], room: int, what: str) -> list[int]:
-    """What there is room for: the end, because the beginning matters less."""
+    """As many tokens as fit. The end is kept, because the beginning matters less."""
     if len(token_ids) > room:
         logger.warning("%s of %d tokens: only the last %d are used", what, len(token_ids), room)
     return token_ids[-room:]

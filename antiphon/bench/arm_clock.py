@@ -27,7 +27,7 @@ _LOADED_S = time.perf_counter()
 
 @dataclass(frozen=True, slots=True)
 class Timed(Generic[T]):
-    """What an arm returned, and how long it took on this rank."""
+    """What an arm returned, and its time on this rank."""
 
     result: T
     elapsed_ms: float  # on the device
@@ -35,7 +35,7 @@ class Timed(Generic[T]):
 
 
 class ArmClock:
-    """The clock of one rank; every rank times the same arms in the same order."""
+    """The clock of one rank. Every rank times the same arms in the same order."""
 
     def __init__(self, group: RankGroup, device: torch.device) -> None:
         self._group = group
@@ -43,7 +43,7 @@ class ArmClock:
         self._timer = self._device.timer()
 
     def measure(self, run: Callable[[], T]) -> Timed[T]:
-        """Run it once, after all ranks have met."""
+        """Run an arm once, after all ranks have met."""
         self._device.synchronize()
         meet(self._group)
         self._timer.start()
@@ -55,7 +55,7 @@ class ArmClock:
 
 
 def meet(group: RankGroup) -> None:
-    """Wait on the host for all ranks."""
+    """Wait on the host until all ranks have arrived."""
     if group.size > 1:
         mine = torch.zeros(1, dtype=torch.int64)
         group.all_gather(torch.empty(group.size, dtype=torch.int64), mine, "the start of an arm").wait()

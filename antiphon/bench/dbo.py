@@ -1,4 +1,4 @@
-"""`antiphon bench dbo`: the same load with overlap off and on, by turns, in one engine.
+"""`antiphon bench dbo`: the same load with overlap off and on, interleaved, in one engine.
 
     round 1   off  on      every run has prompts of the same lengths, but other ids, so that no run finds the texts
     round 2   on   off     of another one in the prefix cache; the first round warms up and does not count
@@ -121,7 +121,7 @@ async def _run(engine: AsyncEngine, options: DboOptions, say: Callable[[str], No
 
 
 async def _capacity(engine: AsyncEngine, options: DboOptions) -> float:
-    """Requests/s of the first mode when all are sent at once: the second of two runs, of which one warms up."""
+    """Requests/s of the first mode when all are sent at once. The first of two runs is the warm-up."""
     at_once = replace(options, capacity_share=None)
     for number in (-2, -1):
         run = await _one_run(engine, at_once, options.modes[0], number=1_000_000 + number)
@@ -158,7 +158,7 @@ async def _ask_engine(engine: AsyncEngine, ask: Ask) -> Answered:
     with engine.open(ask.prompt, params) as request:
         last_s = 0.0
         async for item in request:
-            # When the tokens came, though this task may have been woken later; both clocks run alike.
+            # The arrival of the tokens; this task may have been woken later. Both clocks run alike.
             now = time.perf_counter() - (time.monotonic() - item.at_s)
             if not item.delta.token_ids:
                 continue
@@ -172,13 +172,13 @@ async def _ask_engine(engine: AsyncEngine, ask: Ask) -> Answered:
 
 
 def _grown(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], name: str) -> dict[str, int]:
-    """Counts of rank 0, which are those of all, since `before`."""
+    """The counts of rank 0 since `before`. All ranks have the same."""
     grown = {key: count - before[0][name].get(key, 0) for key, count in after[0][name].items()}
     return {key: count for key, count in grown.items() if count}
 
 
 def compare_modes(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Figures of each mode, and their ratios to those of the first mode, run by run."""
+    """The figures of each mode, and their ratios to the first mode, run by run."""
     first, *others = runs
     pairs = {mode: list(zip(runs[first], runs[mode], strict=True)) for mode in others}
     return {
@@ -187,7 +187,7 @@ def compare_modes(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             mode: {name: Summary.of([run[name] for run in made]).to_dict() for name in _FIGURES}
             for mode, made in runs.items()
         },
-        # Each pair of runs has its own ratio: what slows the machine down for a while slows both.
+        # Each pair of runs has its own ratio: what slows the machine for a while slows both.
         "ratios": {
             mode: {
                 name: Summary.of([run[name] / base[name] for base, run in made if base[name]] or [0.0]).to_dict()
@@ -232,7 +232,7 @@ def _sum(counts: Sequence[dict[str, int]]) -> dict[str, int]:
 
 
 def print_dbo(result: dict[str, Any], console: Console) -> None:
-    """Medians with smallest and largest of the runs, and the ratio to the first mode."""
+    """Print medians with minimum and maximum of the runs, and the ratio to the first mode."""
     first, *others = result["figures"]
     repeats = result["options"]["repeats"]
     table = Table(

@@ -1,4 +1,4 @@
-"""Figures of a step from its times, as pure functions; the words are those of the glossary.
+"""Figures of a step from its times, as pure functions. docs/glossary.md defines them.
 
     S   serial           C   compute only, serial      M   communication only
     D   with overlap     C2  compute only, split
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Repeats of one measurement."""
+    """The repeats of one measurement."""
 
     median: float
     min: float
@@ -41,7 +41,7 @@ class StepTimes:
 
 
 def slowest_rank(values_by_rank: Sequence[Sequence[float]]) -> list[float]:
-    """The largest over ranks of every repeat: a step has ended when its last rank has."""
+    """The time of the slowest rank in every repeat: a step ends when its last rank does."""
     return [max(values) for values in zip(*values_by_rank, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""The commands of `antiphon`, and what becomes of an error. Everything heavy is loaded when a command runs."""
+"""The commands of `antiphon`, and how they end on an error. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ eval_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Solve known problems and count the answers.",
+    help="Solve problems with known answers.",
 )
 engine_command(app)(generate)
 engine_command(app)(serve)
@@ -71,7 +71,7 @@ def common(
 
 @app.command()
 def demo() -> None:
-    """Solve word problems and tell a story on 2 ranks, and show what overlap wins over a simulated link."""
+    """Solve word problems and tell a story on 2 ranks, and show what overlap gains over a simulated link."""
     from antiphon.cli.demo import run_demo
 
     run_demo(Console())
@@ -79,11 +79,15 @@ def demo() -> None:
 
 @app.command()
 def doctor(
-    ranks: Annotated[int | None, typer.Option(help="Processes, one device each. Default: all GPUs, 2 without.")] = None,
-    no_peer_access: Annotated[bool, typer.Option("--no-peer-access", help="As if GPUs had no peer access.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, facts and all.")] = False,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes, one device each. Default: one per GPU, or 2 without GPUs.")
+    ] = None,
+    no_peer_access: Annotated[
+        bool, typer.Option("--no-peer-access", help="Assume that GPUs have no peer access.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all facts.")] = False,
 ) -> None:
-    """Say what this machine allows, which transports are usable, and what would help. Starts no ranks."""
+    """Check what this machine supports, which transports work, and what would help. Starts no ranks."""
     from antiphon.cli.doctor import run_doctor
 
     raise typer.Exit(run_doctor(Console(), ranks=ranks, peer_access=not no_peer_access, as_json=as_json))

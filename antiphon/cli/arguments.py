@@ -1,4 +1,4 @@
-"""What a command line and a YAML file say, before typer sees it.
+"""Reads the command line and a YAML file before typer does.
 
 It parts options of other engines from ours, names the nearest option for one that is not known, and reads the file of
 `--config`. What typer says of our own options stays typer's. Knows options only by their kind: flag, whole, count or
@@ -25,7 +25,7 @@ from antiphon.core.sizes import parse_size
 CONFIG_FLAG = "--config"
 
 SEVERAL_WORDS = "several words"
-"""In the annotation of a list of texts: all words up to the next option are its, `--served-model-name a b`."""
+"""In the annotation of a list of texts: it takes all words up to the next option, `--served-model-name a b`."""
 
 _NEGATION = "no_"
 _SIZES = ("count", "bytes")
@@ -46,7 +46,7 @@ _WHAT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnOption:
-    """One of our options, as typer has it. `negative` are the flags that switch it off."""
+    """One of our options as typer knows it. negative: the flags that turn it off."""
 
     name: str
     kind: str
@@ -64,7 +64,7 @@ class Arguments:
 
 
 def json_object(name: str, text: str | None, *, example: str) -> dict[str, Any]:
-    """The object that an option holds as JSON; empty for `None`. Raises `OptionError` for anything else."""
+    """The JSON object of an option; empty for `None`. Raises `OptionError` for anything else."""
     try:
         value = {} if text is None else json.loads(text)
     except json.JSONDecodeError:
@@ -77,7 +77,7 @@ def json_object(name: str, text: str | None, *, example: str) -> dict[str, Any]:
 
 
 def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
-    """Part the words of a command line. Underscores in an option's name are dashes.
+    """Sort the words of a command line. Underscores in an option's name are dashes.
 
     Raises `OptionError` for an option that nobody knows, and for a foreign one without the value that it needs.
     """
@@ -126,7 +126,7 @@ def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
 
 
 def _parts(word: str) -> tuple[str, str, str]:
-    """Flag, "=" if there is one, and what is behind it. `-O0` is vLLM's `-O=0`."""
+    """The flag, "=" if there is one, and what follows it. `-O0` is vLLM's `-O=0`."""
     if re.fullmatch(r"-O\d+", word):
         return "-O", "=", word[2:]
     flag, equals, text = word.partition("=")
@@ -134,14 +134,14 @@ def _parts(word: str) -> tuple[str, str, str]:
 
 
 def _words(left: list[str]) -> list[str]:
-    """Take those up to the next option."""
+    """Take the words up to the next option."""
     count = next((place for place, word in enumerate(left) if word.startswith("-")), len(left))
     taken, left[:] = left[:count], left[count:]
     return taken
 
 
 def _texts(flag: str, words: Sequence[str]) -> list[str]:
-    """The words, where one that is a JSON list stands for its items."""
+    """The words, with each JSON list replaced by its items."""
     if not words:
         raise OptionError(f"{flag} needs at least one value", remedy=f"use {flag} NAME [NAME ...]", option=flag)
     texts = []
@@ -167,7 +167,7 @@ def _next(flag: str, kind: str, left: list[str]) -> str:
 
 
 def _check(flag: str, kind: str, text: str) -> None:
-    """Typer reads the value, but says in five lines what it is not."""
+    """Check a value that typer will read: its own error takes five lines."""
     if kind in _SIZES:
         parse_size(text, shown=f"{flag} {text!r}", of_bytes=kind == "bytes")
     try:
@@ -288,7 +288,7 @@ def _constructed(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
 
 
 def _value(where: str, kind: str, value: Any) -> Any:
-    """The value, if it is of that kind; for those that may be given several times always a list."""
+    """The value, checked to be of this kind; always a list for options that can be repeated."""
     if kind in _LISTS:
         return [_value(where, _LISTS[kind], item) for item in (value if isinstance(value, list) else [value])]
     if kind in _SIZES and isinstance(value, str):
@@ -309,7 +309,7 @@ def _value(where: str, kind: str, value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What typer calls with the text of the option. least: the smallest number that is taken."""
+    """Parses the text of an option for typer. least: the smallest valid number."""
 
     least: int | None
     of_bytes: bool
@@ -326,5 +326,5 @@ class Size:
 
 
 def size_option(help: str, *, least: int | None = None, of_bytes: bool = False) -> Any:
-    """`typer.Option` of an integer that may be written as a size."""
+    """A `typer.Option` for an integer that can be written as a size."""
     return typer.Option(help=help, parser=Size(least, of_bytes), metavar="BYTES" if of_bytes else "COUNT")

@@ -1,4 +1,4 @@
-"""The commands `antiphon bench ...`. Reads options, prints results; everything heavy is loaded when a command runs."""
+"""The commands `antiphon bench ...`: options and printing. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _NO_BODY = "none"
 _TABLE_WIDTH = 160
 
 Ranks = Annotated[int, typer.Option(help="Processes, one device each.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
-Transports = Annotated[str | None, typer.Option(help="Names with commas between; left out: all that can be used here.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds, after two to warm up.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
+Transports = Annotated[str | None, typer.Option(help="Transports, separated by commas. Default: all that work here.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds, after two warm-up rounds.")]
 NoPeerAccess = Annotated[
-    bool, typer.Option("--no-peer-access", help="Devices may not read each other's memory (NCCL_P2P_DISABLE=1).")
+    bool, typer.Option("--no-peer-access", help="Forbid devices to access each other's memory (NCCL_P2P_DISABLE=1).")
 ]
-TimeoutS = Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result there too.")]
+TimeoutS = Annotated[float, typer.Option(help="Maximum wait for another rank, in seconds.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
 @bench_app.command()
@@ -44,20 +44,20 @@ def comm(
     ranks: Ranks = 2,
     device: Device = "auto",
     sizes: Annotated[
-        str | None, typer.Option(help="Bytes a rank sends in a phase: 4K,1M or 4K..512M in steps of 4.")
+        str | None, typer.Option(help="Bytes that a rank sends per phase: 4K,1M, or 4K..512M in steps of 4x.")
     ] = None,
     transports: Transports = None,
     beside: Annotated[
-        str, typer.Option(help="Computations to run beside: grouped, dense, attention, or none.")
+        str, typer.Option(help="Computations to run at the same time: grouped, dense, attention, or none.")
     ] = "grouped,dense,attention",
-    beside_from: Annotated[str | None, typer.Option(help="Smallest size that is measured beside computation.")] = None,
-    hidden_size: Annotated[int, typer.Option(min=8, help="Numbers of a token, in bfloat16.")] = 2048,
+    beside_from: Annotated[str | None, typer.Option(help="Smallest size to measure beside computation.")] = None,
+    hidden_size: Annotated[int, typer.Option(min=8, help="Hidden size: numbers per token, in bfloat16.")] = 2048,
     repeats: Repeats = 10,
     no_peer_access: NoPeerAccess = False,
     timeout_s: TimeoutS = 120.0,
     json_file: JsonFile = None,
 ) -> None:
-    """Dispatch and combine alone, and beside computation of equal length, for every size and transport."""
+    """Measure dispatch and combine, alone and beside computation of equal length, for every size and transport."""
     from antiphon.bench.comm.bodies import BODY_NAMES
     from antiphon.bench.comm.exchanges import CommOptions, print_exchanges, run_comm
     from antiphon.bench.conditions import (
@@ -96,24 +96,25 @@ def comm(
 @bench_app.command()
 def overlap(
     model: Annotated[
-        str, typer.Argument(help="Name of a preset, folder of a checkpoint, or the bundled model; weights are dummies.")
+        str,
+        typer.Argument(help="A preset, the folder of a checkpoint, or the bundled model. Weights are always dummies."),
     ] = BUNDLED_MODEL,
     ranks: Ranks = 2,
     device: Device = "auto",
-    tokens: Annotated[str | None, typer.Option(help="Tokens a rank of a step, with commas between.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens per rank and step, separated by commas.")] = None,
     transports: Transports = None,
-    routing: Annotated[str, typer.Option(help="uniform, zipf:A, recorded:FILE, or model.")] = "uniform",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float64.")] = "auto",
-    num_layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers.")] = None,
-    seq_len: Annotated[int, size_option("Tokens of a text; a step prefills whole texts.", least=1)] = 2048,
-    micro_batches: Annotated[int, typer.Option(min=2, help="Parts of a split step.")] = 2,
+    routing: Annotated[str, typer.Option(help="Routing: uniform, zipf:A, recorded:FILE, or model.")] = "uniform",
+    dtype: Annotated[str, typer.Option(help="Dtype: auto, float32, bfloat16, float64.")] = "auto",
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Use only the first N layers of the model.")] = None,
+    seq_len: Annotated[int, size_option("Tokens per text; a step prefills whole texts.", least=1)] = 2048,
+    micro_batches: Annotated[int, typer.Option(min=2, help="Number of parts of a split step.")] = 2,
     repeats: Repeats = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, tokens and routing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, tokens and routing.")] = 0,
     no_peer_access: NoPeerAccess = False,
     timeout_s: TimeoutS = 120.0,
     json_file: JsonFile = None,
 ) -> None:
-    """Prefill steps, serial and with overlap, and their parts alone, over every transport by turns."""
+    """Measure prefill steps, serial and with overlap, and their parts alone, with all transports interleaved."""
     from antiphon.bench.conditions import (
         check_ranks,
         check_writable,
@@ -156,53 +157,61 @@ def overlap(
 
 @bench_app.command()
 def serve(
-    base_url: Annotated[str | None, typer.Option(help="Address of the server; instead of --host and --port.")] = None,
-    host: Annotated[str, typer.Option(help="Its host.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Its port.")] = 8000,
-    backend: Annotated[str, typer.Option(help="openai, vllm (the same), or openai-chat.")] = "openai",
+    base_url: Annotated[str | None, typer.Option(help="Address of the server, instead of --host and --port.")] = None,
+    host: Annotated[str, typer.Option(help="Host of the server.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the server.")] = 8000,
+    backend: Annotated[str, typer.Option(help="API: openai, vllm (the same), or openai-chat.")] = "openai",
     endpoint: Annotated[
-        str | None, typer.Option(help="Path of the request. Default: /v1/completions; of openai-chat that of chats.")
+        str | None,
+        typer.Option(help="Path of the requests. Default: /v1/completions, or /v1/chat/completions for openai-chat."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="As the server calls it. Default: the first it names.")] = None,
-    dataset_name: Annotated[str, typer.Option(help="random, sharegpt or custom.")] = "random",
+    model: Annotated[
+        str | None, typer.Option(help="The model's name on the server. Default: the first one served.")
+    ] = None,
+    dataset_name: Annotated[str, typer.Option(help="Dataset: random, sharegpt or custom.")] = "random",
     dataset_path: Annotated[
-        Path | None, typer.Option(help='File of the dataset; custom: JSON lines with a "prompt" each.')
+        Path | None, typer.Option(help='File of the dataset. For custom: JSON lines, each with a "prompt".')
     ] = None,
-    num_prompts: Annotated[int, size_option("Requests.", least=1)] = 1000,
-    random_input_len: Annotated[int, size_option("Tokens of a random prompt.", least=1)] = 1024,
-    random_output_len: Annotated[int, size_option("Most tokens to generate for it.", least=1)] = 128,
+    num_prompts: Annotated[int, size_option("Number of requests.", least=1)] = 1000,
+    random_input_len: Annotated[int, size_option("Tokens per random prompt.", least=1)] = 1024,
+    random_output_len: Annotated[int, size_option("Maximum number of tokens to generate per prompt.", least=1)] = 128,
     random_range_ratio: Annotated[
-        float, typer.Option(help="How far lengths may lie from these, as a share; 0: all are equal.")
+        float, typer.Option(help="How far lengths may deviate from these, as a share; 0: not at all.")
     ] = 0.0,
-    random_vocab_size: Annotated[int, size_option("Random prompts have token ids below.")] = 4000,
+    random_vocab_size: Annotated[int, size_option("Random prompts have token ids below this.")] = 4000,
     random_as_text: Annotated[
-        bool, typer.Option("--random-as-text", help="Random words: for servers that take no ids. Always so in chats.")
+        bool,
+        typer.Option(
+            "--random-as-text", help="Send random words, for servers that take no token ids. Always on for chats."
+        ),
     ] = False,
     output_len: Annotated[
         int | None, size_option("Most tokens to generate for a prompt from a file, whatever it says.", least=1)
     ] = None,
-    request_rate: Annotated[float, typer.Option(help="Requests a second; inf: all at once.")] = float("inf"),
-    burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less is burstier, more is more even.")] = 1.0,
-    max_concurrency: Annotated[int | None, size_option("Most requests under way at once.", least=1)] = None,
-    num_warmups: Annotated[int, size_option("Requests before, one by one, which do not count.", least=0)] = 0,
+    request_rate: Annotated[float, typer.Option(help="Requests per second; inf: all at once.")] = float("inf"),
+    burstiness: Annotated[
+        float, typer.Option(help="1: Poisson arrivals; lower is burstier, higher is more even.")
+    ] = 1.0,
+    max_concurrency: Annotated[int | None, size_option("Maximum number of open requests.", least=1)] = None,
+    num_warmups: Annotated[int, size_option("Number of warm-up requests, sent one by one.", least=0)] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always generate all tokens.")] = False,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    percentile_metrics: Annotated[str, typer.Option(help="Latencies to print: some of the default.")] = (
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    percentile_metrics: Annotated[str, typer.Option(help="Latencies to print, a part of the default.")] = (
         "ttft,tpot,itl,e2el"
     ),
-    metric_percentiles: Annotated[str, typer.Option(help="Percentiles of them, with commas between.")] = "90,99",
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths and arrivals.")] = 0,
-    save_result: Annotated[bool, typer.Option("--save-result", help="Write the result to a file of JSON.")] = False,
+    metric_percentiles: Annotated[str, typer.Option(help="Percentiles of them, separated by commas.")] = "90,99",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of prompts, lengths and arrivals.")] = 0,
+    save_result: Annotated[bool, typer.Option("--save-result", help="Write the result to a JSON file.")] = False,
     save_detailed: Annotated[
-        bool, typer.Option("--save-detailed", help="With --save-result: every request's figures and text too.")
+        bool, typer.Option("--save-detailed", help="With --save-result: include figures and texts of every request.")
     ] = False,
-    result_dir: Annotated[Path | None, typer.Option(help="Folder of that file; made if it is not there.")] = None,
+    result_dir: Annotated[Path | None, typer.Option(help="Folder of that file; created if missing.")] = None,
     result_filename: Annotated[
-        str | None, typer.Option(help="Its name. Default: made of load, model and date.")
+        str | None, typer.Option(help="Name of that file. Default: made from load, model and date.")
     ] = None,
-    timeout_s: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
+    timeout_s: Annotated[float, typer.Option(help="Maximum silence of the server, in seconds.")] = 600.0,
 ) -> None:
-    """Load on an OpenAI-compatible server: throughput and latencies. A key is read from OPENAI_API_KEY."""
+    """Measure throughput and latencies of an OpenAI-compatible server. The key is read from OPENAI_API_KEY."""
     import os
 
     from antiphon.bench.conditions import parse_names, parse_numbers, write_json
@@ -257,7 +266,7 @@ def serve(
 
 
 def _console() -> Console:
-    """On stderr, and wide enough for the tables: figures must not be cut off where they are kept in a file."""
+    """A console on stderr, wide enough that tables written to a file are not cut off."""
     console = Console(stderr=True)
     console.width = max(console.width, _TABLE_WIDTH)
     return console
@@ -268,26 +277,28 @@ _TABLE_WIDTH = 140
 
 def dbo(
     engine: dict[str, Any],
-    modes: Annotated[str, typer.Option(help="Of --dbo, with commas between; all are compared with the first.")] = (
+    modes: Annotated[str, typer.Option(help="Values of --dbo to compare with the first, separated by commas.")] = (
         "off,on"
     ),
-    num_prompts: Annotated[int, size_option("Requests of a run.", least=1)] = 64,
-    random_input_len: Annotated[int, size_option("Tokens of a prompt.", least=1)] = 512,
-    random_output_len: Annotated[int, size_option("Tokens to generate for it.", least=1)] = 32,
+    num_prompts: Annotated[int, size_option("Requests per run.", least=1)] = 64,
+    random_input_len: Annotated[int, size_option("Tokens per prompt.", least=1)] = 512,
+    random_output_len: Annotated[int, size_option("Tokens to generate per prompt.", least=1)] = 32,
     random_range_ratio: Annotated[
-        float, typer.Option(help="How far lengths may lie from these, as a share; 0: all are equal.")
+        float, typer.Option(help="How far lengths may deviate from these, as a share; 0: not at all.")
     ] = 0.0,
-    request_rate: Annotated[float, typer.Option(help="Requests a second; inf: all at once.")] = float("inf"),
+    request_rate: Annotated[float, typer.Option(help="Requests per second; inf: all at once.")] = float("inf"),
     capacity_share: Annotated[
         float | None,
-        typer.Option(help="Instead of a rate: this share of what the first mode answers when all are sent at once."),
+        typer.Option(
+            help="Instead of a rate: this share of the rate that the first mode reaches when all are sent at once."
+        ),
     ] = None,
-    burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less is burstier.")] = 1.0,
-    max_concurrency: Annotated[int | None, size_option("Most requests under way at once.", least=1)] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each mode, after one to warm up.")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there too.")] = None,
+    burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; lower is burstier.")] = 1.0,
+    max_concurrency: Annotated[int | None, size_option("Maximum number of open requests.", least=1)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each mode, after a warm-up run.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
-    """The same random load with overlap off and on, by turns, in one engine. The last line is one JSON object."""
+    """Run the same load with overlap off and on, interleaved, in one engine. The last line is one JSON object."""
     from antiphon.bench.conditions import check_writable, parse_names, write_json
     from antiphon.bench.dbo import DboOptions, print_dbo, run_dbo
     from antiphon.bench.serve.workload import Workload

@@ -1,4 +1,4 @@
-"""`antiphon demo`: the main job on the bundled model, and what overlap wins over a simulated link."""
+"""`antiphon demo`: the main job on the bundled model, and what overlap gains over a simulated link."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPEATS = 7
 
 
 def run_demo(console: Console) -> None:
-    """Print the demo; about half a minute on two cores."""
+    """Print the demo, which takes about half a minute on two cores."""
     problems = word_problems()[:NUM_PROBLEMS]
     prompts = [problem.prompt for problem in problems]
     trial_prompts = [problem.prompt for problem in word_problems()[:NUM_TRIAL_PROMPTS]]
@@ -71,7 +71,7 @@ def run_demo(console: Console) -> None:
 
 
 def _sampling(num_problems: int) -> list[SamplingParams]:
-    """Greedy for the problems, sampled for the story, which repeats itself otherwise."""
+    """Parameters: greedy for the problems, sampled for the story, which would repeat itself otherwise."""
     greedy = SamplingParams(max_tokens=100, temperature=0.0)
     return [*[greedy] * num_problems, SamplingParams(max_tokens=80, temperature=0.8, top_p=0.95, seed=0)]
 

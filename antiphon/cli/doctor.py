@@ -1,4 +1,4 @@
-"""`antiphon doctor`: what this machine allows, which transports are usable and what would help, before a start.
+"""`antiphon doctor`: what this machine supports, which transports work, and what would help.
 
 Finds nothing out and judges nothing itself; `machine` examines, and each transport answers for itself.
 """
@@ -64,7 +64,7 @@ def run_doctor(
 
 
 def describe(facts: Facts) -> list[tuple[str, str]]:
-    """The facts as lines of a heading and a text; an empty heading goes on with the one above."""
+    """The facts as lines of heading and text. An empty heading continues the one above."""
     versions, host = facts.versions, facts.host
     lines = [
         ("versions", f"Python {versions.python}, torch {versions.torch}, backends {_listed(versions.backends)}"),
@@ -98,7 +98,7 @@ def describe(facts: Facts) -> list[tuple[str, str]]:
 
 def _gpu_lines(gpus: Gpus) -> Iterable[tuple[str, str]]:
     if not gpus.devices:
-        yield "GPUs", f"none: {gpus.problem or 'unknown why'}"
+        yield "GPUs", f"none: {gpus.problem or 'reason unknown'}"
         return
     for device in gpus.devices:
         place = ", ".join(
@@ -119,7 +119,7 @@ def _gpu_lines(gpus: Gpus) -> Iterable[tuple[str, str]]:
 
 
 def _peer_line(gpus: Gpus) -> str:
-    """Each kind of pair once, with the pairs where they are few."""
+    """Each kind of pair once, with its pairs."""
     pairs: dict[tuple[int, int], list[tuple[bool | None, str | None]]] = {}
     for peer in gpus.peers:
         pairs.setdefault((min(peer.source, peer.target), max(peer.source, peer.target)), []).append(
@@ -171,7 +171,7 @@ def _with_remedies(advice: list[Advice]) -> Iterable[tuple[str, str]]:
 
 
 def _yes_or_no(check: Check, *, always: bool = False) -> str:
-    """always: give the detail of a success too."""
+    """An answer with its detail. always: even for a yes."""
     detail = f" ({check.detail})" if check.detail and (always or not check.ok) else ""
     return f"{_answer(check.ok)}{detail}"
 

@@ -1,4 +1,4 @@
-"""`antiphon eval ...`: problems whose answers are known."""
+"""`antiphon eval ...`: problems with known answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from antiphon.cli.start import say, started
 
 def word_problems(
     engine: dict[str, Any],
-    num: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the 256.")] = None,
-    max_tokens: Annotated[int, size_option("Most tokens for an answer.", least=1)] = 100,
+    num: Annotated[int | None, typer.Option(min=1, help="Solve only the first N of the 256 problems.")] = None,
+    max_tokens: Annotated[int, size_option("Maximum number of tokens per answer.", least=1)] = 100,
     compare: Annotated[
         bool, typer.Option("--compare", help="Solve them with overlap off, then on, and compare the answers.")
     ] = False,
 ) -> None:
-    """Solve the bundled word problems, greedily, and count the right answers. The last line is one JSON object."""
+    """Solve the bundled word problems greedily, and count right answers. The last line is one JSON object."""
     from antiphon.accuracy.evaluate import solve_word_problems
 
     console = Console(stderr=True)

@@ -32,12 +32,12 @@ _MODELS_OWN = "Default: generation_config.json of the model"
 
 def generate(
     engine: dict[str, Any],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; can be repeated.")] = None,
     prompts_file: Annotated[
         Path | None,
         typer.Option(
-            help='One prompt a line. In a .jsonl file each line is an object with a "prompt", text or token ids, or '
-            'with the "messages" of a chat.'
+            help='A file with one prompt per line. In a .jsonl file each line is an object with a "prompt", text or '
+            'token ids, or with the "messages" of a chat.'
         ),
     ] = None,
     max_tokens: Annotated[int, size_option("Maximum number of tokens to generate per prompt.")] = 64,
@@ -54,7 +54,9 @@ def generate(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help=f"Sample among tokens at least this times as likely as the best. {_MODELS_OWN}, else 0."),
+        typer.Option(
+            help=f"Sample among tokens at least this many times as likely as the best. {_MODELS_OWN}, else 0."
+        ),
     ] = None,
     presence_penalty: Annotated[
         float, typer.Option(help="Subtracted from the logits of tokens that already appear in the output.")
@@ -69,12 +71,10 @@ def generate(
     logit_bias: Annotated[
         str | None, typer.Option(help="JSON: token ids and what to add to their logits, '{\"5\": -100}'.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Results for each prompt.")] = 1,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends the output; may be given several times.")
-    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Number of results per prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the output; can be repeated.")] = None,
     stop_token_ids: Annotated[
-        list[int] | None, typer.Option(help="A token that ends the output; may be given several times.")
+        list[int] | None, typer.Option(help="A token that ends the output; can be repeated.")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     skip_special_tokens: Annotated[bool, typer.Option(help="Leave special tokens out of the text.")] = True,
@@ -83,7 +83,7 @@ def generate(
     ] = False,
     add_generation_prompt: Annotated[
         bool | None,
-        typer.Option(help="Whether the template begins an answer. Default: unless the last message is continued."),
+        typer.Option(help="Append the beginning of an answer. Default: yes, unless the last message is continued."),
     ] = None,
     chat_template_kwargs: Annotated[
         str | None, typer.Option(help="JSON: variables of the chat template, '{\"enable_thinking\": false}'.")
@@ -92,10 +92,10 @@ def generate(
         bool, typer.Option("--continue-final-message", help="Continue the last message of each chat.")
     ] = False,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json: logprobs of the tokens and of so many likeliest.")
+        int | None, typer.Option(help="With --json: report logprobs of the tokens and of this many likeliest tokens.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a prompt on stdout, and a last one with the statistics.")
+        bool, typer.Option("--json", help="Print one JSON object per prompt, and a last one with the statistics.")
     ] = False,
 ) -> None:
     """Continue prompts."""
@@ -159,7 +159,7 @@ def generate(
 
 @contextmanager
 def _progress_bar(console: Console) -> Iterator[Callable[[int, int, int], None] | None]:
-    """A bar on a terminal, nothing elsewhere."""
+    """A progress bar on a terminal, nothing elsewhere."""
     if not console.is_terminal:
         yield None
         return
@@ -205,7 +205,7 @@ def _row(output: CompletionOutput) -> dict[str, Any]:
 
 
 def _print_texts(outputs: list[GeneratedOutput], prompts: list[Prompt]) -> None:
-    """Each prompt with what continues it; of a chat the answer."""
+    """Print each prompt with its continuation; for a chat the answer."""
     for output, prompt in zip(outputs, prompts, strict=True):
         for one in output.outputs:
             text = one.text if isinstance(prompt, Chat) else f"{output.prompt}{one.text}"
@@ -226,7 +226,7 @@ def _summary(outputs: list[GeneratedOutput], stats: EngineStats, seconds: float)
 
 
 def _communication(stats: EngineStats) -> list[str]:
-    """How much of it was hidden, or that nobody saw it; nothing where there was none."""
+    """How much communication was hidden, or that it was not observed; "" if there was none."""
     overlaps = stats["overlap"].values()
     observed = [sums for sums in overlaps if sums["communication_s"] is not None]
     if len(observed) < len(overlaps):

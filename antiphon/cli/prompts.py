@@ -1,4 +1,4 @@
-"""Prompts of a command line: texts, files of them, and chats."""
+"""Prompts of the command line: texts, files of texts, and chats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROMPT_LINE = 'a JSON object with a text "prompt", or one of token ids, or with
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages, which the model's template makes a prompt of."""
+    """Messages, which the chat template turns into a prompt."""
 
     messages: list[dict[str, Any]]
 
@@ -27,7 +27,7 @@ Prompt = str | list[int] | Chat
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """One prompt a line; of a `.jsonl` file one object a line. Raises `OptionError` with the number of a wrong line."""
+    """Read one prompt per line, or one object per line of a `.jsonl` file. Raises `OptionError` naming a wrong line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -67,7 +67,7 @@ def _prompt_of(row: Any, number: int) -> Prompt:
 
 
 def as_chats(prompts: Sequence[Prompt]) -> list[Chat]:
-    """Each text as what a user says. Raises `OptionError` for token ids, which are no messages."""
+    """Turn each text into a user message. Raises `OptionError` for token ids, which are not messages."""
     chats = []
     for prompt in prompts:
         if isinstance(prompt, list):
@@ -79,5 +79,5 @@ def as_chats(prompts: Sequence[Prompt]) -> list[Chat]:
 
 
 def format_prompts(prompts: Sequence[Prompt], llm: LLM, **settings: Any) -> list[str | list[int]]:
-    """As `LLM.generate` takes them. settings: of `LLM.chat_prompt`."""
+    """Prompts as `LLM.generate` takes them. settings: those of `LLM.chat_prompt`."""
     return [llm.chat_prompt(prompt.messages, **settings) if isinstance(prompt, Chat) else prompt for prompt in prompts]

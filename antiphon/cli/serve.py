@@ -14,7 +14,7 @@ from antiphon.cli.start import say
 
 def serve(
     engine: dict[str, Any],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
@@ -22,17 +22,17 @@ def serve(
             envvar="ANTIPHON_API_KEY",
             show_envvar=True,
             show_default=False,
-            help="What clients must send as bearer token. Other users of a machine can see options: use the variable.",
+            help="Bearer token that clients must send. Better set the variable: other users can see command lines.",
         ),
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(help="Names that requests may use for the model, separated by spaces; answers have the first."),
+        typer.Option(help="Names that requests may use for the model, separated by spaces; answers carry the first."),
         SEVERAL_WORDS,
     ] = None,
     allowed_origins: Annotated[
         list[str] | None,
-        typer.Option(help="Origins of web pages whose scripts may read answers (CORS), or '*'. Default: none."),
+        typer.Option(help="Origins of web pages whose scripts may use the server (CORS), or '*'. Default: none."),
         SEVERAL_WORDS,
     ] = None,
     allowed_methods: Annotated[
@@ -41,31 +41,33 @@ def serve(
         SEVERAL_WORDS,
     ] = None,
     allowed_headers: Annotated[
-        list[str] | None, typer.Option(help="Request headers allowed in them. Default: all."), SEVERAL_WORDS
+        list[str] | None,
+        typer.Option(help="Request headers allowed in cross-origin requests. Default: all."),
+        SEVERAL_WORDS,
     ] = None,
     allow_credentials: Annotated[
         bool,
         typer.Option("--allow-credentials", help="Allow cookies in cross-origin requests; not with '*'."),
     ] = False,
-    max_queue: Annotated[int, size_option("Results under way at once; more get 429.")] = 1024,
-    request_timeout_s: Annotated[float, typer.Option(help="Longest time for one request.")] = 600.0,
-    drain_s: Annotated[float, typer.Option(help="How long open requests may go on after SIGTERM.")] = 30.0,
-    max_body_bytes: Annotated[int, size_option("Longest body of a request.", of_bytes=True)] = 8 * 2**20,
+    max_queue: Annotated[int, size_option("Maximum number of open results; beyond it, requests get 429.")] = 1024,
+    request_timeout_s: Annotated[float, typer.Option(help="Maximum time for one request, in seconds.")] = 600.0,
+    drain_s: Annotated[float, typer.Option(help="How long open requests may go on after SIGTERM, in seconds.")] = 30.0,
+    max_body_bytes: Annotated[int, size_option("Maximum size of a request's body.", of_bytes=True)] = 8 * 2**20,
     reasoning_parser: Annotated[
         str | None,
-        typer.Option(help="Tells reasoning apart from the answer in chats: deepseek_r1, deepseek_v3, glm45 or qwen3."),
+        typer.Option(help="Separate reasoning from the answer in chats: deepseek_r1, deepseek_v3, glm45 or qwen3."),
     ] = None,
     default_chat_template_kwargs: Annotated[
         str | None,
         typer.Option(
-            help="JSON: default variables of the chat template, which a request may override one by one, "
+            help="JSON: variables of the chat template; a request can override each of them, "
             "'{\"enable_thinking\": false}'."
         ),
     ] = None,
-    log_format: Annotated[str, typer.Option(help="text or json: one line an event, on stderr.")] = "text",
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="Log format: text or json, one line per event on stderr.")] = "text",
+    log_level: Annotated[str, typer.Option(help="Log level: debug, info, warning or error.")] = "info",
 ) -> None:
-    """Serve a model to clients of OpenAI's API."""
+    """Serve a model over OpenAI's HTTP API."""
     from antiphon.config.keywords import OPTION_DEFAULTS, make_config
     from antiphon.server.logs import log_config
     from antiphon.server.options import ServerOptions

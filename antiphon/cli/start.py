@@ -1,4 +1,4 @@
-"""Starting an engine where somebody watches: what it is doing meanwhile, then the start-up block. On stderr."""
+"""Starts an engine with progress and the start-up block on stderr."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
-    """An engine with these options of `LLM`, which ends with the block."""
+    """An engine with these options of `LLM`, closed at the end of the `with` block."""
     from antiphon.config.describe import describe_config
     from antiphon.frontend.llm import LLM  # it loads the tokenizers
 

@@ -1,4 +1,4 @@
-"""What the front process and the workers say to each other: msgpack over ZeroMQ.
+"""The messages between the frontend and the workers: msgpack over ZeroMQ.
 
 Every message to the workers carries a wave, a number that grows by one with each and is the same for all ranks. The
 ranks put the newest wave they have seen into their agreement row; they stop stepping only when nobody has work and
@@ -26,7 +26,7 @@ LOADING = "loading the model"
 
 
 class Starting(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What this rank does now; while it loads, how much of what it needs it has read."""
+    """What this rank is doing while it starts, and how many of the bytes it needs it has read."""
 
     what: str
     bytes_read: int = 0
@@ -40,7 +40,7 @@ class Starting(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Throttle:
-    """Passes on the first and the last word of everything that a rank does, and one every `interval_s` between."""
+    """Passes on the first and the last report of each stage, and one every `interval_s` in between."""
 
     def __init__(self, send: Callable[[Starting], None], *, interval_s: float = 0.2) -> None:
         self._send = send
@@ -57,7 +57,7 @@ class Throttle:
 
 
 def describe_start(by_rank: Mapping[int, Starting], rank: int) -> str:
-    """One line after `rank` has spoken: the bytes of all ranks that still load, or else what this one does."""
+    """One line after a report of `rank`: the bytes of all ranks that are loading, or else what this one is doing."""
     loading = [said for said in by_rank.values() if said.num_bytes]
     if loading:
         done, total = sum(said.bytes_read for said in loading), sum(said.num_bytes for said in loading)
@@ -66,7 +66,7 @@ def describe_start(by_rank: Mapping[int, Starting], rank: int) -> str:
 
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request; see `engine.request.Request`."""
+    """A checked request; see `antiphon.engine.scheduling.request.Request`."""
 
     request_id: int
     prompt_ids: tuple[int, ...]
@@ -101,24 +101,24 @@ class ToWorker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AllLoaded(ToWorker, frozen=True, kw_only=True, tag=True):
-    """Every rank has said `Loaded`. Sent once, before everything else."""
+    """Every rank has sent `Loaded`. This is the first message, sent once."""
 
 
 class Work(ToWorker, frozen=True, kw_only=True, tag=True):
-    """Requests to start and to forget; empty for a rank that only has to join in."""
+    """Requests to start and to forget; empty for a rank that only has to take part."""
 
     requests: list[NewRequest] = []
     abort: list[int] = []
 
 
 class Reconfigure(ToWorker, frozen=True, kw_only=True, tag=True):
-    """Another policy; sent only while no request is open, and answered by `Answer`."""
+    """A new policy, sent only while no request is open. Answered by `Answer`."""
 
     policy: OverlapPolicy
 
 
 class Ask(ToWorker, frozen=True, kw_only=True, tag=True):
-    """Answered by `Answer` with the statistics, or with the last steps."""
+    """A question, answered by `Answer` with the statistics or the last steps."""
 
     timeline: bool = False
 
@@ -135,7 +135,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The rank has loaded its model. What it says is the same on all ranks."""
+    """The rank has loaded its model. The fields are the same on all ranks."""
 
     device_name: str
     transport_name: str
@@ -144,13 +144,13 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What a step has generated on this rank; empty as a sign that steps go on."""
+    """What a step has generated on this rank. An empty message only says that steps go on."""
 
     outputs: list[TokenOutput]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To `Ask` and `Reconfigure`, by wave."""
+    """The answer to the `Ask` or `Reconfigure` of this wave."""
 
     wave: int
     stats: dict[str, Any] = {}
@@ -158,14 +158,14 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Warned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A warning that was logged on the rank. Other ranks may say the same, and the front says it once."""
+    """A warning that was logged on the rank. The frontend logs it once, even if other ranks send it too."""
 
     logger: str
     text: str
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The rank is about to end.
+    """The rank is about to exit.
 
     kind: the class of the error. fields: those of an `AntiphonError`, to make it anew. traceback: for the log.
     """
@@ -184,6 +184,6 @@ decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
 
 
 def keep_all(socket: zmq.Socket[bytes]) -> None:
-    """Before it is bound or connected: by default 1000 messages wait in a socket, and a ROUTER drops the next ones."""
+    """Lift the socket's limit of 1000 queued messages, beyond which a ROUTER drops. Call it before bind or connect."""
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)

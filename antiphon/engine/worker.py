@@ -54,14 +54,14 @@ OPTIONS_FILE = "options.json"
 PROGRESS_FILE = "progress"
 
 START_S = 120.0
-"""How long the ranks have to load and to meet, however short `timeout_s` is."""
+"""Minimum time for the ranks to load and to meet, however short `timeout_s` is."""
 
 _FAREWELL_MS = 2000
 _SIGN_S = 1.0
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What the front tells its workers before they start: the options, and what only the front finds out."""
+    """What the frontend passes to its workers at the start: the options, and what only it finds out."""
 
     options: EngineConfig
     eos_token_ids: tuple[int, ...]  # the tokenizer's too, which only the front loads
@@ -69,16 +69,16 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> WorkerStart:
-        """Collect it; called in the front."""
+        """Collect it in the frontend."""
         return cls(options=config.options, eos_token_ids=config.model.eos_token_ids, matched=config.matched)
 
     def resolve(self) -> ResolvedConfig:
-        """Resolve the front's configuration again, without reading weights. Raises as `EngineConfig.resolve`."""
+        """Resolve the frontend's configuration again, without reading weights. Raises like `EngineConfig.resolve`."""
         return self.options.resolve(matched=self.matched).with_end_tokens(self.eos_token_ids)
 
 
 class KeptWarnings(logging.Handler):
-    """Keeps what is logged as a warning until it is sent: nobody reads the log of a worker while all is well.
+    """Keeps warnings until they are sent to the frontend: nobody reads the log of a worker that works.
 
     Errors are left out: `Failed` brings them.
     """
@@ -118,7 +118,7 @@ class Worker:
         self._stopped = False
 
     def run(self) -> None:
-        """Run until all ranks have seen `Stop`; sleeps in the socket while no rank has work."""
+        """Run until all ranks have seen `Stop`. Sleeps in the socket while no rank has work."""
         idle = True
         said_at = time.monotonic()
         while not (idle and self._stopped):
@@ -213,14 +213,14 @@ def _serve(socket: zmq.Socket[bytes], place: Place) -> None:
 
 
 def _wait_for_all(socket: zmq.Socket[bytes]) -> None:
-    """Wait until every rank has its weights, without a time limit: the front knows which ranks are alive."""
+    """Wait until every rank has its weights, without a time limit: the frontend knows which ranks are alive."""
     _send(socket, Loaded())
     message = decode_to_worker(socket.recv())
     assert isinstance(message, AllLoaded)
 
 
 def report_and_exit(message: str, *, rank: int, folder: Path, kind: str = "PeerError") -> NoReturn:
-    """End this process at once with a report that the front finds; for any thread, whatever the others wait for.
+    """Exit at once, leaving a report for the frontend. Any thread may call it, whatever the others wait for.
 
     A thread that watches waits without a time limit calls it. It leaves the socket, which is another thread's, alone,
     and makes no call that could wait for a device.
@@ -233,7 +233,7 @@ def report_and_exit(message: str, *, rank: int, folder: Path, kind: str = "PeerE
 
 
 def read_report(rank: int, folder: Path) -> Failed | None:
-    """The report that `report_and_exit` left behind, for the front; `None` if there is none."""
+    """The report that `report_and_exit` has left; `None` if there is none."""
     path = _report_file(rank, folder)
     return msgspec.json.decode(path.read_bytes(), type=Failed) if path.exists() else None
 

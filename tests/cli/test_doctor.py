@@ -144,7 +144,7 @@ def test_what_is_unknown_is_said_to_be_unknown() -> None:
     code, text = printed(NOTHING_KNOWN)
     assert code == 1  # without a backend of collectives and without shared memory no transport is left
     lines = lines_of(text)
-    assert "GPUs none: unknown why" in lines
+    assert "GPUs none: reason unknown" in lines
     assert "container unknown" in lines
     assert "host memory unknown available of unknown, limit of the control group unknown" in lines
     assert "locked memory limit unknown" in lines

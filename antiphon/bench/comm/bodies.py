@@ -1,4 +1,4 @@
-"""What computes beside an exchange: grouped products, a dense product, causal attention.
+"""The computation beside an exchange: grouped GEMMs, a dense GEMM, causal attention.
 
 A body computes any number of units, `UNITS` of them in one launch and the rest in a smaller one, so that it can be made
 about as long as an exchange. Inputs are made once; results are thrown away.
@@ -54,7 +54,7 @@ _CPU = _Sizes(grouped=(128, 4, 64, 64), dense=(128, 64, 64), attention=(16, 32, 
 
 
 def make_body(name: str, device: torch.device, *, seed: int = 0) -> Body:
-    """The body of that name on `device`: bfloat16, on the CPU float32 and small."""
+    """The body of this name on `device`: bfloat16; on the CPU float32 and small."""
     owner = device_of(device)
     sizes, dtype = _GPU if owner.own_memory else _CPU, owner.default_dtype
     generator = torch.Generator(device).manual_seed(seed)

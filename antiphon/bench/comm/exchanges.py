@@ -20,7 +20,7 @@ from antiphon.bench.ranks import run_on_ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommOptions:
-    """A resolved `antiphon bench comm`."""
+    """The resolved options of `antiphon bench comm`."""
 
     ranks: int
     device: str
@@ -88,7 +88,7 @@ def _summarize(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_exchanges(result: dict[str, Any], console: Console) -> None:
-    """A table for people: one row a size and transport."""
+    """Print a table with one row per size and transport."""
     bodies = result["options"]["beside"]
     table = Table(
         title=f"{len(result['devices'])} x {result['devices'][0]}: bytes a rank in a phase; overlap efficiency beside",

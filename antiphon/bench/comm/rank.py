@@ -39,7 +39,7 @@ _LARGEST_ERROR = 0.02  # of the sum of a token over the ranks, in bfloat16
 
 
 class WrongSumError(AntiphonError, RuntimeError):
-    """A transport brought home something else than what was sent."""
+    """A transport has returned something other than what was sent."""
 
 
 class _Exchanges:
@@ -105,7 +105,7 @@ def _to_all_ranks(transport: Transport, num_tokens: int) -> Routes:
 
 
 def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """Measure every size over every transport, as `CommOptions` says. Times are in ms, one item a repeat."""
+    """Measure every size over every transport, as `CommOptions` says. Times are in ms, one item per repeat."""
     streams = streams_for(device)
     shape = ExpertShape(
         num_experts=_EXPERTS_PER_RANK * group.size,
@@ -145,7 +145,7 @@ def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str,
 def _measure_size(
     group: RankGroup, clock: ArmClock, trials: dict[str, _Exchanges], bodies: Sequence[Body], *, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """All arms of all transports by turns, after each has warmed up, been checked, and been given its length."""
+    """All arms of all transports interleaved, after each has been warmed up, checked and sized."""
     counts, units = {}, {}
     for name, trial in trials.items():
         trial.check()
@@ -187,7 +187,7 @@ def _repeat(run: Callable[[], None], count: int) -> None:
 
 
 def _warm_time(group: RankGroup, clock: ArmClock, trial: _Exchanges) -> float:
-    """About how long an exchange takes, in ms, the same on all ranks."""
+    """Roughly the time of an exchange in ms, the same on all ranks."""
     elapsed_ms = 0.0
     for count in (NUM_LANES, NUM_LANES, 4 * NUM_LANES):
         elapsed_ms = clock.measure(partial(trial.run, count)).elapsed_ms / count
@@ -195,7 +195,7 @@ def _warm_time(group: RankGroup, clock: ArmClock, trial: _Exchanges) -> float:
 
 
 def _units_for(group: RankGroup, clock: ArmClock, body: Body, target_ms: float) -> int:
-    """How much computation takes about `target_ms`: the same on all ranks. Small launches are not proportional."""
+    """The amount of computation that takes about `target_ms`, the same on all ranks. Small launches do not scale."""
     units = UNITS
     for _ in range(_TUNING_ROUNDS):
         body.run(units)

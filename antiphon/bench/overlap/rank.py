@@ -1,4 +1,4 @@
-"""The rank's side of `antiphon bench overlap`: one model, every transport, the arms S, C, M, D and C2 by turns.
+"""The rank's side of `antiphon bench overlap`: one model, every transport, the arms S, C, M, D and C2 interleaved.
 
     for repeat:                 S   serial, whole
         for transport:          C   serial, no link      after S: the buffers and counts are those of this cut
@@ -44,20 +44,20 @@ _BLOCK_SIZE = 16
 
 
 class HasModules(Protocol):
-    """What has torch modules inside, a `CausalLM` for one."""
+    """Anything made of torch modules, such as a `CausalLM`."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 
 
 def use_transport(model: HasModules, transport: Transport) -> None:
-    """Let all experts of `model` go by `transport`. Between steps only."""
+    """Make all experts of `model` use `transport`. Call it only between steps."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.transport = transport
 
 
 def relative_errors(value_TD: torch.Tensor, expected_TD: torch.Tensor) -> tuple[float, float]:
-    """|value - expected| / |expected| of the whole, and the largest of a token. Infinite if anything is not finite."""
+    """|value - expected| / |expected| of all tokens, and the largest of one. Infinite if anything is not finite."""
     wide = torch.promote_types(value_TD.dtype, torch.float32)
     expected = expected_TD.to(wide)
     difference = value_TD.to(wide) - expected
@@ -144,7 +144,7 @@ class Trial:
 
     @contextmanager
     def routes_of_layers(self) -> Iterator[list[Routes]]:
-        """A list that the routers' results are added to while a step runs."""
+        """A list to which the routers' results are added while a step runs."""
         routes: list[Routes] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Routes) -> None:
@@ -172,14 +172,14 @@ class Trial:
 
 
 def _num_blocks(options: dict[str, Any]) -> int:
-    """Enough for the largest step; block 0 is for padding."""
+    """Enough blocks for the largest step; block 0 is for padding."""
     seq_len: int = options["seq_len"]
     most: int = max(-(-tokens // seq_len) * -(-min(tokens, seq_len) // _BLOCK_SIZE) for tokens in options["tokens"])
     return 1 + most
 
 
 def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """Every number of tokens; see `antiphon.bench.overlap.steps.OverlapOptions`. Times in ms, an item a repeat."""
+    """Measure every number of tokens of `antiphon.bench.overlap.steps.OverlapOptions`. Times in ms, one per repeat."""
     trial = Trial(group, device, options)
     clock = ArmClock(group, device)
     config = trial.config
@@ -204,7 +204,7 @@ def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any
 
 
 def _measure(trial: Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[str, Any]]:
-    """All arms of all transports by turns, for one number of tokens."""
+    """All arms of all transports interleaved, for one number of tokens."""
     serial, dual = (trial.parts(num_tokens, lanes) for lanes in (1, trial.options["micro_batches"]))
     shape = next(iter(trial.transports.values())).shape
     x_TD = torch.randn(num_tokens, shape.hidden_size, device=trial.streams.device).to(shape.dtype)

@@ -22,20 +22,20 @@ from antiphon.bench.ranks import run_on_ranks
 from antiphon.core.errors import AntiphonError
 
 _LIMITS = {"float64": (1e-9, 1e-8), "float32": (1e-3, 1e-2), "bfloat16": (0.1, 0.5)}
-"""Largest relative error of all hidden states, and of one token's, by dtype. Rounding grows with depth; a transport
-that loses or mixes up a row is wrong by about 1 in that token."""
+"""Largest relative error of all hidden states and of one token's, by dtype. Rounding grows with depth. A transport that
+loses or swaps a row has an error of about 1 in that token."""
 
 _WIDE_FACTOR = 3.0
-"""With the model's own routing, rounding sends tokens to other experts, and single tokens may be entirely different."""
+"""With the model's own routing, rounding sends some tokens to other experts, so single tokens can differ entirely."""
 
 
 class OutputsDiffer(AntiphonError, RuntimeError):  # noqa: N818 (says what is the case)
-    """A step over some transport did not give what the first serial step gave."""
+    """A step over some transport has differed from the first serial step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapOptions:
-    """A resolved `antiphon bench overlap`."""
+    """The resolved options of `antiphon bench overlap`."""
 
     model: str
     ranks: int
@@ -54,7 +54,7 @@ class OverlapOptions:
 
 
 def run_overlap(options: OverlapOptions) -> dict[str, Any]:
-    """Measure, and return the result as one JSON object. `check_outputs` says whether it can be believed."""
+    """Measure, and return the result as one JSON object. `check_outputs` says whether to trust it."""
     results = run_on_ranks(
         "antiphon.bench.overlap.rank:measure_steps",
         ranks=options.ranks,
@@ -109,7 +109,7 @@ def _summarize(steps: Sequence[dict[str, Any]], options: OverlapOptions, num_lay
 
 
 def _largest_errors(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Over ranks; `None` where something was not finite."""
+    """The largest errors over ranks; `None` if something was not finite."""
     largest = {}
     for arm in cells[0]["errors"]:
         whole, worst = (max(cell["errors"][arm][place] for cell in cells) for place in (0, 1))
@@ -151,7 +151,7 @@ _FIGURES = (
 
 
 def print_steps(result: dict[str, Any], console: Console) -> None:
-    """A table a number of tokens, for people; times are medians in ms."""
+    """Print one table per number of tokens. Times are medians in ms."""
     model, options = result["model"], result["options"]
     what = (
         f"{model['name']}, {model['layers']} layers ({model['moe_layers']} with experts), {options['dtype']}, "

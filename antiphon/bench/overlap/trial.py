@@ -21,7 +21,7 @@ LINK_LATENCY_S = 100e-6
 
 @dataclass(slots=True)
 class Arm:
-    """The prefill steps of one setting, one item a repeat; each is that of the rank that took longest."""
+    """The prefill steps of one setting, one per repeat, each from the slowest rank."""
 
     steps: list[StepTimeline]
     overlaps: list[StepOverlap]
@@ -73,7 +73,7 @@ def simulated_transport(link: Link) -> str:
 
 
 def interleaved_arms(llm: LLM, prompts: Sequence[str], *, repeats: int) -> dict[str, Arm]:
-    """`{"off": ..., "on": ...}`: the same prefill step by turns with overlap off and on, after one warm-up each."""
+    """`{"off": ..., "on": ...}`: the same prefill step with overlap off and on interleaved, after one warm-up each."""
     arms = {dbo: Arm([], [], []) for dbo in ("off", "on")}
     for repeat in range(repeats + 1):
         for dbo, arm in arms.items():

@@ -19,12 +19,12 @@ from antiphon.bench.serve.workload import Ask
 
 _TOLD = 300  # characters of an answer that are kept of an error
 _PIECES = ("content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call")
-"""What tokens of a chat become: a chunk with one of these is a chunk of tokens."""
+"""The fields in which a chat's tokens arrive: a chunk with one of these is a chunk of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The server's endpoint and what every request says. `extra` goes into every body as it is."""
+    """The server's endpoint and the fields of every request. extra: added to every body as it is."""
 
     url: str
     model: str
@@ -36,7 +36,7 @@ class Target:
 
 @dataclass(slots=True, kw_only=True)
 class Answered:
-    """What became of a request. Times in seconds; `start_s` and `end_s` by `time.perf_counter`.
+    """The outcome of a request. Times in seconds; `start_s` and `end_s` by `time.perf_counter`.
 
     late_s: how much later than planned it was sent. num_input, num_output: tokens, as the server counts them; without
     its count the ids sent (0 for texts) and the chunks received. text, reasoning: the answer and, in a chat, what the
@@ -60,7 +60,7 @@ class Answered:
 
 
 def request_body(ask: Ask, target: Target) -> dict[str, Any]:
-    """What is sent. Raises nothing; a chat of token ids is the caller's to avoid."""
+    """The body to send. The caller must not pass token ids for a chat."""
     body: dict[str, Any] = {
         "model": target.model,
         "temperature": target.temperature,
@@ -77,7 +77,7 @@ def request_body(ask: Ask, target: Target) -> dict[str, Any]:
 
 
 async def ask_server(client: httpx.AsyncClient, ask: Ask, target: Target, *, keep_text: bool = False) -> Answered:
-    """Send it and read the stream to its end. Whatever goes wrong is in `error`."""
+    """Send a request and read the stream to its end. Failures are in `error`."""
     found = Answered(num_input=len(ask.prompt) if isinstance(ask.prompt, list) else 0)
     reading = _Reading(found, target.is_chat, keep_text)
     content = json.dumps(request_body(ask, target)).encode()
@@ -117,7 +117,7 @@ class _Reading:
         self._num_chunks = 0
 
     def take(self, part: bytes) -> None:
-        """What has just come."""
+        """Take the bytes that have just arrived."""
         now = time.perf_counter()
         for data in self._stream.feed(part):
             self._event(data.strip(), now)
@@ -171,7 +171,7 @@ class _Reading:
         self._num_chunks += 1
 
     def what_is_missing(self) -> str:
-        """Empty for a stream that came to its end."""
+        """What is missing at the end of a stream; "" if nothing."""
         if not self._num_chunks:
             return "the stream has ended without a token"
         if not self._done:

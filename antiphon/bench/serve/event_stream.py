@@ -27,7 +27,7 @@ class EventStream:
         self._at_start = True
 
     def feed(self, part: bytes) -> list[str]:
-        """Data of the events that end in this part."""
+        """The data of the events that end in this part."""
         if not part:
             return []
         if self._after_cr and part.startswith(b"\n"):  # the second half of CR LF

@@ -1,4 +1,4 @@
-"""`antiphon bench serve`: load on any OpenAI-compatible server, as users put it on, and what they wait for.
+"""`antiphon bench serve`: load on any OpenAI-compatible server, as users generate it, with the latencies they see.
 
 Requests are sent when they are due, whether earlier ones are answered or not (open loop); `max_concurrency` holds them
 back only where it is given. Figures have the names that vLLM's serving benchmark gives them:
@@ -209,7 +209,7 @@ def _first(errors: BaseExceptionGroup[AntiphonError]) -> AntiphonError:
 
 
 def serve_figures(answers: Sequence[Answered], duration_s: float, percentiles: Sequence[float]) -> dict[str, Any]:
-    """Throughput and latencies of those that were answered to their end. A figure of nothing is 0."""
+    """Throughput and latencies of the requests that were answered completely. Without any, figures are 0."""
     good = [one for one in answers if not one.error]
     num_input, num_output = sum(one.num_input for one in good), sum(one.num_output for one in good)
     samples_s = {

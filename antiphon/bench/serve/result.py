@@ -1,4 +1,4 @@
-"""What is made of a serving benchmark's result: a table, and a file under the name that load, model and date give."""
+"""The result of a serving benchmark as a table, and as a file named after load, model and date."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def result_path(result: dict[str, Any], folder: Path | None, name: str | None) -
 
 
 def check_result_path(folder: Path | None, name: str | None) -> None:
-    """Before something is measured: raises `OptionError` if nothing can be written there."""
+    """Raises `OptionError` before the measurement if nothing can be written there."""
     path = (folder or Path()) / (name or ".antiphon-result.json")  # its own name is not known before
     check_writable(path, "result-dir" if name is None else "result-filename")
 
 
 def without_details(result: dict[str, Any]) -> dict[str, Any]:
-    """Without what there is one of for every request."""
+    """The result without the lists that have one item per request."""
     return {key: value for key, value in result.items() if key not in DETAILS}
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write it whole. Raises `OSError` if that cannot be."""
+    """Write the result. Raises `OSError` if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, allow_nan=False, ensure_ascii=False).translate(JSON_ESCAPES) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, cut off by a limit of tokens
 
 
 def print_serve(result: dict[str, Any], options: ServeOptions, console: Console) -> None:
-    """A table of the load and of the latencies, and what went wrong."""
+    """Print a table of load and latencies, and the failures."""
     console.print(Text(f"{result['model_id']} at {options.base_url}{options.endpoint}"), soft_wrap=True)
     table = Table("load")
     table.add_column("", justify="right")

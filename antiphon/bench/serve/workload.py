@@ -1,4 +1,4 @@
-"""What a serving benchmark asks for, and when: prompts with their output lengths, and times of arrival.
+"""The requests of a serving benchmark: prompts with output lengths, and arrival times.
 
 Pure functions of options and a seed. They know no tokenizer: random prompts are token ids, and the lengths of texts are
 what the server reports.
@@ -30,7 +30,7 @@ _WORDS = ("the", "of", "to", "and", "in", "is", "it", "you", "that", "he", "was"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One request: a text or token ids, and the most tokens to generate."""
+    """One request: a text or token ids, and the maximum number of tokens to generate."""
 
     prompt: str | list[int]
     max_tokens: int
@@ -164,7 +164,7 @@ def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
 
 
 def _first_turns(row: Any) -> tuple[str, str]:
-    """Question and answer. Raises `ValueError`: what is odd about the entry."""
+    """The question and the answer. Raises `ValueError` that says what is odd about the entry."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list):
         raise ValueError("has no list of conversations")
@@ -199,7 +199,7 @@ def _custom(path: Path, workload: Workload) -> list[Ask]:
 
 
 def _custom_ask(row: Any, number: int, workload: Workload) -> Ask:
-    """Raises `ValueError`, which begins with the line."""
+    """One request from a line. Raises `ValueError` that begins with the line's number."""
     if not isinstance(row, dict):
         raise ValueError(f"line {number} is not an object")
     prompt, output_len = row.get("prompt"), row.get("output_tokens")

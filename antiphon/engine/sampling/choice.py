@@ -36,7 +36,7 @@ _NOT_COVERED = -1
 
 
 class _Method(IntEnum):
-    """How a row is chosen that is more than an argmax of the model's logits."""
+    """How to choose the token of a row that is not simply the argmax of the model's logits."""
 
     GREEDY = auto()  # argmax, after changes
     DRAW = auto()  # from all tokens, in no order
@@ -45,7 +45,7 @@ class _Method(IntEnum):
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
-    """`start:stop` in parts of `size`, of 1 at least."""
+    """Divide `start:stop` into parts of `size`, at least 1."""
     for first in range(start, stop, max(1, size)):
         yield slice(first, min(stop, first + max(1, size)))
 
@@ -74,7 +74,7 @@ class Chooser:
         self._counts: PenaltyCounts | None = None
 
     def choose(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, list[int]]:
-        """One token id for each row, on the device [N] and on the host. The logits are not changed."""
+        """One token id per row, on the device [N] and on the host. The logits are not changed."""
         ids_N = logits_NV.argmax(-1)
         rows = [row for row, request in enumerate(requests) if request.params.temperature or changes_logits(request)]
         if rows:
@@ -95,7 +95,7 @@ class Chooser:
         *,
         ordered: bool = False,
     ) -> None:
-        """Choose for these rows as their requests say; `ids_N` gets the tokens."""
+        """Choose the tokens of these rows as their requests ask, and write them to `ids_N`."""
         methods = {row: _Method.DRAW_ORDERED if ordered else self._method(requests[row].params) for row in rows}
         rows = sorted(rows, key=methods.__getitem__)
         settings = self._settings(rows, [requests[row] for row in rows], logits_NV.device)
@@ -166,7 +166,7 @@ class Chooser:
         )
 
     def _changed(self, logits_NV: torch.Tensor, settings: _Settings) -> torch.Tensor:
-        """After biases, min_tokens and penalties. The logits given may be changed."""
+        """The logits after logit_bias, min_tokens and penalties. The given logits may be changed."""
         if len(settings.added_E):
             logits_NV.view(-1).index_add_(0, settings.added_at_E, settings.added_E.to(logits_NV.dtype))
         if self._counts is not None and any(has_penalties(request.params) for request in settings.requests):
@@ -181,7 +181,7 @@ class Chooser:
         return logits_NV
 
     def _chosen(self, method: _Method, logits_NV: torch.Tensor, settings: _Settings) -> torch.Tensor:
-        """Token ids [N], -1 where the likeliest were not enough."""
+        """Token ids [N], -1 where the likeliest tokens were not enough."""
         if method is _Method.GREEDY:
             return logits_NV.argmax(-1)
         temperature_N, top_p_N, min_p_N = settings.numbers_6N[:3]
@@ -199,7 +199,7 @@ class Chooser:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settings:
-    """What requests want, one column each, on the device."""
+    """The parameters of requests, one column each, on the device."""
 
     requests: list[Request]
     wholes_4N: torch.Tensor  # int64: row of the logits, slot of the penalties' table, top_k, key of the draw
@@ -225,7 +225,7 @@ class _Settings:
         return self.wholes_4N[3]
 
     def cut(self, part: slice, vocab_size: int) -> _Settings:
-        """Those of some of the requests."""
+        """The columns of some of the requests."""
         first, last = [0, *self.added_ends][part.start], self.added_ends[part.stop - 1]
         return _Settings(
             requests=self.requests[part],

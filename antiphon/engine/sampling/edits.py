@@ -17,12 +17,12 @@ from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.scheduling.request import Request
 
 _IN_PROMPT = 2**24
-"""Added to the count of a token that the prompt has; far above any count of generated tokens."""
+"""Added to the count of a token in the prompt; far above any count of generated tokens."""
 
 
 @dataclass(slots=True, kw_only=True, weakref_slot=True)
 class _Kept:
-    """`Request.sampling`."""
+    """The state of sampling that a request keeps, in `Request.sampling`."""
 
     bias: tuple[torch.Tensor, torch.Tensor] | None = None  # token ids (int64) and what is added (float64), on the host
     slot: int = 0  # of the table; 0 if it has none
@@ -34,14 +34,14 @@ def has_penalties(params: ResolvedParams) -> bool:
 
 
 def changes_logits(request: Request) -> bool:
-    """Whether the next token is not simply by the model's own logits."""
+    """Whether anything modifies this request's logits."""
     params = request.params
     return params.logit_bias is not None or len(request.output_ids) < params.min_tokens or has_penalties(params)
 
 
 @dataclass(slots=True)
 class Additions:
-    """What is added to logits, row by row: entries of row r are `ends[r - 1]` to `ends[r]`. On the host."""
+    """What to add to logits, on the host. The entries of row r are `ends[r - 1]` to `ends[r]`."""
 
     token_ids_E: torch.Tensor  # int64
     values_E: torch.Tensor  # float64
@@ -49,7 +49,7 @@ class Additions:
 
 
 def find_additions(requests: Sequence[Request], eos_token_ids: frozenset[int]) -> Additions:
-    """logit_bias, and -inf for tokens that would end a request before its min_tokens."""
+    """Adds logit_bias, and -inf for tokens that would end a request before its min_tokens."""
     ids = [torch.empty(0, dtype=torch.int64)]
     values = [torch.empty(0, dtype=torch.float64)]
     ends, end = [], 0
@@ -114,7 +114,7 @@ class PenaltyCounts:
         return slots, places, amounts
 
     def add(self, places_E: torch.Tensor, amounts_E: torch.Tensor) -> None:
-        """What `place` has told, on the device."""
+        """What `place` has returned, on the device."""
         self.table_SV.view(-1).index_add_(0, places_E, amounts_E.to(torch.int32))
 
     def _take(self) -> int:
