@@ -124,7 +124,7 @@ def test_the_sum_decides_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "obtainable_memory", lambda: needed)
     check_memory(config)
     monkeypatch.setattr(memory, "obtainable_memory", lambda: needed - 1)
-    with pytest.raises(OptionError, match="the KV cache takes"):
+    with raises(OptionError, "KV cache"):
         check_memory(config)
     monkeypatch.setattr(memory, "obtainable_memory", lambda: None)  # a system that does not say
     check_memory(config)
@@ -167,8 +167,8 @@ def test_weights_and_buffers_that_cannot_be_allocated(monkeypatch: pytest.Monkey
 
     config, group = EngineConfig(device="cpu", max_model_len=64).resolve(), RankGroup(rank=0, size=1)
     monkeypatch.setattr(build, "build_model", run_out)
-    with pytest.raises(OptionError, match=r"the weights of one of 1 ranks are .* use more ranks"):
+    with raises(OptionError, "weights", "1 rank", remedy="ranks"):
         build_engine(config, group)
     monkeypatch.setattr(build, "create_transport", run_out)
-    with pytest.raises(OptionError, match=r"steps of max_num_batched_tokens=2048 tokens do not fit .* use a lower"):
+    with raises(OptionError, "max_num_batched_tokens=2048"):
         make_transport(config, group, CpuStreams())

@@ -7,6 +7,7 @@ import pytest
 
 from antiphon.core.errors import LaneError
 from antiphon.runtime import CpuStreams, Pending, current_lane, finish, run_lanes, switch
+from tests.support.errors import raises
 
 
 class RecordedStreams:
@@ -154,7 +155,7 @@ def test_a_switch_away_from_the_compute_stream_is_an_error(lane):
 
     functions = [switch, switch]
     functions[lane] = astray
-    with pytest.raises(LaneError, match=f"lane {lane} switches at 'dispatch' away from the compute stream"):
+    with raises(LaneError, f"lane {lane} ", "'dispatch'", "stream", remedy="stream"):
         run_lanes(functions, streams=streams)
     assert streams.on_compute_stream()
 
@@ -166,7 +167,7 @@ def test_an_end_away_from_the_compute_stream_is_an_error(num_lanes):
     def astray():
         streams.current = "comm"
 
-    with pytest.raises(LaneError, match="lane 0 ends away from the compute stream"):
+    with raises(LaneError, "lane 0 ", remedy="stream"):
         run_lanes([astray] + [switch] * (num_lanes - 1), streams=streams)
 
 
