@@ -202,7 +202,8 @@ def protocol_world(
     with ExitStack() as stack:
         stack.enter_context(_fresh_media(driver))
         stack.enter_context(patch("torch.cuda.synchronize"))
-        stack.enter_context(patch.multiple("antiphon.comm.slab.chunks", _SMALLEST_CHUNK=smallest_chunk, _ALIGNMENT=64))
+        chunks = {"_SMALLEST_CHUNK": smallest_chunk, "_CHUNK_ALIGNMENT": 64}
+        stack.enter_context(patch.multiple("antiphon.comm.slab.host_staged", **chunks))
         memories: list[torch.Tensor] = []
         transports = []
         for rank in range(size):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.comm.slab.chunks import chunks_of
+from antiphon.comm.slab.host_staged import chunks_of
 
 
 @settings(deadline=None)

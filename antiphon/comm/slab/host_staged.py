@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,6 @@ from antiphon.comm.device_watch import ALL_PEERS
 from antiphon.comm.group import RankGroup, located
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
-from antiphon.comm.slab.chunks import MAX_CHUNKS, chunks_of
 from antiphon.comm.slab.host_memory import share_host_memory
 from antiphon.comm.slab.mailbox import CommStreams, Exchange, MemoryNames, Phase
 from antiphon.comm.slab.transport import CudaSlabTransport, slab_bytes
@@ -44,6 +44,24 @@ from antiphon.runtime import CudaStreams, Event
 _ALIGNMENT = 4096
 _SET, _CLEAR = 1, 0
 _USES_BEFORE_REPLAY = 2
+_MAX_CHUNKS = 8
+_SMALLEST_CHUNK = 1 << 20
+_CHUNK_ALIGNMENT = 4096
+
+
+class Chunk(NamedTuple):
+    """Bytes `start` to `start + num_bytes` of a slab."""
+
+    start: int
+    num_bytes: int
+
+
+def chunks_of(num_bytes: int) -> list[Chunk]:
+    """How a slab is cut, on both sides of the link: at most 8 chunks; one, which may be empty, below 2 MiB."""
+    count = max(1, min(_MAX_CHUNKS, num_bytes // _SMALLEST_CHUNK))
+    size = aligned(-(-num_bytes // count), _CHUNK_ALIGNMENT) or 1
+    starts = range(0, num_bytes, size) if num_bytes else (0,)
+    return [Chunk(start, min(size, num_bytes - start)) for start in starts]
 
 
 class HostStagedMailbox:
@@ -56,7 +74,7 @@ class HostStagedMailbox:
         self.streams: CommStreams = streams
         self.memory = StreamMemory()
         flush = check_stream_memory_operations(streams.device, "transport host-staged")
-        flags_end = aligned(num_lanes * len(Phase) * group.size * MAX_CHUNKS * 4, _ALIGNMENT)
+        flags_end = aligned(num_lanes * len(Phase) * group.size * _MAX_CHUNKS * 4, _ALIGNMENT)
         # Outgoing: one slab for all in dispatch, one for each peer in combine.
         dispatch_slab, combine_slab = dispatch_bytes // group.size, combine_bytes // group.size
         self._slab_bytes = (aligned(dispatch_slab, _ALIGNMENT), aligned(combine_slab, _ALIGNMENT))
@@ -159,7 +177,7 @@ class HostStagedMailbox:
         whom = f"rank {reader}" if phase is Phase.COMBINE else "all"
         name = f"outgoing {phase.name.lower()} slab of rank {source} for {whom}, lane {lane}"
         names.name_memory(self._slab_at(source, lane, phase, reader), self._slab_bytes[phase], name)
-        for chunk in range(MAX_CHUNKS):
+        for chunk in range(_MAX_CHUNKS):
             names.name_flag(self._flag(reader, lane, phase, source, chunk), reader, lane, phase, source, chunk)
 
     def _upload(self, exchange: Exchange, stream: int) -> None:
@@ -213,7 +231,7 @@ class HostStagedMailbox:
 
     def _flag(self, reader: int, lane: int, phase: Phase, source: int, chunk: int) -> int:
         way = (lane * len(Phase) + phase) * self._group.size + source
-        return self._bases[reader] + 4 * (way * MAX_CHUNKS + chunk)
+        return self._bases[reader] + 4 * (way * _MAX_CHUNKS + chunk)
 
     def _signal_last(self, exchange: Exchange, stream: int) -> None:
         last = tuple((put.peer, len(chunks_of(put.source.numel())) - 1) for put in exchange.puts)
