@@ -45,7 +45,7 @@ class RequestSlice:
 class Batch:
     """The requests and tokens of one step on one rank; empty on an idle rank."""
 
-    rank: int
+    rank: int  # the data-parallel replica
     requests: tuple[RequestSlice, ...]
 
     @property

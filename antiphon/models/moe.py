@@ -83,7 +83,7 @@ class Experts(nn.Module):
         self.names = names
         self.width = expert_width
         num_local = transport.experts_per_rank
-        self.first_expert = transport.group.rank * num_local
+        self.first_expert = transport.group.rank * num_local  # its group is the ep axis of the mesh
         self.gate_up_EGD = parameter(num_local, 2 * expert_width, shape.hidden_size, dtype=shape.dtype)
         self.down_EDF = parameter(num_local, shape.hidden_size, expert_width, dtype=shape.dtype)
 

@@ -57,7 +57,12 @@ class NcclZeroCtaTransport(AllGatherTransport):
     ) -> None:
         super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
         if not isinstance(streams, CudaStreams):
-            raise OptionError(f"NCCL needs CUDA devices, not {streams.device}", remedy="use gloo's", option="streams")
+            raise OptionError(
+                f"transport {self.name!r} needs CUDA devices, not {streams.device}",
+                remedy="use allgather",
+                option="transport",
+                value=self.name,
+            )
         warn_of_kernels(torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
         self._nccl = NcclGroup.shared(group, streams, zero_cta=True)
         rows = group.size * max_tokens
