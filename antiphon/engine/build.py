@@ -136,7 +136,7 @@ def _check_mesh(mesh: Mesh, group: RankGroup) -> None:
 
 
 def ready_message(engine: StepEngine) -> Ready:
-    """What a rank tells the front when `build_engine` is done."""
+    """What a rank reports to the frontend when `build_engine` is done."""
     transport = engine.transport
     return Ready(
         device_name=transport.streams.owner.describe(),

@@ -1,7 +1,7 @@
 """One rank in a process of its own: `python -m antiphon.engine.worker --rank R ...`.
 
 Started by a launcher, never by hand. The folder of the ranks holds `options.json` and the progress board. The worker
-ends when the front says so, when the front has died, or after an error, which it reports first.
+ends when the frontend says so, when the frontend has died, or after an error, which it reports first.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     """What the frontend passes to its workers at the start: the options, and what only it finds out."""
 
     options: EngineConfig
-    eos_token_ids: tuple[int, ...]  # the tokenizer's too, which only the front loads
-    matched: MatchedFiles | None  # the checkpoint, which only the front compares with the model; None: dummy weights
+    eos_token_ids: tuple[int, ...]  # the tokenizer's too, which only the frontend loads
+    matched: MatchedFiles | None  # the checkpoint, which only the frontend compares with the model; None: dummy weights
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> WorkerStart:
@@ -99,8 +99,8 @@ class KeptWarnings(logging.Handler):
 class Worker:
     """The loop of one rank: take messages, step, send tokens.
 
-    sign_s: after this long without a token, as in a long prompt, the front is told that steps go on. warnings: of this
-    process, for the front to log.
+    sign_s: after this long without a token, as in a long prompt, the frontend is told that steps go on.
+    warnings: those of this process, for the frontend to log.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ def main() -> int:
     else:
         exit_code = 0
     socket.close()
-    socket.context.term()  # waits until the front has the last message, 2 s at most
+    socket.context.term()  # waits until the frontend has the last message, 2 s at most
     return exit_code
 
 
@@ -187,7 +187,7 @@ def _serve(socket: zmq.Socket[bytes], place: Place) -> None:
     start = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=WorkerStart)
     options, config = start.options, start.resolve()
     warnings = KeptWarnings()
-    logging.getLogger("antiphon").addHandler(warnings)  # from here on: the front has resolved the same options
+    logging.getLogger("antiphon").addHandler(warnings)  # from here on: the frontend has resolved the same options
     torch.set_num_threads(_threads_per_rank(options.ranks))
     board = ProgressBoard(folder / PROGRESS_FILE, size=options.ranks)
     group = RankGroup.connect(
@@ -228,7 +228,7 @@ def report_and_exit(message: str, *, rank: int, folder: Path, kind: str = "PeerE
     failed = Failed(kind=kind, message=message, traceback="")
     unfinished = _report_file(rank, folder).with_suffix(f".{threading.get_native_id()}")
     unfinished.write_bytes(msgspec.json.encode(failed))
-    unfinished.rename(_report_file(rank, folder))  # so that the front never reads half of it
+    unfinished.rename(_report_file(rank, folder))  # so that the frontend never reads half of it
     os._exit(1)
 
 
