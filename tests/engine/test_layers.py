@@ -135,6 +135,7 @@ def test_some_layers_need_the_whole(twin: Twin) -> None:
 
 class SpiedStreams(CpuStreams):
     def __init__(self) -> None:
+        super().__init__()
         self.left_free: list[int] = []
 
     @contextmanager
@@ -151,7 +152,7 @@ class Events:
         self.kinds.append((event.kind, event.lane))
 
 
-def test_only_the_lanes_switch_and_leave_multiprocessors_free(twin: Twin) -> None:
+def test_only_the_lanes_switch_and_leave_sms_free(twin: Twin) -> None:
     streams, events = SpiedStreams(), Events()
     runner = Runner(twin.ours, streams=streams, recorder=events)
     runner.reserved_sms = 7
