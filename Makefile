@@ -36,12 +36,12 @@ types: setup
 layers: setup
 	$(BIN)/lint-imports
 
-# Tests that start no processes run side by side, the others two modules at a time.
 QUICK := not slow and not gpu and not multigpu
 
+# By modules, so that tests share the engines, servers and references of their module; one run, so that tests which wait
+# for processes run beside tests which compute. All modules are read once by each process, for 10 s.
 tests: setup
-	$(BIN)/pytest -n auto --maxprocesses 4 -m "$(QUICK) and not processes"
-	$(BIN)/pytest -n 2 --dist loadscope -m "$(QUICK) and processes"
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope -m "$(QUICK)"
 
 # pytest ends with 5 where there is no such test yet.
 test-slow: setup  # some 20 minutes
