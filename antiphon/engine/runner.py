@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from antiphon.core.batch import MicroBatch
-from antiphon.kernels.dispatch import cuda_kernels
+from antiphon.kernels.dispatch import no_cuda_kernels
 from antiphon.models import CausalLM, run_micro_batch
 from antiphon.runtime import Recorder, Streams, run_lanes
 from antiphon.splitting import cut_tensors, join_tensors
@@ -72,5 +72,6 @@ class Runner:
             partial(run_micro_batch, self.model, part, layers, state) for part, state in zip(parts, begun, strict=True)
         ]
         spared = self._streams.leave_free(self.reserved_sms) if len(parts) > 1 else nullcontext()
-        with spared, cuda_kernels(self._streams.owner.fused_kernels):
+        kernels = nullcontext() if self._streams.owner.fused_kernels else no_cuda_kernels()
+        with spared, kernels:
             return run_lanes(functions, streams=self._streams, recorder=self._recorder)

@@ -6,7 +6,7 @@ A function with a twin is written once, as its reference, and decorated:
     def rms_norm(x_TD, weight_D, eps): ...
 
 `rms_norm(...)` then runs `antiphon.kernels.fused.norm_rope.rms_norm_fused` for tensors on a CUDA device, and the body
-above for all others and inside `cuda_kernels(False)`; `rms_norm.reference(...)` always runs the body. The twin is
+above for all others and inside `no_cuda_kernels()`; `rms_norm.reference(...)` always runs the body. The twin is
 imported at its first call, because Triton is only installed with CUDA. Twins take the same arguments:
 `tests/kernels/test_dispatch.py` compares them.
 """
@@ -28,9 +28,9 @@ _allowed: ContextVar[bool] = ContextVar("antiphon_cuda_kernels", default=True)
 
 
 @contextmanager
-def cuda_kernels(allowed: bool) -> Iterator[None]:
-    """Inside, kernels that only CUDA has run for tensors there, or (False) plain torch as on any other device."""
-    token = _allowed.set(allowed)
+def no_cuda_kernels() -> Iterator[None]:
+    """Inside, plain torch runs for tensors on CUDA devices too, as on any other device."""
+    token = _allowed.set(False)
     try:
         yield
     finally:
