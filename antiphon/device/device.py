@@ -106,6 +106,11 @@ class Device(ABC):
     def count(self) -> int:
         """Devices of this kind that this process may use; starts nothing on them."""
 
+    @property
+    def hides_cuda(self) -> bool:
+        """Its tensors say that they are CUDA's, but no kernel that only CUDA has may run."""
+        return self.torch_device.type == "cuda" and not self.fused_kernels
+
     def current_index(self) -> int:
         """The index of the device of this kind that is current in this process."""
         return 0

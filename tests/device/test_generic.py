@@ -17,7 +17,7 @@ from antiphon.device import table
 from antiphon.device.generic import GenericDevice, GenericStreams
 from antiphon.device.generic_cpu import PretendedDevice
 from antiphon.device.table import find_device
-from antiphon.kernels.dispatch import cuda_kernels, takes_cuda_kernels
+from antiphon.kernels.dispatch import no_cuda_kernels, takes_cuda_kernels
 from tests.support.errors import raises
 from tests.support.prompts import mixed_prompts
 
@@ -108,7 +108,9 @@ def test_kernels_of_cuda_are_off_where_the_device_has_none() -> None:
 
     tensor: torch.Tensor = OnCuda()  # type: ignore[assignment]
     assert takes_cuda_kernels(tensor)
-    with cuda_kernels(False):
+    assert find_device("generic:cuda").hides_cuda
+    assert not find_device("cuda").hides_cuda and not find_device("cpu").hides_cuda
+    with no_cuda_kernels():
         assert not takes_cuda_kernels(tensor)
     assert takes_cuda_kernels(tensor)
     assert not takes_cuda_kernels(torch.zeros(1))
