@@ -26,7 +26,6 @@ class CudaDevice(Device):
     peer_access = True
     stream_memory_operations = True
     sm_carveout = True
-    fused_kernels = True
     capturable = True
     default_dtype = torch.bfloat16
 

@@ -68,8 +68,8 @@ class Device(ABC):
     sm_carveout: ClassVar[bool] = False
     """GEMMs can leave SMs free for communication kernels."""
 
-    fused_kernels: ClassVar[bool] = False
-    """The kernels of `antiphon.kernels.fused` run there."""
+    fused_kernels: ClassVar[bool] = True
+    """Kernels may go by the type of its tensors; False: plain torch runs even where that type has fused kernels."""
 
     capturable: ClassVar[bool] = False
     """A stream's work can be captured into a graph."""
@@ -105,11 +105,6 @@ class Device(ABC):
     @abstractmethod
     def count(self) -> int:
         """Devices of this kind that this process may use; starts nothing on them."""
-
-    @property
-    def hides_cuda(self) -> bool:
-        """Its tensors say that they are CUDA's, but no kernel that only CUDA has may run."""
-        return self.torch_device.type == "cuda" and not self.fused_kernels
 
     def current_index(self) -> int:
         """The index of the device of this kind that is current in this process."""

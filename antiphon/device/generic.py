@@ -30,6 +30,7 @@ class GenericDevice(Device):
     queues = True
     own_memory = True
     pinned_memory = True
+    fused_kernels = False
     default_dtype = torch.bfloat16
 
     def __init__(self, kind: str, index: int = 0) -> None:

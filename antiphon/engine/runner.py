@@ -29,7 +29,7 @@ class Runner:
     def __init__(self, model: CausalLM, *, streams: Streams, recorder: Recorder | None = None) -> None:
         self.model = model
         self.reserved_sms = 0
-        self._hides_cuda = streams.owner.hides_cuda
+        self._fused_kernels = streams.owner.fused_kernels
         self._num_layers = model.num_layers
         self._streams = streams
         self._recorder = recorder
@@ -73,6 +73,6 @@ class Runner:
             partial(run_micro_batch, self.model, part, layers, state) for part, state in zip(parts, begun, strict=True)
         ]
         spared = self._streams.leave_free(self.reserved_sms) if len(parts) > 1 else nullcontext()
-        kernels = no_cuda_kernels() if self._hides_cuda else nullcontext()
+        kernels = nullcontext() if self._fused_kernels else no_cuda_kernels()
         with spared, kernels:
             return run_lanes(functions, streams=self._streams, recorder=self._recorder)
