@@ -53,13 +53,7 @@ class _Part(Transport):
     name = "part"
 
     def __init__(self, whole: StepwiseTransport[Any]) -> None:
-        super().__init__(
-            whole.shape,
-            group=whole.group,
-            streams=whole.streams,
-            num_lanes=whole.num_lanes,
-            max_tokens=whole.max_tokens,
-        )
+        super().__init__(whole.shape, **whole.made_for)
         self.whole = whole
         self.num_sms = whole.num_sms
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -24,6 +25,32 @@ from antiphon.runtime import current_lane, num_lanes
 
 _FIRST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
+
+
+class Work(Protocol):
+    """A collective under way, on the CPU or on a device."""
+
+    def wait(self) -> None: ...
+
+    def ready_ns(self) -> int | None: ...
+
+
+class Collectives(ABC):
+    """Collectives of some ranks. Every tensor is contiguous, and the outputs may not be read before the wait."""
+
+    def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> Work:
+        """`out` [W * n, ...] gets `mine` [n, ...] of every rank, in order of rank."""
+        return self._queue(label, "all-gather", _all_gather, out, mine)
+
+    def all_to_all(
+        self, out: torch.Tensor, mine: torch.Tensor, label: str, *, out_splits: Sequence[int], in_splits: Sequence[int]
+    ) -> Work:
+        """Rows of `mine` go to the ranks by `in_splits`; `out` gets theirs by `out_splits`."""
+        return self._queue(label, "all-to-all", dist.all_to_all_single, out, mine, list(out_splits), list(in_splits))
+
+    @abstractmethod
+    def _queue(self, label: str, operation: str, call: Any, *arguments: Any) -> Work:
+        """Start `call`, whose first two arguments are the output and the input."""
 
 
 class Collective:
@@ -57,7 +84,7 @@ class Closeable(Protocol):
     def close(self) -> None: ...
 
 
-class RankGroup:
+class RankGroup(Collectives):
     """One rank of a group of `size`. A group of one needs no process group and moves nothing.
 
     process_group: a gloo group of torch.distributed with the same ranks in the same order. The caller owns it and
@@ -200,24 +227,7 @@ class RankGroup:
             )
         return self._device_watch
 
-    # ---- collectives; every tensor is contiguous, the outputs may not be read before the wait
-
-    def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> Collective:
-        """`out` [W * n, ...] gets `mine` [n, ...] of every rank, in order of rank."""
-        return self._start(_all_gather, label, out, mine)
-
-    def all_to_all(
-        self,
-        out: torch.Tensor,
-        mine: torch.Tensor,
-        label: str,
-        *,
-        out_splits: Sequence[int],
-        in_splits: Sequence[int],
-    ) -> Collective:
-        """Rows of `mine` go to the ranks by `in_splits`; `out` gets theirs by `out_splits`."""
-        splits = {"output_split_sizes": list(out_splits), "input_split_sizes": list(in_splits)}
-        return self._start(dist.all_to_all_single, label, out, mine, **splits)
+    # ---- collectives
 
     def all_gather_object(self, value: object) -> list[Any]:
         """The `value` of every rank. Slow: for setup and errors."""
@@ -232,10 +242,10 @@ class RankGroup:
             raise _peer_error(what, self.rank, self._board, error) from error
         return values
 
-    def _start(self, operation: Any, label: str, out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Collective:
+    def _queue(self, label: str, operation: str, call: Any, *arguments: Any) -> Collective:
         self._check_open()
-        launch = partial(operation, out, mine, group=self._process_group, async_op=True, **options)
-        return Collective(self, self.start(launch, label, operation.__name__), label, (out, mine))
+        launch = partial(call, *arguments, group=self._process_group, async_op=True)
+        return Collective(self, self.start(launch, label, operation), label, arguments[:2])
 
     def start(self, launch: Callable[[], Any], label: str, operation: str) -> Any:
         """Start a collective on any communicator of these ranks. Raises `PeerError` if a peer is known to be gone."""
@@ -255,8 +265,7 @@ class RankGroup:
         limited: False where the wait is a device's, which does not block the host and is limited by its backend.
         """
         where = located(label)
-        if self._board is not None:
-            self._board.mark(self.rank, f"waiting for {where}")
+        self._mark(f"waiting for {where}")
         start = time.monotonic()
         try:
             work.wait(timedelta(seconds=self.timeout_s)) if limited else work.wait()
@@ -265,16 +274,14 @@ class RankGroup:
             how = "timed out" if waited_s > 0.99 * self.timeout_s else "failed"  # gloo notices a peer that ends
             what = f"rank {self.rank} {how} after {waited_s:.1f} s waiting for {where}"
             raise _peer_error(what, self.rank, self._board, error) from error
-        if self._board is not None:
-            self._board.mark(self.rank, f"computing after {where}")
+        self._mark(f"computing after {where}")
 
     def wait_until(self, done: Callable[[], bool], label: str, *, peer: int) -> None:
         """Block until `done()`, which `peer` makes true. Raises `PeerError` after the time limit."""
         if done():
             return
         where = f"{located(label)} from rank {peer}"
-        if self._board is not None:
-            self._board.mark(self.rank, f"waiting for {where}")
+        self._mark(f"waiting for {where}")
         start = time.monotonic()
         nap_s = 0.0
         while not done():
@@ -284,8 +291,11 @@ class RankGroup:
                 raise _peer_error(what, self.rank, self._board)
             time.sleep(nap_s)
             nap_s = min(nap_s + _FIRST_NAP_S, _LONGEST_NAP_S)
+        self._mark(f"computing after {where}")
+
+    def _mark(self, where: str) -> None:
         if self._board is not None:
-            self._board.mark(self.rank, f"computing after {where}")
+            self._board.mark(self.rank, where)
 
     # ---- the debug mode that compares the order of collectives
 
@@ -318,11 +328,10 @@ class RankGroup:
         return "no difference"
 
 
-def _all_gather(out: torch.Tensor, mine: torch.Tensor, **options: Any) -> dist.Work:
+def _all_gather(out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Any:
     # torch 2.13 renames the call and warns about the old name, which is the only one that 2.11 has.
     call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work: dist.Work = call(out, mine, **options)
-    return work
+    return call(out, mine, **options)
 
 
 def _peer_error(fact: str, rank: int, board: ProgressBoard | None, error: Exception | None = None) -> PeerError:

@@ -109,7 +109,7 @@ def library(facts: Facts | None, world: World, name: str) -> Refusal | None:
     return None
 
 
-def queued_collectives(facts: Facts | None, world: World) -> Refusal | None:
+def collectives(facts: Facts | None, world: World) -> Refusal | None:
     """The backend of torch.distributed for the world's devices, and what it needs."""
     name = world.device.collective_backend
     if refusal := library(facts, world, name):
@@ -117,10 +117,12 @@ def queued_collectives(facts: Facts | None, world: World) -> Refusal | None:
     return shm_of_nccl(facts, world) if name == "nccl" else None
 
 
-def way_of_queued_collectives(facts: Facts, world: World) -> Way:
+def way_of_collectives(facts: Facts, world: World) -> Way:
     """How that backend gets from one device to another."""
     name = world.device.collective_backend
-    return way_of_nccl(facts, world) if name == "nccl" else Way(f"over {name}")
+    if name == "nccl":
+        return way_of_nccl(facts, world)
+    return Way(f"over {name}" if world.device.queues else f"over {name}, between the CPUs of this host")
 
 
 def shm_of_nccl(facts: Facts | None, world: World) -> Refusal | None:

@@ -69,13 +69,7 @@ class SimulatedTransport(Transport):
     name = "simulated"
 
     def __init__(self, inner: Transport, link: Link) -> None:
-        super().__init__(
-            inner.shape,
-            group=inner.group,
-            streams=inner.streams,
-            num_lanes=inner.num_lanes,
-            max_tokens=inner.max_tokens,
-        )
+        super().__init__(inner.shape, **inner.made_for)
         self.inner = inner
         self.link = link
         self._busy_until_ns = 0

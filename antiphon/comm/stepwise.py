@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, Unpack
 
 import torch
 
-from antiphon.comm.counts import exchange_counts
-from antiphon.comm.group import RankGroup
+from antiphon.comm.group import RankGroup, Work
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight, Transport
-from antiphon.runtime import Streams
+from antiphon.comm.transport import Flight, MadeFor, Transport
+from antiphon.core.errors import LaneError
+from antiphon.runtime import Pending
 
 T = TypeVar("T")
 
@@ -42,17 +42,9 @@ class StepwiseTransport(Transport, Generic[ExchangeT]):
 
     wants_counts = True  # whether `plan` must know how many tokens every rank sends
 
-    def __init__(
-        self,
-        shape: ExpertShape,
-        *,
-        group: RankGroup,
-        streams: Streams,
-        num_lanes: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-    ) -> None:
-        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
-        self.exchanges: list[ExchangeT | None] = [None] * num_lanes  # the last one of each lane
+    def __init__(self, shape: ExpertShape, **made_for: Unpack[MadeFor]) -> None:
+        super().__init__(shape, **made_for)
+        self.exchanges: list[ExchangeT | None] = [None] * self.num_lanes  # the last one of each lane
 
     # ---- the steps
 
@@ -108,12 +100,33 @@ class StepwiseTransport(Transport, Generic[ExchangeT]):
         return then(self.send_back(exchange, label), lambda: self.add(exchange))
 
 
-class Work(Protocol):
-    """A collective under way, on the CPU or on a device."""
+def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str) -> tuple[int, ...]:
+    """Exchange the token counts of all ranks, for a caller that does not know them. The host waits.
 
-    def wait(self) -> None: ...
+    Raises `LaneError` if a rank is on another lane: counts are matched by their order across lanes.
+    """
+    found_W2 = torch.empty(group.size, 2, dtype=torch.int64, device="cpu")
+    label = f"counts of {label}"
+    work = group.all_gather(found_W2, torch.tensor([[num_tokens, lane]], device="cpu"), label)
+    return tuple(arrived_counts(work, found_W2, lane, label))
 
-    def ready_ns(self) -> int | None: ...
+
+def arrived_counts(work: Work, found_W2: torch.Tensor, lane: int, label: str) -> list[int]:
+    """Wait for every rank's (count, lane) inside a dispatch, recorded as exposed communication. Give the counts.
+
+    It is a pending with no messages, because the messages of the counts are added to those of the rows.
+    Raises `LaneError` if a rank is on another lane.
+    """
+    Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
+    counts: list[int] = found_W2[:, 0].tolist()
+    for rank, other in enumerate(found_W2[:, 1].tolist()):
+        if other != lane:
+            raise LaneError(
+                f"{label} on lane {lane} met rank {rank} on lane {other}",
+                limit="all ranks must call dispatch and combine in the same order over all lanes",
+                remedy="let the lanes switch alike on all ranks",
+            )
+    return counts
 
 
 def flight_of(work: Work | None, *, num_bytes: int, num_messages: int = 1) -> Flight[None]:

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NotRequired, TypedDict, TypeVar
 
 import torch
 
@@ -52,6 +52,15 @@ class Flight(Generic[T]):
     ready_ns: Callable[[], int | None] | None = None
     num_bytes: int = 0
     num_messages: int = 1
+
+
+class MadeFor(TypedDict):
+    """What a transport is made for beside the shape: the arguments of `Transport`, for those that pass them on."""
+
+    group: RankGroup
+    streams: Streams
+    num_lanes: int
+    max_tokens: NotRequired[int]
 
 
 class DataPath(Enum):
@@ -95,6 +104,16 @@ class Transport(ABC):
         self.experts_per_rank = shape.experts_per_rank(group.size)
         self._phases = [_Phase.IDLE] * num_lanes
         self._num_rows = [0] * num_lanes  # received last
+
+    @property
+    def made_for(self) -> MadeFor:
+        """For another transport beside or around this one."""
+        return {
+            "group": self.group,
+            "streams": self.streams,
+            "num_lanes": self.num_lanes,
+            "max_tokens": self.max_tokens,
+        }
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:

@@ -11,21 +11,16 @@ On GPUs it is NCCL's, which adds in the model's dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Unpack
 
 import torch
 
-from antiphon.comm import needs
 from antiphon.comm.collective.queued import QueuedGroup
-from antiphon.comm.group import RankGroup
-from antiphon.comm.needs import Refusal, Way, World
-from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.stepwise import StepwiseTransport, Work, flight_of
+from antiphon.comm.collective.transport import CollectiveTransport
+from antiphon.comm.stepwise import flight_of
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
+from antiphon.comm.transport import Flight, MadeFor
 from antiphon.kernels.pack import add_in_rank_order
-from antiphon.machine.facts import Facts
-from antiphon.runtime import Streams
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,32 +33,10 @@ class PaddedExchange:
     out_TD: torch.Tensor | None = None  # the result of a reduce-scatter, the caller's once it has been handed over
 
 
-class AllGatherTransport(StepwiseTransport[PaddedExchange]):
+class AllGatherTransport(CollectiveTransport[PaddedExchange]):
     """All-gather of tokens, reduce-scatter of partial sums."""
 
     name = "allgather"
-
-    @classmethod
-    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        return needs.library(facts, world, "gloo")
-
-    @classmethod
-    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return Way("over gloo, between the CPUs of this host")
-
-    def __init__(
-        self,
-        shape: ExpertShape,
-        *,
-        group: RankGroup,
-        streams: Streams,
-        num_lanes: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-    ) -> None:
-        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
-        self._format = RowFormat(shape)
-        self._buffers = [LaneBuffers(streams.device) for _ in range(num_lanes)]
-        self._link: _Gathers = group
 
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> PaddedExchange:
         assert tokens_by_rank is not None
@@ -86,77 +59,53 @@ class AllGatherTransport(StepwiseTransport[PaddedExchange]):
         return self.rows(row.x(gathered), row.ids(gathered), row.weights(gathered), self.partials_of(exchange))
 
     def partials_of(self, exchange: PaddedExchange) -> torch.Tensor:
-        return self._sums("partials", exchange)
+        """Of the tokens of all ranks [W * padded, D]."""
+        return self._sums("partials", exchange.lane, self.group.size * exchange.padded)
 
     def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
-        home, partials_RD = self._sums("home", exchange), self.partials_of(exchange)
         equal = [exchange.padded] * self.group.size
         with self.streams.comm(after=self.streams.record()):
-            work = self.group.all_to_all(home, partials_RD, label, out_splits=equal, in_splits=equal)
+            work = self._link.all_to_all(
+                self._home(exchange), self.partials_of(exchange), label, out_splits=equal, in_splits=equal
+            )
         return flight_of(work, num_bytes=self._combine_bytes(exchange))
 
     def add(self, exchange: PaddedExchange) -> torch.Tensor:
-        home_WTD = self._sums("home", exchange).view(self.group.size, exchange.padded, self.shape.hidden_size)
+        home_WTD = self._home(exchange).view(self.group.size, exchange.padded, self.shape.hidden_size)
         return add_in_rank_order([part[: exchange.num_tokens] for part in home_WTD])
 
     def _packed(self, exchange: PaddedExchange) -> torch.Tensor:
         """My rows [padded, row_bytes], to be sent."""
-        return self._buffers[exchange.lane].get("packed", exchange.padded, self._format.row_bytes, torch.uint8)
+        return self._rows("packed", exchange.lane, exchange.padded)
 
     def _gathered(self, exchange: PaddedExchange) -> torch.Tensor:
         """The rows of all ranks [W * padded, row_bytes]."""
-        num_rows = exchange.padded * self.group.size
-        return self._buffers[exchange.lane].get("gathered", num_rows, self._format.row_bytes, torch.uint8)
+        return self._rows("gathered", exchange.lane, self.group.size * exchange.padded)
 
-    def _sums(self, name: str, exchange: PaddedExchange) -> torch.Tensor:
-        """Partial sums [W * padded, D]: of all ranks' tokens, or of my tokens by all ranks."""
-        num_rows = exchange.padded * self.group.size
-        return self._buffers[exchange.lane].get(name, num_rows, self.shape.hidden_size, self.shape.dtype)
+    def _home(self, exchange: PaddedExchange) -> torch.Tensor:
+        """The partial sums of my tokens by all ranks [W * padded, D]."""
+        return self._sums("home", exchange.lane, self.group.size * exchange.padded)
 
     def _combine_bytes(self, exchange: PaddedExchange) -> int:
-        return (self.group.size - 1) * exchange.padded * self.shape.hidden_size * self.shape.dtype.itemsize
-
-
-class _Gathers(Protocol):
-    """The group of the ranks, on the CPU or on devices."""
-
-    def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> Work: ...
+        return (self.group.size - 1) * exchange.padded * self._sum_bytes
 
 
 class QueuedAllGatherTransport(AllGatherTransport):
-    """The same where a device queues its work. max_ctas: see `QueuedGroup.of`."""
+    """The same where a device queues its work."""
 
-    @classmethod
-    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        return needs.queued_collectives(facts, world)
-
-    @classmethod
-    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return needs.way_of_queued_collectives(facts, world)
-
-    def __init__(
-        self,
-        shape: ExpertShape,
-        *,
-        group: RankGroup,
-        streams: Streams,
-        num_lanes: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        max_ctas: int | None = None,
-    ) -> None:
-        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
-        self._link = self._queued = QueuedGroup.of(group, streams, max_ctas=max_ctas)
-        self.num_sms = max_ctas or 0
-        for lane in range(num_lanes):  # at once, so that the memory that is left can be measured
-            largest = PaddedExchange(lane=lane, num_tokens=max_tokens, padded=max_tokens)
+    def __init__(self, shape: ExpertShape, *, max_ctas: int | None = None, **made_for: Unpack[MadeFor]) -> None:
+        super().__init__(shape, max_ctas=max_ctas, **made_for)
+        for lane in range(self.num_lanes):  # at once, so that the memory that is left can be measured
+            largest = PaddedExchange(lane=lane, num_tokens=self.max_tokens, padded=self.max_tokens)
             self._packed(largest), self._gathered(largest), self.partials_of(largest)
 
     def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
         # New, the caller's; made on the compute stream, so nothing queued there still uses its memory when the comm
         # stream begins to write.
         exchange.out_TD = self._new_out(exchange)
+        assert isinstance(self._link, QueuedGroup)
         with self.streams.comm(after=self.streams.record()):
-            work = self._queued.reduce_scatter(exchange.out_TD, self.partials_of(exchange), label)
+            work = self._link.reduce_scatter(exchange.out_TD, self.partials_of(exchange), label)
         return flight_of(work, num_bytes=self._combine_bytes(exchange))
 
     def add(self, exchange: PaddedExchange) -> torch.Tensor:

@@ -9,22 +9,16 @@ sent in `dispatch`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
-from antiphon.comm import needs
-from antiphon.comm.counts import check_lanes, wait_for_counts
-from antiphon.comm.group import RankGroup
-from antiphon.comm.needs import Refusal, Way, World
-from antiphon.comm.row_format import LaneBuffers, RowFormat
-from antiphon.comm.stepwise import StepwiseTransport, Work, flight_of
-from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
-from antiphon.machine.facts import Facts
-from antiphon.runtime import Event, Streams
+from antiphon.comm.collective.transport import CollectiveTransport
+from antiphon.comm.group import Work
+from antiphon.comm.stepwise import arrived_counts, flight_of
+from antiphon.comm.tokens import Routes, Rows
+from antiphon.comm.transport import Flight
+from antiphon.runtime import Event
 
 
 def reached_ranks(ids_TK: torch.Tensor, experts_per_rank: int, num_ranks: int) -> torch.Tensor:
@@ -50,33 +44,11 @@ class RoutedExchange:
         return max(sum(rows) - rows[rank] for rows in (self.sent, self.received))
 
 
-class AllToAllTransport(StepwiseTransport[RoutedExchange]):
+class AllToAllTransport(CollectiveTransport[RoutedExchange]):
     """Exact routing over the process group's variable all-to-all."""
 
     name = "alltoall"
     wants_counts = False  # it counts the rows between any two ranks itself
-
-    @classmethod
-    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        return needs.library(facts, world, "gloo")
-
-    @classmethod
-    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return Way("over gloo, between the CPUs of this host")
-
-    def __init__(
-        self,
-        shape: ExpertShape,
-        *,
-        group: RankGroup,
-        streams: Streams,
-        num_lanes: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-    ) -> None:
-        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
-        self._format = RowFormat(shape)
-        self._buffers = [LaneBuffers(streams.device) for _ in range(num_lanes)]
-        self._link: _Exchanges = group
 
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> RoutedExchange:
         reached_TW = reached_ranks(routes.ids_TK, self.experts_per_rank, self.group.size)
@@ -112,8 +84,7 @@ class AllToAllTransport(StepwiseTransport[RoutedExchange]):
         splits = {"out_splits": exchange.sent, "in_splits": exchange.received}
         with self.streams.comm(after=self.streams.record()):
             work = self._link.all_to_all(home_ND, self.partials_of(exchange), label, **splits)
-        sum_bytes = self.shape.hidden_size * self.shape.dtype.itemsize
-        return flight_of(work, num_bytes=exchange.remote_rows(self.group.rank) * sum_bytes)
+        return flight_of(work, num_bytes=exchange.remote_rows(self.group.rank) * self._sum_bytes)
 
     def add(self, exchange: RoutedExchange) -> torch.Tensor:
         """Added in order of rank, in float32 at least."""
@@ -135,10 +106,8 @@ class AllToAllTransport(StepwiseTransport[RoutedExchange]):
         received_W2 = torch.empty_like(sent_W2)
         ones = [1] * self.group.size
         work = self.group.all_to_all(received_W2, sent_W2, label, out_splits=ones, in_splits=ones)
-        wait_for_counts(work, label)
-        received, lanes = received_W2.T.tolist()
-        check_lanes(lanes, exchange.lane, label)
-        exchange.sent, exchange.received = exchange.sent_W.tolist(), received
+        exchange.received = arrived_counts(work, received_W2, exchange.lane, label)
+        exchange.sent = exchange.sent_W.tolist()
 
     def _send_rows(self, exchange: RoutedExchange, label: str, *, after: Event) -> Work:
         received = self._rows("received", exchange.lane, sum(exchange.received))
@@ -146,17 +115,3 @@ class AllToAllTransport(StepwiseTransport[RoutedExchange]):
         splits = {"out_splits": exchange.received, "in_splits": exchange.sent}
         with self.streams.comm(after=after):
             return self._link.all_to_all(received, packed, label, **splits)
-
-    def _rows(self, name: str, lane: int, num_rows: int) -> torch.Tensor:
-        return self._buffers[lane].get(name, num_rows, self._format.row_bytes, torch.uint8)
-
-    def _sums(self, name: str, lane: int, num_rows: int) -> torch.Tensor:
-        return self._buffers[lane].get(name, num_rows, self.shape.hidden_size, self.shape.dtype)
-
-
-class _Exchanges(Protocol):
-    """The group of the ranks, on the CPU or on devices."""
-
-    def all_to_all(
-        self, out: torch.Tensor, mine: torch.Tensor, label: str, *, out_splits: Sequence[int], in_splits: Sequence[int]
-    ) -> Work: ...

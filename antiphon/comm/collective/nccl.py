@@ -14,8 +14,7 @@ import torch.distributed as dist
 
 from antiphon.comm.collective.queued import QueuedGroup
 from antiphon.comm.device_watch import ALL_PEERS
-from antiphon.comm.group import RankGroup, located
-from antiphon.comm.stepwise import Work
+from antiphon.comm.group import RankGroup, Work, located
 from antiphon.device.cuda_stream_memory import StreamOperations
 from antiphon.runtime import CudaStreams, Event, Streams
 

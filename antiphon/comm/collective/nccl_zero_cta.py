@@ -10,21 +10,23 @@ is no such reduce-scatter, so partial sums travel as they are, and their owner a
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from antiphon.comm import needs
 from antiphon.comm.collective.allgather import AllGatherTransport, PaddedExchange
 from antiphon.comm.collective.nccl import NcclGroup
-from antiphon.comm.group import RankGroup
-from antiphon.comm.needs import Refusal, Way, World
-from antiphon.comm.stepwise import Work, flight_of
+from antiphon.comm.group import Collectives
+from antiphon.comm.needs import Refusal, World
+from antiphon.comm.stepwise import flight_of
 from antiphon.comm.tokens import ExpertShape
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
+from antiphon.comm.transport import Flight, MadeFor
 from antiphon.core.errors import OptionError
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.pack import add_in_rank_order
 from antiphon.machine.facts import Facts
-from antiphon.runtime import CudaStreams, Streams
+from antiphon.runtime import CudaStreams
 
 _COPY_ENGINES_SINCE = (2, 28)
 
@@ -42,84 +44,70 @@ class NcclZeroCtaTransport(AllGatherTransport):
             or needs.refusal_of(needs.lacks_of_peer_access(facts, world))
         )
 
-    @classmethod
-    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return needs.way_of_nccl(facts, world)
+    def __init__(self, shape: ExpertShape, **made_for: Unpack[MadeFor]) -> None:
+        super().__init__(shape, **made_for)
+        rows = self.group.size * self.max_tokens
+        window_bytes = {
+            "gathered": rows * self._format.row_bytes,
+            "home": rows * self._sum_bytes,
+            "partials": rows * self._sum_bytes,
+        }
+        names = [(name, lane) for lane in range(self.num_lanes) for name in window_bytes]
+        buffers = self._nccl.symmetric_buffers([window_bytes[name] for name, _ in names])
+        self._windows = dict(zip(names, buffers, strict=True))
 
-    def __init__(
-        self,
-        shape: ExpertShape,
-        *,
-        group: RankGroup,
-        streams: Streams,
-        num_lanes: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-    ) -> None:
-        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
-        if not isinstance(streams, CudaStreams):
+    def _connect(self, max_ctas: int | None) -> Collectives:
+        if not isinstance(self.streams, CudaStreams):
             raise OptionError(
-                f"transport {self.name!r} needs CUDA devices, not {streams.device}",
+                f"transport {self.name!r} needs CUDA devices, not {self.streams.device}",
                 remedy="use allgather",
                 option="transport",
                 value=self.name,
             )
         warn_of_kernels(torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
-        self._nccl = NcclGroup.shared(group, streams, zero_cta=True)
-        rows = group.size * max_tokens
-        row_bytes, sum_bytes = self._format.row_bytes, shape.hidden_size * shape.dtype.itemsize
-        sizes = [size for _ in range(num_lanes) for size in (rows * row_bytes, rows * sum_bytes, rows * sum_bytes)]
-        buffers = self._nccl.symmetric_buffers(sizes)
-        self._rows = buffers[0::3]
-        self._windows = {"home": buffers[1::3], "partials": buffers[2::3]}
+        self._nccl = NcclGroup.shared(self.group, self.streams, zero_cta=True)
+        return self._nccl
 
     def send(self, exchange: PaddedExchange, label: str) -> Flight[None]:
-        work: Work | None = None
-        if exchange.padded:
-            with self.streams.comm(after=self.streams.record()):
-                work = self._nccl.all_gather(self._gathered(exchange), self._packed(exchange), label)
-        return flight_of(work, num_bytes=(self.group.size - 1) * exchange.padded * self._format.row_bytes)
+        return super().send(exchange, label) if exchange.padded else flight_of(None, num_bytes=0)
 
     def keep(self, exchange: PaddedExchange, partial_RD: torch.Tensor) -> None:
         super().keep(exchange, partial_RD)
         if self.group.size == 2:
-            self._home(exchange)[self.group.rank].copy_(self._by_rank("partials", exchange)[1 - self.group.rank])
+            peer_TD = self._by_rank(self.partials_of(exchange))[1 - self.group.rank]
+            self._by_rank(self._home(exchange))[self.group.rank].copy_(peer_TD)
 
     def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
-        size, home = self.group.size, self._sums("home", exchange)
-        work: Work | None = None
-        if exchange.padded:
-            with self.streams.comm(after=self.streams.record()):
-                if size == 2:
-                    work = self._nccl.all_gather(home, self._home(exchange)[self.group.rank], label)
-                else:
-                    equal = [exchange.padded] * size
-                    partials_RD = self.partials_of(exchange)
-                    work = self._nccl.all_to_all(home, partials_RD, label, out_splits=equal, in_splits=equal)
+        if not exchange.padded:
+            return flight_of(None, num_bytes=0)
+        if self.group.size != 2:
+            return super().send_back(exchange, label)
+        home = self._home(exchange)
+        with self.streams.comm(after=self.streams.record()):
+            work = self._link.all_gather(home, self._by_rank(home)[self.group.rank], label)
         return flight_of(work, num_bytes=self._combine_bytes(exchange))
 
     def add(self, exchange: PaddedExchange) -> torch.Tensor:
-        rank, home_WTD, sums_WTD = self.group.rank, self._home(exchange), self._by_rank("partials", exchange)
+        rank, home_WTD = self.group.rank, self._by_rank(self._home(exchange))
+        sums_WTD = self._by_rank(self.partials_of(exchange))
         sums = [(sums_WTD if source == rank else home_WTD)[source] for source in range(self.group.size)]
         return add_in_rank_order([sum_TD[: exchange.num_tokens] for sum_TD in sums])
 
     def _packed(self, exchange: PaddedExchange) -> torch.Tensor:
         """My own part of the gathered rows."""
-        padded, rank = exchange.padded, self.group.rank
-        return self._gathered(exchange)[rank * padded : (rank + 1) * padded]
+        rows = self._gathered(exchange)
+        return rows[self.group.rank * exchange.padded :][: exchange.padded]
 
-    def _gathered(self, exchange: PaddedExchange) -> torch.Tensor:
-        num_bytes = self.group.size * exchange.padded * self._format.row_bytes
-        return self._rows[exchange.lane][:num_bytes].view(-1, self._format.row_bytes)
+    def _rows(self, name: str, lane: int, num_rows: int) -> torch.Tensor:
+        row_bytes = self._format.row_bytes
+        return self._windows[name, lane][: num_rows * row_bytes].view(num_rows, row_bytes)
 
-    def _sums(self, name: str, exchange: PaddedExchange) -> torch.Tensor:
-        num_bytes = self.group.size * exchange.padded * self.shape.hidden_size * self.shape.dtype.itemsize
-        return self._windows[name][exchange.lane][:num_bytes].view(self.shape.dtype).view(-1, self.shape.hidden_size)
+    def _sums(self, name: str, lane: int, num_rows: int) -> torch.Tensor:
+        window = self._windows[name, lane][: num_rows * self._sum_bytes]
+        return window.view(self.shape.dtype).view(num_rows, self.shape.hidden_size)
 
-    def _home(self, exchange: PaddedExchange) -> torch.Tensor:
-        return self._by_rank("home", exchange)
-
-    def _by_rank(self, name: str, exchange: PaddedExchange) -> torch.Tensor:
-        return self._sums(name, exchange).view(self.group.size, exchange.padded, self.shape.hidden_size)
+    def _by_rank(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums.view(self.group.size, -1, self.shape.hidden_size)
 
 
 def warn_of_kernels(nccl: tuple[int, ...]) -> None:

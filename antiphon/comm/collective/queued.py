@@ -7,7 +7,6 @@ behind `wait`. `nccl.NcclGroup` is the same for CUDA devices, with a watch over 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Self
@@ -15,8 +14,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from antiphon.comm.group import RankGroup
-from antiphon.comm.stepwise import Work
+from antiphon.comm.group import Collectives, RankGroup, Work
 from antiphon.runtime import Streams
 
 
@@ -42,7 +40,7 @@ class QueuedCollective:
         return None
 
 
-class QueuedGroup:
+class QueuedGroup(Collectives):
     """A communicator of all ranks of `group` for the devices of `streams`. All ranks make it at once.
 
     A peer that never comes is noticed by the backend, after the group's time limit.
@@ -96,27 +94,10 @@ class QueuedGroup:
         )
         return made
 
-    def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> Work:
-        """`out` [W * n, ...] gets `mine` [n, ...] of every rank, in order of rank."""
-        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return self._queue(label, "all-gather", call, out, mine)
-
     def reduce_scatter(self, out: torch.Tensor, parts: torch.Tensor, label: str) -> Work:
         """`out` [n, ...] gets the sum over ranks of their part for this rank, in the backend's order, parts' dtype."""
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return self._queue(label, "reduce-scatter", call, out, parts)
-
-    def all_to_all(
-        self,
-        out: torch.Tensor,
-        mine: torch.Tensor,
-        label: str,
-        *,
-        out_splits: Sequence[int],
-        in_splits: Sequence[int],
-    ) -> Work:
-        """Rows of `mine` go to the ranks by `in_splits`; `out` gets theirs by `out_splits`."""
-        return self._queue(label, "all-to-all", dist.all_to_all_single, out, mine, list(out_splits), list(in_splits))
 
     def _queue(self, label: str, operation: str, call: Any, *arguments: Any) -> Work:
         launch = partial(call, *arguments, group=self._process_group, async_op=True)

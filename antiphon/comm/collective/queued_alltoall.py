@@ -10,54 +10,33 @@ those that go somewhere in front.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
-from antiphon.comm import needs
 from antiphon.comm.collective.alltoall import AllToAllTransport, RoutedExchange
-from antiphon.comm.collective.queued import QueuedGroup
-from antiphon.comm.group import RankGroup
-from antiphon.comm.needs import Refusal, Way, World
-from antiphon.comm.stepwise import Work
+from antiphon.comm.group import Work
 from antiphon.comm.tokens import ExpertShape
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
-from antiphon.machine.facts import Facts
-from antiphon.runtime import Streams
+from antiphon.comm.transport import Flight, MadeFor
 
 
 class QueuedAllToAllTransport(AllToAllTransport):
-    """Exact routing over the variable all-to-all of the device's backend. max_ctas: see `QueuedGroup.of`."""
+    """Exact routing over the variable all-to-all of the device's backend."""
 
-    @classmethod
-    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        return needs.queued_collectives(facts, world)
-
-    @classmethod
-    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return needs.way_of_queued_collectives(facts, world)
-
-    def __init__(
-        self,
-        shape: ExpertShape,
-        *,
-        group: RankGroup,
-        streams: Streams,
-        num_lanes: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        max_ctas: int | None = None,
-    ) -> None:
-        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
-        self._link = QueuedGroup.of(group, streams, max_ctas=max_ctas)
-        self.num_sms = max_ctas or 0
-        most_rows = group.size * max_tokens
-        for lane in range(num_lanes):  # at once, so that the memory that is left can be measured
+    def __init__(self, shape: ExpertShape, *, max_ctas: int | None = None, **made_for: Unpack[MadeFor]) -> None:
+        super().__init__(shape, max_ctas=max_ctas, **made_for)
+        num_ranks = self.group.size
+        most_rows = num_ranks * self.max_tokens
+        for lane in range(self.num_lanes):  # at once, so that the memory that is left can be measured
             for name in ("packed", "received"):
                 self._rows(name, lane, most_rows)
             for name in ("partials", "home"):
                 self._sums(name, lane, most_rows)
         with torch.inference_mode(False):
-            pins = streams.owner.pinned_memory
+            pins = self.streams.owner.pinned_memory
             self._counts = [
-                torch.zeros(2, group.size, dtype=torch.int64, device="cpu", pin_memory=pins) for _ in range(num_lanes)
+                torch.zeros(2, num_ranks, dtype=torch.int64, device="cpu", pin_memory=pins)
+                for _ in range(self.num_lanes)
             ]
 
     def send(self, exchange: RoutedExchange, label: str) -> Flight[None]:

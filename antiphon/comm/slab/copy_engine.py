@@ -9,7 +9,6 @@ Boxes and flags lie in symmetric memory: | flags | dispatch box, combine box of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
@@ -19,8 +18,8 @@ from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.group import RankGroup, located
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
-from antiphon.comm.slab.mailbox import CommStreams, Exchange, MemoryNames, Phase
-from antiphon.comm.slab.transport import CudaSlabTransport
+from antiphon.comm.slab.mailbox import CommStreams, Exchange, Mailbox, MemoryNames, Phase
+from antiphon.comm.slab.transport import SlabTransport
 from antiphon.comm.tokens import ExpertShape
 from antiphon.device.cuda_stream_memory import StreamMemory, StreamOperations, check_stream_memory_operations
 from antiphon.machine.facts import Facts
@@ -30,8 +29,8 @@ _ALIGNMENT = 512
 _SET, _CLEAR = 1, 0
 
 
-class PeerCopyMailbox:
-    """A `Mailbox` in memory of the devices that every rank has mapped."""
+class PeerCopyMailbox(Mailbox):
+    """In memory of the devices that every rank has mapped."""
 
     def __init__(
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
@@ -84,12 +83,6 @@ class PeerCopyMailbox:
         wait.announce(located(exchange.label))
         self.memory.run(wait.operations, self.streams.compute_handle)
 
-    def reset(self, exchange: Exchange) -> None:
-        """Nothing to do: the batch of operations that waits for the flags also clears them."""
-
-    def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
-        return None
-
     def describe(self, names: MemoryNames) -> None:
         for lane, offsets in enumerate(self._offsets):
             for phase in Phase:
@@ -136,7 +129,7 @@ class _Wait:
             self.operations.set_value(number, code + peer)
 
 
-class CopyEngineTransport(CudaSlabTransport):
+class CopyEngineTransport(SlabTransport):
     """The slab protocol by peer copies of copy engines."""
 
     name = "copy-engine"

@@ -14,7 +14,6 @@ A slab that all peers get (dispatch) is uploaded once. A chunk's flag lies in th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +25,8 @@ from antiphon.comm.group import RankGroup, located
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
 from antiphon.comm.slab.host_memory import share_host_memory
-from antiphon.comm.slab.mailbox import CommStreams, Exchange, MemoryNames, Phase
-from antiphon.comm.slab.transport import CudaSlabTransport, slab_bytes
+from antiphon.comm.slab.mailbox import CommStreams, Exchange, Mailbox, MemoryNames, Phase
+from antiphon.comm.slab.transport import SlabTransport, slab_bytes
 from antiphon.comm.tokens import ExpertShape
 from antiphon.device.cuda_stream_memory import (
     Replay,
@@ -64,8 +63,8 @@ def chunks_of(num_bytes: int) -> list[Chunk]:
     return [Chunk(start, min(size, num_bytes - start)) for start in starts]
 
 
-class HostStagedMailbox:
-    """A `Mailbox` in host memory that every rank has mapped and pinned."""
+class HostStagedMailbox(Mailbox):
+    """In host memory that every rank has mapped and pinned."""
 
     def __init__(
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
@@ -158,12 +157,6 @@ class HostStagedMailbox:
         arrived = self._arrived[exchange.lane][exchange.phase]
         assert arrived is not None
         self.streams.wait(arrived)
-
-    def reset(self, exchange: Exchange) -> None:
-        """Nothing to do: the down stream clears each flag after its wait."""
-
-    def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
-        return None
 
     def describe(self, names: MemoryNames) -> None:
         for lane, boxes in enumerate(self._boxes):
@@ -279,7 +272,7 @@ def _goes_in_chunks(exchange: Exchange) -> bool:
     return any(len(chunks_of(size)) > 1 for size in sizes)
 
 
-class HostStagedTransport(CudaSlabTransport):
+class HostStagedTransport(SlabTransport):
     """The slab protocol through pinned host memory, by copy engines."""
 
     name = "host-staged"

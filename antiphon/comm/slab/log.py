@@ -204,8 +204,8 @@ class _Part(NamedTuple):
     label: str
 
 
-class LoggedMailbox:
-    """A `Mailbox` that does what `inner` does, and logs it with what `transport` does around it.
+class LoggedMailbox(Mailbox):
+    """It does what `inner` does, and logs it with what `transport` does around it.
 
     The experts read the box and write partial sums: logged at the first and at the last moment that they can.
     """

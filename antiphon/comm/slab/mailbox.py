@@ -29,6 +29,7 @@ stream; `wait` before `reset`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -85,30 +86,35 @@ class Exchange:
         self.num_bytes = max(sent, sum(arrival.num_bytes for arrival in self.arrivals))
 
 
-class Mailbox(Protocol):
+class Mailbox(ABC):
     """One rank's end. Ranks make theirs together, and call put, signal, wait, reset once each for every exchange."""
 
+    @abstractmethod
     def box(self, lane: int, phase: Phase) -> torch.Tensor:
         """My box: uint8 [box_bytes], on the device. Between the slabs of the peers it is mine to use."""
-        ...
 
-    def put(self, exchange: Exchange) -> None: ...
+    @abstractmethod
+    def put(self, exchange: Exchange) -> None:
+        """Start my copies."""
 
-    def signal(self, exchange: Exchange) -> None: ...
+    @abstractmethod
+    def signal(self, exchange: Exchange) -> None:
+        """Set my flags at the peers."""
 
+    @abstractmethod
     def wait(self, exchange: Exchange) -> None:
         """On the CPU it blocks; raises `PeerError` after the group's time limit."""
-        ...
 
-    def reset(self, exchange: Exchange) -> None: ...
+    def reset(self, exchange: Exchange) -> None:  # noqa: B027 (an answer, not a gap)
+        """Nothing to do where a stream's wait for a flag also clears it."""
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         """For `Pending.ready_ns`: when the last slab of the exchange was there, if the medium can tell."""
-        ...
+        return None
 
+    @abstractmethod
     def describe(self, names: MemoryNames) -> None:
         """Say what lies at which address: boxes, flags, and what else slabs pass through."""
-        ...
 
 
 class MemoryNames(Protocol):

@@ -28,6 +28,7 @@ from antiphon.comm.slab.mailbox import Exchange, Mailbox, MemoryNames, Phase
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.comm.tokens import ExpertShape
 from antiphon.machine.facts import Facts
+from antiphon.runtime import Streams
 
 _FLAG_WORDS = 2
 _ALIGNMENT = 256
@@ -55,10 +56,13 @@ class FlaggedMemory:
         words[number] = 0
 
 
-class SharedMemoryMailbox:
-    """A `Mailbox` over memory that all ranks have mapped."""
+class SharedMemoryMailbox(Mailbox):
+    """In memory that all ranks have mapped."""
 
-    def __init__(self, group: RankGroup, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int) -> None:
+    def __init__(
+        self, group: RankGroup, streams: Streams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
+    ) -> None:
+        """The calling thread does everything, on no stream."""
         self._group = group
         sizes = (dispatch_bytes, combine_bytes)
         flag_words = num_lanes * len(Phase) * group.size * _FLAG_WORDS
@@ -123,6 +127,7 @@ class SharedMemoryTransport(SlabTransport):
     """The slab protocol through shared memory of one host, on CPUs."""
 
     name = "shared-memory"
+    medium = SharedMemoryMailbox
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
@@ -135,11 +140,6 @@ class SharedMemoryTransport(SlabTransport):
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
         return Way("memory that the processes of this host share")
-
-    def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
-        return SharedMemoryMailbox(
-            self.group, num_lanes=self.num_lanes, dispatch_bytes=dispatch_bytes, combine_bytes=combine_bytes
-        )
 
 
 def flag_address(words: Words, number: int) -> int:

@@ -13,23 +13,20 @@ Shapes: `T` tokens of this rank, `D` hidden size, `R` tokens of all ranks.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 
-from antiphon.comm.group import RankGroup
 from antiphon.comm.needs import World
 from antiphon.comm.row_format import RowFormat
 from antiphon.comm.slab.mailbox import Arrival, Exchange, Mailbox, Phase, Put
 from antiphon.comm.stepwise import StepwiseTransport
 from antiphon.comm.tokens import ExpertShape, Routes, Rows
-from antiphon.comm.transport import DEFAULT_MAX_TOKENS, Flight
+from antiphon.comm.transport import Flight, MadeFor
 from antiphon.kernels.pack import add_in_rank_order, pack_rows
-from antiphon.runtime import Streams
 
 _KEPT_LAYOUTS = 64
 
@@ -53,36 +50,34 @@ class Layout:
 
 
 class SlabTransport(StepwiseTransport[Layout]):
-    """Dispatch and combine over `mailbox`, which an implementation makes in `_make_mailbox`."""
+    """Dispatch and combine over a mailbox of the class `medium`."""
 
-    def __init__(
-        self,
-        shape: ExpertShape,
-        *,
-        group: RankGroup,
-        streams: Streams,
-        num_lanes: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-    ) -> None:
-        super().__init__(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=max_tokens)
+    medium: ClassVar[Callable[..., Mailbox]]
+    """Makes the mailbox, on all ranks at once; the sizes are those of a lane's boxes."""
+
+    def __init__(self, shape: ExpertShape, **made_for: Unpack[MadeFor]) -> None:
+        super().__init__(shape, **made_for)
         self._format = RowFormat(shape)
         self._sum_bytes = shape.hidden_size * shape.dtype.itemsize
-        rows = group.size * max_tokens
-        self.mailbox = self._make_mailbox(rows * self._format.row_bytes, rows * self._sum_bytes)
+        rows = self.group.size * self.max_tokens
+        self.mailbox = type(self).medium(
+            self.group,
+            self.streams,
+            num_lanes=self.num_lanes,
+            dispatch_bytes=rows * self._format.row_bytes,
+            combine_bytes=rows * self._sum_bytes,
+        )
         with torch.inference_mode(False):  # usable inside and outside of inference mode
             self.partial_sums = [
-                torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=streams.device) for _ in range(num_lanes)
+                torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=self.streams.device)
+                for _ in range(self.num_lanes)
             ]
-        self._layouts: list[dict[tuple[int, ...], Layout]] = [{} for _ in range(num_lanes)]
+        self._layouts: list[dict[tuple[int, ...], Layout]] = [{} for _ in range(self.num_lanes)]
 
     def last_exchange(self, lane: int, phase: Phase) -> Exchange | None:
         """The exchange of the lane's last dispatch, or of its combine; for tests and reports."""
         layout = self.exchanges[lane]
         return None if layout is None else (layout.dispatch, layout.combine)[phase]
-
-    @abstractmethod
-    def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
-        """All ranks call it at once. The sizes are those of a lane's boxes."""
 
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> Layout:
         assert tokens_by_rank is not None
@@ -177,21 +172,6 @@ class SlabTransport(StepwiseTransport[Layout]):
             ready_ns=self.mailbox.ready_ns(exchange),
             num_bytes=exchange.num_bytes,
             num_messages=int(bool(exchange.puts)),
-        )
-
-
-class CudaSlabTransport(SlabTransport):
-    """The slab protocol between GPUs, over a mailbox of the class `medium`."""
-
-    medium: ClassVar[Callable[..., Mailbox]]
-
-    def _make_mailbox(self, dispatch_bytes: int, combine_bytes: int) -> Mailbox:
-        return type(self).medium(
-            self.group,
-            self.streams,
-            num_lanes=self.num_lanes,
-            dispatch_bytes=dispatch_bytes,
-            combine_bytes=combine_bytes,
         )
 
 
