@@ -17,8 +17,8 @@ import torch
 from antiphon.device.device import Device, DeviceMemory, Event, Reading, StepTimer, Streams
 
 
-class CpuDevice(Device):
-    """The CPUs of the host: one device, shared by all ranks."""
+class HostDevice(Device):
+    """Whatever runs on the CPUs of the host and has the host's memory: one device, shared by all ranks."""
 
     def _torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -30,23 +30,17 @@ class CpuDevice(Device):
     def count(self) -> int:
         return 1
 
-    def describe(self) -> str:
-        return f"CPU ({platform.machine()})"
-
-    def activate(self) -> None:
-        return
+    def current_index(self) -> int:
+        return 0
 
     def synchronize(self) -> None:
         return
 
-    def streams(self) -> Streams:
-        return CpuStreams(self)
-
-    def timer(self) -> StepTimer:
-        return CpuTimer()
-
     def memory(self) -> DeviceMemory:
-        return host_memory()
+        """The memory of the host, for all its processes."""
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
+        free_pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+        return DeviceMemory(free_pages * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes)
 
     def release_unused(self) -> None:
         return
@@ -55,7 +49,27 @@ class CpuDevice(Device):
         """The CPU's peak cannot start afresh."""
 
     def peak_bytes(self) -> int:
-        return peak_host_bytes()
+        """The largest resident size that this process ever had."""
+        import resource  # not on every system
+
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest if sys.platform == "darwin" else largest * 1024
+
+
+class CpuDevice(HostDevice):
+    """The CPUs of the host."""
+
+    def describe(self) -> str:
+        return f"CPU ({platform.machine()})"
+
+    def activate(self) -> None:
+        return
+
+    def streams(self) -> Streams:
+        return CpuStreams(self)
+
+    def timer(self) -> StepTimer:
+        return CpuTimer()
 
 
 class _CpuEvent:
@@ -108,18 +122,3 @@ class CpuTimer:
     def elapsed_ms(self, reading: Reading) -> float:
         elapsed_ns: int = reading.stop - reading.start
         return elapsed_ns * 1e-6
-
-
-def host_memory() -> DeviceMemory:
-    """The memory of the host, for all its processes."""
-    page_bytes = os.sysconf("SC_PAGE_SIZE")
-    free_pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-    return DeviceMemory(free_pages * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes)
-
-
-def peak_host_bytes() -> int:
-    """The largest resident size that this process ever had."""
-    import resource  # not on every system
-
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024

@@ -1,36 +1,29 @@
-"""CUDA devices: the caller's compute stream, comm streams of high priority beside it, events and the driver's figures.
+"""CUDA devices: what every accelerator has, as `generic` does it, and what only CUDA has.
 
-The compute stream is the one that is current when the streams are made. Comm streams are made when they are first
-named. Nothing in `CudaStreams` ever blocks the host.
+That is peer access, stream memory operations, SMs that can be left free, raw handles of streams for driver calls, and
+quicker ways to ask for the stream that is current.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from antiphon.core.errors import LaneError
-from antiphon.device.device import Device, DeviceMemory, Event, Identity, Reading, StepTimer, Streams
-
-_HIGH_PRIORITY = -1
+from antiphon.device.device import Event, Identity, Streams
+from antiphon.device.generic import HIGH_PRIORITY, GenericDevice, GenericStreams
 
 
-class CudaDevice(Device):
+class CudaDevice(GenericDevice):
     """One CUDA device."""
 
-    queues = True
-    own_memory = True
-    pinned_memory = True
     peer_access = True
     stream_memory_operations = True
     sm_carveout = True
     capturable = True
-    default_dtype = torch.bfloat16
-
-    def _torch_device(self) -> torch.device:
-        return torch.device("cuda", self.index)
+    fused_kernels = True
 
     @property
     def collective_backend(self) -> str:
@@ -40,45 +33,23 @@ class CudaDevice(Device):
         """0 without a driver or with a CPU build of torch."""
         return int(torch.cuda.device_count())
 
-    def current_index(self) -> int:
-        return int(torch.cuda.current_device())
-
     def describe(self) -> str:
         return str(torch.cuda.get_device_name(self.torch_device))
-
-    def activate(self) -> None:
-        """TF32 would cost float32 its last 13 bits of every factor, routers included."""
-        torch.cuda.set_device(self.torch_device)
-        torch.set_float32_matmul_precision("highest")
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
 
     def streams(self) -> Streams:
         return CudaStreams(self.torch_device)
 
-    def timer(self) -> StepTimer:
-        return CudaTimer(self.torch_device)
+    def new_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.torch_device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
 
-    def memory(self) -> DeviceMemory:
-        """As the driver counts it: other processes and other libraries included."""
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self.torch_device)
-        return DeviceMemory(int(free_bytes), int(total_bytes))
+    def new_event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
-    def release_unused(self) -> None:
-        self.synchronize()
-        torch.cuda.empty_cache()
+    def current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.torch_device)
 
-    def reset_peak(self) -> None:
-        self.release_unused()
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
-
-    def peak_bytes(self) -> int:
-        """Reserved, not allocated memory is counted: what the allocator could not reuse would be missing again."""
-        self.synchronize()
-        free_bytes, total_bytes = self.memory()
-        outside = total_bytes - free_bytes - torch.cuda.memory_reserved(self.torch_device)
-        return int(outside + torch.cuda.max_memory_reserved(self.torch_device))
+    def set_stream(self, stream: torch.cuda.Stream) -> None:
+        torch.cuda.set_stream(stream)
 
     def identity(self) -> Identity:
         """Its name is "" if torch does not say."""
@@ -99,25 +70,17 @@ class CudaDevice(Device):
         )
 
 
-class CudaStreams:
-    """`Streams` of one CUDA device. Not thread-safe: one host thread issues everything."""
+class CudaStreams(GenericStreams):
+    """`Streams` of one CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
-        self.owner: Device = CudaDevice("cuda", index)
-        self.device = self.owner.torch_device
-        self.device_types = self.owner.autocast_types
-        self._compute = torch.cuda.current_stream(self.device)
+        super().__init__(CudaDevice("cuda", index))
         self._compute_handle: int = self._compute.cuda_stream
-        self._comm: dict[str, torch.cuda.Stream] = {}
-
-    def record(self) -> Event:
-        event: torch.cuda.Event = self._current().record_event()
-        return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event), "an event of another device reached CudaStreams"
-        self._current().wait_event(event)
+        super().wait(event)
 
     @property
     def compute_handle(self) -> int:
@@ -138,22 +101,6 @@ class CudaStreams:
         event: torch.cuda.Event = self._comm_stream(name).record_event()
         return event
 
-    @contextmanager
-    def comm(self, *, after: Event, name: str = "comm") -> Iterator[None]:
-        stream = self._comm_stream(name)
-        if not self.on_compute_stream():
-            raise LaneError("a communication was sent away from the compute stream; leave the other stream first")
-        torch.cuda.set_stream(stream)
-        try:
-            self.wait(after)
-            yield
-        finally:
-            torch.cuda.set_stream(self._compute)
-
-    def join(self) -> None:
-        for stream in self._comm.values():
-            self._compute.wait_stream(stream)
-
     def on_compute_stream(self) -> bool:
         handle: int = torch._C._cuda_getCurrentRawStream(self.device.index)
         return handle == self._compute_handle
@@ -169,40 +116,9 @@ class CudaStreams:
         finally:
             torch._C._set_sm_carveout_experimental(None)
 
-    def _current(self) -> torch.cuda.Stream:
-        """The stream that is current; asked for at every switch and exchange, so by the quick way."""
+    def _current(self) -> Any:
+        """By the quick way."""
         return self._compute if self.on_compute_stream() else torch.cuda.current_stream(self.device)
-
-    def _comm_stream(self, name: str) -> torch.cuda.Stream:
-        stream = self._comm.get(name)
-        if stream is None:
-            stream = torch.cuda.Stream(self.device, priority=_HIGH_PRIORITY)  # type: ignore[no-untyped-call]
-            self._comm[name] = stream
-        return stream
-
-
-class CudaTimer:
-    """`StepTimer` of one CUDA device; events, so that the host's own time counts only where the device waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start: torch.cuda.Event | None = None
-
-    def start(self) -> None:
-        self._start = self._record()
-
-    def stop(self) -> Reading:
-        assert self._start is not None, "stop without start"
-        return Reading(self._start, self._record())
-
-    def elapsed_ms(self, reading: Reading) -> float:
-        reading.stop.synchronize()
-        return float(reading.start.elapsed_time(reading.stop))
-
-    def _record(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
 
 def cuda_versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from antiphon.core.errors import LaneError, OptionError
 from antiphon.device.device import Device, DeviceMemory, Event, Reading, StepTimer, Streams
 
-_HIGH_PRIORITY = -1
+HIGH_PRIORITY = -1
 _PREFIX = "generic:"  # of kinds that name the hardware under the generic calls
 
 
@@ -78,6 +78,7 @@ class GenericDevice(Device):
         return f"{name} ({self.kind})"
 
     def activate(self) -> None:
+        """TF32 would cost float32 its last 13 bits of every factor, routers included."""
         torch.accelerator.set_device_index(self.index)
         torch.set_float32_matmul_precision("highest")
 
@@ -91,6 +92,7 @@ class GenericDevice(Device):
         return GenericTimer(self)
 
     def memory(self) -> DeviceMemory:
+        """As the driver counts it: other processes and other libraries included."""
         module = torch.get_device_module(self.torch_device)
         ask = getattr(torch.accelerator, "get_memory_info", None) or module.mem_get_info  # the older name
         return DeviceMemory(*ask(self.torch_device))
@@ -104,7 +106,7 @@ class GenericDevice(Device):
         torch.accelerator.reset_peak_memory_stats(self.torch_device)
 
     def peak_bytes(self) -> int:
-        """Reserved memory, as on CUDA devices: what the allocator could not reuse would be missing again."""
+        """Reserved, not allocated memory is counted: what the allocator could not reuse would be missing again."""
         self.synchronize()
         free_bytes, total_bytes = self.memory()
         outside = total_bytes - free_bytes - torch.accelerator.memory_reserved(self.torch_device)
@@ -114,7 +116,7 @@ class GenericDevice(Device):
 
     def new_stream(self) -> Any:
         """A stream of high priority beside the others."""
-        return torch.Stream(self.torch_device, priority=_HIGH_PRIORITY)
+        return torch.Stream(self.torch_device, priority=HIGH_PRIORITY)
 
     def new_event(self) -> Any:
         """An event that keeps its time."""
@@ -129,7 +131,10 @@ class GenericDevice(Device):
 
 
 class GenericStreams:
-    """`Streams` of one accelerator. Not thread-safe: one host thread issues everything."""
+    """`Streams` of one accelerator. Not thread-safe: one host thread issues everything.
+
+    Comm streams are made when they are first named. Nothing here ever blocks the host.
+    """
 
     def __init__(self, owner: GenericDevice) -> None:
         self.owner: Device = owner
@@ -140,22 +145,19 @@ class GenericStreams:
         self._comm: dict[str, Any] = {}
 
     def record(self) -> Event:
-        event: Event = self._calls.current_stream().record_event()
+        event: Event = self._current().record_event()
         return event
 
     def wait(self, event: Event) -> None:
-        self._calls.current_stream().wait_event(event)
+        self._current().wait_event(event)
 
     @contextmanager
     def comm(self, *, after: Event, name: str = "comm") -> Iterator[None]:
         if not self.on_compute_stream():
             raise LaneError("a communication was sent away from the compute stream; leave the other stream first")
-        stream = self._comm.get(name)
-        if stream is None:
-            stream = self._comm[name] = self._calls.new_stream()
-        self._calls.set_stream(stream)
+        self._calls.set_stream(self._comm_stream(name))
         try:
-            stream.wait_event(after)
+            self.wait(after)
             yield
         finally:
             self._calls.set_stream(self._compute)
@@ -171,9 +173,19 @@ class GenericStreams:
         """There are no SMs to leave: `Device.sm_carveout` says so."""
         return nullcontext()
 
+    def _current(self) -> Any:
+        """The stream that is current; asked for at every switch and exchange."""
+        return self._calls.current_stream()
+
+    def _comm_stream(self, name: str) -> Any:
+        stream = self._comm.get(name)
+        if stream is None:
+            stream = self._comm[name] = self._calls.new_stream()
+        return stream
+
 
 class GenericTimer:
-    """`StepTimer` of one accelerator, by events on the stream that is current."""
+    """`StepTimer` of one accelerator, by events: the host's own time counts only where the device waits for it."""
 
     def __init__(self, owner: GenericDevice) -> None:
         self._owner = owner

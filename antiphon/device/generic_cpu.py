@@ -10,12 +10,11 @@ import time
 
 import torch
 
-from antiphon.device.cpu import host_memory, peak_host_bytes
-from antiphon.device.device import DeviceMemory
+from antiphon.device.cpu import HostDevice
 from antiphon.device.generic import GenericDevice
 
 
-class PretendedDevice(GenericDevice):
+class PretendedDevice(HostDevice, GenericDevice):
     """The CPU behind the generic device's calls. It has no memory of its own, and pins none."""
 
     own_memory = False
@@ -26,39 +25,11 @@ class PretendedDevice(GenericDevice):
         super().__init__(kind, index)
         self._default = self._current = PretendedStream()
 
-    def _torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def collective_backend(self) -> str:
-        return "gloo"
-
-    def count(self) -> int:
-        return 1
-
-    def current_index(self) -> int:
-        return 0
-
     def describe(self) -> str:
         return "CPU as a pretended accelerator"
 
     def activate(self) -> None:
         self._current = self._default
-
-    def synchronize(self) -> None:
-        return
-
-    def memory(self) -> DeviceMemory:
-        return host_memory()
-
-    def release_unused(self) -> None:
-        return
-
-    def reset_peak(self) -> None:
-        """The CPU's peak cannot start afresh."""
-
-    def peak_bytes(self) -> int:
-        return peak_host_bytes()
 
     def new_stream(self) -> PretendedStream:
         return PretendedStream()
