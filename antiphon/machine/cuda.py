@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from antiphon.core.errors import first_line
-from antiphon.machine.facts import Check, Device, Gpus, Peer
+from antiphon.machine.facts import Check, Gpu, Gpus, Peer
 
 _PCI_ATTRIBUTES = ("PCI_DOMAIN_ID", "PCI_BUS_ID", "PCI_DEVICE_ID")
 
@@ -47,14 +47,14 @@ def probe_gpus(pinned_bytes: int) -> Gpus:
     )
 
 
-def _device(index: int) -> Device:
+def _device(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     try:
         free_bytes: int | None = torch.cuda.mem_get_info(index)[0]
     except Exception:  # another process has the GPU for itself, say
         free_bytes = None
     flush = _attribute(index, "CAN_FLUSH_REMOTE_WRITES")
-    return Device(
+    return Gpu(
         index=index,
         name=properties.name,
         capability=f"{properties.major}.{properties.minor}",

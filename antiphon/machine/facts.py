@@ -1,7 +1,7 @@
 """What a machine allows, as plain facts: data only, so that every judgement on them can be tested with made-up ones.
 
-`None` always means unknown: a fact that could not be found out is never guessed. `machine` fills them in,
-`usable` judges them.
+`None` always means unknown: a fact that could not be found out is never guessed. `probe` fills them in,
+the transports judge them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Versions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+class Gpu:
     """One GPU that this process may use. `pci` is such as 0000:18:00.0."""
 
     index: int
@@ -64,7 +64,7 @@ class Peer:
 class Gpus:
     """What the CUDA driver says. `problem` says why there are no devices."""
 
-    devices: tuple[Device, ...] = ()
+    devices: tuple[Gpu, ...] = ()
     peers: tuple[Peer, ...] = ()
     pinned_memory: Check = Check(ok=None)  # shared host memory was registered with the driver ...
     pinned_bytes: int = 0  # ... as much as this

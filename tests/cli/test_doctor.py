@@ -17,13 +17,13 @@ from rich.console import Console
 import antiphon
 from antiphon.cli.doctor import describe, run_doctor
 from antiphon.core.errors import OptionError
-from antiphon.machine.facts import UNLIMITED, Check, Device, Facts, Gpus, Host, Numa, NumaNode, Peer, Versions
+from antiphon.machine.facts import UNLIMITED, Check, Facts, Gpu, Gpus, Host, Numa, NumaNode, Peer, Versions
 from tests.support.errors import raises
 
 GIB = 1 << 30
 WORKS = Check(ok=True, detail="tried")
 
-DEVICE = Device(
+DEVICE = Gpu(
     index=0,
     name="NVIDIA H200",
     capability="9.0",

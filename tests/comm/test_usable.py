@@ -12,7 +12,7 @@ from antiphon.comm import ExpertShape, Usability, World, usable_transports
 from antiphon.comm.slab.transport import slab_bytes
 from antiphon.core.errors import OptionError
 from antiphon.machine.advice import advise, format_bytes
-from antiphon.machine.facts import UNLIMITED, Check, Device, Facts, Gpus, Host, Numa, NumaNode, Peer, Versions
+from antiphon.machine.facts import UNLIMITED, Check, Facts, Gpu, Gpus, Host, Numa, NumaNode, Peer, Versions
 from tests.support.errors import raises
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -21,7 +21,7 @@ ALL = ("local", "allgather", "alltoall", "copy-engine", "host-staged", "shared-m
 
 
 def gpus(count: int = 2, **changes: Any) -> Gpus:
-    device = Device(
+    device = Gpu(
         index=0,
         name="H200",
         capability="9.0",

@@ -18,7 +18,7 @@ import torch
 from antiphon.machine import cuda as machine_cuda
 from antiphon.machine import host as machine_host
 from antiphon.machine import probe as machine
-from antiphon.machine.facts import UNLIMITED, Check, Device, Gpus, NumaNode, Peer
+from antiphon.machine.facts import UNLIMITED, Check, Gpu, Gpus, NumaNode, Peer
 
 MIB = 1 << 20
 
@@ -59,7 +59,7 @@ def test_links_follow_the_pci_address_and_not_the_number(monkeypatch: pytest.Mon
     """CUDA's first device may be another one than nvidia-smi's."""
     monkeypatch.setattr(machine, "run_limited", lambda *_: (TOPOLOGY, ""))
     devices = tuple(
-        Device(index=index, name="x", capability="9.0", memory_total_bytes=1, pci=pci)
+        Gpu(index=index, name="x", capability="9.0", memory_total_bytes=1, pci=pci)
         for index, pci in enumerate(["0000:02:00.0", "0000:01:00.0", None])
     )
     peers = (Peer(source=0, target=1, access=True), Peer(source=0, target=2, access=False))
@@ -277,9 +277,7 @@ def test_a_driver_that_does_not_answer_is_a_fact(
 
 
 def test_the_answer_is_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Device(
-        index=0, name="GPU", capability="9.0", memory_total_bytes=5, stream_memory_operations=Check(ok=True)
-    )
+    device = Gpu(index=0, name="GPU", capability="9.0", memory_total_bytes=5, stream_memory_operations=Check(ok=True))
     gpus = Gpus(devices=(device,), peers=(Peer(source=0, target=1, access=None),), pinned_memory=Check(ok=False))
     printed = "a warning of a library\n" + msgspec.json.encode(gpus).decode() + "\n"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
