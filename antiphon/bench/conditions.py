@@ -14,18 +14,12 @@ from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.sizes import parse_size
 
 _RANGE_STEP = 4
-_NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
 
 
 def check_ranks(ranks: int) -> None:
     """Raises `OptionError` for fewer than two: one rank has nothing to exchange."""
     if ranks < 2:
         raise OptionError(f"--ranks {ranks} has no communication to measure", remedy="use at least 2", option="ranks")
-
-
-def rank_environment(*, peer_access: bool) -> dict[str, str]:
-    """Environment variables that the ranks get in addition to this process's."""
-    return {} if peer_access else dict(_NO_PEERS)
 
 
 def resolve_measured_device(device: str, ranks: int, kinds: Sequence[str]) -> str:

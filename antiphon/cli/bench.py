@@ -36,6 +36,9 @@ NoPeerAccess = Annotated[
     bool, typer.Option("--no-peer-access", help="Forbid devices to access each other's memory (NCCL_P2P_DISABLE=1).")
 ]
 TimeoutS = Annotated[float, typer.Option(help="Maximum wait for another rank, in seconds.")]
+RangeRatio = Annotated[float, typer.Option(help="How far lengths may deviate from these, as a share; 0: not at all.")]
+RequestRate = Annotated[float, typer.Option(help="Requests per second; inf: all at once.")]
+MaxConcurrency = Annotated[int | None, size_option("Maximum number of open requests.", least=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
@@ -175,9 +178,7 @@ def serve(
     num_prompts: Annotated[int, size_option("Number of requests.", least=1)] = 1000,
     random_input_len: Annotated[int, size_option("Tokens per random prompt.", least=1)] = 1024,
     random_output_len: Annotated[int, size_option("Maximum number of tokens to generate per prompt.", least=1)] = 128,
-    random_range_ratio: Annotated[
-        float, typer.Option(help="How far lengths may deviate from these, as a share; 0: not at all.")
-    ] = 0.0,
+    random_range_ratio: RangeRatio = 0.0,
     random_vocab_size: Annotated[int, size_option("Random prompts have token ids below this.")] = 4000,
     random_as_text: Annotated[
         bool,
@@ -188,11 +189,11 @@ def serve(
     output_len: Annotated[
         int | None, size_option("Most tokens to generate for a prompt from a file, whatever it says.", least=1)
     ] = None,
-    request_rate: Annotated[float, typer.Option(help="Requests per second; inf: all at once.")] = float("inf"),
+    request_rate: RequestRate = float("inf"),
     burstiness: Annotated[
         float, typer.Option(help="1: Poisson arrivals; lower is burstier, higher is more even.")
     ] = 1.0,
-    max_concurrency: Annotated[int | None, size_option("Maximum number of open requests.", least=1)] = None,
+    max_concurrency: MaxConcurrency = None,
     num_warmups: Annotated[int, size_option("Number of warm-up requests, sent one by one.", least=0)] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always generate all tokens.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
@@ -272,9 +273,6 @@ def _console() -> Console:
     return console
 
 
-_TABLE_WIDTH = 140
-
-
 def dbo(
     engine: dict[str, Any],
     modes: Annotated[str, typer.Option(help="Values of --dbo to compare with the first, separated by commas.")] = (
@@ -283,10 +281,8 @@ def dbo(
     num_prompts: Annotated[int, size_option("Requests per run.", least=1)] = 64,
     random_input_len: Annotated[int, size_option("Tokens per prompt.", least=1)] = 512,
     random_output_len: Annotated[int, size_option("Tokens to generate per prompt.", least=1)] = 32,
-    random_range_ratio: Annotated[
-        float, typer.Option(help="How far lengths may deviate from these, as a share; 0: not at all.")
-    ] = 0.0,
-    request_rate: Annotated[float, typer.Option(help="Requests per second; inf: all at once.")] = float("inf"),
+    random_range_ratio: RangeRatio = 0.0,
+    request_rate: RequestRate = float("inf"),
     capacity_share: Annotated[
         float | None,
         typer.Option(
@@ -294,9 +290,9 @@ def dbo(
         ),
     ] = None,
     burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; lower is burstier.")] = 1.0,
-    max_concurrency: Annotated[int | None, size_option("Maximum number of open requests.", least=1)] = None,
+    max_concurrency: MaxConcurrency = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each mode, after a warm-up run.")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Run the same load with overlap off and on, interleaved, in one engine. The last line is one JSON object."""
     from antiphon.bench.conditions import check_writable, parse_names, write_json
@@ -330,8 +326,7 @@ def dbo(
         capacity_share=capacity_share,
     )
     check_writable(json_file, "json")
-    console = Console(stderr=True)
-    console.width = max(console.width, _TABLE_WIDTH)
+    console = _console()
     result = run_dbo(config, options, say=lambda text: say(console, text))
     print_dbo(result, console)
     write_json(result, json_file)

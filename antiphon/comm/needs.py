@@ -67,6 +67,11 @@ def peers_forbidden(environment: Mapping[str, str]) -> bool:
     return environment.get("NCCL_P2P_DISABLE", "").strip() not in ("", "0")
 
 
+def peer_environment(*, peer_access: bool) -> dict[str, str]:
+    """The variables of ranks that may or may not access their peers: what is forbidden to us is forbidden to NCCL."""
+    return {} if peer_access else {"NCCL_P2P_DISABLE": "1"}
+
+
 def refusal_of(lacks: Iterable[Advice]) -> Refusal | None:
     """One refusal for everything that is missing; `None` if nothing is."""
     lacks = list(lacks)

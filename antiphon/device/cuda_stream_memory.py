@@ -131,22 +131,22 @@ class StreamOperations:
         """Write a 32-bit word behind everything before; returns a number for `set_value`."""
         operation = driver.CUstreamBatchMemOpParams()
         operation.operation = _OPERATION.CU_STREAM_MEM_OP_WRITE_VALUE_32
-        operation.writeValue.address = driver.CUdeviceptr(address)
-        operation.writeValue.value = value
         operation.writeValue.flags = 0  # with a memory barrier
-        self._operations.append(operation)
-        self.steps.append(MemoryStep(False, address, value))
-        return len(self._operations) - 1
+        return self._add(operation, operation.writeValue, MemoryStep(False, address, value))
 
     def wait(self, address: int, value: int) -> None:
         """Hold the stream until the 32-bit word has this value."""
         operation = driver.CUstreamBatchMemOpParams()
         operation.operation = _OPERATION.CU_STREAM_MEM_OP_WAIT_VALUE_32
-        operation.waitValue.address = driver.CUdeviceptr(address)
-        operation.waitValue.value = value
         operation.waitValue.flags = self._wait_flags
+        self._add(operation, operation.waitValue, MemoryStep(True, address, value))
+
+    def _add(self, operation: Any, parameters: Any, step: MemoryStep) -> int:
+        parameters.address = driver.CUdeviceptr(step.address)
+        parameters.value = step.value
         self._operations.append(operation)
-        self.steps.append(MemoryStep(True, address, value))
+        self.steps.append(step)
+        return len(self._operations) - 1
 
     def set_value(self, number: int, value: int) -> None:
         self._operations[number].writeValue.value = value

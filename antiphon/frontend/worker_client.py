@@ -11,7 +11,8 @@ import msgspec
 import zmq
 
 from antiphon.comm import ProgressBoard
-from antiphon.config.engine_config import EngineConfig, ResolvedConfig
+from antiphon.comm.needs import peer_environment
+from antiphon.config.engine_config import ResolvedConfig
 from antiphon.core.errors import AntiphonError, EngineError, ModelError, OptionError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.messages import (
@@ -57,11 +58,6 @@ class SaidOnce:
             logging.getLogger(warned.logger).warning("%s", warned.text)
 
 
-def worker_environment(options: EngineConfig) -> dict[str, str]:
-    """The variables that the workers have besides those of the launcher."""
-    return {} if options.peer_access else {"NCCL_P2P_DISABLE": "1"}  # what is forbidden to us is forbidden to NCCL
-
-
 class WorkerClient:
     """Owns the worker processes and the socket to them.
 
@@ -103,7 +99,7 @@ class WorkerClient:
             self._board = ProgressBoard(folder / PROGRESS_FILE, size=self._ranks)
             (folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(WorkerStart.of(config)))
             self._socket.bind(self._processes.front)
-            self._processes.start("antiphon.engine.worker", worker_environment(config.options))
+            self._processes.start("antiphon.engine.worker", peer_environment(peer_access=config.options.peer_access))
             self._wait_for_ready(on_start or (lambda what: None))
         except BaseException:
             self._ended = self._ended or "it did not start"  # close need not wait for anything

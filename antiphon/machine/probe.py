@@ -100,7 +100,7 @@ def _is_nvidia_gpu(device: Path) -> bool:
 
 
 def probe_gpus_apart(pinned_bytes: int, time_limit_s: float) -> Gpus:
-    """`machine_cuda.probe_gpus` in a process of its own."""
+    """`cuda.probe_gpus` in a process of its own."""
     if torch.version.cuda is None:
         return Gpus(problem="this torch is built without CUDA")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}

@@ -31,6 +31,19 @@ class RoutingConfig:
     scale: float = 1.0
     narrow: bool = False  # softmax only: multiply in the model's dtype, as the model was trained, not in float32
 
+    @staticmethod
+    def read_sigmoid(file: ConfigFile, *, default_scale: float) -> RoutingConfig:
+        """Routing as DeepSeek-V3 has it, and GLM-4.5. Raises `ModelError` for keys that are missing or wrong."""
+        return RoutingConfig(
+            scores=Scoring.SIGMOID,
+            num_experts=file.count("n_routed_experts"),
+            top_k=file.count("num_experts_per_tok"),
+            num_groups=file.count("n_group"),
+            top_groups=file.count("topk_group"),
+            normalize=file.flag("norm_topk_prob", True),
+            scale=file.number("routed_scaling_factor", default_scale),
+        )
+
     @property
     def best_of_group(self) -> int:
         """How many of a group's best experts make its score."""

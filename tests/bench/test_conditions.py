@@ -16,11 +16,11 @@ from antiphon.bench.conditions import (
     parse_counts,
     parse_names,
     parse_sizes,
-    rank_environment,
     resolve_transports,
     write_json,
 )
 from antiphon.cli import app
+from antiphon.comm.needs import peer_environment
 from antiphon.core.errors import OptionError
 from tests.support.errors import raises
 
@@ -75,8 +75,8 @@ def test_transports_asked_for_are_taken_as_they_are() -> None:
 
 
 def test_without_peer_access_nccl_is_told() -> None:
-    assert rank_environment(peer_access=True) == {}
-    assert rank_environment(peer_access=False) == {"NCCL_P2P_DISABLE": "1"}
+    assert peer_environment(peer_access=True) == {}
+    assert peer_environment(peer_access=False) == {"NCCL_P2P_DISABLE": "1"}
 
 
 def test_a_result_is_one_line_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

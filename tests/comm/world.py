@@ -15,7 +15,7 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Rows, Transport, load_transport, parse_transport
 from antiphon.comm.simulated import SimulatedTransport
-from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.mailbox import Phase
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import CpuStreams, Streams, current_lane, finish
 
@@ -189,8 +189,7 @@ def poison_buffers(transport: Transport) -> int:
     if isinstance(inner, SlabTransport):
         return poison_arrivals(inner, Phase.COMBINE)
     if inner.name == "nccl-zero-cta":  # its module cannot be imported without CUDA's bindings
-        windows = (inner._rows, *inner._windows.values())  # type: ignore[attr-defined]
-        buffers = [tensor for of_lanes in windows for tensor in of_lanes]
+        buffers = list(inner._windows.values())  # type: ignore[attr-defined]
     else:
         buffers = [tensor for lane in getattr(inner, "_buffers", ()) for tensor in lane._buffers.values()]
     for buffer in buffers:
@@ -206,8 +205,9 @@ def poison_arrivals(transport: Transport, phase: Phase) -> int:
     inner = transport.inner if isinstance(transport, SimulatedTransport) else transport
     if not isinstance(inner, SlabTransport):
         return 0
-    exchange: Exchange | None = inner.last_exchange(current_lane(), phase)
-    assert exchange is not None
+    layout = inner.exchanges[current_lane()]
+    assert layout is not None
+    exchange = layout.dispatch if phase is Phase.DISPATCH else layout.combine
     box = inner.mailbox.box(current_lane(), phase)
     for arrival in exchange.arrivals:
         box[arrival.offset : arrival.offset + arrival.num_bytes].fill_(0xFF)

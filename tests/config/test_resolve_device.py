@@ -12,6 +12,7 @@ import torch
 
 from antiphon import LLM, SamplingParams
 from antiphon.comm import DataPath
+from antiphon.comm.needs import peer_environment
 from antiphon.config import engine_config as config_module
 from antiphon.config import resolve
 from antiphon.config.cache import CacheSize
@@ -22,7 +23,6 @@ from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.policy import NEVER, OverlapPolicy
 from antiphon.core.warn_once import warn_once
 from antiphon.engine.messages import Ready, decode_from_worker, encode
-from antiphon.frontend.worker_client import worker_environment
 from tests.support.errors import raises
 
 
@@ -213,7 +213,7 @@ def test_peer_access(asked: bool, variable: str | None, expected: bool, monkeypa
     assert resolve_peer_access(asked) is expected
     options = EngineConfig(peer_access=asked, device="cpu").resolve().options
     assert options.peer_access is expected
-    assert (worker_environment(options).get("NCCL_P2P_DISABLE") == "1") is not expected
+    assert (peer_environment(peer_access=options.peer_access).get("NCCL_P2P_DISABLE") == "1") is not expected
 
 
 def test_an_option_without_effect_says_so(caplog: pytest.LogCaptureFixture) -> None:

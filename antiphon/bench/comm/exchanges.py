@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from antiphon.bench.conditions import conditions, rank_environment
+from antiphon.bench.conditions import conditions
 from antiphon.bench.measures import Summary, gigabytes_per_s, overlap_efficiency, slowest_rank
 from antiphon.bench.ranks import run_on_ranks
+from antiphon.comm.needs import peer_environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ def run_comm(options: CommOptions) -> dict[str, Any]:
         device=options.device,
         options=asdict(options),
         timeout_s=options.timeout_s,
-        environment=rank_environment(peer_access=options.peer_access),
+        environment=peer_environment(peer_access=options.peer_access),
     )
     return {
         "bench": "comm",

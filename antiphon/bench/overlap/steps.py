@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from antiphon.bench.conditions import conditions, rank_environment
+from antiphon.bench.conditions import conditions
 from antiphon.bench.measures import StepTimes, Summary, slowest_rank, step_figures
 from antiphon.bench.ranks import run_on_ranks
+from antiphon.comm.needs import peer_environment
 from antiphon.core.errors import AntiphonError
 
 _LIMITS = {"float64": (1e-9, 1e-8), "float32": (1e-3, 1e-2), "bfloat16": (0.1, 0.5)}
@@ -61,7 +62,7 @@ def run_overlap(options: OverlapOptions) -> dict[str, Any]:
         device=options.device,
         options=asdict(options),
         timeout_s=options.timeout_s,
-        environment=rank_environment(peer_access=options.peer_access),
+        environment=peer_environment(peer_access=options.peer_access),
     )
     return {
         "bench": "overlap",

@@ -74,11 +74,6 @@ class SlabTransport(StepwiseTransport[Layout]):
             ]
         self._layouts: list[dict[tuple[int, ...], Layout]] = [{} for _ in range(self.num_lanes)]
 
-    def last_exchange(self, lane: int, phase: Phase) -> Exchange | None:
-        """The exchange of the lane's last dispatch, or of its combine; for tests and reports."""
-        layout = self.exchanges[lane]
-        return None if layout is None else (layout.dispatch, layout.combine)[phase]
-
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> Layout:
         assert tokens_by_rank is not None
         layouts = self._layouts[lane]

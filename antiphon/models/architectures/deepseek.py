@@ -19,16 +19,7 @@ def read_deepseek_v3(file: ConfigFile) -> DecoderConfig:
     file.require("scoring_func", ("sigmoid",), "sigmoid")
     file.require("topk_method", ("noaux_tc",), "noaux_tc")
     attention = LatentAttentionConfig.read(file, interleaved=file.flag("rope_interleave", True))
-    routing = RoutingConfig(
-        scores=Scoring.SIGMOID,
-        num_experts=file.count("n_routed_experts"),
-        top_k=file.count("num_experts_per_tok"),
-        num_groups=file.count("n_group"),
-        top_groups=file.count("topk_group"),
-        normalize=file.flag("norm_topk_prob", True),
-        scale=file.number("routed_scaling_factor", 2.5),
-    )
-    return _read(file, attention, routing)
+    return _read(file, attention, RoutingConfig.read_sigmoid(file, default_scale=2.5))
 
 
 def read_deepseek_v2(file: ConfigFile) -> DecoderConfig:

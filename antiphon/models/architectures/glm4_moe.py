@@ -5,7 +5,6 @@ Source: "GLM-4.5: Agentic, Reasoning, and Coding (ARC) Foundation Models".
 
 from __future__ import annotations
 
-from antiphon.kernels.router import Scoring
 from antiphon.models.attention.gqa import GroupedQueryConfig
 from antiphon.models.config import ConfigFile
 from antiphon.models.decoder import DecoderConfig
@@ -16,15 +15,6 @@ _DEFAULT_EPS = 1e-5
 
 def read_glm4_moe(file: ConfigFile) -> DecoderConfig:
     """Read the configuration of GLM-4.5. Raises `ModelError` for keys that are missing, wrong or unsupported."""
-    routing = RoutingConfig(
-        scores=Scoring.SIGMOID,
-        num_experts=file.count("n_routed_experts"),
-        top_k=file.count("num_experts_per_tok"),
-        num_groups=file.count("n_group"),
-        top_groups=file.count("topk_group"),
-        normalize=file.flag("norm_topk_prob", True),
-        scale=file.number("routed_scaling_factor", 1.0),
-    )
     qk_norm = file.flag("use_qk_norm", False)
     attention = GroupedQueryConfig.read(
         file,
@@ -36,7 +26,7 @@ def read_glm4_moe(file: ConfigFile) -> DecoderConfig:
     return DecoderConfig.read(
         file,
         attention=attention,
-        routing=routing,
+        routing=RoutingConfig.read_sigmoid(file, default_scale=1.0),
         num_dense_layers=file.count("first_k_dense_replace", minimum=0),
         num_shared_experts=file.count("n_shared_experts", minimum=0),
         default_eps=_DEFAULT_EPS,

@@ -112,41 +112,23 @@ def _refused(name: str, revision: str | None, error: Exception, endpoint: str) -
     """The error that stands for one of the hub's library."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    option, value, limit = "model", name, ""
     if isinstance(error, RevisionNotFoundError):
-        return ModelError(
-            f"model {name} has no revision {revision!r} on the hub {endpoint}",
-            remedy="use a branch, tag or commit that it has",
-            option="revision",
-            value=revision,
-        )
-    if isinstance(error, GatedRepoError):
-        return ModelError(
-            f"model {name} is gated",
-            limit=f"the hub {endpoint} gives it only to those who accepted its terms",
-            remedy="accept them on its page, and set HF_TOKEN",
-            option="model",
-            value=name,
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return ModelError(
-            f"model {name!r} is not a folder, and the hub {endpoint} has no such model, or it is private",
-            remedy="check the name, and set HF_TOKEN for a private one",
-            option="model",
-            value=name,
-        )
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return ModelError(
-            f"model {name} is refused by the hub {endpoint} ({error.response.status_code})",
-            remedy="check HF_TOKEN",
-            option="model",
-            value=name,
-        )
-    return ModelError(
-        f"model {name} cannot be downloaded from the hub {endpoint} ({_kind_and_line(error)})",
-        remedy="try again, what is complete is kept",
-        option="model",
-        value=name,
-    )
+        fact = f"model {name} has no revision {revision!r} on the hub {endpoint}"
+        option, value, remedy = "revision", revision or "", "use a branch, tag or commit that it has"
+    elif isinstance(error, GatedRepoError):
+        fact, limit = f"model {name} is gated", f"the hub {endpoint} gives it only to those who accepted its terms"
+        remedy = "accept them on its page, and set HF_TOKEN"
+    elif isinstance(error, RepositoryNotFoundError):
+        fact = f"model {name!r} is not a folder, and the hub {endpoint} has no such model, or it is private"
+        remedy = "check the name, and set HF_TOKEN for a private one"
+    elif isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        fact = f"model {name} is refused by the hub {endpoint} ({error.response.status_code})"
+        remedy = "check HF_TOKEN"
+    else:
+        fact = f"model {name} cannot be downloaded from the hub {endpoint} ({_kind_and_line(error)})"
+        remedy = "try again, what is complete is kept"
+    return ModelError(fact, limit=limit, remedy=remedy, option=option, value=value)
 
 
 def _kind_and_line(error: Exception) -> str:
