@@ -156,17 +156,13 @@ async def _ask_engine(engine: AsyncEngine, ask: Ask) -> Answered:
     found = Answered(start_s=time.perf_counter(), num_input=len(ask.prompt))
     params = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True, temperature=0.0)
     with engine.open(ask.prompt, params) as request:
-        last_s = 0.0
         async for item in request:
             # The arrival of the tokens; this task may have been woken later. Both clocks run alike.
             now = time.perf_counter() - (time.monotonic() - item.at_s)
             if not item.delta.token_ids:
                 continue
-            if found.num_output == 0:
-                found.first_s = now - found.start_s
-            else:
-                found.gaps_s.append(now - last_s)
-            last_s = found.end_s = now
+            found.saw_tokens(now)
+            found.end_s = now
             found.num_output += len(item.delta.token_ids)
     return found
 

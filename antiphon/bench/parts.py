@@ -17,7 +17,7 @@ import torch
 from antiphon.comm import DataPath, Flight, Routes, Rows, Transport
 from antiphon.comm.local import LocalTransport
 from antiphon.comm.simulated import SimulatedTransport
-from antiphon.comm.stepwise import StepwiseTransport, then
+from antiphon.comm.stepwise import StepwiseTransport
 from antiphon.core.errors import OptionError
 
 
@@ -95,11 +95,11 @@ class _LinkOnly(_Part):
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
         exchange = self._last(lane, x_TD.shape[0])
-        return then(self.whole.send(exchange, label), lambda: self.whole.rows_of(exchange))
+        return self.whole.send(exchange, label).then(lambda _: self.whole.rows_of(exchange))
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         exchange: Any = self.whole.exchanges[lane]
         out_TD = torch.empty(
             exchange.num_tokens, self.shape.hidden_size, dtype=self.shape.dtype, device=partial_RD.device
         )
-        return then(self.whole.send_back(exchange, label), lambda: out_TD)
+        return self.whole.send_back(exchange, label).then(lambda _: out_TD)

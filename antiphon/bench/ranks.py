@@ -71,7 +71,7 @@ def _error(what: str, processes: RankProcesses) -> AntiphonError:
     results = [_read_result(processes.folder, rank) for rank in range(processes.size)]
     for result in results:
         if result.get("kind") in _OWN_ERRORS:
-            return _OWN_ERRORS[result["kind"]](result["message"])
+            return _OWN_ERRORS[result["kind"]](**result["fields"])
     reports = []
     for rank, result in enumerate(results):
         said = result.get("traceback") or ("(returned)" if "returned" in result else "(no result)")
@@ -122,7 +122,8 @@ def _main() -> int:
 
 def _failure(error: BaseException) -> str:
     told = "".join(traceback.format_exception(error))
-    return json.dumps({"kind": type(error).__name__, "message": str(error), "traceback": told})
+    fields = error.fields() if isinstance(error, AntiphonError) else {}
+    return json.dumps({"kind": type(error).__name__, "fields": fields, "traceback": told})
 
 
 def _write_result(place: Place, content: str) -> None:

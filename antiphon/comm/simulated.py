@@ -100,13 +100,7 @@ class SimulatedTransport(Transport):
             self._busy_until_ns = start_ns + int(self.link.duration_s(flight.num_bytes, 0) * 1e9)
             arrival_ns = self._busy_until_ns + int(self.link.duration_s(0, flight.num_messages) * 1e9)
 
-        def launch() -> None:
-            assert flight.launch is not None
-            flight.launch()
-            occupy_link()
-
-        def wait() -> T:
-            result = flight.wait()
+        def arrive(result: T) -> T:
             while (left_ns := arrival_ns - time.perf_counter_ns()) > 0:
                 time.sleep(left_ns * 1e-9)
             return result
@@ -117,10 +111,6 @@ class SimulatedTransport(Transport):
 
         if flight.launch is None:
             occupy_link()
-        return Flight(
-            wait=wait,
-            launch=None if flight.launch is None else launch,
-            ready_ns=ready_ns,
-            num_bytes=flight.num_bytes,
-            num_messages=flight.num_messages,
-        )
+        delayed = flight.then(arrive, launched=occupy_link)
+        delayed.ready_ns = ready_ns
+        return delayed

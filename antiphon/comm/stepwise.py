@@ -10,7 +10,6 @@ called in this order; whoever measures a transport may also call those of one ki
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar, Unpack
 
 import torch
@@ -20,8 +19,6 @@ from antiphon.comm.tokens import ExpertShape, Routes, Rows
 from antiphon.comm.transport import Flight, MadeFor, Transport
 from antiphon.core.errors import LaneError
 from antiphon.runtime import Pending
-
-T = TypeVar("T")
 
 
 class Planned(Protocol):
@@ -91,13 +88,13 @@ class StepwiseTransport(Transport, Generic[ExchangeT]):
             tokens_by_rank = exchange_counts(self.group, x_TD.shape[0], lane=lane, label=label)
         exchange = self.exchanges[lane] = self.plan(lane, routes, tokens_by_rank)
         self.pack(exchange, x_TD, routes)
-        return then(self.send(exchange, label), lambda: self.rows_of(exchange))
+        return self.send(exchange, label).then(lambda _: self.rows_of(exchange))
 
     def send_partials(self, lane: int, partial_RD: torch.Tensor, label: str) -> Flight[torch.Tensor]:
         exchange = self.exchanges[lane]
         assert exchange is not None
         self.keep(exchange, partial_RD)
-        return then(self.send_back(exchange, label), lambda: self.add(exchange))
+        return self.send_back(exchange, label).then(lambda _: self.add(exchange))
 
 
 def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str) -> tuple[int, ...]:
@@ -134,25 +131,3 @@ def flight_of(work: Work | None, *, num_bytes: int, num_messages: int = 1) -> Fl
     if work is None:
         return Flight(wait=lambda: None, num_bytes=num_bytes, num_messages=num_messages)
     return Flight(wait=work.wait, ready_ns=work.ready_ns, num_bytes=num_bytes, num_messages=num_messages)
-
-
-def then(sent: Flight[None], result: Callable[[], T]) -> Flight[T]:
-    """The same flight, with a result that is made when it has arrived."""
-
-    def wait() -> T:
-        sent.wait()
-        return result()
-
-    def launch() -> None:
-        assert sent.launch is not None
-        sent.launch()
-        flight.num_bytes, flight.num_messages = sent.num_bytes, sent.num_messages
-
-    flight = Flight(
-        wait=wait,
-        launch=None if sent.launch is None else launch,
-        ready_ns=sent.ready_ns,
-        num_bytes=sent.num_bytes,
-        num_messages=sent.num_messages,
-    )
-    return flight

@@ -35,6 +35,7 @@ from antiphon.machine.facts import Facts
 from antiphon.runtime import Pending, Streams, current_lane
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 DEFAULT_MAX_TOKENS = 8192
 """Maximum number of tokens per lane and rank, unless the caller sets it."""
@@ -52,6 +53,25 @@ class Flight(Generic[T]):
     ready_ns: Callable[[], int | None] | None = None
     num_bytes: int = 0
     num_messages: int = 1
+
+    def then(self, result: Callable[[T], U], *, launched: Callable[[], None] | None = None) -> Flight[U]:
+        """The same flight, with a result made of what has arrived. launched: called behind a late launch."""
+
+        def launch() -> None:
+            assert self.launch is not None
+            self.launch()
+            made.num_bytes, made.num_messages = self.num_bytes, self.num_messages
+            if launched is not None:
+                launched()
+
+        made = Flight(
+            wait=lambda: result(self.wait()),
+            launch=None if self.launch is None else launch,
+            ready_ns=self.ready_ns,
+            num_bytes=self.num_bytes,
+            num_messages=self.num_messages,
+        )
+        return made
 
 
 class MadeFor(TypedDict):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +28,6 @@ CLIENT_GONE = 499
 """The status in the log when the client has disconnected before it got one."""
 _LAST_WORDS_S = 5.0  # how long an error waits for a client that does not read
 
-_JSON = [(b"content-type", b"application/json")]
 _EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -86,7 +85,8 @@ class Generation(Response):
             await _together([one.finish() for one in followed])
             # The logprobs of a long prompt are many thousand objects; encoding them must not stall other requests.
             body = await asyncio.to_thread(job.whole, opened) if job.is_large(opened) else job.whole(opened)
-        await self._send_whole(200, body, [], send)
+        self._started = True
+        await send_whole(200, body, {}, send)
 
     def _open(self, prompts: Sequence[list[int]]) -> list[OpenRequest]:
         job = self._job
@@ -119,16 +119,10 @@ class Generation(Response):
                 if self._started:
                     await send(_part(b"data: " + to_json(error.body()) + b"\n\n", more=False))
                 else:
-                    headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-                    await self._send_whole(error.status, to_json(error.body()), headers, send)
+                    self._started = True
+                    await send_error(error, send)
         except TimeoutError:
             pass  # the client does not read
-
-    async def _send_whole(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]], send: Send) -> None:
-        self._started = True
-        length = (b"content-length", str(len(body)).encode())
-        await send({"type": "http.response.start", "status": status, "headers": [*_JSON, length, *headers]})
-        await send(_part(body, more=False))
 
 
 class _Followed:
@@ -186,6 +180,19 @@ class _Followed:
 
 def _events_of(job: Job, place: int, opened: OpenRequest, item: StreamItem) -> bytes:
     return b"".join([job.chunk(choice) for choice in job.pieces(place, opened, item)])
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Answer with an error, whole."""
+    await send_whole(error.status, to_json(error.body()), error.headers, send)
+
+
+async def send_whole(status: int, body: bytes, headers: Mapping[str, str], send: Send) -> None:
+    """Answer with JSON, whole."""
+    head = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+    raw = [(name.encode(), value.encode()) for name, value in head.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send(_part(body, more=False))
 
 
 def _part(body: bytes, *, more: bool = True) -> Message:

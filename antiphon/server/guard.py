@@ -13,8 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from antiphon.server.errors import ApiError
-from antiphon.server.generation import CLIENT_GONE
-from antiphon.server.jobs import to_json
+from antiphon.server.generation import CLIENT_GONE, send_error
 from antiphon.server.logs import log_event
 from antiphon.server.service import Service
 
@@ -57,13 +56,13 @@ class Guard:
                 self._check_key(headers.get(b"authorization", b""))
             await self._app(scope, receive, send_with_id)
         except ApiError as error:
-            await _answer(error, send_with_id)
+            await send_error(error, send_with_id)
         except ClientDisconnect:
             pass  # the body was not complete yet
         except Exception as error:
             log_event("request failed", level=logging.ERROR, error=error, request_id=request_id, path=scope["path"])
             if not status:
-                await _answer(ApiError(500, "internal error", remedy="see the server's log"), send_with_id)
+                await send_error(ApiError(500, "internal error", remedy="see the server's log"), send_with_id)
         finally:
             self._tell(scope["path"], {"status": status or CLIENT_GONE} | log, time.monotonic() - arrived_s)
 
@@ -85,11 +84,3 @@ class Guard:
             self._service.metrics.rejected(status)
         level = logging.DEBUG if path in _OPEN_PATHS else logging.INFO
         log_event("request finished", level=level, seconds=seconds, **log)
-
-
-async def _answer(error: ApiError, send: Send) -> None:
-    body = to_json(error.body())
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})

@@ -33,7 +33,7 @@ def fail_on_one(group: RankGroup, device: torch.device, options: dict[str, Any])
 
 
 def refuse(group: RankGroup, device: torch.device, options: dict[str, Any]) -> None:
-    raise OptionError("--colour 'mauve' is not known; use red")
+    raise OptionError("--colour 'mauve' is not known", remedy="use red", option="colour", value="mauve")
 
 
 def die(group: RankGroup, device: torch.device, options: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from antiphon.bench.ranks import RanksError, run_on_ranks
 from antiphon.core.errors import OptionError
+from tests.support.errors import raises
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.processes
@@ -62,7 +63,7 @@ def test_the_traceback_of_a_rank_is_shown_and_the_others_are_not_waited_for() ->
 
 
 def test_an_error_of_the_user_is_raised_as_itself() -> None:
-    with pytest.raises(OptionError, match=r"^--colour 'mauve' is not known; use red$"):
+    with raises(OptionError, "mauve", option="colour", remedy="red"):
         run("refuse")
 
 

@@ -36,7 +36,7 @@ class Target:
 
 @dataclass(slots=True, kw_only=True)
 class Answered:
-    """The outcome of a request. Times in seconds; `start_s` and `end_s` by `time.perf_counter`.
+    """The outcome of a request. Times in seconds; `start_s`, `last_s` (of tokens) and `end_s` by `time.perf_counter`.
 
     late_s: how much later than planned it was sent. num_input, num_output: tokens, as the server counts them; without
     its count the ids sent (0 for texts) and the chunks received. text, reasoning: the answer and, in a chat, what the
@@ -47,12 +47,21 @@ class Answered:
     end_s: float = 0.0
     late_s: float = 0.0
     first_s: float = 0.0
+    last_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
     num_input: int = 0
     num_output: int = 0
     text: str = ""
     reasoning: str = ""
     error: str = ""
+
+    def saw_tokens(self, now: float) -> None:
+        """Tokens have come: the first ones, or more behind a gap."""
+        if not self.last_s:
+            self.first_s = now - self.start_s
+        else:
+            self.gaps_s.append(now - self.last_s)
+        self.last_s = now
 
     @property
     def latency_s(self) -> float:
@@ -112,7 +121,6 @@ class _Reading:
         self._is_chat = is_chat
         self._keep_text = keep_text
         self._stream = EventStream()
-        self._last_s = 0.0
         self._done = self._counted = False
         self._num_chunks = 0
 
@@ -155,20 +163,13 @@ class _Reading:
             return
         closing = ends and not has_tokens and self._num_chunks > 0
         if not closing:
-            self._tokens(now)
+            self._found.saw_tokens(now)
+            self._num_chunks += 1
         if self._keep_text:
             self._found.text += piece.get("content") or ""
             # Servers call it the one or the other; some send both, with the same text.
             self._found.reasoning += piece.get("reasoning") or piece.get("reasoning_content") or ""
         self._found.end_s = now
-
-    def _tokens(self, now: float) -> None:
-        if self._num_chunks == 0:
-            self._found.first_s = now - self._found.start_s
-        else:
-            self._found.gaps_s.append(now - self._last_s)
-        self._last_s = now
-        self._num_chunks += 1
 
     def what_is_missing(self) -> str:
         """What is missing at the end of a stream; "" if nothing."""
