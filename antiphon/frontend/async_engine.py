@@ -32,6 +32,7 @@ from antiphon.frontend.core import Core
 from antiphon.frontend.open_request import OpenRequest
 from antiphon.frontend.prompts import Prompt
 from antiphon.frontend.worker_client import WorkerClient
+from antiphon.launch import Launcher
 
 logger = logging.getLogger("antiphon.engine")
 
@@ -59,12 +60,19 @@ class AsyncEngine:
             async for item in request:
                 print(item.delta.text)
 
-    Raises as `antiphon.LLM` does. on_failure: called in the event loop, once, when the engine has ended by itself.
+    Raises as `antiphon.LLM` does, and takes `on_start` and `launcher` as it does. on_failure: called in the event loop,
+    once, when the engine has ended by itself.
     """
 
-    def __init__(self, options: EngineConfig, *, on_start: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        options: EngineConfig,
+        *,
+        on_start: Callable[[str], None] | None = None,
+        launcher: Launcher | None = None,
+    ) -> None:
         self._core = Core(options)
-        self._client = WorkerClient(self._core.config, on_start)
+        self._client = WorkerClient(self._core.config, on_start, launcher=launcher)
         self._core.started(self._client.ready)
         self.tokenizer = self._core.tokenizer
         self.error: EngineError | None = None

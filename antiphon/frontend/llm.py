@@ -22,6 +22,7 @@ from antiphon.frontend.detokenizer import whole_characters
 from antiphon.frontend.prompts import Prompt, params_for, prompt_list
 from antiphon.frontend.stats import EngineStats
 from antiphon.frontend.worker_client import WorkerClient
+from antiphon.launch import Launcher
 from antiphon.timeline import StepTimeline
 
 logger = logging.getLogger("antiphon")
@@ -63,7 +64,8 @@ class LLM:
         a whole step are cut.
     seed: from which requests without a seed take theirs, and dummy weights. timeout_s: longest wait for another
         process. debug_order: compare the collectives of all ranks before every step. on_start: called with what the
-        engine is doing while it starts, such as "loading the model: 35% of 14.2 GB".
+        engine is doing while it starts, such as "loading the model: 35% of 14.2 GB". launcher: starts the ranks
+        (`antiphon.launch`), a process each, one alone too; `None` starts them on this host.
     Options of other engines are accepted where they mean something here (docs/options.md), or refused by name.
 
     Raises `OptionError` and `ModelError` (both `ValueError`) before anything is started, `EngineError` if a worker
@@ -109,6 +111,7 @@ class LLM:
         timeout_s: float = 120.0,
         debug_order: bool = False,
         on_start: Callable[[str], None] | None = None,
+        launcher: Launcher | None = None,
         **foreign: Any,
     ) -> None:
         given = locals()
@@ -116,13 +119,22 @@ class LLM:
             raise OptionError(
                 f"on_start={on_start!r} is not callable; pass a function that takes a text, such as print"
             )
+        if launcher is not None and not isinstance(launcher, Launcher):
+            raise OptionError(
+                f"launcher={launcher!r} is not a Launcher",
+                remedy="pass an instance of a subclass of antiphon.launch.Launcher, or None",
+                option="launcher",
+                value=launcher,
+            )
         self._turn = threading.RLock()  # `progress` may ask for statistics
         self._is_running = False
         self._core = Core(make_config({name: given[name] for name in OPTION_DEFAULTS}, foreign))
         config = self._core.config
-        self._client: Client = (
-            InProcessClient(config, on_start) if config.options.ranks == 1 else WorkerClient(config, on_start)
-        )
+        self._client: Client
+        if config.options.ranks == 1 and launcher is None:
+            self._client = InProcessClient(config, on_start)
+        else:
+            self._client = WorkerClient(config, on_start, launcher=launcher)
         self._close = weakref.finalize(self, self._client.close)
         self._core.started(self._client.ready)
 

@@ -276,7 +276,7 @@ def test_thresholds_that_are_given_win_over_those_of_enable_dbo(monkeypatch: pyt
 
 def test_the_options_of_llm_and_their_defaults_are_those_of_the_engine() -> None:
     parameters = inspect.signature(LLM.__init__).parameters
-    own = {name: p.default for name, p in parameters.items() if name not in ("self", "on_start", "foreign")}
+    own = {name: p.default for name, p in parameters.items() if name not in ("self", "on_start", "launcher", "foreign")}
     assert own == dict(OPTION_DEFAULTS)
     assert set(OPTION_NAMES.values()) <= set(own)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from antiphon import LLM, SamplingParams
-from antiphon.frontend import llm as llm_module
-from antiphon.frontend.worker_client import WorkerClient
+from antiphon.config.engine_config import EngineConfig
+from antiphon.frontend.async_engine import AsyncEngine
 from antiphon.launch import Launcher, RankProcesses
 
 
@@ -69,13 +70,10 @@ def free_port() -> int:
 
 
 @pytest.mark.processes
-def test_another_launcher_starts_the_ranks(two_ranks: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_launcher_starts_the_ranks(two_ranks: LLM) -> None:
     launcher = TcpLauncher()
-    monkeypatch.setattr(
-        llm_module, "WorkerClient", lambda config, on_start: WorkerClient(config, on_start, launcher=launcher)
-    )
     params = SamplingParams(max_tokens=8, temperature=0)
-    with LLM(ranks=2, transport="alltoall", debug_order=True) as llm:
+    with LLM(ranks=2, transport="alltoall", debug_order=True, launcher=launcher) as llm:
         (ranks,) = launcher.prepared
         assert ranks.size == 2 and not ranks.any_ended()
         (result,) = llm.generate(["Once upon a time"], params)
@@ -83,3 +81,33 @@ def test_another_launcher_starts_the_ranks(two_ranks: LLM, monkeypatch: pytest.M
     assert result.text == expected.text != ""
     assert [ranks.exit_code(rank) for rank in (0, 1)] == [0, 0]
     assert not ranks.folder.exists()
+
+
+@pytest.mark.processes
+def test_one_rank_of_another_launcher_is_a_process_too(one_rank: LLM) -> None:
+    launcher = TcpLauncher()
+    params = SamplingParams(max_tokens=8, temperature=0)
+    with LLM(launcher=launcher) as llm:
+        (result,) = llm.generate(["Once upon a time"], params)
+    (expected,) = one_rank.generate(["Once upon a time"], params)
+    assert result.text == expected.text != ""
+    assert [ranks.exit_code(0) for ranks in launcher.prepared] == [0]
+
+
+@pytest.mark.processes
+def test_another_launcher_starts_the_ranks_of_an_async_engine() -> None:
+    launcher = TcpLauncher()
+
+    async def tokens_of_one_request() -> int:
+        engine = AsyncEngine(EngineConfig(), launcher=launcher)
+        engine.attach()
+        try:
+            with engine.open("Once upon a time", SamplingParams(max_tokens=4)) as request:
+                async for _ in request:
+                    pass
+            return request.num_tokens
+        finally:
+            await engine.close()
+
+    assert asyncio.run(tokens_of_one_request()) == 4
+    assert [ranks.exit_code(0) for ranks in launcher.prepared] == [0]

@@ -47,6 +47,7 @@ WRONG: dict[str, list[Any]] = {
     "timeout_s": [*NUMBER, None, 0, float("inf")],
     "debug_order": [],
     "on_start": ["x", 5],
+    "launcher": ["x", 5],
 }
 
 
@@ -61,7 +62,7 @@ def assert_refused(error: pytest.ExceptionInfo[AntiphonError]) -> None:
 
 
 def test_every_option_is_tried() -> None:
-    assert {*WRONG} == {*OPTION_DEFAULTS, "on_start"}
+    assert {*WRONG} == {*OPTION_DEFAULTS, "on_start", "launcher"}
 
 
 @pytest.mark.parametrize(
