@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from antiphon.core.errors import RequestError
-from antiphon.core.sampling import Logprob, SamplingParams
+from antiphon.core.sampling import CompletionOutput, Logprob, SamplingParams
 from antiphon.frontend.detokenizer import TextBefore, whole_characters
 from antiphon.frontend.open_request import OpenRequest, StreamItem
 from antiphon.frontend.outputs import Delta
@@ -70,19 +70,7 @@ class CompletionJob(Job):
 
     def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
         for number, collector in enumerate(opened.collectors):
-            done = collector.completion(number)
-            choice = self._choice(
-                place,
-                opened,
-                number,
-                Delta(
-                    text=done.text,
-                    token_ids=done.token_ids,
-                    logprobs=done.logprobs,
-                    finish_reason=done.finish_reason,
-                    stop_reason=done.stop_reason,
-                ),
-            )
+            choice = self._choice(place, opened, number, collector.completion(number))
             if self.request.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = prompt_logprobs(self._prompt_places(place, opened))
             yield choice
@@ -101,7 +89,8 @@ class CompletionJob(Job):
             if first or delta.text or delta.finish_reason or self.request.logprobs is not None or "token_ids" in choice:
                 yield choice
 
-    def _choice(self, place: int, opened: OpenRequest, number: int, delta: Delta) -> dict[str, Any]:
+    def _choice(self, place: int, opened: OpenRequest, number: int, delta: Delta | CompletionOutput) -> dict[str, Any]:
+        """The choice for a piece of a result, or for all of it."""
         request = self.request
         index = place * self.params.n + number
         first = index not in self._text_places
