@@ -59,7 +59,7 @@ class AllGatherTransport(CollectiveTransport[PaddedExchange]):
         return self.rows(row.x(gathered), row.ids(gathered), row.weights(gathered), self.partials_of(exchange))
 
     def partials_of(self, exchange: PaddedExchange) -> torch.Tensor:
-        """Of the tokens of all ranks [W * padded, D]."""
+        """The sums for the tokens of all ranks [W * padded, D]."""
         return self._sums("partials", exchange.lane, self.group.size * exchange.padded)
 
     def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
