@@ -54,27 +54,44 @@ class Collectives(ABC):
 
 
 class Collective:
-    """A collective under way. It keeps its tensors alive until it is waited for."""
+    """A collective under way. It keeps its tensors alive until it is waited for.
 
-    __slots__ = ("_group", "_label", "_ready_ns", "_tensors", "_work")
+    queued: on a device's stream, so nothing here tells when its data has arrived. limited: see `RankGroup.wait_for`.
+    """
 
-    def __init__(self, group: RankGroup, work: dist.Work, label: str, tensors: tuple[torch.Tensor, ...]) -> None:
+    __slots__ = ("_group", "_label", "_limited", "_ready_ns", "_tensors", "_work")
+
+    def __init__(
+        self,
+        group: RankGroup,
+        work: dist.Work,
+        label: str,
+        tensors: tuple[torch.Tensor, ...],
+        *,
+        queued: bool = False,
+        limited: bool = True,
+    ) -> None:
         self._group = group
         self._work = work
         self._label = label
         self._tensors = tensors
+        self._limited = limited
         self._ready_ns: int | None = None
-        work.get_future().add_done_callback(self._note_ready)
+        if not queued:
+            work.get_future().add_done_callback(self._note_ready)
 
     def _note_ready(self, _: object) -> None:
         self._ready_ns = time.perf_counter_ns()
 
     def wait(self) -> None:
-        """Block until the data is there. Raises `PeerError` after the group's time limit or if a peer ended."""
-        self._group.wait_for(self._work, self._label)
+        """Block until the data is there, or let the device's current stream wait for it.
+
+        Raises `PeerError` after the group's time limit or if a peer ended.
+        """
+        self._group.wait_for(self._work, self._label, limited=self._limited)
 
     def ready_ns(self) -> int | None:
-        """When this process noticed that the data had arrived."""
+        """When this process noticed that the data had arrived; `None` if it did not."""
         return self._ready_ns
 
 

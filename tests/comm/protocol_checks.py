@@ -256,8 +256,8 @@ def _shared_memories(rank: int, size: int, memories: list[torch.Tensor]) -> Iter
             memories.extend(torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(size))
         return memories
 
-    def share(group: RankGroup, num_bytes: int, *, what: str) -> list[Any]:
-        return [SimpleNamespace(tensor=memory) for memory in memories_of(num_bytes)]
+    def share(group: RankGroup, num_bytes: int, *, what: str) -> list[torch.Tensor]:
+        return memories_of(num_bytes)
 
     symmetric = SimpleNamespace(
         empty=lambda num_bytes, dtype, device: memories_of(num_bytes)[rank],

@@ -14,30 +14,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from antiphon.comm.group import Collectives, RankGroup, Work
+from antiphon.comm.group import Collective, Collectives, RankGroup, Work
 from antiphon.runtime import Streams
-
-
-class QueuedCollective:
-    """A collective that has been queued; the same calls as `Collective`."""
-
-    __slots__ = ("_group", "_label", "_limited", "_tensors", "_work")
-
-    def __init__(
-        self, group: RankGroup, work: dist.Work, label: str, tensors: tuple[torch.Tensor, ...], *, limited: bool
-    ) -> None:
-        self._group = group
-        self._work = work
-        self._label = label
-        self._tensors = tensors  # kept until it is waited for
-        self._limited = limited
-
-    def wait(self) -> None:
-        """Let the stream that is current wait for it; the CPU's backend blocks the host."""
-        self._group.wait_for(self._work, self._label, limited=self._limited)
-
-    def ready_ns(self) -> int | None:
-        return None
 
 
 class QueuedGroup(Collectives):
@@ -102,7 +80,8 @@ class QueuedGroup(Collectives):
     def _queue(self, label: str, operation: str, call: Any, *arguments: Any) -> Work:
         launch = partial(call, *arguments, group=self._process_group, async_op=True)
         work = self._group.start(launch, label, operation)
-        return QueuedCollective(self._group, work, label, arguments[:2], limited=not self._streams.owner.own_memory)
+        limited = not self._streams.owner.own_memory
+        return Collective(self._group, work, label, arguments[:2], queued=True, limited=limited)
 
     def close(self) -> None:
         """The communicator ends with the group's process groups."""

@@ -15,31 +15,21 @@ import socket
 import torch
 
 from antiphon.comm.group import RankGroup
+from antiphon.comm.row_format import aligned
 from antiphon.core.errors import OptionError, PeerError, first_line
 from antiphon.core.folders import socket_folder
 
 _ALIGNMENT = 4096
 
 
-class HostMemory:
-    """A mapping of one rank's memory, in this process: uint8 `tensor` [num_bytes], zeros at the start."""
+def share_host_memory(group: RankGroup, num_bytes: int, *, what: str) -> list[torch.Tensor]:
+    """Make `num_bytes` on this rank and map every rank's, in order of rank. All ranks call it at once.
 
-    def __init__(self, descriptor: int, num_bytes: int) -> None:
-        """Takes over the descriptor."""
-        try:
-            self._map = mmap.mmap(descriptor, num_bytes)
-        finally:
-            os.close(descriptor)
-        with torch.inference_mode(False):
-            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
-
-
-def share_host_memory(group: RankGroup, num_bytes: int, *, what: str) -> list[HostMemory]:
-    """Make `num_bytes` on this rank and map every rank's: one mapping a rank, in order. All ranks call it at once.
-
-    what: for errors. Raises `OptionError` if there is no such memory, `PeerError` if a rank does not come.
+    The results are uint8 [num_bytes], zeros at the start; a mapping lives as long as its tensor. num_bytes is rounded
+    up to whole pages. what: for errors.
+    Raises `OptionError` if there is no such memory, `PeerError` if a rank does not come.
     """
-    num_bytes = max(-(-num_bytes // _ALIGNMENT) * _ALIGNMENT, _ALIGNMENT)
+    num_bytes = max(aligned(num_bytes, _ALIGNMENT), _ALIGNMENT)
     folder = socket_folder("antiphon-fd-")
     try:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -53,7 +43,17 @@ def share_host_memory(group: RankGroup, num_bytes: int, *, what: str) -> list[Ho
             descriptors = _exchange(group, listener, paths, descriptor, what)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return [HostMemory(fd, num_bytes) for fd in descriptors]
+    return [_mapped(fd, num_bytes) for fd in descriptors]
+
+
+def _mapped(descriptor: int, num_bytes: int) -> torch.Tensor:
+    """Takes over the descriptor."""
+    try:
+        mapping = mmap.mmap(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+    with torch.inference_mode(False):
+        return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def _make_memfd(num_bytes: int, what: str) -> int:

@@ -79,8 +79,7 @@ class HostStagedMailbox(Mailbox):
         self._slab_bytes = (aligned(dispatch_slab, _ALIGNMENT), aligned(combine_slab, _ALIGNMENT))
         lane_bytes = self._slab_bytes[0] + group.size * self._slab_bytes[1]
         what = "transport host-staged"
-        memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what=what)
-        self._memories = [memory.tensor for memory in memories]
+        self._memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what=what)
         self._bases = [0] * group.size
         self._bases[group.rank] = register_host_memory(self._memories[group.rank], what)
         group.all_gather_object("own memory is pinned")  # its owner touches memory first

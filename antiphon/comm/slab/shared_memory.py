@@ -69,11 +69,11 @@ class SharedMemoryMailbox(Mailbox):
         flags_end = aligned(flag_words * 8, _ALIGNMENT)
         lane_bytes = sum(aligned(size, _ALIGNMENT) for size in sizes)
         memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what="transport shared-memory")
-        self._flags = [memory.tensor[: flag_words * 8].view(torch.int64).numpy() for memory in memories]
+        self._flags = [memory[: flag_words * 8].view(torch.int64).numpy() for memory in memories]
         starts = [flags_end + lane * lane_bytes for lane in range(num_lanes)]
         offsets = (0, aligned(dispatch_bytes, _ALIGNMENT))
         self._boxes = [
-            [[memory.tensor[start + offsets[phase] :][: sizes[phase]] for phase in Phase] for start in starts]
+            [[memory[start + offsets[phase] :][: sizes[phase]] for phase in Phase] for start in starts]
             for memory in memories
         ]
         self._arrived_ns = [[0, 0] for _ in range(num_lanes)]
