@@ -63,25 +63,14 @@ def comm(
     """Measure dispatch and combine, alone and beside computation of equal length, for every size and transport."""
     from antiphon.bench.comm.bodies import BODY_NAMES
     from antiphon.bench.comm.exchanges import CommOptions, print_exchanges, run_comm
-    from antiphon.bench.conditions import (
-        check_ranks,
-        check_writable,
-        parse_names,
-        parse_sizes,
-        resolve_measured_device,
-        resolve_transports,
-        write_json,
-    )
-    from antiphon.config.resolve import resolve_peer_access
+    from antiphon.bench.conditions import check_writable, parse_names, parse_sizes, write_json
 
-    check_ranks(ranks)
-    kind = resolve_measured_device(device, ranks, tuple(_DEFAULT_TOKENS))
-    peer_access = resolve_peer_access(not no_peer_access)
     bodies = [name for name in parse_names(beside, "beside", (_NO_BODY, *BODY_NAMES)) if name != _NO_BODY]
+    kind, peer_access, names = _resolved(ranks, device, transports, no_peer_access)
     options = CommOptions(
         ranks=ranks,
         device=kind,
-        transports=resolve_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
+        transports=names,
         sizes=parse_sizes(sizes or _DEFAULT_SIZES[kind]),
         beside=bodies,
         beside_from=parse_sizes(beside_from or _DEFAULT_BESIDE_FROM[kind], "beside-from")[0],
@@ -118,29 +107,19 @@ def overlap(
     json_file: JsonFile = None,
 ) -> None:
     """Measure prefill steps, serial and with overlap, and their parts alone, with all transports interleaved."""
-    from antiphon.bench.conditions import (
-        check_ranks,
-        check_writable,
-        parse_counts,
-        resolve_measured_device,
-        resolve_transports,
-        write_json,
-    )
+    from antiphon.bench.conditions import check_writable, parse_counts, write_json
     from antiphon.bench.overlap.steps import OverlapOptions, check_outputs, print_steps, run_overlap
     from antiphon.config.engine_config import DTYPES
-    from antiphon.config.resolve import resolve_peer_access
 
-    check_ranks(ranks)
-    kind = resolve_measured_device(device, ranks, tuple(_DEFAULT_TOKENS))
-    peer_access = resolve_peer_access(not no_peer_access)
     if dtype not in ("auto", *DTYPES):
         raise unknown_value("dtype", dtype, ("auto", *DTYPES))
+    kind, peer_access, names = _resolved(ranks, device, transports, no_peer_access)
     options = OverlapOptions(
         model=model,
         ranks=ranks,
         device=kind,
         tokens=parse_counts(tokens or _DEFAULT_TOKENS[kind], "tokens"),
-        transports=resolve_transports(transports, device=kind, ranks=ranks, peer_access=peer_access),
+        transports=names,
         routing=routing,
         dtype=dtype if dtype != "auto" else {"cpu": "float32", "cuda": "bfloat16"}[kind],
         num_layers=num_layers,
@@ -264,6 +243,17 @@ def serve(
             write_result(result, result_path(result, result_dir, result_filename))
     if not result["completed"]:
         raise typer.Exit(1)
+
+
+def _resolved(ranks: int, device: str, transports: str | None, no_peer_access: bool) -> tuple[str, bool, list[str]]:
+    """The kind of device, whether peers may be accessed, and the transports. Raises `OptionError` if they cannot be."""
+    from antiphon.bench.conditions import check_ranks, resolve_measured_device, resolve_transports
+    from antiphon.config.resolve import resolve_peer_access
+
+    check_ranks(ranks)
+    kind = resolve_measured_device(device, ranks, tuple(_DEFAULT_TOKENS))
+    peer_access = resolve_peer_access(not no_peer_access)
+    return kind, peer_access, resolve_transports(transports, device=kind, ranks=ranks, peer_access=peer_access)
 
 
 def _console() -> Console:
