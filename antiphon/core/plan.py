@@ -124,7 +124,7 @@ class Plan:
 
     def unsplit(self) -> Plan:
         """The same tokens on one lane, for the layers of a split step that are not split."""
-        assert not self.graph, "a padded step has no layers that are not split"
+        assert not self.graph, f"a step padded to {self.graph} splits all its layers"
         return replace(self, part_tokens=tuple((sum(parts),) for parts in self.part_tokens))
 
     def rows_by_rank(self, lane: int) -> tuple[int, ...]:

@@ -154,7 +154,9 @@ class GenericStreams:
     @contextmanager
     def comm(self, *, after: Event, name: str = "comm") -> Iterator[None]:
         if not self.on_compute_stream():
-            raise LaneError("a communication was sent away from the compute stream; leave the other stream first")
+            raise LaneError(
+                "a communication was sent away from the compute stream", remedy="leave the stream context first"
+            )
         self._calls.set_stream(self._comm_stream(name))
         try:
             self.wait(after)

@@ -93,8 +93,9 @@ def test_a_transport_that_loses_a_token_fails_the_bench() -> None:
     result = {"options": asdict(options), "results": summarize_steps([measured["steps"]], options, num_layers=2)}
     errors = result["results"][0]["transports"][wrong]["errors"]
     assert errors["S"]["worst_token"] < 1e-4 < errors["D"]["worst_token"]
-    with pytest.raises(OutputsDiffer, match=r"64 tokens, \S+:ForgetsOneToken, D"):
+    with raises(OutputsDiffer) as raised:
         check_outputs(result)
+    assert (64, wrong, "D") in raised.error.value
 
 
 def made_up(*, whole: float | None, worst: float | None, routing: str = "uniform") -> dict[str, Any]:
@@ -107,7 +108,7 @@ def made_up(*, whole: float | None, worst: float | None, routing: str = "uniform
 def test_rounding_passes_and_errors_are_named() -> None:
     check_outputs(made_up(whole=0.02, worst=0.1))
     for whole, worst in ((0.02, 0.9), (0.2, 0.3), (None, None)):
-        with pytest.raises(OutputsDiffer, match="512 tokens, alltoall, D"):
+        with raises(OutputsDiffer, value=[(512, "alltoall", "D")]):
             check_outputs(made_up(whole=whole, worst=worst))
 
 

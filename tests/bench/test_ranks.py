@@ -68,17 +68,17 @@ def test_an_error_of_the_user_is_raised_as_itself() -> None:
 
 
 def test_a_rank_that_dies_is_named() -> None:
-    with pytest.raises(RanksError, match="rank 0 failed first, killed by SIGKILL"):
+    with raises(RanksError, "rank 0 ", "SIGKILL"):
         run("die")
 
 
 def test_the_time_limit_ends_everything() -> None:
-    with pytest.raises(RanksError, match=r"ranks \[0, 1\] did not end within 2 s"):
+    with raises(RanksError, "[0, 1]", "2 s"):
         run_on_ranks(f"{HERE}:sleep", ranks=2, device="cpu", options={}, limit_s=2)
 
 
 def test_a_result_that_is_not_json_is_an_error() -> None:
-    with pytest.raises(RanksError, match="not JSON serializable"):
+    with raises(RanksError, "JSON"):
         run("return_something_else")
 
 

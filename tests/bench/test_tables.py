@@ -78,5 +78,5 @@ def test_results_become_rows() -> None:
 
 
 def test_a_document_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no .*tables"):
+    with pytest.raises(ValueError, match="tables"):
         with_tables("nothing here", {})

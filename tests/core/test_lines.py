@@ -75,7 +75,7 @@ def test_lines_of_json_are_numbered_as_an_editor_does() -> None:
 def test_a_line_that_is_no_json_is_named(wrong: str) -> None:
     rows = json_lines(f"1\n\n{wrong}\n2", "a number")
     assert next(rows) == (1, 1)
-    with pytest.raises(ValueError, match=r"^line 3 is not a number \(.+\)$"):
+    with pytest.raises(ValueError, match=r"^line 3 .*a number \(.+\)$"):
         next(rows)
 
 

@@ -70,7 +70,7 @@ def test_a_comm_stream_runs_after_its_event_and_joins_at_the_end() -> None:
         assert device.stream.happened == {"pack"}
         device.stream.happened.add("send")
         arrived = streams.record()
-        with pytest.raises(LaneError, match="compute stream"), streams.comm(after=arrived):
+        with raises(LaneError, remedy="stream"), streams.comm(after=arrived):
             pass
     assert device.stream is compute
     assert "send" not in compute.happened

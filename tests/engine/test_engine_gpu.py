@@ -272,12 +272,11 @@ def test_a_peer_that_is_gone_is_named_within_the_time_limit(transport: str, how:
                 os.kill(victim, how)
                 hit_at.append(time.monotonic())
 
-        said = "was killed by SIGKILL" if how is signal.SIGKILL else r"rank 0 timed out after .* s "
-        with pytest.raises(EngineError, match=said) as caught:
+        said = ("SIGKILL",) if how is signal.SIGKILL else ("rank 0 ", " s ")
+        with raises(EngineError, *said, "rank 1"):
             llm.generate(
                 mixed_prompts(4), SamplingParams(max_tokens=1500, ignore_eos=True, temperature=0.0), progress=hit
             )
-        assert "rank 1" in str(caught.value)
         assert hit_at and time.monotonic() - hit_at[0] < 20
     assert_no_new_workers(before)
     with LLM(ranks=2, device="cuda", transport=transport) as llm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -135,10 +136,11 @@ def test_a_peer_that_does_not_answer_is_named_within_the_time_limit(how: str) ->
                 os.kill(victim, signal.SIGSTOP)
 
         state = "running" if how == "sleeps" else "stopped"
-        where = r"combine layer \d, lane \d" if how == "sleeps" else r".*"
-        pattern = rf"rank 0 timed out after [3-9]\.\d s .*{where}.*rank 1 \(pid {victim}, {state}\) .*\d"
-        with clean_end(within_s=12), pytest.raises(EngineError, match=pattern):
+        where = ("combine layer ", ", lane ") if how == "sleeps" else ()
+        names = ("rank 0 ", *where, f"rank 1 (pid {victim}, {state})")
+        with clean_end(within_s=12), raises(EngineError, *names) as raised:
             llm.generate(PROMPTS, LONG, progress=stop)
+        assert re.search(r" [3-9]\.\d s ", str(raised.error))
     assert_no_new_workers(before)
 
 
@@ -148,15 +150,13 @@ def test_a_peer_that_stops_inside_an_exchange_of_slabs_is_named(phase: str) -> N
     """Rank, layer, lane and phase; and the next start works."""
     before = worker_pids()
     transport = f"tests.support.transports:SlabStopsIn{phase.title()}"
-    pattern = (
-        rf"rank 0 timed out after [3-9]\.\d s .*{phase} layer \d, lane \d from rank 1.*rank 1 \(pid \d+, running\)"
-    )
     with (
         LLM(ranks=2, transport=transport, dbo="on", timeout_s=3) as llm,
         clean_end(within_s=12),
-        pytest.raises(EngineError, match=pattern),
+        raises(EngineError, "rank 0 ", f"{phase} layer ", "from rank 1", "rank 1 (pid ", ", running)") as raised,
     ):
         llm.generate(PROMPTS, LONG)
+    assert re.search(rf" [3-9]\.\d s .*{phase} layer \d, lane \d", str(raised.error))
     assert_no_new_workers(before)
     with LLM(ranks=2, transport="shared-memory") as llm:
         assert llm.generate(PROMPTS)

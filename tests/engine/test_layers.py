@@ -129,7 +129,7 @@ def test_the_other_layers_know_the_tokens_of_all_ranks() -> None:
 def test_some_layers_need_the_whole(twin: Twin) -> None:
     batch, plan = Batch(rank=0, requests=mixed_requests(seed=0)), Plan(part_tokens=((9, 10),), reason="test")
     parts = split(batch, plan, block_size=BLOCK_SIZE)
-    with pytest.raises(AssertionError, match=r"the others need a whole"):
+    with pytest.raises(AssertionError, match=r"range\(1, \d+\)"):
         Runner(twin.ours, streams=twin.streams).run(parts, layers=slice(1, None))
 
 

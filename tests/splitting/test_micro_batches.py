@@ -271,7 +271,7 @@ def test_all_tensors_are_int64_on_the_cpu():
 
 
 def test_a_plan_for_another_batch_is_caught():
-    with pytest.raises(AssertionError, match="not for 5 tokens"):
+    with pytest.raises(AssertionError, match=r"\b5 tokens\b"):
         split(make_batch([5], [0], block_size=4), plan_of((3, 3)), block_size=4)
 
 
@@ -325,7 +325,7 @@ def test_padding_decodes_nothing_in_block_0(parts):
 
 
 def test_more_tokens_than_padded_rows_are_caught():
-    with pytest.raises(AssertionError, match="5 tokens in a lane of 4"):
+    with pytest.raises(AssertionError, match=r"\b5 tokens\b.*\b4\b"):
         split(make_batch([5], [0], block_size=4), replace(plan_of((5,)), graph=4), block_size=4)
 
 

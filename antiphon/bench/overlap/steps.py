@@ -31,7 +31,7 @@ _WIDE_FACTOR = 3.0
 
 
 class OutputsDiffer(AntiphonError, RuntimeError):  # noqa: N818 (says what is the case)
-    """A step over some transport has differed from the first serial step."""
+    """A step over some transport differed from the first serial step; `value` says which: (tokens, transport, arm)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,17 +128,19 @@ def check_outputs(result: dict[str, Any]) -> None:
     whole_limit, token_limit = _LIMITS[options["dtype"]]
     if options["routing"] == "model" and options["dtype"] != "float64":
         whole_limit, token_limit = _WIDE_FACTOR * whole_limit, math.inf
-    problems = []
+    problems, places = [], []
     for step in result["results"]:
         for name, cell in step["transports"].items():
             for arm, errors in cell["errors"].items():
                 whole, worst = errors["whole"], errors["worst_token"]
                 if whole is None or worst is None or whole > whole_limit or worst > token_limit:
+                    places.append((step["tokens"], name, arm))
                     problems.append(f"{step['tokens']} tokens, {name}, {arm}: {whole} of all, {worst} of a token")
     if problems:
         raise OutputsDiffer(
             f"hidden states differ from those of the first serial step by more than {whole_limit:g} of all and "
-            f"{token_limit:g} of a token, so these times mean nothing: {'; '.join(problems)}"
+            f"{token_limit:g} of a token, so these times mean nothing: {'; '.join(problems)}",
+            value=places,
         )
 
 

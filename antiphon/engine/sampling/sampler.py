@@ -94,7 +94,7 @@ class Sampler:
         first, last = max(context_len, request.num_reported), min(context_len + len(hidden_SD), len(prompt_ids))
         if first >= last:
             return None
-        assert first == request.num_reported, "a position of the prompt was passed over"
+        assert first == request.num_reported, f"position {request.num_reported} of the prompt was skipped for {first}"
         request.num_reported = last
         logits, logprobs = [], []
         # In chunks: the logits of a long prompt can be larger than the memory that the cache leaves.
