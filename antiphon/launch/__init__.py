@@ -1,6 +1,7 @@
-"""How the processes of ranks are started, watched and ended: `Launcher` is the interface, `LocalLauncher` this host's.
+"""Starts, watches and ends the processes of ranks: `Launcher` is the interface.
 
-The frontend, the benchmarks and the tests start ranks through it. It knows nothing of torch or of what ranks compute.
+`LocalLauncher` starts them on this host. The frontend, the benchmarks and the tests start ranks through a launcher,
+which knows nothing of torch or of what ranks compute.
 
     with LocalLauncher().prepare(2) as ranks:
         ranks.start("package.module")  # which calls Place.from_arguments() and end_with_launcher()

@@ -1,4 +1,4 @@
-"""Decides what a step does: `Planner.agree` proposes, exchanges and decides, and all ranks get the same plan.
+"""Decides what a step does: `Planner.agree` returns the same plan on all ranks.
 
 `resolve_policy` says what `dbo="auto"` means on this machine.
 """
