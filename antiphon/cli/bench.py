@@ -288,7 +288,8 @@ def dbo(
     from antiphon.bench.conditions import check_writable, parse_names, write_json
     from antiphon.bench.dbo import DboOptions, print_dbo, run_dbo
     from antiphon.bench.serve.workload import Workload
-    from antiphon.config.keywords import OPTION_DEFAULTS, make_config
+    from antiphon.config.keywords import make_config
+    from antiphon.config.options import OPTION_DEFAULTS
 
     if engine["dbo"] != OPTION_DEFAULTS["dbo"]:
         raise OptionError(
@@ -296,10 +297,7 @@ def dbo(
             remedy=f"use --modes {engine['dbo']},...",
             option="dbo",
         )
-    config = make_config(
-        {name: engine[name] for name in OPTION_DEFAULTS},
-        {name: value for name, value in engine.items() if name not in OPTION_DEFAULTS},
-    )
+    config = make_config(engine)
     options = DboOptions(
         workload=Workload(
             num_prompts=num_prompts,

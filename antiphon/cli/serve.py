@@ -68,7 +68,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="Log level: debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model over OpenAI's HTTP API."""
-    from antiphon.config.keywords import OPTION_DEFAULTS, make_config
+    from antiphon.config.keywords import make_config
     from antiphon.server.logs import log_config
     from antiphon.server.options import ServerOptions
     from antiphon.server.run import run_server
@@ -92,10 +92,7 @@ def serve(
             "default_chat_template_kwargs", default_chat_template_kwargs, example='{"enable_thinking": false}'
         ),
     )
-    config = make_config(
-        {name: engine[name] for name in OPTION_DEFAULTS},
-        {name: value for name, value in engine.items() if name not in OPTION_DEFAULTS},
-    )
+    config = make_config(engine)
     console = Console(stderr=True)
     # Lines of JSON stay lines of JSON.
     show = (lambda text: None) if log_format == "json" else lambda text: say(console, text)

@@ -12,10 +12,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from antiphon.config.ascend_aliases import NO_GRAPHS, additional_config, as_object
-from antiphon.config.option_sizes import as_number
+from antiphon.config.options import parse_option
 from antiphon.core.errors import OptionError
+from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRESHOLD
 
-_DBO_THRESHOLDS = {"dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512}
+_DBO_THRESHOLDS = {
+    "dbo_decode_token_threshold": DEFAULT_DECODE_THRESHOLD,
+    "dbo_prefill_token_threshold": DEFAULT_PREFILL_THRESHOLD,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +87,7 @@ def translate(given: Mapping[str, Any], own_names: Iterable[str]) -> Translation
             raise unknown_option(name, own_names)
         meaning = Meaning() if value is None else option.meaning(name, value)
         for ours, value_meant in meaning.own.items():
-            meant = as_number(ours, value_meant, shown=f"{name}={value_meant!r}")
+            meant = parse_option(ours, value_meant, shown=f"{name}={value_meant!r}")
             found.check(ours, meant)
             found.own[ours] = meant
             found.said[ours] = f"{name}={value!r}"

@@ -15,6 +15,7 @@ import torch
 
 from antiphon.comm import DataPath, Mesh, TransportSpec, choose_transport, load_transport, parse_transport
 from antiphon.config.cache import CacheSize, block_bytes
+from antiphon.config.options import DTYPE_NAMES, OPTION_DEFAULTS, EngineOptions
 from antiphon.config.resolve import (
     check_layers,
     overruled_dbo,
@@ -24,8 +25,8 @@ from antiphon.config.resolve import (
     resolve_routing,
     resolve_source,
 )
-from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import OptionError, is_number, is_whole, unknown_value
+from antiphon.core.errors import OptionError
+from antiphon.core.options import check_options
 from antiphon.core.policy import OverlapPolicy
 from antiphon.device.device import Device
 from antiphon.device.table import find_device
@@ -34,10 +35,8 @@ from antiphon.planning import Conditions, ResolvedPolicy, resolve_policy
 
 logger = logging.getLogger("antiphon.engine")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
-_LONGEST_TIMEOUT_S = 86_400
-_DEFAULT_UTILIZATION = 0.9
 _MIN_KV_CACHE_BYTES = 256 * 2**20
 _MIN_BATCHED_TOKENS = 2048
 _MOST_DEFAULT_BATCHED_TOKENS = 8192
@@ -45,31 +44,10 @@ _MOST_DEFAULT_BATCHED_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """What the user asked for; the fields are described in `antiphon.LLM`."""
+class EngineConfig(EngineOptions):
+    """What the user asked for: the options, those of overlap in `policy`."""
 
-    model: str = BUNDLED_MODEL
-    revision: str | None = None
-    load_format: str = "auto"
-    num_layers: int | None = None
-    routing: str = "model"
-    ranks: int = 1
-    device: str = "auto"
-    transport: str = "auto"
-    peer_access: bool = True
-    dtype: str = "auto"
     policy: OverlapPolicy = field(default_factory=OverlapPolicy)
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int = 256
-    max_model_len: int | None = None
-    block_size: int = 16
-    kv_cache_memory: int | None = None
-    gpu_memory_utilization: float = _DEFAULT_UTILIZATION
-    prefix_caching: bool = True
-    chunked_prefill: bool = True
-    seed: int = 0
-    timeout_s: float = 120.0
-    debug_order: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -83,7 +61,7 @@ class EngineConfig:
         Raises `OptionError` for options, `ModelError` for the checkpoint.
         """
         # 1 the options alone
-        self._check_values()
+        check_options(self)
         device_kind, device_reason = resolve_device(self.device, self.ranks)
         requested = parse_transport(self.transport)
         # 2 the model
@@ -139,53 +117,18 @@ class EngineConfig:
             logger.info("%s: auto -> %s (%s)", name, value, reason)
         return resolved
 
-    def _check_values(self) -> None:
-        """Each by itself, whatever the model and the machine."""
-        for name in ("model", "routing", "transport"):
-            if not isinstance(getattr(self, name), str):
-                raise OptionError(f"{name}={getattr(self, name)!r} is not text; pass a string, see docs/options.md")
-        for name in ("ranks", "max_num_seqs", "block_size"):
-            _check_count(name, getattr(self, name))
-        if self.num_layers is not None:
-            _check_count("num_layers", self.num_layers)
-        if not is_number(self.timeout_s) or not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
-            raise OptionError(
-                f"timeout_s={self.timeout_s!r} is not a time to wait; use a number of seconds above 0, "
-                f"at most {_LONGEST_TIMEOUT_S}"
-            )
-        if not is_whole(self.seed) or not 0 <= self.seed < 2**62:
-            raise OptionError(f"seed={self.seed!r} is not an integer from 0 to 2**62 - 1; pass one")
-        if not is_number(self.gpu_memory_utilization) or not 0 < self.gpu_memory_utilization <= 1:
-            raise OptionError(
-                f"gpu_memory_utilization={self.gpu_memory_utilization!r} is not a share of the memory; "
-                "use a number above 0, at most 1"
-            )
-        for name in ("prefix_caching", "chunked_prefill"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}={getattr(self, name)!r} is not True or False; use one of them")
-        if self.dtype in ("half", "float16"):
-            raise OptionError(
-                f"dtype={self.dtype!r}: float16 is not supported, its range is too small for some models; "
-                "use 'bfloat16' or 'float32'"
-            )
-        if self.dtype not in ("auto", *DTYPES):
-            raise unknown_value("dtype", self.dtype, ("auto", *DTYPES))
-
     def _max_num_batched_tokens(self, max_model_len: int, device: Device) -> int:
-        most = self.max_num_batched_tokens
-        if most is None:
-            longest = max_model_len
-            if device.own_memory and self.max_model_len is None:
-                longest = min(longest, _MOST_DEFAULT_BATCHED_TOKENS)
-            most = max(_MIN_BATCHED_TOKENS, longest)
-        _check_count("max_num_batched_tokens", most)
-        return most
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        longest = max_model_len
+        if device.own_memory and self.max_model_len is None:
+            longest = min(longest, _MOST_DEFAULT_BATCHED_TOKENS)
+        return max(_MIN_BATCHED_TOKENS, longest)
 
     def _cache(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device: Device) -> CacheSize | None:
         """`None` if it is measured on the device. One block more than can be used: block 0 is for padding."""
         bytes_per_block = block_bytes(model, block_size=self.block_size, dtype=dtype)
         if self.kv_cache_memory is not None:
-            _check_count("kv_cache_memory", self.kv_cache_memory)
             memory, source = self.kv_cache_memory, "set by kv_cache_memory"
         elif not device.own_memory:
             one_text = -(-max_model_len // self.block_size) + 1
@@ -196,8 +139,11 @@ class EngineConfig:
         num_blocks = memory // bytes_per_block
         if num_blocks < 2:
             raise OptionError(
-                f"kv_cache_memory={memory} bytes holds {num_blocks} blocks of {self.block_size} tokens; "
-                "at least 2 are needed, so give more memory or a smaller block_size"
+                f"kv_cache_memory={memory} bytes is too small",
+                limit=f"it holds {num_blocks} blocks of {self.block_size} tokens, and 2 are needed",
+                remedy=f"use at least {2 * bytes_per_block}, or a smaller block_size",
+                option="kv_cache_memory",
+                value=memory,
             )
         return CacheSize(num_blocks=num_blocks, source=source)
 
@@ -279,7 +225,7 @@ class ResolvedConfig:
         off = "dbo='off'" if options.policy.dbo == "off" else "dbo='auto', which is off here"
         sentences = policy.without_effect(off) + overruled_dbo(options.policy, self.dbo_source)
         is_measured = options.kv_cache_memory is None and self.device.own_memory
-        if options.gpu_memory_utilization != _DEFAULT_UTILIZATION and not is_measured:
+        if options.gpu_memory_utilization != OPTION_DEFAULTS["gpu_memory_utilization"] and not is_measured:
             assert self.cache is not None
             sentences.append(
                 f"gpu_memory_utilization={options.gpu_memory_utilization} has no effect: the size of the KV cache is "
@@ -307,15 +253,15 @@ class ResolvedConfig:
         return chosen
 
 
-def _check_count(name: str, value: object) -> None:
-    if not is_whole(value) or value < 1:
-        raise OptionError(f"{name}={value!r} is not a count; use an integer of at least 1")
-
-
 def _limit(name: str, value: int | None, most: int, what: str) -> int:
     if value is None:
         return most
-    _check_count(name, value)
     if value > most:
-        raise OptionError(f"{name}={value} is more than {what}, {most}; use at most {most}")
+        raise OptionError(
+            f"{name}={value} is too large",
+            limit=f"{what} are {most}",
+            remedy=f"use at most {most}",
+            option=name,
+            value=value,
+        )
     return value

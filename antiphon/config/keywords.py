@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from antiphon.config.aliases import translate
 from antiphon.config.engine_config import EngineConfig
-from antiphon.config.option_sizes import as_number
-from antiphon.core.policy import OPTION_NAMES, OverlapPolicy
+from antiphon.config.options import OPTIONS, parse_option
+from antiphon.core.options import options_of
+from antiphon.core.policy import OverlapPolicy
 
 logger = logging.getLogger("antiphon")
+
+_Given = ParamSpec("_Given")
 
 _FOREIGN_VARIABLES = {
     "VLLM_ALL2ALL_BACKEND": "use transport='auto' or another of docs/options.md",
 }
 
-_POLICY_FIELDS = {option: field for field, option in OPTION_NAMES.items()}
 
-OPTION_DEFAULTS: Mapping[str, Any] = {
-    **{field.name: field.default for field in fields(EngineConfig) if field.default is not MISSING},
-    **{OPTION_NAMES[field.name]: field.default for field in fields(OverlapPolicy)},
-}
-"""Every option of an engine by the name that users know, and its default."""
-
-
-def make_config(own: Mapping[str, Any], foreign: Mapping[str, Any]) -> EngineConfig:
-    """The configuration that the options ask for; `foreign` are those that are not ours.
+def make_config(given: Mapping[str, Any]) -> EngineConfig:
+    """The configuration that the options ask for; those of other engines may be among them.
 
     Warns of what has no effect. Raises `OptionError` for an option that is not known, is refused, or contradicts
     another one; the nearest known name, or what to use instead, is in the message.
     """
-    options = {name: as_number(name, value) for name, value in own.items()}
-    meant = translate(foreign, OPTION_DEFAULTS)
+    options = {name: parse_option(name, given.get(name, one.default)) for name, one in OPTIONS.items()}
+    meant = translate({name: value for name, value in given.items() if name not in OPTIONS}, OPTIONS)
     for name, value in (meant.unless_given | meant.own).items():
-        if options[name] != OPTION_DEFAULTS[name]:
+        if options[name] != OPTIONS[name].default:
             meant.check(name, options[name])
         else:
             options[name] = value
@@ -48,9 +43,23 @@ def make_config(own: Mapping[str, Any], foreign: Mapping[str, Any]) -> EngineCon
             notes.append(f"{variable}={os.environ[variable]} is not obeyed here; {remedy}")
     for note in notes:
         logger.warning(note)
-    policy = OverlapPolicy(**{field: options.pop(option) for option, field in _POLICY_FIELDS.items()})
+    policy = OverlapPolicy(**{one.field: options.pop(name) for name, one in options_of(OverlapPolicy).items()})
     if isinstance(options["model"], Path):  # never the id of a model on the hub
         options["model"] = str(options["model"].expanduser().absolute())
     options["device"] = str(options["device"])
     options["dtype"] = str(options["dtype"]).removeprefix("torch.")
     return EngineConfig(policy=policy, **options)
+
+
+def shows_options(function: Callable[_Given, None]) -> Callable[_Given, None]:
+    """Show every option in the signature and the help of a function that takes them as `**options`."""
+    shown = signature(function)
+    own = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=one.default, annotation=one.accepts)
+        for name, one in OPTIONS.items()
+    ]
+    own[0] = own[0].replace(kind=Parameter.POSITIONAL_OR_KEYWORD)  # model
+    first, *others = [parameter for name, parameter in shown.parameters.items() if name not in OPTIONS]
+    function.__signature__ = shown.replace(parameters=[first, *own, *others])  # type: ignore[attr-defined]
+    function.__doc__ = "".join(f"{name}: {one.help}\n" for name, one in OPTIONS.items())
+    return function

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
-from antiphon.core.errors import OptionError, is_number, is_whole, out_of_range, unknown_value
+from antiphon.core.errors import OptionError
+from antiphon.core.options import check_options, number, one_of, option, options_of, whole
 from antiphon.core.plan import MAX_LANES
 
 DBO_MODES = ("auto", "on", "off")
@@ -16,77 +17,102 @@ SPLIT_RULES = ("token", "request-boundary")
 DEFAULT_PREFILL_THRESHOLD = 512
 DEFAULT_DECODE_THRESHOLD = 32
 
+_GROUP = "Overlap"
+
 NEVER = 2**62
 """A threshold that no step reaches."""
-
-OPTION_NAMES = {
-    "dbo": "dbo",
-    "split": "split",
-    "micro_batches": "micro_batches",
-    "prefill_threshold": "dbo_prefill_token_threshold",
-    "decode_threshold": "dbo_decode_token_threshold",
-    "imbalance_ratio": "imbalance_ratio",
-    "min_total_tokens": "min_total_tokens_to_split",
-    "min_prefill_tokens": "min_prefill_tokens_to_split",
-    "start_layer": "dbo_start_layer",
-    "end_layer": "dbo_end_layer",
-}
-"""Field of `OverlapPolicy` -> the option by which users know it."""
-
-_WHOLE_NUMBERS = {
-    **dict.fromkeys(
-        ("prefill_threshold", "decode_threshold", "min_total_tokens", "min_prefill_tokens"), "a count of tokens"
-    ),
-    **dict.fromkeys(("start_layer", "end_layer"), "the number of a layer"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapPolicy:
     """Dual-batch overlap: whether, from which size on, and where to cut.
 
-    dbo: `on` splits every step that can be cut (from the thresholds on, if they are given), `off` none, `auto` from
-        the thresholds on, which `planning.resolve_policy` chooses where they are not given.
-    split: the cut rule, `token` or `request-boundary`. micro_batches: lanes of a split step, 2 to `MAX_LANES`.
-    prefill_threshold, decode_threshold: tokens on the busiest rank from which a step is split, or `NEVER`; `None` is no
-        threshold under `on`, and 512 and 32 under an unresolved `auto`. The decode threshold holds where that
-        rank only decodes.
-    imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens. The lanes of a split
-        step, one after another, may be longer than the serial step by twice this share, else it is not split.
-    min_total_tokens, min_prefill_tokens: a step with fewer tokens on the busiest rank is not split, nor is one with
-        prefill there, but with fewer tokens of it. They hold under `on` too, beside the thresholds.
-    start_layer, end_layer: layers from the first up to, but not including, the last run split, the others whole;
-        `None` is the end of the model.
+    The options say what each field means. A threshold of `NEVER` is one that no step reaches; `None` is no threshold
+    under `on`, and `DEFAULT_PREFILL_THRESHOLD` or `DEFAULT_DECODE_THRESHOLD` under an unresolved `auto`.
     Raises `OptionError` for a value out of range.
     """
 
-    dbo: str = "auto"
-    split: str = "token"
-    micro_batches: int = 2
-    prefill_threshold: int | None = None
-    decode_threshold: int | None = None
-    imbalance_ratio: float = 0.1
-    min_total_tokens: int = 0
-    min_prefill_tokens: int = 0
-    start_layer: int = 0
-    end_layer: int | None = None
+    dbo: str = option(
+        "auto",
+        check=one_of(DBO_MODES),
+        group=_GROUP,
+        help=f"Dual-batch overlap: {', '.join(DBO_MODES)}. auto: split large steps where overlap has paid on such "
+        "devices and such a link, else off; the start-up block says which and why.",
+        doc="`auto`: what the environment variable `ANTIPHON_DBO` says (`on` or `1`, `off` or `0`), then what "
+        "`VLLM_ASCEND_ENABLE_DBO` says (`1`: `on`), else what is [below](#what-auto-does). `on`: split every step that "
+        "can be cut, except where lanes are uneven across ranks (`imbalance_ratio`). `off`: split none",
+    )
+    split: str = option(
+        "token",
+        check=one_of(SPLIT_RULES),
+        group=_GROUP,
+        help=f"Where to cut a batch: {', '.join(SPLIT_RULES)}.",
+        doc="`token`: cut anywhere. `request-boundary`: cut between requests if a boundary is near the middle, else "
+        "not at all. Where a rank only decodes, both cut in the middle",
+    )
+    micro_batches: int = option(
+        2,
+        check=whole(2, MAX_LANES),
+        group=_GROUP,
+        help=f"Number of parts of a split step, 2 to {MAX_LANES}.",
+    )
+    prefill_threshold: int | None = option(
+        None,
+        name="dbo_prefill_token_threshold",
+        size="count",
+        check=whole(0),
+        group=_GROUP,
+        help="Minimum tokens on the busiest rank to split a step with prefill; holds under auto too.",
+        shown_default="`auto` chooses; none under `on`",
+    )
+    decode_threshold: int | None = option(
+        None,
+        name="dbo_decode_token_threshold",
+        size="count",
+        check=whole(0),
+        group=_GROUP,
+        help="Minimum tokens on the busiest rank to split a step where that rank only decodes; holds under auto too.",
+        shown_default="`auto` chooses; none under `on`",
+    )
+    imbalance_ratio: float = option(
+        0.1,
+        check=number(0, 1),
+        group=_GROUP,
+        help="How far from the middle a request boundary may lie, as a share of the tokens; lanes may be longer than a "
+        "serial step by twice this share.",
+        doc="how far from the middle a request boundary may lie, as a share of the tokens. A step whose lanes together "
+        "are longer than the serial step by more than twice this share is not split, under `on` either",
+    )
+    min_total_tokens: int = option(
+        0,
+        name="min_total_tokens_to_split",
+        size="count",
+        check=whole(0),
+        group=_GROUP,
+        help="Steps with fewer tokens on the busiest rank are not split, under on either.",
+    )
+    min_prefill_tokens: int = option(
+        0,
+        name="min_prefill_tokens_to_split",
+        size="count",
+        check=whole(0),
+        group=_GROUP,
+        help="Steps with fewer prompt tokens on the busiest rank, but with some, are not split, under on either.",
+    )
+    start_layer: int = option(
+        0, name="dbo_start_layer", check=whole(0), group=_GROUP, help="First layer that runs split."
+    )
+    end_layer: int | None = option(
+        None,
+        name="dbo_end_layer",
+        check=whole(0),
+        group=_GROUP,
+        help="First layer after dbo_start_layer that no longer runs split.",
+        shown_default="the end of the model",
+    )
 
     def __post_init__(self) -> None:
-        if self.dbo not in DBO_MODES:
-            raise unknown_value("dbo", self.dbo, DBO_MODES)
-        if self.split not in SPLIT_RULES:
-            raise unknown_value("split", self.split, SPLIT_RULES)
-        if not is_whole(self.micro_batches) or not 2 <= self.micro_batches <= MAX_LANES:
-            raise out_of_range("micro_batches", self.micro_batches, f"2 to {MAX_LANES}")
-        for name, what in _WHOLE_NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and _DEFAULTS[name] is None:
-                continue
-            if not is_whole(value) or value < 0:
-                option = OPTION_NAMES[name]
-                raise OptionError(
-                    f"{option}={value!r} is not {what}", remedy="use 0 or more", option=option, value=value
-                )
+        check_options(self)
         if self.end_layer is not None and self.end_layer <= self.start_layer:
             raise OptionError(
                 f"dbo_start_layer={self.start_layer} and dbo_end_layer={self.end_layer} leave no layer to split",
@@ -94,8 +120,6 @@ class OverlapPolicy:
                 option="dbo_end_layer",
                 value=self.end_layer,
             )
-        if not is_number(self.imbalance_ratio) or not 0 <= self.imbalance_ratio <= 1:
-            raise out_of_range("imbalance_ratio", self.imbalance_ratio, "a number from 0 to 1")
 
     @property
     def splits_all_layers(self) -> bool:
@@ -118,13 +142,13 @@ class OverlapPolicy:
     def without_effect(self, off: str = "dbo='off'") -> list[str]:
         """One sentence for each option that this policy does not use. off: what switches it off, where it is off."""
         if self.dbo != "off":
-            if self.split == "token" and self.imbalance_ratio != _DEFAULTS["imbalance_ratio"]:
+            if self.split == "token" and self.imbalance_ratio != _OPTIONS["imbalance_ratio"].default:
                 return [f"imbalance_ratio={self.imbalance_ratio} has no effect with split='token', which cuts anywhere"]
             return []
         return [
-            f"{option}={getattr(self, name)} has no effect with {off}: no step is split"
-            for name, option in OPTION_NAMES.items()
-            if name not in ("dbo", "split", "micro_batches") and getattr(self, name) != _DEFAULTS[name]
+            f"{name}={value} has no effect with {off}: no step is split"
+            for name, value in ((name, getattr(self, one.field)) for name, one in _OPTIONS.items())
+            if name not in ("dbo", "split", "micro_batches") and value != _OPTIONS[name].default
         ]
 
     def describe(self) -> str:
@@ -150,4 +174,4 @@ class OverlapPolicy:
         return f"from {prefill} tokens a rank in prefill and {decode} in decode"
 
 
-_DEFAULTS = {field.name: field.default for field in fields(OverlapPolicy)}
+_OPTIONS = options_of(OverlapPolicy)

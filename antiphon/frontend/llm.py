@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from antiphon.config.engine_config import ResolvedConfig
-from antiphon.config.keywords import OPTION_DEFAULTS, make_config
+from antiphon.config.keywords import make_config, shows_options
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, RequestError
 from antiphon.core.sampling import RequestOutput, SamplingParams
@@ -31,41 +31,10 @@ logger = logging.getLogger("antiphon")
 class LLM:
     """A model on one or more ranks.
 
-    model: folder of a Hugging Face checkpoint, the id of one on the hub ("org/name"), or "tiny-deepseek", the one that
-        is bundled. With dummy weights also the name of a published shape, such as "qwen3-30b-a3b"; a wrong one gives
-        the list. revision: branch, tag or commit of a hub's model.
-    load_format: "auto", or "dummy" for random weights: for measurements, with prompts of token ids and empty texts.
-    num_layers: keep only so many layers. routing: of dummy weights, "model", "uniform", "zipf:A" or "recorded:FILE".
-    ranks: processes that share the experts; they must divide the number of experts. With one rank no process is
-        started. device: "cpu", "cuda" (one device a rank), or "auto": what the environment variable ANTIPHON_DEVICE
-        says, else "cuda" if there are as many devices as ranks.
-    dbo: dual-batch overlap, "auto", "on" or "off"; "auto" is off except on GPUs without peer access and over a
-        simulated link, and `stats` says why. transport: "auto", "copy-engine" and "host-staged" (GPUs),
-        "shared-memory" (CPUs), "allgather", "alltoall", "local", or others in docs/options.md. dtype: "auto" (bfloat16
-        on GPUs, float32 on CPUs), "float32", "bfloat16", "float64". peer_access: whether GPUs may read each other's
-        memory; the environment variable NCCL_P2P_DISABLE=1 forbids it too.
-    split: where a batch is cut, "token" or "request-boundary". micro_batches: parts of a split step, 2 to 8.
-    dbo_prefill_token_threshold, dbo_decode_token_threshold: tokens on the busiest rank from which a step is split;
-        by default what "auto" chooses (4096 on GPUs without peer access, for both; 512 and 32 over a simulated link),
-        and none under "on".
-    imbalance_ratio: how far from the middle a request boundary may lie, as a share of the tokens. A step whose lanes
-        together are longer than the serial step by more than twice this share is not split, under "on" either.
-    min_total_tokens_to_split, min_prefill_tokens_to_split: a step with fewer tokens on the busiest rank, or with fewer
-        tokens of prompts among them, is not split; they hold under "on" too. dbo_start_layer, dbo_end_layer: only these
-        layers run split, the last one excluded.
-    max_num_batched_tokens: tokens of one step on one rank. max_num_seqs: requests that run at once on one rank.
-    max_model_len: longest text, prompt and output together. It and other counts of tokens, requests and bytes may be
-        written as sizes, "32k" (docs/options.md).
-    block_size: tokens in a KV block. kv_cache_memory: bytes of the KV cache of one rank; by default a fixed size on
-        the CPU, and on a GPU what the share gpu_memory_utilization of its memory leaves beside the weights and the
-        largest step, which is run once to measure it.
-    prefix_caching: share full KV blocks between texts that begin alike, also with those that have ended.
-    chunked_prefill: fill what is left of a step with a part of a prompt; without it only prompts that are longer than
-        a whole step are cut.
-    seed: from which requests without a seed take theirs, and dummy weights. timeout_s: longest wait for another
-        process. debug_order: compare the collectives of all ranks before every step. on_start: called with what the
-        engine is doing while it starts, such as "loading the model: 35% of 14.2 GB". launcher: starts the ranks
-        (`antiphon.launch`), a process each, one alone too; `None` starts them on this host.
+    The options are keywords; `__init__` lists them, and docs/options.md says more. Counts of tokens, requests and bytes
+    may be written as sizes, "32k".
+    on_start: called with what the engine is doing while it starts, such as "loading the model: 35% of 14.2 GB".
+    launcher: starts the ranks (`antiphon.launch`), a process each, one alone too; `None` starts them on this host.
     Options of other engines are accepted where they mean something here (docs/options.md), or refused by name.
 
     Raises `OptionError` and `ModelError` (both `ValueError`) before anything is started, `EngineError` if a worker
@@ -76,48 +45,21 @@ class LLM:
             outputs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
     """
 
+    @shows_options
     def __init__(
         self,
         model: str = BUNDLED_MODEL,
         *,
-        revision: str | None = None,
-        load_format: str = "auto",
-        num_layers: int | None = None,
-        routing: str = "model",
-        ranks: int = 1,
-        device: str = "auto",
-        dbo: str = "auto",
-        transport: str = "auto",
-        peer_access: bool = True,
-        dtype: str = "auto",
-        split: str = "token",
-        micro_batches: int = 2,
-        dbo_prefill_token_threshold: int | str | None = None,
-        dbo_decode_token_threshold: int | str | None = None,
-        imbalance_ratio: float = 0.1,
-        min_total_tokens_to_split: int | str = 0,
-        min_prefill_tokens_to_split: int | str = 0,
-        dbo_start_layer: int = 0,
-        dbo_end_layer: int | None = None,
-        max_num_batched_tokens: int | str | None = None,
-        max_num_seqs: int | str = 256,
-        max_model_len: int | str | None = None,
-        block_size: int | str = 16,
-        kv_cache_memory: int | str | None = None,
-        gpu_memory_utilization: float = 0.9,
-        prefix_caching: bool = True,
-        chunked_prefill: bool = True,
-        seed: int = 0,
-        timeout_s: float = 120.0,
-        debug_order: bool = False,
         on_start: Callable[[str], None] | None = None,
         launcher: Launcher | None = None,
-        **foreign: Any,
+        **options: Any,
     ) -> None:
-        given = locals()
         if on_start is not None and not callable(on_start):
             raise OptionError(
-                f"on_start={on_start!r} is not callable; pass a function that takes a text, such as print"
+                f"on_start={on_start!r} is not callable",
+                remedy="pass a function that takes a text, such as print",
+                option="on_start",
+                value=on_start,
             )
         if launcher is not None and not isinstance(launcher, Launcher):
             raise OptionError(
@@ -128,7 +70,7 @@ class LLM:
             )
         self._turn = threading.RLock()  # `progress` may ask for statistics
         self._is_running = False
-        self._core = Core(make_config({name: given[name] for name in OPTION_DEFAULTS}, foreign))
+        self._core = Core(make_config({"model": model, **options}))
         config = self._core.config
         self._client: Client
         if config.options.ranks == 1 and launcher is None:

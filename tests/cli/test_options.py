@@ -15,7 +15,8 @@ import pytest
 from antiphon.cli import engine_options, evaluate
 from antiphon.cli import generate as generate_module
 from antiphon.config.engine_config import EngineConfig
-from antiphon.config.keywords import OPTION_DEFAULTS, make_config
+from antiphon.config.keywords import make_config
+from antiphon.config.options import OPTION_DEFAULTS
 from antiphon.core.errors import OptionError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import SamplingParams
@@ -69,7 +70,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> EngineConfig:
 
 
 def config_of(**options: Any) -> EngineConfig:
-    return make_config(dict(OPTION_DEFAULTS) | options, {})
+    return make_config(options)
 
 
 def as_word(name: str, value: object) -> str:
@@ -80,7 +81,7 @@ def as_word(name: str, value: object) -> str:
 
 
 def test_the_declared_options_and_defaults_are_those_of_llm() -> None:
-    parameters = inspect.signature(engine_options._declared).parameters
+    parameters = engine_options.engine_parameters()
     declared = {name: p.default for name, p in parameters.items() if name not in ("model_argument", "config")}
     assert declared == dict(OPTION_DEFAULTS)
     assert set(OTHER_VALUES) == set(OPTION_DEFAULTS)

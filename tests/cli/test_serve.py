@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import logging.config
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
 from antiphon.cli import engine_options
 from antiphon.config.engine_config import EngineConfig
-from antiphon.config.keywords import OPTION_DEFAULTS, make_config
-from antiphon.config.option_sizes import BYTES_OPTIONS, COUNT_OPTIONS
+from antiphon.config.keywords import make_config
+from antiphon.config.options import OPTIONS
 from antiphon.core.errors import OptionError
 from antiphon.server import run
 from antiphon.server.options import ServerOptions
@@ -130,16 +129,16 @@ def test_cors_options_without_origins_say_that_they_do_nothing() -> None:
 
 
 def test_the_command_line_and_llm_take_the_same_options_as_sizes() -> None:
-    hints = get_type_hints(engine_options._declared, include_extras=True)
-    kinds = {name: engine_options._kind(hints[name]) for name in inspect.signature(engine_options._declared).parameters}
-    assert {name for name, kind in kinds.items() if kind == "count"} == COUNT_OPTIONS
-    assert {name for name, kind in kinds.items() if kind == "bytes"} == BYTES_OPTIONS
+    kinds = {name: engine_options._kind(one.annotation) for name, one in engine_options.engine_parameters().items()}
+    sizes = {name: kind for name, kind in kinds.items() if kind in ("count", "bytes")}
+    assert sizes == {name: one.size for name, one in OPTIONS.items() if one.size}
+    assert {*sizes.values()} == {"count", "bytes"}
 
 
-@pytest.mark.parametrize("name", sorted(COUNT_OPTIONS | BYTES_OPTIONS))
+@pytest.mark.parametrize("name", [name for name, one in OPTIONS.items() if one.size])
 def test_every_such_option_is_read_on_every_way(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    expected = make_config(dict(OPTION_DEFAULTS) | {name: 2048}, {})
-    assert make_config(dict(OPTION_DEFAULTS) | {name: "2K"}, {}) == expected
+    expected = make_config({name: 2048})
+    assert make_config({name: "2K"}) == expected
     (tmp_path / "o.yaml").write_text(f"{name}: 2K\n")
     stop_before_start(monkeypatch)
     for words in ([f"--{name.replace('_', '-')}", "2K"], [f"--{name}=2K"], ["--config", str(tmp_path / "o.yaml")]):
@@ -151,9 +150,9 @@ def test_every_such_option_is_read_on_every_way(name: str, monkeypatch: pytest.M
 def test_python_is_told_as_well() -> None:
     for value in (-1, "auto"):
         with raises(OptionError, f"max_model_len={value!r}"):
-            make_config(dict(OPTION_DEFAULTS) | {"max_model_len": value}, {})
+            make_config({"max_model_len": value})
     with raises(OptionError, "block_size='16x'"):
-        make_config(dict(OPTION_DEFAULTS) | {"block_size": "16x"}, {})
+        make_config({"block_size": "16x"})
 
 
 def test_benches_read_sizes_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from antiphon.config.ascend_aliases import NO_GRAPHS, additional_config
-from antiphon.config.keywords import OPTION_DEFAULTS, make_config
+from antiphon.config.keywords import make_config
 from antiphon.core.errors import OptionError
 from tests.support.asked import AskedError, run_command, stop_before_start
 
@@ -97,11 +97,11 @@ def test_what_does_not_exist_is_refused(config: dict[str, Any], message: str) ->
 def test_a_size_said_twice_is_no_contradiction() -> None:
     config = {"ascend_scheduler_config": {"max_model_len": "2k"}}
     for written in ("2k", 2000, "2000"):
-        made = make_config({**OPTION_DEFAULTS, "max_model_len": written}, {"additional_config": config})
+        made = make_config({"max_model_len": written, "additional_config": config})
         assert made.max_model_len == 2000
     with pytest.raises(OptionError, match="max_model_len=2000, but max_model_len=2048"):
-        make_config({**OPTION_DEFAULTS, "max_model_len": "2K"}, {"additional_config": config})
-    assert make_config({**OPTION_DEFAULTS, "kv_cache_memory": "20G"}, {"kv_cache_memory_bytes": "20GiB"})
+        make_config({"max_model_len": "2K", "additional_config": config})
+    assert make_config({"kv_cache_memory": "20G", "kv_cache_memory_bytes": "20GiB"})
 
 
 def test_every_key_is_in_the_documents() -> None:
@@ -186,6 +186,6 @@ def test_command_lines_of_the_two_systems(
         assert outcome in str(ended.value) and "\n" not in str(ended.value)
         return
     assert isinstance(ended.value, AskedError), ended.value
-    assert ended.value.config == make_config(dict(OPTION_DEFAULTS) | outcome, {})
+    assert ended.value.config == make_config(outcome)
     assert all("has no effect" in message for message in caplog.messages)
     assert len(caplog.messages) == 1 + ("additional" in line)  # one of --trust-remote-code

@@ -14,10 +14,13 @@ from antiphon import LLM
 from antiphon.config.aliases import FOREIGN_OPTIONS
 from antiphon.config.describe import describe_config
 from antiphon.config.engine_config import EngineConfig
-from antiphon.config.keywords import OPTION_DEFAULTS, make_config
+from antiphon.config.keywords import make_config
+from antiphon.config.options import OPTION_DEFAULTS, OPTIONS
 from antiphon.config.resolve import ASCEND_DBO_VARIABLE, DBO_VARIABLE
 from antiphon.core.errors import OptionError
-from antiphon.core.policy import OPTION_NAMES, OverlapPolicy
+from antiphon.core.options import options_of
+from antiphon.core.policy import OverlapPolicy
+from antiphon.device.table import DEVICES
 from tests.support.asked import AskedError, run_command, stop_before_start
 from tests.support.errors import raises
 
@@ -59,7 +62,7 @@ CASES: list[tuple[str, Any, dict[str, Any] | str]] = [
     ("additional_config", {"zzz": "x"}, "'zzz' is not known here; known here are "),
     ("additional_config", 3, "additional_config=3 is not an object"),
     ("data_parallel_size", 2, {"ranks": 2}),
-    ("data_parallel_size", 0, "ranks=0 is not a count"),
+    ("data_parallel_size", 0, "ranks=0"),
     ("dp", 4, {"ranks": 4}),
     ("tensor_parallel_size", 1, SAME),
     ("tensor_parallel_size", 16, "there is no tensor parallelism yet; use ranks=N"),
@@ -199,7 +202,7 @@ def test_options_of_other_engines(
         return
     assert isinstance(ended.value, AskedError), text
     own = outcome if isinstance(outcome, dict) else {}
-    assert ended.value.config == make_config(dict(OPTION_DEFAULTS) | own, {})
+    assert ended.value.config == make_config(own)
     if isinstance(outcome, str):
         (note,) = caplog.messages
         assert outcome.removeprefix("note: ") in note and name in note
@@ -276,9 +279,18 @@ def test_thresholds_that_are_given_win_over_those_of_enable_dbo(monkeypatch: pyt
 
 def test_the_options_of_llm_and_their_defaults_are_those_of_the_engine() -> None:
     parameters = inspect.signature(LLM.__init__).parameters
-    own = {name: p.default for name, p in parameters.items() if name not in ("self", "on_start", "launcher", "foreign")}
+    assert {*parameters} == {"self", *OPTIONS, "on_start", "launcher", "options"}
+    own = {name: p.default for name, p in parameters.items() if name in OPTIONS}
     assert own == dict(OPTION_DEFAULTS)
-    assert set(OPTION_NAMES.values()) <= set(own)
+    assert set(options_of(OverlapPolicy)) <= set(own)
+    assert next(iter(inspect.signature(LLM).parameters)) == "model"
+    assert parameters["max_model_len"].annotation == int | str | None
+    for name, option in OPTIONS.items():
+        assert f"{name}: {option.help}" in str(LLM.__init__.__doc__)
+
+
+def test_the_kinds_of_devices_that_help_lists_are_those_of_the_table() -> None:
+    assert ", ".join(("auto", *DEVICES)) in OPTIONS["device"].help
 
 
 @pytest.mark.parametrize(

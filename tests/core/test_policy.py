@@ -8,9 +8,12 @@ from itertools import combinations
 import pytest
 
 from antiphon.core.errors import OptionError
+from antiphon.core.options import options_of
 from antiphon.core.plan import MAX_LANES
-from antiphon.core.policy import DBO_MODES, OPTION_NAMES, SPLIT_RULES, OverlapPolicy
+from antiphon.core.policy import DBO_MODES, SPLIT_RULES, OverlapPolicy
 from tests.support.errors import raises
+
+OPTION_NAMES = {one.field: name for name, one in options_of(OverlapPolicy).items()}
 
 OTHER_VALUES = {
     "dbo": ["on", "off"],
@@ -188,3 +191,4 @@ def test_a_ratio_without_effect_is_named():
 
 def test_every_field_is_known_to_users_by_an_option():
     assert list(OPTION_NAMES) == [field.name for field in fields(OverlapPolicy)]
+    assert OPTION_NAMES["prefill_threshold"] == "dbo_prefill_token_threshold"

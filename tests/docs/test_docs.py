@@ -18,7 +18,7 @@ import torch
 from antiphon import SamplingParams
 from antiphon.cli.arguments import OwnOption, read_config_file
 from antiphon.config.aliases import FOREIGN_OPTIONS
-from antiphon.config.keywords import OPTION_DEFAULTS
+from antiphon.config.options import OPTION_DEFAULTS
 from antiphon.models import PRESETS
 from antiphon.models.architectures.registry import READERS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from antiphon import LLM, SamplingParams
-from antiphon.config.keywords import OPTION_DEFAULTS
+from antiphon.config.options import OPTION_DEFAULTS
 from antiphon.core.errors import AntiphonError
 
 TEXT, COUNT, NUMBER, FLAG = [5, b"x", ["a"], object()], ["x", 0, -1, 2.5], ["x", [1], float("nan")], ["no", 1, []]

@@ -8,7 +8,7 @@ import pytest
 
 from antiphon import cli
 from antiphon.config.engine_config import EngineConfig
-from antiphon.core.errors import OptionError
+from antiphon.core.options import check_options
 
 __all__ = ["AskedError", "run_command", "stop_before_start"]
 
@@ -25,8 +25,7 @@ def stop_before_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """`LLM` raises `AskedError` where it would look at the model, for what is refused there is ours."""
 
     def resolve(config: EngineConfig) -> None:
-        if config.ranks < 1:
-            raise OptionError(f"ranks={config.ranks} is not a count; use an integer of at least 1")
+        check_options(config)
         raise AskedError(config)
 
     monkeypatch.setattr(EngineConfig, "resolve", resolve)

@@ -1,0 +1,212 @@
+"""Every option of an engine, declared once: here, and those of overlap in `antiphon.core.policy`.
+
+`OPTIONS` has them all. The keywords of `LLM`, the command line, the file of `--config`, the tables of docs/options.md
+and the check for unknown names are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from antiphon.core.bundled import BUNDLED_MODEL
+from antiphon.core.errors import OptionError
+from antiphon.core.options import Option, instance_of, number, one_of, option, options_of, whole
+from antiphon.core.policy import OverlapPolicy
+
+LOAD_FORMATS = ("auto", "dummy")
+DTYPE_NAMES = ("float32", "bfloat16", "float64")
+
+_DEVICE_KINDS = ("cpu", "cuda", "xpu", "npu", "generic", "generic:cuda", "generic:cpu")
+"""The keys of `antiphon.device.table.DEVICES`, which would import torch; a test compares them."""
+
+_MODEL = "Model and ranks"
+_STEPS = "Steps and memory"
+_LONGEST_TIMEOUT_S = 86_400
+
+_text = instance_of(str, "a string")
+_flag = instance_of(bool, "True or False")
+_count = whole(1)
+
+
+def _dtype(name: str, value: object) -> None:
+    if value in ("half", "float16"):
+        raise OptionError(
+            f"{name}={value!r} is not supported",
+            limit="the range of float16 is too small for some models",
+            remedy="use 'bfloat16' or 'float32'",
+            option=name,
+            value=value,
+        )
+    one_of(("auto", *DTYPE_NAMES))(name, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What the user asked for, without the options of overlap."""
+
+    model: str = option(
+        BUNDLED_MODEL,
+        check=_text,
+        group=_MODEL,
+        help="Folder of a checkpoint, id of one on the hub, tiny-deepseek (bundled), or a preset of dummy weights.",
+        doc="folder of a Hugging Face checkpoint, id of one on the hub (`org/name`), or `tiny-deepseek`, which comes "
+        "with the package; with dummy weights also a preset ([models.md](models.md))",
+    )
+    revision: str | None = option(
+        None, group=_MODEL, help="Branch, tag or commit of a model on the hub.", shown_default="the hub's `main`"
+    )
+    load_format: str = option(
+        "auto",
+        check=one_of(LOAD_FORMATS),
+        group=_MODEL,
+        help="auto: the checkpoint's weights. dummy: random weights, prompts of token ids.",
+        doc="`auto`: the weights of the checkpoint. `dummy`: random weights, for measurements; prompts are token ids "
+        "then, and texts are empty",
+    )
+    num_layers: int | None = option(
+        None,
+        check=_count,
+        group=_MODEL,
+        help="Load only the first N layers.",
+        doc="load only the first N layers; at least one with experts",
+        shown_default="all",
+    )
+    routing: str = option(
+        "model",
+        check=_text,
+        group=_MODEL,
+        help="Routing with dummy weights: model, uniform, zipf:A or recorded:FILE.",
+        doc="routing with dummy weights: `model` (the random routers choose), `uniform`, `zipf:A` (an expert's share "
+        "falls with the power A of its place), `recorded:FILE`",
+    )
+    ranks: int = option(
+        1,
+        check=_count,
+        group=_MODEL,
+        help="Number of processes that share the experts.",
+        doc="number of processes that share the experts; must divide the number of experts. Attention is "
+        "data-parallel: a request lives on one rank. With one rank no process is started",
+    )
+    device: str = option(
+        "auto",
+        group=_MODEL,
+        help=f"Kind of device: auto, {', '.join(_DEVICE_KINDS)}; one device per rank. auto: cuda if there are enough.",
+        doc="`auto`: what the environment variable `ANTIPHON_DEVICE` says, else `cuda` if there are as many devices as "
+        "ranks, and `cpu` if not, with a warning where that leaves GPUs idle. Or a kind, one device per rank: "
+        f"{', '.join(f'`{kind}`' for kind in _DEVICE_KINDS)}. `xpu` and `npu` have not been run on their hardware; "
+        "their common code over `torch.accelerator` runs as `generic:cuda` on CUDA devices and as `generic:cpu` on the "
+        "CPU ([architecture.md](architecture.md#devices))",
+    )
+    transport: str = option(
+        "auto",
+        check=_text,
+        group=_MODEL,
+        help="auto, local, allgather, alltoall, copy-engine, host-staged, shared-memory, "
+        "or simulated:INNER:BANDWIDTH:LATENCY.",
+        doc="see [below](#transports)",
+    )
+    peer_access: bool = option(
+        True,
+        check=_flag,
+        group=_MODEL,
+        help="Allow GPUs to read each other's memory (NCCL_P2P_DISABLE=1 forbids it too).",
+        doc="whether GPUs may copy into each other's memory, if they can; the environment variable "
+        "`NCCL_P2P_DISABLE=1` forbids it too, and forbidding it here forbids it to NCCL",
+    )
+    dtype: str = option(
+        "auto",
+        check=_dtype,
+        group=_MODEL,
+        help=f"Data type of weights and activations: auto, {', '.join(DTYPE_NAMES)}.",
+        doc="`auto` (`bfloat16` on GPUs, `float32` on CPUs), `float32` (exact on GPUs too, no TF32, and slow there), "
+        "`bfloat16`, `float64`",
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
+        size="count",
+        check=_count,
+        group=_STEPS,
+        help="Maximum number of tokens per step on one rank.",
+        shown_default="`max_model_len`, at least 2048; on a GPU at most 8192 unless `max_model_len` is given",
+    )
+    max_num_seqs: int = option(
+        256, size="count", check=_count, group=_STEPS, help="Maximum number of requests that run at once on one rank."
+    )
+    max_model_len: int | None = option(
+        None,
+        size="count",
+        check=_count,
+        group=_STEPS,
+        help="Maximum length of a text, prompt and output together, such as 32k.",
+        shown_default="the model's positions",
+    )
+    block_size: int = option(16, size="count", check=_count, group=_STEPS, help="Tokens per block of the KV cache.")
+    kv_cache_memory: int | None = option(
+        None,
+        size="bytes",
+        check=_count,
+        group=_STEPS,
+        help="Size of the KV cache of one rank in bytes, such as 20G.",
+        shown_default="on a CPU 256 MiB, or what one longest text needs; on a GPU what `gpu_memory_utilization` leaves",
+    )
+    gpu_memory_utilization: float = option(
+        0.9,
+        check=number(0, 1, without_least=True),
+        group=_STEPS,
+        help="Share of a GPU's memory to use; the KV cache gets what is left of it.",
+        doc="share of a GPU's memory to use. At the start every rank runs the largest step once, not split; the KV "
+        "cache gets what that leaves of the share, on the rank that has least",
+    )
+    prefix_caching: bool = option(
+        True,
+        check=_flag,
+        group=_STEPS,
+        help="Compute shared prefixes once.",
+        doc="compute shared prefixes once: full KV blocks are shared between texts that begin alike, also with those "
+        "that have ended",
+    )
+    chunked_prefill: bool = option(
+        True,
+        check=_flag,
+        group=_STEPS,
+        help="Fill the rest of a step with part of a prompt.",
+        doc="fill the rest of a step with part of a prompt; without it only prompts that are longer than a whole step "
+        "are cut",
+    )
+    seed: int = option(
+        0,
+        check=whole(0, 2**62 - 1),
+        group=_STEPS,
+        help="Seed of requests that have none of their own, and of dummy weights.",
+    )
+    timeout_s: float = option(
+        120.0,
+        check=number(0, _LONGEST_TIMEOUT_S, without_least=True),
+        group=_STEPS,
+        help="Maximum time to wait for another process, in seconds.",
+    )
+    debug_order: bool = option(False, group=_STEPS, help="Compare the collectives of all ranks before every step.")
+
+
+def _grouped() -> dict[str, Option]:
+    """The options of overlap between the others, as docs and --help list them."""
+    own = options_of(EngineOptions)
+    groups = [{name: one for name, one in own.items() if one.group == group} for group in (_MODEL, _STEPS)]
+    return {**groups[0], **options_of(OverlapPolicy), **groups[1]}
+
+
+OPTIONS: Mapping[str, Option] = MappingProxyType(_grouped())
+"""Every option of an engine by the name that users know."""
+
+OPTION_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: one.default for name, one in OPTIONS.items()})
+
+
+def parse_option(name: str, value: Any, *, shown: str = "") -> Any:
+    """What `value` means for option `name`: a text may be a size, `"32k"`. shown: as the user wrote it."""
+    shown = shown or f"{name}={value!r}"
+    if name == "max_model_len" and value == -1:
+        value = "auto"  # in vLLM they are the same
+    return OPTIONS[name].parse(value, shown=shown) if name in OPTIONS else value

@@ -1,0 +1,129 @@
+"""One declaration of an option: a dataclass field that knows its help, its check and how it may be written.
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Options:
+        ranks: int = option(1, check=whole(1), group="Model and ranks", help="Number of processes.")
+
+    options_of(Options)["ranks"].help
+
+Everything that shows or reads options is made from `options_of`: signatures, command lines, files, tables in docs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+from antiphon.core.errors import OptionError, is_number, is_whole, out_of_range, unknown_value
+from antiphon.core.sizes import parse_size
+
+Check = Callable[[str, object], None]
+"""Gets the name of an option and its value. Raises `OptionError` for a value that can never work."""
+
+_KEY = "option"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option. name: by which users know it; field: of the dataclass that declares it.
+
+    size: "count" or "bytes" where it may be written as a size, such as "32k". doc: its text in docs/options.md, which
+    is `help` where it is empty. shown_default: how the docs write the default.
+    """
+
+    name: str = ""
+    field: str = ""
+    type: Any = None
+    default: Any
+    help: str
+    group: str
+    doc: str = ""
+    shown_default: str = ""
+    check: Check | None = None
+    size: str = ""
+
+    @property
+    def accepts(self) -> Any:
+        """The type of the values that a caller may pass."""
+        return self.type | str if self.size else self.type
+
+    def check_value(self, value: object) -> None:
+        """`None` is valid where it is the default. Raises `OptionError`."""
+        if self.check is not None and (value is not None or self.default is not None):
+            self.check(self.name, value)
+
+    def parse(self, value: Any, *, shown: str = "") -> Any:
+        """Read a text that stands for a size; other values are returned as they are. shown: as the user wrote it."""
+        if not self.size or not isinstance(value, str):
+            return value
+        return parse_size(value, shown=shown or f"{self.name}={value!r}", of_bytes=self.size == "bytes")
+
+
+def option(default: Any, *, name: str = "", **about: Any) -> Any:
+    """A dataclass field that is an option; the parameters are those of `Option`. name: by default the field's."""
+    return field(default=default, metadata={_KEY: {"default": default, "name": name, **about}})
+
+
+@cache
+def options_of(declaration: type) -> Mapping[str, Option]:
+    """The options that a dataclass declares, by the name that users know."""
+    hints = get_type_hints(declaration)
+    found = {}
+    for one in fields(declaration):
+        if _KEY in one.metadata:
+            about = one.metadata[_KEY]
+            name = about["name"] or one.name
+            found[name] = Option(**{**about, "name": name, "field": one.name, "type": hints[one.name]})
+    return MappingProxyType(found)
+
+
+def check_options(instance: Any) -> None:
+    """Check each option by itself. Raises `OptionError` for the first that can never work."""
+    for one in options_of(type(instance)).values():  # type: ignore[arg-type]  # classes are hashable
+        one.check_value(getattr(instance, one.field))
+
+
+# ---- checks
+
+
+def one_of(names: Iterable[str]) -> Check:
+    valid = tuple(names)
+
+    def check(name: str, value: object) -> None:
+        if value not in valid:
+            raise unknown_value(name, value, valid)
+
+    return check
+
+
+def whole(least: int, most: int | None = None) -> Check:
+    """An integer from `least` to `most`."""
+    remedy = f"an integer of at least {least}" if most is None else f"{least} to {most}"
+
+    def check(name: str, value: object) -> None:
+        if not is_whole(value) or value < least or (most is not None and value > most):
+            raise out_of_range(name, value, remedy)
+
+    return check
+
+
+def number(least: float, most: float, *, without_least: bool = False) -> Check:
+    """A number from `least` to `most`; without_least: above `least`."""
+    remedy = f"a number {'above' if without_least else 'from'} {least}{', at most' if without_least else ' to'} {most}"
+
+    def check(name: str, value: object) -> None:
+        if not is_number(value) or not least <= value <= most or (without_least and value == least):
+            raise out_of_range(name, value, remedy)
+
+    return check
+
+
+def instance_of(kind: type, remedy: str) -> Check:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, kind):
+            raise OptionError(f"{name}={value!r} has the wrong type", remedy=f"use {remedy}", option=name, value=value)
+
+    return check
