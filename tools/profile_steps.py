@@ -104,7 +104,7 @@ def profile_arms(group: RankGroup, device: torch.device, options: dict[str, Any]
 
 
 def figures(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one step's trace. Trace times are in us."""
+    """Figures of one step's trace. Trace times are in us."""
     kernels = [e for e in events if e.get("cat") == "kernel"]
     copies = [e for e in events if e.get("cat") in ("gpu_memcpy", "gpu_memset")]
     launched_at = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")}

@@ -117,7 +117,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """For each (key, context, continuation): its logprob, and whether greedy sampling would produce it."""
+        """The logprob of each (key, context, continuation), and whether greedy sampling would produce it."""
         prompts, counts = [], []
         for _key, context_ids, continuation_ids in requests:
             counts.append(min(len(continuation_ids), self.max_length - 2))

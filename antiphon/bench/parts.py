@@ -48,7 +48,7 @@ def part_of(transport: Transport, part: TransportPart) -> Transport:
 
 
 class _Part(Transport):
-    """Beside the transport that it belongs to: it has lanes' phases of its own, but no buffers."""
+    """Runs beside the transport that it belongs to; it has lanes' phases of its own, but no buffers."""
 
     name = "part"
 

@@ -24,7 +24,7 @@ Axis = Literal["dp", "tp", "ep"]
 
 
 class Place(NamedTuple):
-    """Where one rank is on every axis."""
+    """The place of one rank on every axis."""
 
     dp: int
     tp: int
@@ -85,7 +85,7 @@ class Mesh:
             )
 
     def place(self, rank: int) -> Place:
-        """Where `rank` is."""
+        """The place of `rank` on every axis."""
         assert 0 <= rank < self.world
         return Place(dp=rank // self.tp, tp=rank % self.tp, ep=rank)
 

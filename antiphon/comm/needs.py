@@ -50,7 +50,7 @@ class Refusal:
     limit: str = field(default="", kw_only=True)
 
     def __str__(self) -> str:
-        """Without the remedy."""
+        """The fact and its limit, without the remedy."""
         return f"{self.fact}: {self.limit}" if self.limit else self.fact
 
 
@@ -195,7 +195,7 @@ def lacks_of_descriptors(facts: Facts | None) -> list[Advice]:
 
 
 def lacks_of_shared_memory(facts: Facts | None, num_bytes: int) -> list[Advice]:
-    """Host memory that several processes map, of so many bytes in all."""
+    """What this host lacks for memory that several processes map, `num_bytes` in all."""
     if facts is None:
         return []
     host = facts.host

@@ -2,7 +2,7 @@
 
 auto | local | allgather | alltoall | copy-engine | host-staged | shared-memory
 nccl-zero-cta                               NCCL's own copy-engine collectives, a baseline
-allgather:16ctas, alltoall:16ctas           NCCL limited to so many blocks; compute of a split step leaves them SMs
+allgather:16ctas, alltoall:16ctas           NCCL limited to 16 blocks; compute of a split step leaves them SMs
 simulated[:INNER[:BANDWIDTH[:LATENCY]]]     such as simulated:alltoall:200MB/s:1ms
 package.module:Class                        a `Transport` of the user's own
 """
@@ -44,7 +44,7 @@ _CLASSES = {
 """The class of each transport, and that for GPUs where it is another one, by NCCL."""
 
 _BASELINES = ("nccl-zero-cta",)
-"""For measurements: not among those that `usable_transports` judges."""
+"""Transports for measurements only: not among those that `usable_transports` judges."""
 
 _LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 """The shape of DeepSeek-V3, the largest rows in common use."""

@@ -127,7 +127,7 @@ class Transport(ABC):
 
     @property
     def made_for(self) -> MadeFor:
-        """For another transport beside or around this one."""
+        """The arguments to make another transport beside or around this one."""
         return {
             "group": self.group,
             "streams": self.streams,

@@ -1,4 +1,4 @@
-"""When to split a step: the options that every rank must share."""
+"""The policy that says when to split a step: options that every rank must share."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Device(ABC):
 
     @abstractmethod
     def _torch_device(self) -> torch.device:
-        """Where its tensors are."""
+        """The `torch.device` of its tensors."""
 
     @property
     @abstractmethod
@@ -169,7 +169,7 @@ class Streams(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are of the transports that use them."""
+        """The `torch.device` of the tensors of transports that use these streams."""
         ...
 
     @property

@@ -92,7 +92,7 @@ class GenericDevice(Device):
         return GenericTimer(self)
 
     def memory(self) -> DeviceMemory:
-        """As the driver counts it: other processes and other libraries included."""
+        """Memory as the driver counts it: other processes and other libraries included."""
         module = torch.get_device_module(self.torch_device)
         ask = getattr(torch.accelerator, "get_memory_info", None) or module.mem_get_info  # the older name
         return DeviceMemory(*ask(self.torch_device))

@@ -64,7 +64,7 @@ def num_devices(kind: str) -> int:
 
 
 def device_for_rank(kind: str, rank: int) -> torch.device:
-    """Where the tensors of a rank are; see `rank_device`."""
+    """The `torch.device` of a rank's tensors; see `rank_device`."""
     return rank_device(kind, rank).torch_device
 
 

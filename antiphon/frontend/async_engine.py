@@ -172,7 +172,7 @@ class AsyncEngine:
             self._command(lambda: self._put_question(self._client.ask, _Question()))
 
     def _command(self, command: Callable[[], None]) -> None:
-        """To be run by the engine thread."""
+        """Queue a command for the engine thread."""
         self._commands.append(command)
         with suppress(zmq.Again):  # it has not read earlier calls yet, and will find this command with them
             self._wake_sender.send(b"", zmq.DONTWAIT)

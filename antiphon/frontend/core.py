@@ -80,7 +80,7 @@ class Core:
     def place(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, streaming: bool
     ) -> list[list[Placed]]:
-        """For each prompt its n results, each on the rank with the fewest tokens to come.
+        """Place n results of each prompt, each on the rank with the fewest tokens to come.
 
         All prompts are checked before the first is placed: `RequestError` leaves nothing behind. streaming: whether
         somebody wants texts piece by piece.

@@ -207,7 +207,7 @@ class LLM:
     # ---- requests
 
     def _run(self, placed: list[list[Placed]], progress: Callable[[int, int, int], None] | None) -> None:
-        """Until all have finished; after an error none of them is left on a rank."""
+        """Run until all have finished; after an error none of them is left on a rank."""
         by_id = {one.request.request_id: (place, one) for place, ones in enumerate(placed) for one in ones}
         num_open = Counter(place for place, _ in by_id.values())
         num_tokens = 0

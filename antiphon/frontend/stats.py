@@ -41,7 +41,7 @@ class EngineStats:
 
     @staticmethod
     def of(config: ResolvedConfig, policy: ResolvedPolicy, by_rank: Sequence[dict[str, Any]]) -> EngineStats:
-        """From `StepEngine.statistics` of every rank. policy: by which the ranks decide now."""
+        """Makes it from `StepEngine.statistics` of every rank. policy: by which the ranks decide now."""
         first = by_rank[0]
         blocks = {name: sum(rank["kv_blocks"][name] for rank in by_rank) for name in ("total", "free")}
         cached = {name: sum(rank["prefix_cache"][name] for rank in by_rank) for name in first["prefix_cache"]}

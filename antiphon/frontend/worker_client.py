@@ -238,7 +238,7 @@ class WorkerClient:
                 self._kept.extend(message.outputs)
 
     def _receive(self, what: str) -> list[tuple[int, FromWorker]]:
-        """At least one message. Raises when a rank fails or all are silent for too long."""
+        """Return at least one message. Raises when a rank fails or all are silent for too long."""
         patience_s = max(self._patience_s, 1.5 * START_S) if what == "start" else self._patience_s
         deadline = time.monotonic() + patience_s
         while True:

@@ -1,4 +1,4 @@
-"""From the merged projection of grouped-query attention to its queries, keys and values, and into the paged cache.
+"""Splits grouped-query attention's merged projection into queries, keys and values, and writes the paged cache.
 
 The fused twin does the norms, the rotary embedding and the write of keys and values in one pass.
 

@@ -1,4 +1,4 @@
-"""From the projection of latent attention to latents with their rotary keys, and into the paged cache.
+"""Turns latent attention's projection into latents with their rotary keys, and writes them into the paged cache.
 
 The fused twin does the norm of the latents, the rotary embedding of the keys and the write in one pass.
 

@@ -60,7 +60,7 @@ def prefill_attention(
 
 
 def _head_groups(num_heads: int, num_positions: int, most_expanded: int) -> list[slice]:
-    """As few and as even slices of the heads as possible, with at least one head in each."""
+    """Slices of the heads, as few and as even as possible, with at least one head in each."""
     at_most = max(1, most_expanded // max(1, num_positions))
     num_groups = -(-num_heads // at_most)
     edges = [num_heads * number // num_groups for number in range(num_groups + 1)]

@@ -73,7 +73,7 @@ class LocalRanks(RankProcesses):
             return ""
 
     def end(self, *, patience_s: float = 0.0) -> None:
-        """As `RankProcesses.end`; a process that the system does not end in time is logged and left."""
+        """Like `RankProcesses.end`; a process that the system does not end in time is logged and left."""
         try:
             deadline = time.monotonic() + patience_s
             while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):

@@ -42,7 +42,7 @@ def advise(facts: Facts, *, ranks: int, device_kind: str) -> list[Advice]:
 
 
 def format_bytes(num_bytes: int | None) -> str:
-    """In the largest binary unit that leaves a number of at least 1."""
+    """A size in the largest binary unit that leaves a number of at least 1."""
     if num_bytes is None:
         return "unknown"
     if num_bytes == UNLIMITED:

@@ -141,7 +141,7 @@ def _ask_nvidia_smi() -> tuple[str | None, dict[str, int]]:
 
 
 def parse_gpu_list(printed: str) -> tuple[str | None, dict[str, int]]:
-    """From lines such as `0, 00000000:18:00.0, 580.95.05`; lines that look different are left out."""
+    """Parse lines such as `0, 00000000:18:00.0, 580.95.05`; lines that look different are left out."""
     rows = re.findall(r"^\s*(\d+), *([0-9A-Fa-f]+):([0-9A-Fa-f:.]+), *(\S+)\s*$", printed, flags=re.MULTILINE)
     order = {f"{int(domain, 16):04x}:{rest.lower()}": int(index) for index, domain, rest, _ in rows}
     return (rows[0][3] if rows else None), order

@@ -109,7 +109,7 @@ class Router(nn.Module):
         return F.linear(x_TD.to(self.wide), self.weight.to(self.wide))
 
     def _choose_in_groups(self, logits_TE: torch.Tensor) -> Routes:
-        """Only experts of the best groups can be chosen."""
+        """Mask out all experts but those of the best groups."""
         config = self.config
         scores_TE = logits_TE.sigmoid() if config.scores is Scoring.SIGMOID else logits_TE.softmax(-1)
         choice_TE = scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias

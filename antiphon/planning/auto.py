@@ -24,7 +24,7 @@ _CUDA_THRESHOLD = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """Where steps run; the same on all ranks. device_kind: a kind of device."""
+    """The conditions in which steps run; the same on all ranks. device_kind: a kind of device."""
 
     device_kind: str
     data_path: DataPath

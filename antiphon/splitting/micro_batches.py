@@ -1,4 +1,4 @@
-"""From a batch and a plan to micro-batches, and back.
+"""Splits a batch into the micro-batches of a plan, and joins what comes of them.
 
 Each part's metadata is built from its requests; nothing that is finished is ever sliced.
 """

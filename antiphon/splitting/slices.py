@@ -1,4 +1,4 @@
-"""From cut positions to slices of tokens and requests."""
+"""Turns cut positions into slices of tokens and requests."""
 
 from __future__ import annotations
 

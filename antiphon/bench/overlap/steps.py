@@ -81,7 +81,7 @@ def run_overlap(options: OverlapOptions) -> dict[str, Any]:
 def summarize_steps(
     steps_by_rank: Sequence[Sequence[dict[str, Any]]], options: OverlapOptions, *, num_layers: int
 ) -> list[dict[str, Any]]:
-    """For each number of tokens the figures of every transport, and the best serial step of all."""
+    """The figures of every transport for each number of tokens, with the best serial step of all."""
     return [_summarize(steps, options, num_layers) for steps in zip(*steps_by_rank, strict=True)]
 
 

@@ -42,7 +42,7 @@ class EventStream:
         return events
 
     def unfinished(self) -> str:
-        """At the end of the stream: data that no blank line has followed. By the standard it is no event."""
+        """Data at the end of the stream that no blank line has followed. By the standard it is no event."""
         if self._line:
             self._end_line()
         return "\n".join(self._data)

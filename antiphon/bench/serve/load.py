@@ -37,7 +37,7 @@ _CONNECT_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Where, what and how. Raises `OptionError` for what cannot be.
+    """The options of a load. Raises `OptionError` for what cannot be.
 
     model: `None` for the first one that the server names. request_rate: requests a second, `inf` for all at once.
     max_concurrency: most requests under way at once. percentiles: of `metric_percentiles`, 0 to 100.

@@ -19,7 +19,7 @@ DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "rea
 
 
 def result_path(result: dict[str, Any], folder: Path | None, name: str | None) -> Path:
-    """Where it goes; `name` as given, in `folder` or here."""
+    """The path to write to; `name` as given, in `folder` or here."""
     if name is None:
         concurrency = f"-concurrency{result['max_concurrency']}" if result["max_concurrency"] is not None else ""
         model = re.sub(r"[^\w.-]", "_", result["model_id"].rsplit("/", 1)[-1])

@@ -70,7 +70,7 @@ class NcclGroup(QueuedGroup):
         return self._new_group(timeout_s=timeout_s, options=options)
 
     def symmetric_buffers(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Buffers of so many bytes in windows that all ranks have registered; all ranks call it at once."""
+        """Buffers of these sizes in windows that all ranks have registered; all ranks call it at once."""
         device = self._streams.device
         # Windows need a communicator that has been used.
         dist.all_reduce(torch.zeros(1, device=device), group=self._process_group)

@@ -71,6 +71,6 @@ class QueuedAllToAllTransport(AllToAllTransport):
         return flight
 
     def _by_destination(self, reached_TW: torch.Tensor) -> torch.Tensor:
-        """For the worst case: a row for every token and rank, those that go somewhere in front."""
+        """The order of rows in the worst case: one for every token and rank, those that are sent in front."""
         missed_N = ~reached_TW.t().flatten()
         return missed_N.to(torch.uint8).argsort(stable=True) % reached_TW.shape[0]

@@ -30,7 +30,7 @@ _SET, _CLEAR = 1, 0
 
 
 class PeerCopyMailbox(Mailbox):
-    """In memory of the devices that every rank has mapped."""
+    """A mailbox in device memory that every rank has mapped."""
 
     def __init__(
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int

@@ -64,7 +64,7 @@ def chunks_of(num_bytes: int) -> list[Chunk]:
 
 
 class HostStagedMailbox(Mailbox):
-    """In host memory that every rank has mapped and pinned."""
+    """A mailbox in host memory that every rank has mapped and pinned."""
 
     def __init__(
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
@@ -127,7 +127,7 @@ class HostStagedMailbox(Mailbox):
         self._arrived[exchange.lane][exchange.phase] = self.streams.record_on("down")
 
     def _prepare(self, exchange: Exchange, up: int, down: int) -> _Prepared | None:
-        """From the third use on, one replay per stream: dozens of driver calls become two.
+        """One replay per stream for an exchange from its third use on: dozens of driver calls become two.
 
         Not for slabs of a single chunk, which save few calls; and in decode a layout is rarely used again.
         """

@@ -103,13 +103,13 @@ class Mailbox(ABC):
 
     @abstractmethod
     def wait(self, exchange: Exchange) -> None:
-        """On the CPU it blocks; raises `PeerError` after the group's time limit."""
+        """Wait for the slabs; on the CPU it blocks. Raises `PeerError` after the group's time limit."""
 
     def reset(self, exchange: Exchange) -> None:  # noqa: B027 (an answer, not a gap)
-        """Nothing to do where a stream's wait for a flag also clears it."""
+        """Clear the flags; nothing to do where a stream's wait for a flag also clears it."""
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
-        """For `Pending.ready_ns`: when the last slab of the exchange was there, if the medium can tell."""
+        """When the last slab of the exchange was there, for `Pending.ready_ns`; `None` if the medium cannot tell."""
         return None
 
     @abstractmethod

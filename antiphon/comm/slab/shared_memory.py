@@ -57,7 +57,7 @@ class FlaggedMemory:
 
 
 class SharedMemoryMailbox(Mailbox):
-    """In memory that all ranks have mapped."""
+    """A mailbox in host memory that all ranks have mapped."""
 
     def __init__(
         self, group: RankGroup, streams: Streams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
@@ -143,7 +143,7 @@ class SharedMemoryTransport(SlabTransport):
 
 
 def flag_address(words: Words, number: int) -> int:
-    """Where a flag lies, in this process."""
+    """The address of a flag in this process."""
     return int(words.ctypes.data) + words.itemsize * number
 
 

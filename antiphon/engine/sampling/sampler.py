@@ -1,4 +1,4 @@
-"""From hidden states to new tokens, and to the logits and logprobs that were asked for.
+"""Turns hidden states into new tokens, and into the logits and logprobs that were asked for.
 
 It does not know why a slice is as it is: a prompt may come in chunks or be computed again. A slice yields a token if it
 reaches the end of its request's text, and every position of a prompt is reported once.
@@ -117,7 +117,7 @@ def _to_bytes(logits: torch.Tensor) -> bytes:
 def score_tokens(
     logits_NV: torch.Tensor, token_ids_N: torch.Tensor, on_host: Sequence[int], tops: Sequence[int]
 ) -> list[NewToken]:
-    """One token for each row, with its logprob, rank and the so many likeliest ones. One copy to the host.
+    """One token for each row, with its logprob, its rank and the likeliest tokens. One copy to the host.
 
     token_ids_N is on the device of the logits, and `on_host` the same; the logits are not changed.
     """

@@ -36,7 +36,7 @@ class PromptPart:
 
 @dataclass(slots=True, kw_only=True)
 class Sampled:
-    """By place in the batch.
+    """Sampled tokens and prompt results, by place in the batch.
 
     tokens: of the slices that reach the end of their request's text. prompt: of requests that want to know their
     prompt's logits or logprobs, where this step has computed positions not told before.
@@ -79,7 +79,7 @@ class Request:
 
     @property
     def must_compute_prompt(self) -> bool:
-        """Whether something of the prompt is to be reported that the prefix cache does not keep."""
+        """Whether the request asks for prompt results that the prefix cache does not keep."""
         return self.params.wants_prompt and self.num_reported < len(self.prompt_ids)
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
