@@ -82,7 +82,7 @@ def refusal_of(lacks: Iterable[Advice]) -> Refusal | None:
 
 
 def peers_to_talk_to(facts: Facts | None, world: World) -> Refusal | None:
-    """The first condition: there are peers, and a device for every rank."""
+    """What is missing first of all: peers, and a device for every rank."""
     if world.ranks == 1:
         return Refusal("one rank sends nothing, local is used", "ask for --ranks 2 or more")
     if not world.device.peer_access or facts is None:  # what facts know of GPUs is CUDA's
@@ -155,7 +155,7 @@ def way_of_nccl(facts: Facts, world: World) -> Way:
 
 
 def lacks_of_peer_access(facts: Facts | None, world: World) -> list[Advice]:
-    """Peer access between all GPUs of the ranks."""
+    """What is missing for peer access between all GPUs of the ranks."""
     if not world.peer_access:
         return [Advice("peer access is forbidden by --no-peer-access", "leave that option out, or use host-staged")]
     if facts is None:
@@ -173,7 +173,7 @@ def lacks_of_peer_access(facts: Facts | None, world: World) -> list[Advice]:
 
 
 def lacks_of_flags(facts: Facts | None, world: World) -> list[Advice]:
-    """Stream memory operations on all GPUs of the ranks, and the package that calls them."""
+    """What is missing for stream memory operations: on the GPUs of the ranks, or the package that calls them."""
     if facts is None:
         return []
     if facts.versions.cuda_bindings is None:
@@ -187,7 +187,7 @@ def lacks_of_flags(facts: Facts | None, world: World) -> list[Advice]:
 
 
 def lacks_of_descriptors(facts: Facts | None) -> list[Advice]:
-    """File descriptors sent over Unix sockets."""
+    """What is missing to send file descriptors over Unix sockets."""
     if facts is None:
         return []
     remedy = "use a sandbox that lets them be sent"

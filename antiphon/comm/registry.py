@@ -77,7 +77,7 @@ class TransportSpec:
 
 
 def parse_transport(text: str) -> TransportSpec:
-    """Raises `OptionError` for a name or link that is not known."""
+    """Parse a transport option. Raises `OptionError` for an unknown name or link."""
     first, *rest = text.split(":")
     names = ("auto", *_CLASSES, "simulated")
     if first not in names and (rest or "." in first):

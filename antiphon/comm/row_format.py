@@ -26,7 +26,7 @@ class RowFormat:
         self.row_bytes = aligned(self._ids_end, _ROW_ALIGNMENT)
 
     def pack(self, rows: torch.Tensor, x_TD: torch.Tensor, routes: Routes) -> None:
-        """Write tokens and routes into `rows` [T, row_bytes]; on a GPU on the stream that is current."""
+        """Write tokens and routes into `rows` [T, row_bytes]; on a GPU on the current stream."""
         pack_rows(self.x(rows), self.weights(rows), self.ids(rows), x_TD, routes.weights_TK, routes.ids_TK)
 
     def x(self, rows: torch.Tensor) -> torch.Tensor:

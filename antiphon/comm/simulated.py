@@ -1,4 +1,4 @@
-"""`simulated`: wraps another transport and delays completion by a link model, without using the processor.
+"""`simulated`: wraps another transport and delays completion by a link model, without using the CPU.
 
 The data really travels by the wrapped transport; it counts as arrived when that is done and the modelled link, which
 carries one communication of this rank after the other, has had its time. Waiting is a sleep, so compute of the other
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 class SimulatedTransport(Transport):
-    """`inner` over a slower link."""
+    """`inner`, over a slower link."""
 
     name = "simulated"
 

@@ -127,7 +127,7 @@ def arrived_counts(work: Work, found_W2: torch.Tensor, lane: int, label: str) ->
 
 
 def flight_of(work: Work | None, *, num_bytes: int, num_messages: int = 1) -> Flight[None]:
-    """The flight of one collective; of none, where there was nothing to send."""
+    """The flight of one collective; of none if there was nothing to send."""
     if work is None:
         return Flight(wait=lambda: None, num_bytes=num_bytes, num_messages=num_messages)
     return Flight(wait=work.wait, ready_ns=work.ready_ns, num_bytes=num_bytes, num_messages=num_messages)

@@ -27,7 +27,7 @@ class ExpertShape:
         return torch.promote_types(self.dtype, torch.float32)
 
     def experts_per_rank(self, num_ranks: int) -> int:
-        """Raises `OptionError` if the experts do not divide by the ranks."""
+        """The number of experts of each rank. Raises `OptionError` if the ranks do not divide them evenly."""
         if num_ranks < 1 or self.num_experts % num_ranks:
             fitting = ", ".join(str(n) for n in range(1, self.num_experts + 1) if self.num_experts % n == 0)
             raise OptionError(
@@ -41,7 +41,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """Where a router sends each token: expert ids [T, K] (int64) and weights [T, K].
+    """The experts that a router chose for each token: expert ids [T, K] (int64) and weights [T, K].
 
     The ids of a row are all different, or all -1 for a row that is padding: no expert computes it, its sum is zero.
     """

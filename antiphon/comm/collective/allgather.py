@@ -91,7 +91,7 @@ class AllGatherTransport(CollectiveTransport[PaddedExchange]):
 
 
 class QueuedAllGatherTransport(AllGatherTransport):
-    """The same where a device queues its work."""
+    """`AllGatherTransport` on devices that queue their work."""
 
     def __init__(self, shape: ExpertShape, *, max_ctas: int | None = None, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, max_ctas=max_ctas, **made_for)
@@ -109,7 +109,7 @@ class QueuedAllGatherTransport(AllGatherTransport):
         return flight_of(work, num_bytes=self._combine_bytes(exchange))
 
     def add(self, exchange: PaddedExchange) -> torch.Tensor:
-        """The reduce-scatter has added them already."""
+        """Return the sums as they are: the reduce-scatter has added them."""
         out_TD, exchange.out_TD = exchange.out_TD, None
         return (self._new_out(exchange) if out_TD is None else out_TD)[: exchange.num_tokens]
 

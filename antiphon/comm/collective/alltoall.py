@@ -87,7 +87,7 @@ class AllToAllTransport(CollectiveTransport[RoutedExchange]):
         return flight_of(work, num_bytes=exchange.remote_rows(self.group.rank) * self._sum_bytes)
 
     def add(self, exchange: RoutedExchange) -> torch.Tensor:
-        """Added in order of rank, in float32 at least."""
+        """Add the sums in order of rank, in float32 at least."""
         home_ND = self._sums("home", exchange.lane, sum(exchange.sent))
         wide = self.shape.weight_dtype
         out_TD = torch.zeros(exchange.num_tokens, self.shape.hidden_size, dtype=wide, device=home_ND.device)

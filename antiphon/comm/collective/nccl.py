@@ -1,4 +1,4 @@
-"""NCCL beside the CPU group: collectives on the stream that is current, watched, on a communicator of their own.
+"""NCCL beside the CPU group: collectives on the current stream, watched, on a communicator of their own.
 
 Used inside `streams.comm(...)`. The host never waits here; what a collective brings may be read behind `wait`.
 """
@@ -32,7 +32,7 @@ class NcclCollective:
         self._tensors = tensors  # kept until it is waited for
 
     def wait(self) -> None:
-        """Let the stream that is current wait for it."""
+        """Let the current stream wait for it."""
         self._streams.wait(self._arrived)
 
     def ready_ns(self) -> int | None:
@@ -99,6 +99,6 @@ class NcclGroup(QueuedGroup):
         return NcclCollective(self._streams, self._streams.record(), arguments[:2])
 
     def _current(self) -> int:
-        """The raw handle of the stream that is current."""
+        """The raw handle of the current stream."""
         handle: int = torch.cuda.current_stream(self._streams.device).cuda_stream
         return handle

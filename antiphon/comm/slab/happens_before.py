@@ -24,7 +24,7 @@ Clock = list[int]
 
 
 def check(logs: Sequence[Sequence[LoggedEvent]]) -> list[str]:
-    """The problems in the logs of all ranks, which begin and end at the same exchanges. Pure; one text a problem.
+    """The problems in the logs of all ranks, which begin and end at the same exchanges. Pure; one text per problem.
 
     - two accesses to the same bytes, at least one of them a write, in no order
     - bytes read that were not written in the same lane, phase and round
@@ -32,8 +32,8 @@ def check(logs: Sequence[Sequence[LoggedEvent]]) -> list[str]:
     - a flag set again, or waited for again, while its clear is not known to have happened; cleared before its wait
     - an access to memory that no rank has named
 
-    Problems of the same operations at the same place are one text, of the first, with their number. What else is said
-    of bytes that race, depends on the order of the logs; whether there is a problem does not.
+    Problems of the same operations at the same place share the text of the first, with their number. How bytes that
+    race are described depends on the order of the logs; whether there is a problem does not.
     """
     return _Checker(logs).run()
 
@@ -57,7 +57,7 @@ class _Fragment(NamedTuple):
     past: _Past
 
     def without(self, start: int, stop: int) -> list[_Fragment]:
-        """What is left of it beside start to stop."""
+        """The parts of it outside start to stop."""
         rest = []
         if self.start < start:
             rest.append(_Fragment(self.start, start, self.past))
@@ -240,7 +240,7 @@ class _Checker:
         flag.clears.append(past)
 
     def _check_cleared(self, flag: _Flag, number: int, past: _Past, clock: Clock) -> None:
-        """Before a flag is used for the time `number`, it must have been taken down as often."""
+        """Report a flag whose use number `number` comes before it has been cleared that many times."""
         if number and (len(flag.clears) < number or not flag.clears[number - 1].before(clock)):
             self._report_flag(past.event, "not known to be behind the clear of the time before")
 

@@ -47,7 +47,7 @@ def share_host_memory(group: RankGroup, num_bytes: int, *, what: str) -> list[to
 
 
 def _mapped(descriptor: int, num_bytes: int) -> torch.Tensor:
-    """Takes over the descriptor."""
+    """Map the descriptor's memory, and close the descriptor."""
     try:
         mapping = mmap.mmap(descriptor, num_bytes)
     finally:

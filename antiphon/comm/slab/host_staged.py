@@ -173,7 +173,7 @@ class HostStagedMailbox(Mailbox):
             names.name_flag(self._flag(reader, lane, phase, source, chunk), reader, lane, phase, source, chunk)
 
     def _upload(self, exchange: Exchange, stream: int) -> None:
-        """Chunk by chunk to my memory, each followed by its flags; the last ones are left to `signal`."""
+        """Copy chunk by chunk to my memory, each followed by its flags; the last ones are left to `signal`."""
         if not exchange.puts:
             return
         plans = {put.peer: chunks_of(put.source.numel()) for put in exchange.puts}
@@ -196,7 +196,7 @@ class HostStagedMailbox(Mailbox):
                 self._signal(exchange, tuple(flags), stream)
 
     def _download(self, exchange: Exchange, stream: int) -> None:
-        """Chunk by chunk from the peers' memories to my box, each behind its flag."""
+        """Copy chunk by chunk from the peers' memories to my box, each behind its flag."""
         box = self._boxes[exchange.lane][exchange.phase].data_ptr()
         plans = {arrival.peer: chunks_of(arrival.num_bytes) for arrival in exchange.arrivals}
         for number in range(max(map(len, plans.values()), default=0)):

@@ -106,7 +106,7 @@ class MailboxLog:
         self._flags.setdefault(address, name)
 
     def follow(self, streams: CommStreams) -> CommStreams:
-        """The same streams, whose events are logged; what is not said to be on another is on the compute stream."""
+        """The same streams, whose events are logged; whatever names no stream is on the compute stream."""
         self._streams[None] = self._streams[streams.compute_handle] = _COMPUTE
         return _LoggedStreams(streams, self, self._streams)
 
@@ -205,7 +205,7 @@ class _Part(NamedTuple):
 
 
 class LoggedMailbox(Mailbox):
-    """It does what `inner` does, and logs it with what `transport` does around it.
+    """Does what `inner` does, and logs it with what `transport` does around it.
 
     The experts read the box and write partial sums: logged at the first and at the last moment that they can.
     """

@@ -171,7 +171,7 @@ class SlabTransport(StepwiseTransport[Layout]):
 
 
 def slab_bytes(shape: ExpertShape, world: World) -> int:
-    """Host memory of all ranks for the slabs that go through it: a rank's tokens once, its sums for every rank."""
+    """Bytes of host memory for all ranks' slabs that go through it: a rank's tokens once, its sums for every rank."""
     if world.host_bytes is not None:
         return world.host_bytes
     row_bytes = RowFormat(shape).row_bytes + world.ranks * shape.hidden_size * shape.dtype.itemsize
