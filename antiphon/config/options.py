@@ -52,77 +52,61 @@ class EngineOptions:
         check=_text,
         group=_MODEL,
         help="Folder of a checkpoint, id of one on the hub, tiny-deepseek (bundled), or a preset of dummy weights.",
-        doc="folder of a Hugging Face checkpoint, id of one on the hub (`org/name`), or `tiny-deepseek`, which comes "
-        "with the package; with dummy weights also a preset ([models.md](models.md))",
+        doc="[models.md](models.md) lists the presets.",
     )
     revision: str | None = option(
-        None, group=_MODEL, help="Branch, tag or commit of a model on the hub.", shown_default="the hub's `main`"
+        None, help="Branch, tag or commit of a model on the hub.", shown_default="the hub's `main`"
     )
     load_format: str = option(
         "auto",
         check=one_of(LOAD_FORMATS),
-        group=_MODEL,
         help="auto: the checkpoint's weights. dummy: random weights, prompts of token ids.",
-        doc="`auto`: the weights of the checkpoint. `dummy`: random weights, for measurements; prompts are token ids "
-        "then, and texts are empty",
+        doc="`dummy` is for measurements; texts are empty.",
     )
     num_layers: int | None = option(
         None,
         check=_count,
-        group=_MODEL,
         help="Load only the first N layers.",
-        doc="load only the first N layers; at least one with experts",
         shown_default="all",
+        doc="At least one must have experts.",
     )
     routing: str = option(
         "model",
         check=_text,
-        group=_MODEL,
         help="Routing with dummy weights: model, uniform, zipf:A or recorded:FILE.",
-        doc="routing with dummy weights: `model` (the random routers choose), `uniform`, `zipf:A` (an expert's share "
-        "falls with the power A of its place), `recorded:FILE`",
+        doc="`model`: the random routers choose. `zipf:A`: an expert's share falls with the power A of its place.",
     )
     ranks: int = option(
         1,
         check=_count,
-        group=_MODEL,
         help="Number of processes that share the experts.",
-        doc="number of processes that share the experts; must divide the number of experts. Attention is "
-        "data-parallel: a request lives on one rank. With one rank no process is started",
+        doc="It must divide the number of experts. Attention is data-parallel: a request lives on one rank.",
     )
     device: str = option(
         "auto",
-        group=_MODEL,
         help=f"Kind of device: auto, {', '.join(_DEVICE_KINDS)}; one device per rank. auto: cuda if there are enough.",
-        doc="`auto`: what the environment variable `ANTIPHON_DEVICE` says, else `cuda` if there are as many devices as "
-        "ranks, and `cpu` if not, with a warning where that leaves GPUs idle. Or a kind, one device per rank: "
-        f"{', '.join(f'`{kind}`' for kind in _DEVICE_KINDS)}. `xpu` and `npu` have not been run on their hardware; "
-        "their common code over `torch.accelerator` runs as `generic:cuda` on CUDA devices and as `generic:cpu` on the "
-        "CPU ([architecture.md](architecture.md#devices))",
+        doc="`auto` is what the environment variable `ANTIPHON_DEVICE` says, else `cuda` or `cpu`, with a warning"
+        " where that leaves GPUs idle. `xpu` and `npu` have never run on their hardware; tests run the same "
+        "code as `generic:cpu` and `generic:cuda` ([architecture.md](architecture.md#devices)).",
     )
     transport: str = option(
         "auto",
         check=_text,
-        group=_MODEL,
         help="auto, local, allgather, alltoall, copy-engine, host-staged, shared-memory, "
         "or simulated:INNER:BANDWIDTH:LATENCY.",
-        doc="see [below](#transports)",
+        doc="See [below](#transports).",
     )
     peer_access: bool = option(
         True,
         check=_flag,
-        group=_MODEL,
         help="Allow GPUs to read each other's memory (NCCL_P2P_DISABLE=1 forbids it too).",
-        doc="whether GPUs may copy into each other's memory, if they can; the environment variable "
-        "`NCCL_P2P_DISABLE=1` forbids it too, and forbidding it here forbids it to NCCL",
+        doc="Forbidding it here forbids it to NCCL.",
     )
     dtype: str = option(
         "auto",
         check=_dtype,
-        group=_MODEL,
         help=f"Data type of weights and activations: auto, {', '.join(DTYPE_NAMES)}.",
-        doc="`auto` (`bfloat16` on GPUs, `float32` on CPUs), `float32` (exact on GPUs too, no TF32, and slow there), "
-        "`bfloat16`, `float64`",
+        doc="`auto`: `bfloat16` on GPUs, `float32` on CPUs. `float32` is exact on GPUs too (no TF32), and slow there.",
     )
     max_num_batched_tokens: int | None = option(
         None,
@@ -133,62 +117,51 @@ class EngineOptions:
         shown_default="`max_model_len`, at least 2048; on a GPU at most 8192 unless `max_model_len` is given",
     )
     max_num_seqs: int = option(
-        256, size="count", check=_count, group=_STEPS, help="Maximum number of requests that run at once on one rank."
+        256, size="count", check=_count, help="Maximum number of requests that run at once on one rank."
     )
     max_model_len: int | None = option(
         None,
         size="count",
         check=_count,
-        group=_STEPS,
         help="Maximum length of a text, prompt and output together, such as 32k.",
         shown_default="the model's positions",
     )
-    block_size: int = option(16, size="count", check=_count, group=_STEPS, help="Tokens per block of the KV cache.")
+    block_size: int = option(16, size="count", check=_count, help="Tokens per block of the KV cache.")
     kv_cache_memory: int | None = option(
         None,
         size="bytes",
         check=_count,
-        group=_STEPS,
         help="Size of the KV cache of one rank in bytes, such as 20G.",
         shown_default="on a CPU 256 MiB, or what one longest text needs; on a GPU what `gpu_memory_utilization` leaves",
     )
     gpu_memory_utilization: float = option(
         0.9,
         check=number(0, 1, without_least=True),
-        group=_STEPS,
         help="Share of a GPU's memory to use; the KV cache gets what is left of it.",
-        doc="share of a GPU's memory to use. At the start every rank runs the largest step once, not split; the KV "
-        "cache gets what that leaves of the share, on the rank that has least",
+        doc="At the start every rank runs the largest step once, not split; the rank that has least memory left "
+        "decides.",
     )
     prefix_caching: bool = option(
         True,
         check=_flag,
-        group=_STEPS,
         help="Compute shared prefixes once.",
-        doc="compute shared prefixes once: full KV blocks are shared between texts that begin alike, also with those "
-        "that have ended",
+        doc="Full KV blocks are shared between texts that begin alike, also with those that have ended.",
     )
     chunked_prefill: bool = option(
         True,
         check=_flag,
-        group=_STEPS,
         help="Fill the rest of a step with part of a prompt.",
-        doc="fill the rest of a step with part of a prompt; without it only prompts that are longer than a whole step "
-        "are cut",
+        doc="Without it only prompts that are longer than a whole step are cut.",
     )
     seed: int = option(
-        0,
-        check=whole(0, 2**62 - 1),
-        group=_STEPS,
-        help="Seed of requests that have none of their own, and of dummy weights.",
+        0, check=whole(0, 2**62 - 1), help="Seed of requests that have none of their own, and of dummy weights."
     )
     timeout_s: float = option(
         120.0,
         check=number(0, _LONGEST_TIMEOUT_S, without_least=True),
-        group=_STEPS,
         help="Maximum time to wait for another process, in seconds.",
     )
-    debug_order: bool = option(False, group=_STEPS, help="Compare the collectives of all ranks before every step.")
+    debug_order: bool = option(False, help="Compare the collectives of all ranks before every step.")
 
 
 def _grouped() -> dict[str, Option]:

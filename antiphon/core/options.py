@@ -30,8 +30,8 @@ _KEY = "option"
 class Option:
     """One option. name: by which users know it; field: of the dataclass that declares it.
 
-    size: "count" or "bytes" where it may be written as a size, such as "32k". doc: its text in docs/options.md, which
-    is `help` where it is empty. shown_default: how the docs write the default.
+    size: "count" or "bytes" where it may be written as a size, such as "32k". doc: what docs/options.md
+    says beside `help`. shown_default: how the docs write the default.
     """
 
     name: str = ""
@@ -63,7 +63,10 @@ class Option:
 
 
 def option(default: Any, *, name: str = "", **about: Any) -> Any:
-    """A dataclass field that is an option; the parameters are those of `Option`. name: by default the field's."""
+    """A dataclass field that is an option; the parameters are those of `Option`.
+
+    name: by default the field's. group: by default that of the option before.
+    """
     return field(default=default, metadata={_KEY: {"default": default, "name": name, **about}})
 
 
@@ -71,12 +74,13 @@ def option(default: Any, *, name: str = "", **about: Any) -> Any:
 def options_of(declaration: type) -> Mapping[str, Option]:
     """The options that a dataclass declares, by the name that users know."""
     hints = get_type_hints(declaration)
-    found = {}
+    found, group = {}, ""
     for one in fields(declaration):
         if _KEY in one.metadata:
             about = one.metadata[_KEY]
             name = about["name"] or one.name
-            found[name] = Option(**{**about, "name": name, "field": one.name, "type": hints[one.name]})
+            group = about.get("group", group)
+            found[name] = Option(**{**about, "name": name, "field": one.name, "type": hints[one.name], "group": group})
     return MappingProxyType(found)
 
 

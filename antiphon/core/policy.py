@@ -38,30 +38,25 @@ class OverlapPolicy:
         group=_GROUP,
         help=f"Dual-batch overlap: {', '.join(DBO_MODES)}. auto: split large steps where overlap has paid on such "
         "devices and such a link, else off; the start-up block says which and why.",
-        doc="`auto`: what the environment variable `ANTIPHON_DBO` says (`on` or `1`, `off` or `0`), then what "
-        "`VLLM_ASCEND_ENABLE_DBO` says (`1`: `on`), else what is [below](#what-auto-does). `on`: split every step that "
-        "can be cut, except where lanes are uneven across ranks (`imbalance_ratio`). `off`: split none",
+        doc="`auto` is what the environment variable `ANTIPHON_DBO` says (`on` or `1`, `off` or `0`), then what "
+        "`VLLM_ASCEND_ENABLE_DBO` says (`1`: `on`), else what is [below](#what-auto-does). `on`: split every "
+        "step that can be cut, except where lanes are uneven across ranks (`imbalance_ratio`).",
     )
     split: str = option(
         "token",
         check=one_of(SPLIT_RULES),
-        group=_GROUP,
         help=f"Where to cut a batch: {', '.join(SPLIT_RULES)}.",
-        doc="`token`: cut anywhere. `request-boundary`: cut between requests if a boundary is near the middle, else "
-        "not at all. Where a rank only decodes, both cut in the middle",
+        doc="`token`: anywhere. `request-boundary`: between requests if a boundary is near the middle, else not "
+        "at all. Where a rank only decodes, both cut in the middle.",
     )
     micro_batches: int = option(
-        2,
-        check=whole(2, MAX_LANES),
-        group=_GROUP,
-        help=f"Number of parts of a split step, 2 to {MAX_LANES}.",
+        2, check=whole(2, MAX_LANES), help=f"Number of parts of a split step, 2 to {MAX_LANES}."
     )
     prefill_threshold: int | None = option(
         None,
         name="dbo_prefill_token_threshold",
         size="count",
         check=whole(0),
-        group=_GROUP,
         help="Minimum tokens on the busiest rank to split a step with prefill; holds under auto too.",
         shown_default="`auto` chooses; none under `on`",
     )
@@ -70,25 +65,21 @@ class OverlapPolicy:
         name="dbo_decode_token_threshold",
         size="count",
         check=whole(0),
-        group=_GROUP,
         help="Minimum tokens on the busiest rank to split a step where that rank only decodes; holds under auto too.",
         shown_default="`auto` chooses; none under `on`",
     )
     imbalance_ratio: float = option(
         0.1,
         check=number(0, 1),
-        group=_GROUP,
-        help="How far from the middle a request boundary may lie, as a share of the tokens; lanes may be longer than a "
-        "serial step by twice this share.",
-        doc="how far from the middle a request boundary may lie, as a share of the tokens. A step whose lanes together "
-        "are longer than the serial step by more than twice this share is not split, under `on` either",
+        help="How far from the middle a request boundary may lie, as a share of the tokens.",
+        doc="A step whose lanes together are longer than the serial step by more than twice this share is not "
+        "split, under `on` either.",
     )
     min_total_tokens: int = option(
         0,
         name="min_total_tokens_to_split",
         size="count",
         check=whole(0),
-        group=_GROUP,
         help="Steps with fewer tokens on the busiest rank are not split, under on either.",
     )
     min_prefill_tokens: int = option(
@@ -96,17 +87,13 @@ class OverlapPolicy:
         name="min_prefill_tokens_to_split",
         size="count",
         check=whole(0),
-        group=_GROUP,
         help="Steps with fewer prompt tokens on the busiest rank, but with some, are not split, under on either.",
     )
-    start_layer: int = option(
-        0, name="dbo_start_layer", check=whole(0), group=_GROUP, help="First layer that runs split."
-    )
+    start_layer: int = option(0, name="dbo_start_layer", check=whole(0), help="First layer that runs split.")
     end_layer: int | None = option(
         None,
         name="dbo_end_layer",
         check=whole(0),
-        group=_GROUP,
         help="First layer after dbo_start_layer that no longer runs split.",
         shown_default="the end of the model",
     )
