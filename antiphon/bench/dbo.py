@@ -111,7 +111,7 @@ async def _run(engine: AsyncEngine, options: DboOptions, say: Callable[[str], No
             for place, mode in enumerate(order):
                 run = await _one_run(engine, options, mode, number=number * len(order) + place)
                 told = ", ".join(f"{count} {plan}" for plan, count in run["steps_by_plan"].items() if count)
-                warming = "" if number else " (to warm up)"
+                warming = "" if number else " (warm-up)"
                 say(f"dbo {mode}: {run['request_throughput']:.2f} requests/s, steps: {told}{warming}")
                 if number:
                     runs[mode].append(run)
@@ -253,7 +253,7 @@ def print_dbo(result: dict[str, Any], console: Console) -> None:
     for mode, steps in result["steps_by_plan"].items():
         told = ", ".join(f"{count} {plan}" for plan, count in steps.items())
         reasons = ", ".join(f"{reason}: {count}" for reason, count in result["serial_reasons"][mode].items())
-        console.print(Text(f"dbo {mode}: steps {told}" + (f" (serial: {reasons})" if reasons else "")))
+        console.print(Text(f"dbo {mode}: {told} steps" + (f" (serial because {reasons})" if reasons else "")))
         if mode != "off" and not steps.keys() - {"serial"}:
             console.print(f"no step of dbo {mode} was split, so this run says nothing about overlap", highlight=False)
 

@@ -76,8 +76,10 @@ def probe_versions(driver: str | None = None, root: Path = _ROOT) -> Versions:
 def _backends() -> tuple[str, ...]:
     if not torch.distributed.is_available():
         return ()
-    known = torch.distributed.Backend.backend_list  # plug-ins add theirs
-    return tuple(name for name in known if torch.distributed.is_backend_available(name))
+    known = torch.distributed.Backend.backend_list  # plug-ins add theirs; two of torch's own move nothing
+    return tuple(
+        name for name in known if name not in ("undefined", "fake") and torch.distributed.is_backend_available(name)
+    )
 
 
 # ---- GPUs

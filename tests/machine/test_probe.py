@@ -336,6 +336,7 @@ def test_this_machine() -> None:
     facts = machine.examine_machine()
     assert facts.versions.torch == torch.__version__
     assert ("gloo" in facts.versions.backends) == torch.distributed.is_gloo_available()
+    assert not {"undefined", "fake"} & set(facts.versions.backends)  # torch lists them, and they move nothing
     assert len(facts.gpus.devices) == (torch.cuda.device_count() if torch.version.cuda else 0)
     assert bool(facts.gpus.devices) != bool(facts.gpus.problem)
     if sys.platform == "linux":

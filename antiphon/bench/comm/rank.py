@@ -129,7 +129,7 @@ def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str,
     }
     bodies = [make_body(name, device) for name in options["beside"]]
     clock = ArmClock(group, device)
-    tell(group, f"{len(transports)} transports are ready")
+    tell(group, f"{len(transports)} transports ready")
     cells = []
     for size, num_tokens in tokens_by_size.items():
         trials = {name: _Exchanges(transport, num_tokens) for name, transport in transports.items()}
@@ -137,7 +137,7 @@ def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str,
         measured = _measure_size(group, clock, trials, beside, repeats=options["repeats"])
         for name, times in measured.items():
             cells.append({"transport": name, "size_bytes": size, "tokens": num_tokens, **times})
-        tell(group, f"exchanges of {size} bytes are measured")
+        tell(group, f"measured exchanges of {size} bytes")
     return {"device": device_of(device).describe(), "versions": versions(), "cells": cells}
 
 

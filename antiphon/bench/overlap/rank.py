@@ -183,11 +183,11 @@ def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any
     trial = Trial(group, device, options)
     clock = ArmClock(group, device)
     config = trial.config
-    tell(group, f"model and {len(trial.transports)} transports are ready")
+    tell(group, f"model and {len(trial.transports)} transports ready")
     steps = []
     for num_tokens in options["tokens"]:
         steps.append({"tokens": num_tokens, "transports": _measure(trial, clock, num_tokens)})
-        tell(group, f"steps of {num_tokens} tokens are measured")
+        tell(group, f"measured steps of {num_tokens} tokens")
     return {
         "device": device_of(device).describe(),
         "versions": versions(),
