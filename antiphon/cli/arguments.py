@@ -221,7 +221,8 @@ def read_config_file(path: str, options: Sequence[OwnOption]) -> ConfigFile:
             plain = foreign.kind == "text" and isinstance(node, yaml.ScalarNode)
             found.foreign[name] = _value(f"{where}, {name}", foreign.kind, node.value if plain else value)
         else:
-            raise OptionError(f"{where}: {unknown_option(name, known)}")
+            unknown = unknown_option(name, known)
+            raise OptionError(f"{where}: {unknown.fact}", remedy=unknown.remedy, option=name)
     return found
 
 
@@ -261,7 +262,7 @@ def _entries(path: str) -> list[tuple[str, yaml.Node, Any, str]]:
             name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else str(key)
             where = f"{CONFIG_FLAG} {path}, line {key.start_mark.line + 1}"
             if name in seen:
-                raise OptionError(f"{where}: {name} is given twice", remedy="leave one of them out")
+                raise OptionError(f"{where}: {name} is given twice", remedy="leave one of them out", option=name)
             seen.add(name)
             entries.append((name, node, _constructed(loader, node, f"{where}, {name}"), where))
     except yaml.MarkedYAMLError as error:

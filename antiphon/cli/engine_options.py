@@ -113,7 +113,12 @@ class _EngineCommand(TyperCommand):
                 meant.check(name, ctx.params[name])
         model = ctx.params["model_argument"]
         if model is not None and (_typed(ctx, "model") or "model" in meant.own):
-            raise OptionError(f"the model is given twice, as {model!r} and as an option; leave one of them out")
+            raise OptionError(
+                f"the model is given twice, as {model!r} and as an option",
+                remedy="leave one of them out",
+                option="model",
+                value=model,
+            )
         return rest
 
 

@@ -70,8 +70,10 @@ class Translation:
         """Raises `OptionError` if the user says something else of our option `name`."""
         if name in self.own and self.own[name] != value:
             raise OptionError(
-                f"{self.said[name]} means {name}={self.own[name]!r}, but {name}={value!r} is asked for too; "
-                "use one of them"
+                f"{self.said[name]} means {name}={self.own[name]!r}, but {name}={value!r} is asked for too",
+                remedy="use one of them",
+                option=name,
+                value=value,
             )
 
 
@@ -102,8 +104,8 @@ def unknown_option(name: str, own_names: Iterable[str], *, dashes: bool = False)
     shown = _dashed if dashes else repr
     near = get_close_matches(name, ours, n=1, cutoff=0.6)
     near = near or get_close_matches(name, [*ours, *_BY_NAME], n=1, cutoff=0.4)
-    hint = f"; did you mean {shown(near[0])}?" if near else f"; options are {', '.join(map(shown, ours))}"
-    return OptionError(f"there is no option {shown(name)}{hint}")
+    hint = f"did you mean {shown(near[0])}?" if near else f"options are {', '.join(map(shown, ours))}"
+    return OptionError(f"there is no option {shown(name)}", remedy=hint, option=name)
 
 
 def _dashed(name: str) -> str:
@@ -122,7 +124,7 @@ def _is_so(*accepted: object, fact: str, remedy: str) -> Callable[[str, Any], Me
 
     def meaning(name: str, value: object) -> Meaning:
         if not any(value == one and type(value) is type(one) for one in accepted):
-            raise OptionError(f"{name}={value!r}: {fact}; {remedy}")
+            raise OptionError(f"{name}={value!r}", limit=fact, remedy=remedy, option=name, value=value)
         return Meaning()
 
     return meaning
@@ -137,7 +139,7 @@ def _refused_secret(fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
     """The value is not repeated."""
 
     def meaning(name: str, value: object) -> Meaning:
-        raise OptionError(f"{name}: {fact}; {remedy}")
+        raise OptionError(name, limit=fact, remedy=remedy, option=name)
 
     return meaning
 
@@ -148,7 +150,12 @@ def _no_effect(reason: str) -> Callable[[str, Any], Meaning]:
 
 def _enable_dbo(name: str, value: object) -> Meaning:
     if not isinstance(value, bool):
-        raise OptionError(f"{name}={value!r} is not True or False; use one of them, or dbo='auto'")
+        raise OptionError(
+            f"{name}={value!r} is not True or False",
+            remedy="use one of them, or dbo='auto'",
+            option=name,
+            value=value,
+        )
     return Meaning(own={"dbo": "on"}, unless_given=_DBO_THRESHOLDS) if value else Meaning(own={"dbo": "off"})
 
 
@@ -159,7 +166,13 @@ def _num_ubatches(name: str, value: object) -> Meaning:
 def _all2all_backend(name: str, value: object) -> Meaning:
     near = {"allgather_reducescatter": "transport='allgather'", "naive": "transport='allgather'"}
     remedy = near.get(str(value), "transport='auto', which takes what this machine can do")
-    raise OptionError(f"{name}={value!r}: tokens travel by Antiphon's own transports; use {remedy}")
+    raise OptionError(
+        f"{name}={value!r}",
+        limit="tokens travel by Antiphon's own transports",
+        remedy=f"use {remedy}",
+        option=name,
+        value=value,
+    )
 
 
 def _compilation_config(name: str, value: object) -> Meaning:
@@ -170,10 +183,18 @@ def _compilation_config(name: str, value: object) -> Meaning:
             if text in ("none", "0"):
                 continue
             fact = NO_GRAPHS if key == "cudagraph_mode" else "nothing is compiled by torch.compile"
-            raise OptionError(f'{name}: {key}={item!r}: {fact}; leave it out, or use {{"{key}": {_NONE[key]}}}')
+            raise OptionError(
+                f"{name}: {key}={item!r}",
+                limit=fact,
+                remedy=f'leave it out, or use {{"{key}": {_NONE[key]}}}',
+                option=name,
+                value=value,
+            )
         if key in ("cudagraph_capture_sizes", "compile_sizes") and not item:
             continue
-        raise OptionError(f"{name}: {key!r} is not known here: {NO_GRAPHS}; leave it out")
+        raise OptionError(
+            f"{name}: {key!r} is not known here", limit=NO_GRAPHS, remedy="leave it out", option=name, value=value
+        )
     return Meaning()
 
 

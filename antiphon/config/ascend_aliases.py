@@ -29,7 +29,9 @@ def additional_config(name: str, value: object) -> _Result:
 def as_object(name: str, value: object) -> dict[str, Any]:
     """Raises `OptionError` if it is no JSON object."""
     if not isinstance(value, dict):
-        raise OptionError(f'{name}={value!r} is not an object; use one such as {{"key": "value"}}')
+        raise OptionError(
+            f"{name}={value!r} is not an object", remedy='use one such as {"key": "value"}', option=name, value=value
+        )
     return value
 
 
@@ -40,11 +42,16 @@ def _keys(name: str, config: Mapping[str, Any], known: Mapping[str, _Key]) -> _R
         if key not in known:
             near = get_close_matches(str(key), known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(known)}"
-            raise OptionError(f"{name}: {key!r} is not known here; {hint}")
+            raise OptionError(f"{name}: {key!r} is not known here", remedy=hint, option=name, value=key)
         meant, told = known[key](f"{name}: {key}", value)
         for option, number in meant.items():
             if own.setdefault(option, number) != number:
-                raise OptionError(f"{name} means both {option}={own[option]!r} and {number!r}; leave one of them out")
+                raise OptionError(
+                    f"{name} means both {option}={own[option]!r} and {number!r}",
+                    remedy="leave one of them out",
+                    option=option,
+                    value=number,
+                )
         notes += told
     return own, notes
 
@@ -71,7 +78,7 @@ def _refused(*accepted: object, fact: str, remedy: str) -> _Key:
 
     def meaning(where: str, value: object) -> _Result:
         if value and value not in accepted:
-            raise OptionError(f"{where}={value!r}: {fact}; {remedy}")
+            raise OptionError(f"{where}={value!r}", limit=fact, remedy=remedy, option=where, value=value)
         return {}, []
 
     return meaning
@@ -83,7 +90,7 @@ def _graphs(*known: str) -> _Key:
     def meaning(where: str, value: object) -> _Result:
         config = as_object(where, value)
         if config.get("enabled", False):
-            raise OptionError(f"{where} is enabled, but {NO_GRAPHS}; leave it out")
+            raise OptionError(f"{where} is enabled, but {NO_GRAPHS}", remedy="leave it out", option=where, value=value)
         return _keys(where, config, dict.fromkeys(("enabled", *known), _no_effect("there are no graphs")))
 
     return meaning

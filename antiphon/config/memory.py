@@ -38,8 +38,10 @@ def check_memory(config: ResolvedConfig) -> None:
         narrower = "dtype='bfloat16', " if config.dtype.itemsize > torch.bfloat16.itemsize else ""
         raise OptionError(
             f"the weights of {config.options.model} take {format_bytes(weights)}{each} in {config.dtype_name}, and "
-            f"only {format_bytes(limit)} is available on this host; use {narrower}a lower num_layers (--num-layers), "
-            "or a host with more memory"
+            f"only {format_bytes(limit)} is available on this host",
+            remedy=f"use {narrower}a lower num_layers (--num-layers), or a host with more memory",
+            option="num_layers",
+            value=config.options.num_layers,
         )
     cache = config.cache.num_blocks * block_bytes(
         config.model, block_size=config.options.block_size, dtype=config.dtype
@@ -47,7 +49,10 @@ def check_memory(config: ResolvedConfig) -> None:
     if ranks * (weights + cache) > limit:
         raise OptionError(
             f"the KV cache takes {format_bytes(cache)}{each} ({_why_so_large(config)}) beside {format_bytes(weights)} "
-            f"of weights, and only {format_bytes(limit)} is available on this host; use {_remedy(config)}"
+            f"of weights, and only {format_bytes(limit)} is available on this host",
+            remedy=f"use {_remedy(config)}",
+            option="kv_cache_memory",
+            value=config.options.kv_cache_memory,
         )
 
 

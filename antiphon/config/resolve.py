@@ -29,8 +29,6 @@ DBO_VARIABLE = "ANTIPHON_DBO"
 ASCEND_DBO_VARIABLE = "VLLM_ASCEND_ENABLE_DBO"
 """vLLM-Ascend's: 1 is `ANTIPHON_DBO=on`, where that is not set; 0, its default, asks for nothing."""
 
-LOAD_FORMATS = ("auto", "dummy")
-
 _DBO_WORDS: dict[str, str | None] = {**{mode: mode for mode in DBO_MODES}, "1": "on", "0": "off"}
 _ASCEND_DBO_WORDS: dict[str, str | None] = {"1": "on", "0": None}
 
@@ -77,7 +75,12 @@ def check_layers(policy: OverlapPolicy, num_layers: int) -> None:
         ("dbo_end_layer", policy.end_layer or 0, num_layers),
     ):
         if value > most:
-            raise OptionError(f"{name}={value} is beyond the model's {num_layers} layers; use at most {most}")
+            raise OptionError(
+                f"{name}={value} is beyond the model's {num_layers} layers",
+                remedy=f"use at most {most}",
+                option=name,
+                value=value,
+            )
 
 
 def resolve_device(device: str, ranks: int) -> tuple[str, str]:
@@ -132,8 +135,6 @@ def _warn_of_idle_gpus(found: int, ranks: int) -> None:
 
 def resolve_peer_access(peer_access: bool) -> bool:
     """No peer access if the user forbids it, to us or by `NCCL_P2P_DISABLE=1` to NCCL."""
-    if not isinstance(peer_access, bool):
-        raise OptionError(f"peer_access={peer_access!r} is not True or False")
     return peer_access and not peers_forbidden(os.environ)
 
 
@@ -142,8 +143,6 @@ def resolve_source(model: str, load_format: str, *, revision: str | None = None)
 
     Raises `OptionError` for a preset that is to be loaded, `ModelError` for a model that cannot be found.
     """
-    if load_format not in LOAD_FORMATS:
-        raise unknown_value("load_format", load_format, LOAD_FORMATS)
     if model == BUNDLED_MODEL:
         if revision is not None:
             logger.warning("revision=%r has no effect: %s is bundled", revision, model)
@@ -152,7 +151,10 @@ def resolve_source(model: str, load_format: str, *, revision: str | None = None)
         return resolve_model(model, revision=revision, weights=load_format != "dummy")
     if load_format != "dummy":
         raise OptionError(
-            f"model {model!r} is a shape without weights; use load_format='dummy', or pass the folder of its checkpoint"
+            f"model {model!r} is a shape without weights",
+            remedy="use load_format='dummy', or pass the folder of its checkpoint",
+            option="model",
+            value=model,
         )
     return model
 
@@ -161,5 +163,10 @@ def resolve_routing(routing: str, load_format: str) -> RoutingSpec:
     """Raises `OptionError` for a routing that is not known, and for a table in place of what a router has learned."""
     spec = parse_routing(routing)
     if str(spec) != "model" and load_format != "dummy":
-        raise OptionError(f"routing={routing!r} requires dummy weights; add load_format='dummy'")
+        raise OptionError(
+            f"routing={routing!r} requires dummy weights",
+            remedy="add load_format='dummy'",
+            option="routing",
+            value=routing,
+        )
     return spec

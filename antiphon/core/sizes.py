@@ -13,6 +13,7 @@ from antiphon.core.errors import OptionError
 
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)([kmgt])(i?b)?", re.IGNORECASE)
+_NAMED = re.compile(r"(?:[^'\"]*, )?([\w-]+)[= ]")  # max_num_seqs='1.5', --max-num-seqs '1.5', or after where it stands
 _WHAT_FITS = "auto"
 
 
@@ -49,5 +50,5 @@ def parse_size(value: str | int, *, shown: str = "", of_bytes: bool = False) -> 
 
 
 def _no_number(shown: str, fault: str, value: int | str, remedy: str) -> OptionError:
-    option, _, written = shown.partition("=")
-    return OptionError(f"{shown} {fault}", remedy=remedy, option=option if written else None, value=value)
+    named = _NAMED.match(shown)
+    return OptionError(f"{shown} {fault}", remedy=remedy, option=named and named[1], value=value)

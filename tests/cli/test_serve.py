@@ -151,7 +151,7 @@ def test_python_is_told_as_well() -> None:
     for value in (-1, "auto"):
         with raises(OptionError, f"max_model_len={value!r}"):
             make_config({"max_model_len": value})
-    with raises(OptionError, "block_size='16x'"):
+    with raises(OptionError, "block_size='16x'", option="block_size", value="16x"):
         make_config({"block_size": "16x"})
 
 

@@ -199,6 +199,7 @@ def test_options_of_other_engines(
         assert isinstance(ended.value, OptionError), text
         assert outcome in text
         assert "\n" not in text
+        assert ended.value.option and ended.value.remedy, text
         return
     assert isinstance(ended.value, AskedError), text
     own = outcome if isinstance(outcome, dict) else {}
@@ -304,7 +305,7 @@ def test_the_kinds_of_devices_that_help_lists_are_those_of_the_table() -> None:
     ],
 )
 def test_a_misspelt_option_names_the_nearest(name: str, near: str) -> None:
-    with raises(OptionError, repr(name), near):
+    with raises(OptionError, option=name, remedy=near):
         LLM(**{name: 2})
 
 
