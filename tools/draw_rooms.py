@@ -33,7 +33,7 @@ def room_imports() -> Imports:
     graph = grimp.build_graph("antiphon")
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     former_names = {entry for contract in contracts for entry in contract.get("ignore_imports", ())}
-    rooms = {path.parent.name for path in (ROOT / "antiphon").glob("*/__init__.py")}
+    rooms = sorted(path.parent.name for path in (ROOT / "antiphon").glob("*/__init__.py"))
     found: Imports = {room: set() for room in rooms}
     for module in graph.modules:
         for target in graph.find_modules_directly_imported_by(module):
@@ -175,6 +175,6 @@ def draw(imports: Imports) -> str:
 if __name__ == "__main__":
     picture = draw(room_imports())
     if "--check" in sys.argv[1:]:
-        sys.exit("" if PICTURE.read_text() == picture else f"{PICTURE} is not of these imports; draw it again")
+        sys.exit(0 if PICTURE.read_text() == picture else f"{PICTURE} is not of these imports; draw it again")
     PICTURE.write_text(picture)
     print(f"wrote {PICTURE}")

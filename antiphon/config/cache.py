@@ -11,7 +11,7 @@ from antiphon.models import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSize:
-    """Blocks of one rank, equal on all of them, and in words why so many. Block 0 is among them."""
+    """Blocks of one rank, equal on all of them, and the reason for their number in words. Block 0 is one of them."""
 
     num_blocks: int
     source: str

@@ -141,7 +141,7 @@ def resolve_peer_access(peer_access: bool) -> bool:
 def resolve_source(model: str, load_format: str, *, revision: str | None = None) -> Path | str:
     """The folder of a checkpoint, or the name of a preset. Downloads what the hub's cache lacks of a hub's model.
 
-    Raises `OptionError` for a preset that is to be loaded, `ModelError` for a model that cannot be found.
+    Raises `OptionError` for a preset without dummy weights, `ModelError` for a model that cannot be found.
     """
     if model == BUNDLED_MODEL:
         if revision is not None:

@@ -207,6 +207,10 @@ def test_the_step_in_the_documents_is_the_step_of_the_package() -> None:
             assert line.partition("#")[0].partition(", ...")[0].strip() in step, line
 
 
+def test_the_picture_of_the_rooms_is_of_these_imports() -> None:
+    run([sys.executable, str(ROOT / "tools/draw_rooms.py"), "--check"])
+
+
 def test_no_placeholder_is_left() -> None:
     for document in DOCUMENTS:
         assert not re.search(r"\b(RESULT|NUMBERS|TODO|TBD)\b", document.read_text()), document

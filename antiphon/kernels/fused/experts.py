@@ -276,7 +276,7 @@ def grouped_experts_fused(
     first_expert: int = 0,
     workspace: ExpertWorkspace | None = None,
 ) -> torch.Tensor:
-    """See `grouped_experts`. bfloat16 on SM90 and later never waits for the host; other dtypes wait in the products."""
+    """See `grouped_experts`. bfloat16 on SM90 and later never waits for the host; other dtypes wait in the GEMMs."""
     num_rows, size = x_RD.shape
     out_RD = x_RD.new_empty(num_rows, size) if out_RD is None else out_RD
     if num_rows == 0:
