@@ -1,4 +1,4 @@
-"""Assembles the parts of one rank."""
+"""Assembles the parts of one rank: `build_engine`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits to tokens, for all requests of a step together, as the parameters of each say.
+"""Turns logits into tokens, for all requests of a step together, as the parameters of each say.
 
 Requests that are greedy and have nothing that changes logits cost one argmax. The others are worked on in chunks of
 rows, so that a large vocabulary does not need much memory. All of it is queued on the device; the token ids are the one
@@ -51,7 +51,7 @@ def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 class Chooser:
-    """Sets `Request.sampling`.
+    """Chooses a token for each row of logits, and sets `Request.sampling`.
 
     num_likeliest: tokens of a row that are put in order at first. most_elements: size of the largest temporary tensor.
     pin_memory: see `core.batch.upload`.

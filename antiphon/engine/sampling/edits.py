@@ -114,7 +114,7 @@ class PenaltyCounts:
         return slots, places, amounts
 
     def add(self, places_E: torch.Tensor, amounts_E: torch.Tensor) -> None:
-        """What `place` has returned, on the device."""
+        """Add what `place` returned, on the device."""
         self.table_SV.view(-1).index_add_(0, places_E, amounts_E.to(torch.int32))
 
     def _take(self) -> int:

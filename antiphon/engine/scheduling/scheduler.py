@@ -60,7 +60,7 @@ class Scheduler:
         return len(self._running)
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue new requests; the front has checked that each fits when it runs alone."""
+        """Queue new requests; the frontend has checked that each fits when it runs alone."""
         for request in requests:
             self.requests[request.request_id] = request
             self._waiting.append(request)
@@ -157,7 +157,7 @@ class Scheduler:
             step.add(request, count)
 
     def _first_chunk(self, num_missing: int, step: _Step) -> int:
-        """How many of a waiting request's tokens this step could take; 0 if it is to wait for a step with more room."""
+        """How many of a waiting request's tokens this step could take; 0 if it should wait for a step with more room."""
         fits_later = step.room < num_missing <= self._max_num_batched_tokens
         return 0 if fits_later and not self._chunked_prefill else min(num_missing, step.room)
 
