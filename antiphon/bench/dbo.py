@@ -4,7 +4,7 @@
     round 2   on   off     of another one in the prefix cache; the first round warms up and does not count
     ...
 
-The engine is that of the server, without HTTP: what is measured is what overlap does, not what the front does.
+The engine is that of the server, without HTTP: what is measured is what overlap does, not what the frontend does.
 """
 
 from __future__ import annotations

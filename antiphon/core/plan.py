@@ -41,7 +41,7 @@ class Proposal:
     """What one rank offers for the next step.
 
     `part_tokens` are the tokens of each lane if the step is split; one entry if this rank's batch cannot be cut.
-    `wave` is the newest message of the front process that the rank has seen, `policy` a fingerprint of the
+    `wave` is the newest message of the frontend that the rank has seen, `policy` a fingerprint of the
     options that decide, `order` one of the collectives issued so far (0: not recorded). Ranks must agree in both.
     `num_prefill_tokens` are those of `num_tokens` that belong to prompts.
     """

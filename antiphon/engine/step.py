@@ -47,7 +47,7 @@ class StepEngine:
     recorder: StepRecorder
     stats: StepStats
     expert_load: ExpertLoad
-    wave: int = 0  # the newest message of the front process
+    wave: int = 0  # the newest message of the frontend
 
     def step(self, new: Iterable[Request] = ()) -> StepResult:
         """Run one step of the whole group; every rank must call it. new: requests since the last step."""

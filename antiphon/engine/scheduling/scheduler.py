@@ -157,7 +157,7 @@ class Scheduler:
             step.add(request, count)
 
     def _first_chunk(self, num_missing: int, step: _Step) -> int:
-        """How many of a waiting request's tokens this step could take; 0 if it should wait for a step with more room."""
+        """How many tokens of a waiting request this step could take; 0 if it should wait for a roomier step."""
         fits_later = step.room < num_missing <= self._max_num_batched_tokens
         return 0 if fits_later and not self._chunked_prefill else min(num_missing, step.room)
 
