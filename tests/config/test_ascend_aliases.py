@@ -13,6 +13,7 @@ from antiphon.config.ascend_aliases import NO_GRAPHS, additional_config
 from antiphon.config.keywords import make_config
 from antiphon.core.errors import OptionError
 from tests.support.asked import AskedError, run_command, stop_before_start
+from tests.support.errors import raises
 
 NO_EXPERT_SLICES = "experts are not cut, each lies whole on one rank; leave it out, and use ranks=N"
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism yet; "
@@ -99,7 +100,7 @@ def test_a_size_said_twice_is_no_contradiction() -> None:
     for written in ("2k", 2000, "2000"):
         made = make_config({"max_model_len": written, "additional_config": config})
         assert made.max_model_len == 2000
-    with pytest.raises(OptionError, match="max_model_len=2000, but max_model_len=2048"):
+    with raises(OptionError, "max_model_len=2000", option="max_model_len", value=2048):
         make_config({"max_model_len": "2K", "additional_config": config})
     assert make_config({"kv_cache_memory": "20G", "kv_cache_memory_bytes": "20GiB"})
 
