@@ -21,12 +21,12 @@ from typing import Any, cast
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from antiphon.bench.conditions import rank_environment
 from antiphon.bench.overlap.rank import HasModules, Trial, use_transport
 from antiphon.bench.overlap.steps import OverlapOptions
 from antiphon.bench.parts import TransportPart, part_of
 from antiphon.bench.ranks import run_on_ranks
 from antiphon.comm import RankGroup
+from antiphon.comm.needs import peer_environment
 
 _PARTS = {"S": (1, TransportPart.WHOLE), "C2": (2, TransportPart.COMPUTE_ONLY), "D": (2, TransportPart.WHOLE)}
 _ROUNDS = 4  # the last one is profiled
@@ -64,7 +64,7 @@ def main() -> None:
         ranks=given.ranks,
         device="cuda",
         options=asdict(options),
-        environment=rank_environment(peer_access=options.peer_access),
+        environment=peer_environment(peer_access=options.peer_access),
     )
     for rank, arms in enumerate(by_rank):
         for arm, found in arms.items():
