@@ -8,12 +8,12 @@ import time
 import torch
 
 from antiphon.comm import RankGroup
-from antiphon.comm.slab.log import LoggedEvent, record
 from antiphon.comm.slab.mailbox import Phase
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import finish, run_lanes, streams_for
 from tests.comm.protocol_checks import run_layers
 from tests.comm.world import MAX_TOKENS, World, exact_sums, make_shape, poison_arrivals
+from tests.support.protocol_log import LoggedEvent, record
 
 __all__ = ["logs_of_two_lanes", "many_iterations"]
 

@@ -24,10 +24,10 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport
 from antiphon.comm.device_watch import WatchWord
-from antiphon.comm.slab.log import LoggedEvent, record
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import CpuStreams, CudaStreams, Streams, current_lane, finish, run_lanes
 from tests.comm.world import MAX_TOKENS, World, make_shape
+from tests.support.protocol_log import LoggedEvent, record
 
 __all__ = [
     "FIRST_HANDLE",

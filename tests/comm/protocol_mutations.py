@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from antiphon.comm.slab.log import Action, LoggedMailbox, MailboxLog
 from antiphon.comm.slab.mailbox import Exchange, Phase
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.device.cuda_stream_memory import MemoryStep
 from tests.comm.protocol_checks import MEDIA, ProtocolWorld
+from tests.support.protocol_log import Action, LoggedMailbox, MailboxLog
 
 __all__ = ["MUTATIONS", "Mutation"]
 

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from antiphon.comm.slab.happens_before import check
-from antiphon.comm.slab.log import NAMELESS, Action, LoggedEvent
+from tests.support.happens_before import check
+from tests.support.protocol_log import NAMELESS, Action, LoggedEvent
 
 Log = list[LoggedEvent]
 

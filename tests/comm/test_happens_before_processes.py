@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from antiphon.comm.slab.happens_before import check
-from antiphon.comm.slab.log import Action, LoggedEvent
 from tests.comm.protocol_checks import FIRST_HANDLE, MEDIA, Layers, protocol_world, run_layers
 from tests.comm.protocol_mutations import MUTATIONS, Mutation
+from tests.support.happens_before import check
+from tests.support.protocol_log import Action, LoggedEvent
 from tests.support.ranks import run_ranks
 
 

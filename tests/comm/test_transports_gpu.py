@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from antiphon.comm.slab.happens_before import check
 from tests.comm.contract_checks import transports_of
+from tests.support.happens_before import check
 from tests.support.ranks import run_ranks
 
 pytestmark = [

@@ -1,1 +1,1 @@
-"""Transports that put slabs into peers' mailboxes without a barrier: one protocol, three media, and its proof."""
+"""Transports that put slabs into peers' mailboxes without a barrier: one protocol over three media."""

@@ -17,8 +17,8 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from antiphon.comm.slab.log import NAMELESS, Action, LoggedEvent
 from antiphon.comm.slab.mailbox import Phase
+from tests.support.protocol_log import NAMELESS, Action, LoggedEvent
 
 Clock = list[int]
 

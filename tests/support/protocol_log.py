@@ -1,4 +1,4 @@
-"""The log of what one rank queued for the slab protocol; `antiphon.comm.slab.happens_before` checks it for races.
+"""The log of what one rank queued for the slab protocol; `tests.support.happens_before` checks it for races.
 
     log = record(transport)          # on every rank, before its first exchange
     ...                              # any number of layers
