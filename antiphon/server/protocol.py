@@ -1,4 +1,4 @@
-"""Request bodies, with the fields of OpenAI's API and vLLM's extra parameters.
+"""The request bodies: the fields of OpenAI's API, and vLLM's extra parameters.
 
 A field that is not listed here is refused by name. `null` means the same as leaving a field out. Ranges are checked by
 `SamplingParams`, whose errors name the field.
@@ -6,11 +6,21 @@ A field that is not listed here is refused by name. `null` means the same as lea
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    NonNegativeInt,
+    PlainValidator,
+    conlist,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from antiphon.core.errors import RequestError, is_whole
+from antiphon.core.errors import RequestError
 from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.chat import joined_text
 
@@ -18,13 +28,29 @@ from antiphon.frontend.chat import joined_text
 class Body(BaseModel):
     """A JSON object without unknown fields.
 
-    ignored: fields without effect. unsupported: fields that are refused unless they have one of these values, which ask
-    for nothing.
+    ignored: fields that are accepted and have no effect.
+    unsupported: fields that are refused, except with one of these values, which ask for nothing.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     ignored: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[dict[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_idle_fields(cls, content: Any) -> dict[str, Any]:
+        """Drop nulls, ignored fields, and unsupported fields that ask for nothing."""
+        if not isinstance(content, dict):
+            raise PydanticCustomError("not_an_object", "it is not a JSON object")
+        wanted = {}
+        for name, value in content.items():
+            if name in cls.unsupported:
+                idle_values = (None, *cls.unsupported[name])
+                if not any(value == idle and type(value) is type(idle) for idle in idle_values):
+                    raise PydanticCustomError("unsupported", "it is not supported", {"name": name})
+            elif name not in cls.ignored and value is not None:
+                wanted[name] = value
+        return wanted
 
 
 class StreamOptions(Body):
@@ -67,7 +93,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 
 
 class SamplingFields(Body):
-    """The fields that completions and chats share. `None` takes the default of `SamplingParams`."""
+    """The fields that completions and chats share. `None` means the default of `SamplingParams`."""
 
     ignored = _IGNORED
 
@@ -100,18 +126,14 @@ class SamplingFields(Body):
         return SamplingParams(**{name: getattr(self, name) for name in _SAMPLING} | changes)
 
 
-_SAMPLING = (
-    *("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty"),
-    *("frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids"),
-    *("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "prompt_logprobs"),
-)
+_SAMPLING = {item.name for item in fields(SamplingParams)} & SamplingFields.model_fields.keys()
 
-_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_TEXTS = conlist(str, min_length=1)
+_TOKEN_IDS = conlist(NonNegativeInt, min_length=1)
 
 
 def _checked_prompts(value: object) -> list[str | list[int]]:
-    """The prompts as a list, also if there is only one."""
+    """The prompts as a list, even if there is only one."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
@@ -135,9 +157,8 @@ class CompletionRequest(SamplingFields):
 
     prompt: Annotated[
         list[str | list[int]],
-        PlainValidator(_checked_prompts),
-        WithJsonSchema(
-            {"anyOf": [{"type": "string"}, _TEXTS, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS, "minItems": 1}]}
+        PlainValidator(
+            _checked_prompts, json_schema_input_type=str | _TEXTS | _TOKEN_IDS | conlist(_TOKEN_IDS, min_length=1)
         ),
     ]
     max_tokens: int | None = 16
@@ -147,9 +168,15 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool = True
 
 
-class Message(Body):
-    """A message of a chat. A reply can be sent back as it is: fields of it that ask for nothing are accepted.
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
 
+
+class Message(Body):
+    """A message of a chat. A reply can be sent back unchanged: its fields that ask for nothing are accepted.
+
+    content: an assistant's may be missing, because it may have said nothing, or only reasoned.
     reasoning_content: what the assistant reasoned before this content; the template decides whether to use it.
     """
 
@@ -168,25 +195,17 @@ class Message(Body):
     reasoning: str | None = None
     content: Annotated[
         str,
-        PlainValidator(lambda content: joined_text(content)),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "string"},
-                    {
-                        "type": "array",
-                        "minItems": 1,
-                        "items": {
-                            "type": "object",
-                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                            "required": ["type", "text"],
-                            "additionalProperties": False,
-                        },
-                    },
-                ]
-            }
+        PlainValidator(
+            lambda content: joined_text(content), json_schema_input_type=str | conlist(TextPart, min_length=1)
         ),
     ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_content(cls, message: Any) -> Any:
+        if isinstance(message, dict) and message.get("role") == "assistant" and message.get("content") is None:
+            return message | {"content": ""}
+        return message
 
     def for_template(self) -> dict[str, Any]:
         reasoning = self.reasoning_content or self.reasoning
@@ -230,16 +249,10 @@ class ChatRequest(SamplingFields, ChatFields):
     top_logprobs: int | None = None
 
 
-def _checked_ids(value: object) -> list[int]:
-    if not isinstance(value, list) or not all(is_whole(item) for item in value):
-        raise RequestError("tokens is not a list of token ids", remedy="use integers", option="tokens")
-    return value
-
-
 class TokenizeRequest(ChatFields):
     """What to tokenize: a text, or the messages of a chat."""
 
-    unsupported: ClassVar = {name: _CHAT_UNSUPPORTED[name] for name in ("chat_template", "tools")}
+    unsupported: ClassVar = {"chat_template": (), "tools": ([],)}
 
     model: str = ""
     prompt: str | None = None
@@ -250,6 +263,4 @@ class TokenizeRequest(ChatFields):
 
 class DetokenizeRequest(Body):
     model: str = ""
-    tokens: Annotated[
-        list[int], PlainValidator(_checked_ids), WithJsonSchema({"type": "array", "items": {"type": "integer"}})
-    ]
+    tokens: Annotated[list[NonNegativeInt], FailFast()]
