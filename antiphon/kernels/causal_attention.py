@@ -17,9 +17,6 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.dispatch import takes_cuda_kernels
 
-MOST_POSITIONS = 1 << 18
-"""Positions of decoding requests gathered at once, padded to the longest: 512 MiB at 1,024 bfloat16 numbers each."""
-
 _MOST_MASKED = 1 << 22
 """Pairs of a new token and a token that it may see in one piece; where scores are materialized, per head."""
 
@@ -107,12 +104,3 @@ def _takes_flash(q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor, value_NGLV: torch
     # Asked as if there were no mask: torch's own causal mask, at the upper left, is refused with a context.
     grouped = _is_grouped(q_NHSQ, key_NGLQ)
     return can_use_flash_attention(SDPAParams(q_NHSQ, key_NGLQ, value_NGLV, None, 0.0, False, grouped))
-
-
-def request_groups(num_requests: int, length: int, most_positions: int) -> list[slice]:
-    """Slices of decoding requests that bound the memory of attention over gathered blocks.
-
-    Each has at least one request, and apart from that at most `most_positions` padded positions.
-    """
-    step = max(1, most_positions // max(1, length))
-    return [slice(start, min(start + step, num_requests)) for start in range(0, num_requests, step)]

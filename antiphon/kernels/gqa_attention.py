@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.kernels.causal_attention import MOST_POSITIONS, causal_attention, request_groups
+from antiphon.kernels.causal_attention import causal_attention
+from antiphon.kernels.paged_cache import MOST_POSITIONS, attend_to_cached, decode_in_groups, gather_blocks
 
 
 def write_keys_values(
@@ -28,7 +29,7 @@ def gather_keys_values(
     cache_blocks: torch.Tensor, block_ids_B: torch.Tensor, length: int, head_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the first `length` tokens of one request: [length, G, Q] each, views of one new tensor."""
-    both_LX = cache_blocks[block_ids_B].flatten(0, 1)[:length]
+    both_LX = gather_blocks(cache_blocks, block_ids_B, length)
     key_LGQ, value_LGQ = both_LX.view(length, 2, -1, head_size).unbind(1)
     return key_LGQ, value_LGQ
 
@@ -53,32 +54,13 @@ def decode_attention(
     """Attention of one new token for each of `N` requests: [N, H, Q].
 
     seq_lens_N counts the new token, whose keys and values are in the cache already; 0 gives zeros. The host does not
-    wait: the lengths stay on the device, and whatever follows them in the blocks is masked. All sequences are padded to
-    the longest one; most_positions bounds how many positions are gathered at once.
+    wait: the lengths stay on the device. All sequences are padded to the longest one; most_positions bounds how many
+    positions are gathered at once.
     """
-    groups = request_groups(q_NHQ.shape[0], block_table_NB.shape[1] * cache_blocks.shape[1], most_positions)
-    parts = [_decode(q_NHQ[some], cache_blocks, block_table_NB[some], seq_lens_N[some], scale) for some in groups]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    head_size = q_NHQ.shape[2]
 
+    def decode(q_NHQ: torch.Tensor, both_NLX: torch.Tensor, seq_lens_N: torch.Tensor) -> torch.Tensor:
+        key_NGLQ, value_NGLQ = torch.unflatten(both_NLX, 2, (2, -1, head_size)).permute(2, 0, 3, 1, 4).unbind(0)
+        return attend_to_cached(q_NHQ, key_NGLQ, value_NGLQ, seq_lens_N, scale)
 
-def _decode(
-    q_NHQ: torch.Tensor,
-    cache_blocks: torch.Tensor,
-    block_table_NB: torch.Tensor,
-    seq_lens_N: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    num_requests, num_heads, head_size = q_NHQ.shape
-    wide = torch.promote_types(q_NHQ.dtype, torch.float32)
-    num_kv_heads, length = cache_blocks.shape[2] // (2 * head_size), block_table_NB.shape[1] * cache_blocks.shape[1]
-    both = cache_blocks[block_table_NB].view(num_requests, length, 2, num_kv_heads, head_size)
-    key_NGLQ, value_NGLQ = both.permute(2, 0, 3, 1, 4).unbind(0)
-    hidden_N1L1 = (torch.arange(length, device=q_NHQ.device) >= seq_lens_N.unsqueeze(1)).view(-1, 1, length, 1)
-    q_NGhQ = q_NHQ.reshape(num_requests, num_kv_heads, num_heads // num_kv_heads, head_size)
-    scores_NGhL = torch.matmul(q_NGhQ, key_NGLQ.transpose(2, 3)) * scale
-    # The lowest number, not minus infinity: with the values of hidden places at zero, a length of 0 gives zeros.
-    scores_NGhL = scores_NGhL.masked_fill(hidden_N1L1.transpose(2, 3), torch.finfo(scores_NGhL.dtype).min)
-    weights_NGhL = scores_NGhL.softmax(dim=-1, dtype=wide).to(q_NHQ.dtype)
-    # Unused slots may hold anything, even infinities: 0 * inf would be nan.
-    out_NGhQ = torch.matmul(weights_NGhL, value_NGLQ.masked_fill(hidden_N1L1, 0))
-    return out_NGhQ.reshape(num_requests, num_heads, head_size)
+    return decode_in_groups(decode, q_NHQ, cache_blocks, block_table_NB, seq_lens_N, most_positions)

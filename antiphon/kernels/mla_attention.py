@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from antiphon.core.warn_once import warn_once
-from antiphon.kernels.causal_attention import MOST_POSITIONS, causal_attention, request_groups
+from antiphon.kernels.causal_attention import causal_attention
 from antiphon.kernels.dispatch import takes_cuda_kernels
+from antiphon.kernels.paged_cache import MOST_POSITIONS, attend_to_cached, decode_in_groups
 
 MOST_EXPANDED = 1 << 20
 """Heads times positions whose keys and values exist at once: 1.25 GiB in bfloat16 at DeepSeek's sizes with padding.
@@ -33,11 +34,6 @@ _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 def write_latents(cache_blocks: torch.Tensor, slots_T: torch.Tensor, latent_TC: torch.Tensor) -> None:
     """Put the latents (with rotary key) of `T` tokens into the cache at `slots_T` = block * block_size + offset."""
     cache_blocks.flatten(0, 1).index_copy_(0, slots_T, latent_TC)
-
-
-def gather_blocks(cache_blocks: torch.Tensor, block_ids_B: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` latents of one request: [length, C + P2], new."""
-    return cache_blocks[block_ids_B].flatten(0, 1)[:length]
 
 
 def prefill_attention(
@@ -126,34 +122,13 @@ def decode_attention(
     q_NHQ: [N, H, Q + P2]. seq_lens_N counts the new token, whose latent is in the cache already; 0 gives zeros. All
     sequences are padded to the longest one; most_positions bounds how many positions are gathered at once.
     """
-    groups = request_groups(q_NHQ.shape[0], block_table_NB.shape[1] * cache_blocks.shape[1], most_positions)
-    parts = [
-        _decode(q_NHQ[some], cache_blocks, block_table_NB[some], seq_lens_N[some], key_up_HQC, value_up_HVC, scale)
-        for some in groups
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    query_size, latent_size = key_up_HQC.shape[1:]
 
+    def decode(q_NHQ: torch.Tensor, latents_NLC: torch.Tensor, seq_lens_N: torch.Tensor) -> torch.Tensor:
+        latent_q_NHC = torch.einsum("nhq,hqc->nhc", q_NHQ[..., :query_size], key_up_HQC)
+        full_q_NHC = torch.cat([latent_q_NHC, q_NHQ[..., query_size:]], dim=-1)
+        key_N1LC = latents_NLC.unsqueeze(1)  # one key/value head for all query heads
+        context_NHC = attend_to_cached(full_q_NHC, key_N1LC, key_N1LC[..., :latent_size], seq_lens_N, scale)
+        return torch.einsum("nhc,hvc->nhv", context_NHC, value_up_HVC)
 
-def _decode(
-    q_NHQ: torch.Tensor,
-    cache_blocks: torch.Tensor,
-    block_table_NB: torch.Tensor,
-    seq_lens_N: torch.Tensor,
-    key_up_HQC: torch.Tensor,
-    value_up_HVC: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    query_size, latent_size = key_up_HQC.shape[1], key_up_HQC.shape[2]
-    wide = torch.promote_types(q_NHQ.dtype, torch.float32)
-    latents_NLC = cache_blocks[block_table_NB].flatten(1, 2)
-    latent_q_NHC = torch.einsum("nhq,hqc->nhc", q_NHQ[..., :query_size], key_up_HQC)
-    full_q_NHC = torch.cat([latent_q_NHC, q_NHQ[..., query_size:]], dim=-1)
-    scores_NHL = torch.matmul(full_q_NHC, latents_NLC.transpose(1, 2)) * scale
-    hidden_NL = torch.arange(latents_NLC.shape[1], device=q_NHQ.device) >= seq_lens_N.unsqueeze(1)
-    # The lowest number, not minus infinity: with the latents of hidden places at zero, a length of 0 gives zeros.
-    scores_NHL = scores_NHL.masked_fill(hidden_NL.unsqueeze(1), torch.finfo(scores_NHL.dtype).min)
-    weights_NHL = scores_NHL.softmax(dim=-1, dtype=wide).to(q_NHQ.dtype)
-    # Unused slots may hold anything, even infinities: 0 * inf would be nan.
-    latents_NLC = latents_NLC[..., :latent_size].masked_fill(hidden_NL.unsqueeze(2), 0)
-    context_NHC = torch.matmul(weights_NHL, latents_NLC)
-    return torch.einsum("nhc,hvc->nhv", context_NHC, value_up_HVC)
+    return decode_in_groups(decode, q_NHQ, cache_blocks, block_table_NB, seq_lens_N, most_positions)

@@ -14,8 +14,9 @@ from torch import nn
 
 from antiphon.core.batch import DecodeGroup, PrefillSlice, current_micro_batch
 from antiphon.kernels.latent_write import norm_rotate_write_latents
-from antiphon.kernels.mla_attention import decode_attention, gather_blocks, prefill_attention
+from antiphon.kernels.mla_attention import decode_attention, prefill_attention
 from antiphon.kernels.norm_rope import apply_rope
+from antiphon.kernels.paged_cache import gather_blocks
 from antiphon.models.attention.paged import attend
 from antiphon.models.attention.rope import RopeConfig, score_scale
 from antiphon.models.config import ConfigFile
