@@ -1,4 +1,4 @@
 """One rank's process: `build_engine` makes a `StepEngine`, whose `step` schedules, runs and samples one step.
 
-`worker` runs it in a process of its own; `messages` are what the processes say to each other.
+`worker` runs it in a process of its own; `messages` defines what the frontend and the workers send each other.
 """

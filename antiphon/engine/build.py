@@ -1,4 +1,4 @@
-"""Assembles the parts of one rank: `build_engine`."""
+"""`build_engine` assembles the parts of one rank."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def build_engine(
     meet: Callable[[], None] = lambda: None,
     mesh: Mesh | None = None,
 ) -> StepEngine:
-    """Load this rank's weights, allocate its cache, and make its step engine. All ranks do it at the same time.
+    """Load this rank's weights, allocate its KV cache, and make its step engine. All ranks must call it together.
 
-    report: called with what is being done, many times while weights are read. meet: returns when all ranks have their
-    weights; without it the ranks wait in their next exchange, for as long as the group's time limit allows.
-    mesh: how the ranks of `group` work together, by default as the options say.
+    report: called at every stage, and many times while weights are read. meet: returns when all ranks have their
+    weights; without it they wait in their next exchange, for as long as the group's time limit allows.
+    mesh: how the ranks of `group` work together; by default, the mesh of the options.
     """
     options = config.options
     mesh = options.mesh if mesh is None else mesh
@@ -71,11 +71,8 @@ def build_engine(
     model = _load(config, transport, report)
     report(Starting(what="waiting until all ranks have loaded"))
     meet()
-    report(
-        Starting(
-            what="running the largest step, to size the KV cache" if config.cache is None else "making the KV cache"
-        )
-    )
+    sizing = "running the largest step, to size the KV cache"
+    report(Starting(what=sizing if config.cache is None else "making the KV cache"))
     cache = config.cache or measured_cache(config, model, streams=streams, group=group)
     model.bind_kv_cache(
         allocate_cache(
@@ -123,7 +120,7 @@ def build_engine(
 
 
 def _check_mesh(mesh: Mesh, group: RankGroup) -> None:
-    """Raise `OptionError` for a mesh that the engine cannot run yet, or that has another number of ranks."""
+    """Raise `OptionError` if the engine cannot run this mesh yet, or if its number of ranks is not the group's."""
     if mesh.tp > 1:
         raise OptionError(
             f"tp={mesh.tp} is not supported",
@@ -136,7 +133,7 @@ def _check_mesh(mesh: Mesh, group: RankGroup) -> None:
 
 
 def ready_message(engine: StepEngine) -> Ready:
-    """What a rank reports to the frontend when `build_engine` is done."""
+    """The message with which a rank tells the frontend that `build_engine` has returned."""
     transport = engine.transport
     return Ready(
         device_name=transport.streams.owner.describe(),
@@ -147,10 +144,10 @@ def ready_message(engine: StepEngine) -> Ready:
 
 
 def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -> Transport:
-    """The transport of this rank; all ranks make it at the same time.
+    """Make the transport of this rank. All ranks must call it together.
 
-    One that fails in the driver or in a library gets the error that `antiphon doctor` would have given before: an
-    `OptionError` with reason and remedy, if the machine is why. Other errors are those of `create_transport`.
+    If it fails in the driver or in a library because of the machine, this raises the `OptionError`, with reason and
+    remedy, that `antiphon doctor` would have given. Other errors are those of `create_transport`.
     """
     options = config.options
     try:
@@ -175,14 +172,14 @@ def make_transport(config: ResolvedConfig, group: RankGroup, streams: Streams) -
                 option="max_num_batched_tokens",
                 value=config.max_num_batched_tokens,
             ) from error
-        refusal = None if options.transport == "auto" else _refusal(config)  # auto has asked the devices
+        refusal = None if options.transport == "auto" else _refusal(config)  # `auto` has checked the machine already
         if refusal is None:
             raise
         raise refused(config.transport, refusal, first_line(error)) from error
 
 
 def _refusal(config: ResolvedConfig) -> Refusal | None:
-    """Why the transport cannot run on this machine, if something forbids it. Examining it takes seconds."""
+    """Why the transport cannot run on this machine; `None` if it can. Examining the machine takes seconds."""
     options = config.options
     world = World(
         ranks=options.mesh.ep,
@@ -192,21 +189,22 @@ def _refusal(config: ResolvedConfig) -> Refusal | None:
         max_tokens=config.max_num_batched_tokens,
     )
     shape = expert_shape(config.model, config.dtype)
-    world = replace(world, host_bytes=slab_bytes(shape, world))  # the buffers have just been asked for
+    world = replace(world, host_bytes=slab_bytes(shape, world))  # of the buffers that were being made
     return load_transport(config.transport, config.device_kind).refusal(examine_machine(), shape, world)
 
 
 def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starting], None]) -> CausalLM:
-    """This rank's part of the model with its weights, on the transport's device."""
+    """Load this rank's part of the model onto the transport's device."""
     options = config.options
     try:
         model = build_model(config.model, transport, config.routing)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        gib = weight_bytes(config.model, config.dtype, options.mesh.ep) / 2**30
         raise OptionError(
-            f"the weights of one of {options.ranks} ranks are {_weight_gib(config):.1f} GiB and do not fit into the "
-            f"memory of {transport.streams.device}",
+            f"the weights of each of {options.ranks} ranks take {gib:.1f} GiB and do not fit into the memory of "
+            f"{transport.streams.device}",
             limit=first_line(error),
             remedy="use more ranks or a lower num_layers",
             option="ranks",
@@ -221,7 +219,3 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
             progress=lambda p: report(Starting(what=LOADING, bytes_read=p.bytes, num_bytes=p.num_bytes)),
         )
     return model
-
-
-def _weight_gib(config: ResolvedConfig) -> float:
-    return weight_bytes(config.model, config.dtype, config.options.mesh.ep) / 2**30

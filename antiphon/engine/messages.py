@@ -1,15 +1,14 @@
 """The messages between the frontend and the workers: msgpack over ZeroMQ.
 
-Every message to the workers carries a wave, a number that grows by one with each and is the same for all ranks. The
-ranks put the newest wave they have seen into their agreement row; they stop stepping only when nobody has work and
-all have seen the same wave, so no rank can sleep through a message that another one acts on.
+Every message to the workers carries a wave: a number that is the same for all ranks and grows by one with each
+message. A rank puts the newest wave it has seen into its agreement row. Ranks stop stepping only when none has work
+and all have seen the same wave, so no rank sleeps through a message that another one acts on.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -18,7 +17,6 @@ import zmq
 from antiphon.comm import DataPath
 from antiphon.config.cache import CacheSize
 from antiphon.core.policy import OverlapPolicy
-from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.timeline import StepTimeline
 
@@ -26,9 +24,10 @@ LOADING = "loading the model"
 
 
 class Starting(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What this rank is doing while it starts, and how many of the bytes it needs it has read."""
+    """What this rank is doing while it starts."""
 
     what: str
+    # while it loads the model: bytes it has read, and bytes it needs
     bytes_read: int = 0
     num_bytes: int = 0
 
@@ -40,7 +39,7 @@ class Starting(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Throttle:
-    """Passes on the first and the last report of each stage, and one every `interval_s` in between."""
+    """Forwards the first and the last report of each stage, and at most one per `interval_s` in between."""
 
     def __init__(self, send: Callable[[Starting], None], *, interval_s: float = 0.2) -> None:
         self._send = send
@@ -57,41 +56,12 @@ class Throttle:
 
 
 def describe_start(by_rank: Mapping[int, Starting], rank: int) -> str:
-    """One line after a report of `rank`: the bytes of all ranks that are loading, or else what this one is doing."""
+    """The progress line after a report of `rank`: the bytes read by all ranks while any loads, else this report."""
     loading = [said for said in by_rank.values() if said.num_bytes]
     if loading:
         done, total = sum(said.bytes_read for said in loading), sum(said.num_bytes for said in loading)
         return str(Starting(what=LOADING, bytes_read=done, num_bytes=total))
     return str(by_rank[rank])
-
-
-class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request; see `antiphon.engine.scheduling.request.Request`."""
-
-    request_id: int
-    prompt_ids: tuple[int, ...]
-    params: dict[str, Any]
-    max_tokens: int
-    seed: int
-
-    @staticmethod
-    def of(request: Request) -> NewRequest:
-        return NewRequest(
-            request_id=request.request_id,
-            prompt_ids=request.prompt_ids,
-            params=asdict(request.params),
-            max_tokens=request.max_tokens,
-            seed=request.seed,
-        )
-
-    def to_request(self) -> Request:
-        return Request(
-            request_id=self.request_id,
-            prompt_ids=self.prompt_ids,
-            params=ResolvedParams(**self.params),
-            max_tokens=self.max_tokens,
-            seed=self.seed,
-        )
 
 
 class ToWorker(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,41 +71,41 @@ class ToWorker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AllLoaded(ToWorker, frozen=True, kw_only=True, tag=True):
-    """Every rank has sent `Loaded`. This is the first message, sent once."""
+    """Every rank has sent `Loaded`. Sent once, before any other message."""
 
 
 class Work(ToWorker, frozen=True, kw_only=True, tag=True):
-    """Requests to start and to forget; empty for a rank that only has to take part."""
+    """Requests to start and ids to forget. Empty for a rank that only takes part in the steps of the others."""
 
-    requests: list[NewRequest] = []
+    requests: list[Request] = []
     abort: list[int] = []
 
 
 class Reconfigure(ToWorker, frozen=True, kw_only=True, tag=True):
-    """A new policy, sent only while no request is open. Answered by `Answer`."""
+    """Changes the policy; sent only while no request is open. Answered by `Answer`."""
 
     policy: OverlapPolicy
 
 
 class Ask(ToWorker, frozen=True, kw_only=True, tag=True):
-    """A question, answered by `Answer` with the statistics or the last steps."""
+    """Asks for the statistics, or for the timelines of the last steps. Answered by `Answer`."""
 
     timeline: bool = False
 
 
 class Stop(ToWorker, frozen=True, kw_only=True, tag=True):
-    """Forget all requests, and end the process as soon as all ranks have seen this."""
+    """Tells the worker to forget all requests and to exit once all ranks have seen this."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The rank has its weights, and waits for `AllLoaded` before it needs its peers.
+    """The rank has its weights and waits for `AllLoaded` before its next exchange with its peers.
 
-    Ranks load at different speeds, and a large model takes longer than a peer may make another one wait.
+    Ranks load at different speeds, and loading a large model can take longer than the time limit of an exchange.
     """
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The rank has loaded its model. The fields are the same on all ranks."""
+    """The rank is ready for requests. The fields are the same on all ranks."""
 
     device_name: str
     transport_name: str
@@ -144,13 +114,13 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What a step has generated on this rank. An empty message only says that steps go on."""
+    """The outputs of a step of this rank. An empty message only shows that steps go on."""
 
     outputs: list[TokenOutput]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer to the `Ask` or `Reconfigure` of this wave."""
+    """Answers the `Ask` or `Reconfigure` of this wave."""
 
     wave: int
     stats: dict[str, Any] = {}
@@ -158,16 +128,16 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Warned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A warning that was logged on the rank. The frontend logs it once, even if other ranks send it too."""
+    """A warning that was logged on the rank. The frontend logs it once, however many ranks send it."""
 
     logger: str
     text: str
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The rank is about to exit.
+    """The rank is about to exit because of an error.
 
-    kind: the class of the error. fields: those of an `AntiphonError`, to make it anew. traceback: for the log.
+    kind: the class of the error. fields: those of an `AntiphonError`, to rebuild it. traceback: for the log.
     """
 
     kind: str
@@ -184,6 +154,6 @@ decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
 
 
 def keep_all(socket: zmq.Socket[bytes]) -> None:
-    """Lift the socket's limit of 1000 queued messages, beyond which a ROUTER drops. Call it before bind or connect."""
+    """Lift the limit of 1000 queued messages, beyond which a ROUTER socket drops. Call before bind or connect."""
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)

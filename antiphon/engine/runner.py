@@ -1,6 +1,6 @@
-"""Runs the micro-batches of a step through the model, one lane each. The lanes overlap here.
+"""Runs the micro-batches of a step through the model, one lane each. This is where the lanes overlap.
 
-If only some layers are split, the others run on one lane, over the whole batch of the rank:
+If only some layers are split, the other layers run on one lane, over the whole batch of the rank:
 
     lane 0   begin ── layers before ─┬─ layers in lanes ─┬─ layers after ── finish
     lane 1                           └─ layers in lanes ─┘
@@ -24,7 +24,7 @@ from antiphon.splitting import cut_tensors, join_tensors
 
 
 class Runner:
-    """Holds the model of this rank. reserved_sms: `Transport.num_sms`, which a split step leaves free."""
+    """Runs the model of this rank. reserved_sms: SMs that split steps leave free (`Transport.num_sms`)."""
 
     def __init__(self, model: CausalLM, *, streams: Streams, recorder: Recorder | None = None) -> None:
         self.model = model
@@ -38,19 +38,18 @@ class Runner:
     def run(
         self, parts: Sequence[MicroBatch], *, whole: MicroBatch | None = None, layers: slice = slice(None)
     ) -> list[torch.Tensor]:
-        """Hidden states [T, D] of the tokens of every part, on the device. One part runs alone, by the same code.
+        """Return the hidden states [T, D] of each part, on the device. All ranks must call it with the same `layers`.
 
-        layers: those that run in lanes. whole: the micro-batch of all parts together, on which the other layers run;
-        needed if there are any. Then the result may be one tensor for all parts: `splitting.join` takes either.
-        All ranks must call it with the same layers.
+        layers: those that run in lanes. whole: the unsplit micro-batch, on which the other layers run; needed if there
+        are any. The result may then be one tensor for all parts: `splitting.join` takes either.
         """
-        # Outside the lanes: all copies before the first layer.
+        # Copy outside the lanes, so that no copy is queued between layers.
         parts = [self._on_device(part) for part in parts]
         in_lanes = range(self._num_layers)[layers]
         if len(parts) == 1 or len(in_lanes) == self._num_layers:
             hidden = self._run_lanes(parts)
             return [rows_TD[: part.num_tokens] for rows_TD, part in zip(hidden, parts, strict=True)]
-        assert whole is not None, f"layers {in_lanes} of {self._num_layers} are split, and the others need a whole"
+        assert whole is not None, f"layers {in_lanes} of {self._num_layers} are split; the others need `whole`"
         whole = self._on_device(whole)
         before, after = range(in_lanes.start), range(in_lanes.stop, self._num_layers)
         states: list[Any] = []
@@ -65,14 +64,17 @@ class Runner:
     def _run_lanes(
         self, parts: Sequence[MicroBatch], layers: range | None = None, states: Sequence[Any] = ()
     ) -> list[Any]:
-        """A lane for each part. states: of the layers before, for the same tokens, in other parts or the same."""
+        """Run `layers`, by default all, with one lane per part.
+
+        states: what the layers before returned for the same tokens; they may have been cut otherwise.
+        """
         begun: Sequence[Any] = [None] * len(parts)
         if states:
             begun = cut_tensors(join_tensors(states), [part.num_tokens for part in parts])
         functions = [
             partial(run_micro_batch, self.model, part, layers, state) for part, state in zip(parts, begun, strict=True)
         ]
-        spared = self._streams.leave_free(self.reserved_sms) if len(parts) > 1 else nullcontext()
+        carve_out = self._streams.leave_free(self.reserved_sms) if len(parts) > 1 else nullcontext()
         kernels = nullcontext() if self._fused_kernels else no_cuda_kernels()
-        with spared, kernels:
+        with carve_out, kernels:
             return run_lanes(functions, streams=self._streams, recorder=self._recorder)

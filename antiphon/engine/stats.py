@@ -19,18 +19,14 @@ from antiphon.models.moe import MoELayer
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Preemptions, and the tokens of all admissions: how many there were, and how many the prefix cache had.
+    """Counts of preemptions, of tokens in admitted requests, and of those found in the prefix cache.
 
-    A request that comes back after a preemption is admitted again.
+    A request that comes back after a preemption is admitted, and counted, again.
     """
 
     preemptions: int = 0
     admitted_tokens: int = 0
     hit_tokens: int = 0
-
-    def admit(self, *, num_tokens: int, num_cached: int) -> None:
-        self.admitted_tokens += num_tokens
-        self.hit_tokens += num_cached
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -40,7 +36,7 @@ class SchedulerStats:
 
 
 class StepStats:
-    """Steps by plan, and the reasons why steps were serial."""
+    """Counts steps by plan, and serial steps by reason."""
 
     def __init__(self, micro_batches: int) -> None:
         self._by_plan: Counter[str] = Counter({"serial": 0, plan_kind(micro_batches): 0})
@@ -49,7 +45,7 @@ class StepStats:
         self.num_steps = 0
 
     def add(self, plan: Plan) -> None:
-        """Count one step that has run."""
+        """Count a step that has run."""
         self.num_steps += 1
         self._by_plan[plan.kind] += 1
         if plan.num_lanes == 1:
@@ -65,13 +61,13 @@ class StepStats:
         }
 
 
-_EVERY = 64  # steps
+_COUNTED_EVERY = 64  # steps
 
 
 class ExpertLoad:
-    """Pairs of a token of this rank and an expert, by layer and rank of the expert. Padding is not counted.
+    """Counts pairs of a token of this rank and an expert, by layer and by the rank of the expert.
 
-    num_experts: of the whole model; each of `num_ranks` ranks holds an equal part, in order.
+    Padding is not counted. num_experts: of the whole model; each of `num_ranks` ranks holds an equal share, in order.
     """
 
     def __init__(self, model: CausalLM | nn.Module, *, num_experts: int, num_ranks: int, device: torch.device) -> None:
@@ -82,8 +78,8 @@ class ExpertLoad:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Wrap a step: every 64th one is counted."""
-        if number % _EVERY:
+        """Wrap step `number`. Only every 64th step is counted."""
+        if number % _COUNTED_EVERY:
             yield
             return
         hooks = [router.register_forward_hook(self._counter(place)) for place, router in enumerate(self._routers)]
@@ -94,7 +90,7 @@ class ExpertLoad:
                 hook.remove()
 
     def tokens_by_layer(self) -> list[list[int]]:
-        """Pairs counted since the start: [L][W]. Waits for the device."""
+        """The pairs counted since the start, as [layer][rank]. Waits for the device."""
         sums_LW = self._counts_LE.view(len(self._routers), self._num_ranks, self._experts_per_rank).sum(2)
         found: list[list[int]] = sums_LW.tolist()
         return found
@@ -104,7 +100,7 @@ class ExpertLoad:
 
         def count(_router: nn.Module, _inputs: object, routes: Routes) -> None:
             ids_X = routes.ids_TK.flatten().to(torch.int64)
-            # Padding has the id -1. A mask or bincount would make the host wait.
+            # Padding has the id -1. A boolean mask or bincount would make the host wait for the device.
             counts_E.index_add_(0, ids_X.clamp(min=0), (ids_X >= 0).to(torch.int64))
 
         return count

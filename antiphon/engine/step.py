@@ -27,7 +27,7 @@ from antiphon.timeline import StepRecorder
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did; no outputs if no rank had work."""
+    """What a step did. There are no outputs if no rank had work."""
 
     plan: Plan
     outputs: list[TokenOutput]
@@ -35,7 +35,7 @@ class StepResult:
 
 @dataclass(slots=True, kw_only=True)
 class StepEngine:
-    """The parts of one rank. An exception inside `step` is fatal: the peers are communicating already."""
+    """The parts of one rank. An exception inside `step` is fatal, because its peers are already communicating."""
 
     group: RankGroup
     scheduler: Scheduler
@@ -47,10 +47,10 @@ class StepEngine:
     recorder: StepRecorder
     stats: StepStats
     expert_load: ExpertLoad
-    wave: int = 0  # the newest message of the frontend
+    wave: int = 0  # of the newest message from the frontend
 
     def step(self, new: Iterable[Request] = ()) -> StepResult:
-        """Run one step of the whole group; every rank must call it. new: requests since the last step."""
+        """Run one step of the whole group; every rank must call it. new: requests that came since the last step."""
         self.scheduler.add(new)
         batch = self.scheduler.next_batch()  # 1 what to run; may be empty
         plan = self.planner.agree(batch, self.group, wave=self.wave)  # 2 one plan for all ranks
@@ -62,30 +62,26 @@ class StepEngine:
             self.expert_load.step(number),
         ):
             parts = split(batch, plan, block_size=self.scheduler.pool.block_size)  # 3 one micro-batch or several
-            whole = self._whole(batch, plan)
-            hidden = self.runner.run(parts, whole=whole, layers=self._layers)  # 4 the lanes overlap here
+            policy = self.planner.policy
+            layers = slice(policy.start_layer, policy.end_layer)
+            hidden = self.runner.run(parts, whole=self._whole(batch, plan), layers=layers)  # 4 the lanes overlap here
         sampled = self.sampler(join(hidden), batch)  # 5
         self.stats.add(plan)
         return StepResult(plan, self.scheduler.commit(batch, sampled))  # 6
 
-    @property
-    def _layers(self) -> slice:
-        """The layers that run split in a split step."""
-        return slice(self.planner.policy.start_layer, self.planner.policy.end_layer)
-
     def _whole(self, batch: Batch, plan: Plan) -> MicroBatch | None:
-        """The unsplit micro-batch of a split step, where some of its layers run unsplit."""
+        """The unsplit micro-batch of a split step, if some of its layers run unsplit."""
         if plan.num_lanes == 1 or self.planner.policy.splits_all_layers:
             return None
         (whole,) = split(batch, plan.unsplit(), block_size=self.scheduler.pool.block_size)
         return whole
 
     def reconfigure(self, policy: OverlapPolicy) -> None:
-        """Decide by another policy from the next step on; all ranks must change it between the same steps."""
+        """Use `policy` from the next step on. All ranks must change it between the same steps."""
         self.planner.policy = policy
 
     def statistics(self) -> dict[str, Any]:
-        """Counters since the start, and the state of the KV cache."""
+        """Return the counters since the start and the state of the KV cache."""
         scheduler, pool = self.scheduler, self.scheduler.pool
         blocks = {"total": pool.num_usable, "free": pool.num_free, "block_size": pool.block_size}
         return {

@@ -1,7 +1,7 @@
 """One rank in a process of its own: `python -m antiphon.engine.worker --rank R ...`.
 
-Started by a launcher, never by hand. The folder of the ranks holds `options.json` and the progress board. The worker
-ends when the frontend says so, when the frontend has died, or after an error, which it reports first.
+It is started by a launcher, never by hand. The folder of the ranks holds `options.json` and the progress board. The
+worker exits when the frontend tells it to, when the frontend has died, or after an error, which it reports first.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ OPTIONS_FILE = "options.json"
 PROGRESS_FILE = "progress"
 
 START_S = 120.0
-"""Minimum time for the ranks to load and to meet, however short `timeout_s` is."""
+"""Ranks may take this long to load and to connect, even if `timeout_s` is shorter."""
 
-_FAREWELL_MS = 2000
+_LINGER_MS = 2000
 _SIGN_S = 1.0
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What the frontend passes to its workers at the start: the options, and what only it finds out."""
+    """What the frontend passes to its workers at the start: the options, and what only the frontend finds out."""
 
     options: EngineConfig
-    eos_token_ids: tuple[int, ...]  # the tokenizer's too, which only the frontend loads
-    matched: MatchedFiles | None  # the checkpoint, which only the frontend compares with the model; None: dummy weights
+    eos_token_ids: tuple[int, ...]  # with the tokenizer's, which only the frontend loads
+    matched: MatchedFiles | None  # only the frontend matches the checkpoint with the model; None with dummy weights
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> WorkerStart:
-        """Collect it in the frontend."""
+        """Collect it from the frontend's configuration."""
         return cls(options=config.options, eos_token_ids=config.model.eos_token_ids, matched=config.matched)
 
     def resolve(self) -> ResolvedConfig:
@@ -78,29 +78,29 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeptWarnings(logging.Handler):
-    """Keeps warnings until they are sent to the frontend: nobody reads the log of a worker that works.
+    """Keeps warnings until they are sent to the frontend, because nobody reads the log of a healthy worker.
 
-    Errors are left out: `Failed` brings them.
+    Errors are left out: `Failed` reports them.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._kept: deque[Warned] = deque()  # loggers may be used by any thread
+        self._kept: deque[Warned] = deque()  # thread-safe, as any thread may log
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.WARNING:
             self._kept.append(Warned(logger=record.name, text=record.getMessage()))
 
     def take(self) -> list[Warned]:
-        """The warnings since the last call."""
+        """Return the warnings since the last call."""
         return [self._kept.popleft() for _ in range(len(self._kept))]
 
 
 class Worker:
     """The loop of one rank: take messages, step, send tokens.
 
-    sign_s: after this long without a token, as in a long prompt, the frontend is told that steps go on.
-    warnings: those of this process, for the frontend to log.
+    sign_s: after this long without a token, such as in a long prompt, the worker tells the frontend that steps go on.
+    warnings: the warnings of this process, to send to the frontend.
     """
 
     def __init__(
@@ -114,22 +114,22 @@ class Worker:
         self._socket = socket
         self._engine = engine
         self._sign_s = sign_s
-        self._warnings = KeptWarnings() if warnings is None else warnings
+        self._warnings = warnings or KeptWarnings()
         self._stopped = False
 
     def run(self) -> None:
-        """Run until all ranks have seen `Stop`. Sleeps in the socket while no rank has work."""
+        """Run until all ranks have seen `Stop`. Blocks on the socket while no rank has work."""
         idle = True
-        said_at = time.monotonic()
+        sent_at = time.monotonic()
         while not (idle and self._stopped):
             self._take_messages(block=idle)
             result = self._engine.step()
             idle = result.plan.idle
             _send_all(self._socket, self._warnings.take())
             now = time.monotonic()
-            if result.outputs or (not idle and now > said_at + self._sign_s):
+            if result.outputs or (not idle and now > sent_at + self._sign_s):
                 _send(self._socket, Tokens(outputs=result.outputs))
-                said_at = now
+                sent_at = now
 
     def _take_messages(self, *, block: bool) -> None:
         while block or self._socket.poll(0):
@@ -141,14 +141,14 @@ class Worker:
         match message:
             case Work():
                 self._engine.scheduler.abort(message.abort)
-                self._engine.scheduler.add(request.to_request() for request in message.requests)
+                self._engine.scheduler.add(message.requests)
             case Reconfigure():
                 self._engine.reconfigure(message.policy)
                 _send(self._socket, Answer(wave=message.wave))
             case Ask():
                 _send(self._socket, self._answer(message))
             case AllLoaded():
-                raise AssertionError("it comes before the engine is there")
+                raise AssertionError("AllLoaded comes before the engine is made")
             case Stop():
                 self._engine.scheduler.abort(list(self._engine.scheduler.requests))
                 self._stopped = True
@@ -166,19 +166,19 @@ def main() -> int:
     end_with_launcher(place.folder)
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, str(place.rank).encode())
-    socket.setsockopt(zmq.LINGER, _FAREWELL_MS)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
     keep_all(socket)
     socket.connect(place.front)
     try:
         _serve(socket, place)
     except Exception as error:
-        logger.exception("rank %d fails", place.rank)
+        logger.exception("rank %d failed", place.rank)
         _send(socket, _failed(error))
         exit_code = 1
     else:
         exit_code = 0
     socket.close()
-    socket.context.term()  # waits until the frontend has the last message, 2 s at most
+    socket.context.term()  # waits, 2 s at most, until the last message has been sent
     return exit_code
 
 
@@ -187,7 +187,8 @@ def _serve(socket: zmq.Socket[bytes], place: Place) -> None:
     start = msgspec.json.decode((folder / OPTIONS_FILE).read_bytes(), type=WorkerStart)
     options, config = start.options, start.resolve()
     warnings = KeptWarnings()
-    logging.getLogger("antiphon").addHandler(warnings)  # from here on: the frontend has resolved the same options
+    # Only now, because the frontend has logged the warnings of resolving the same options.
+    logging.getLogger("antiphon").addHandler(warnings)
     torch.set_num_threads(_threads_per_rank(options.ranks))
     board = ProgressBoard(folder / PROGRESS_FILE, size=options.ranks)
     group = RankGroup.connect(
@@ -213,27 +214,27 @@ def _serve(socket: zmq.Socket[bytes], place: Place) -> None:
 
 
 def _wait_for_all(socket: zmq.Socket[bytes]) -> None:
-    """Wait until every rank has its weights, without a time limit: the frontend knows which ranks are alive."""
+    """Wait until every rank has its weights. There is no time limit, because the frontend watches the ranks."""
     _send(socket, Loaded())
     message = decode_to_worker(socket.recv())
     assert isinstance(message, AllLoaded)
 
 
 def report_and_exit(message: str, *, rank: int, folder: Path, kind: str = "PeerError") -> NoReturn:
-    """Exit at once, leaving a report for the frontend. Any thread may call it, whatever the others wait for.
+    """Write a report for the frontend and exit at once. Any thread may call it, whatever the others wait for.
 
-    A thread that watches waits without a time limit calls it. It leaves the socket, which is another thread's, alone,
-    and makes no call that could wait for a device.
+    The device watch calls it. It does not touch the socket, which belongs to another thread, and makes no call that
+    could wait for a device.
     """
     failed = Failed(kind=kind, message=message, traceback="")
     unfinished = _report_file(rank, folder).with_suffix(f".{threading.get_native_id()}")
     unfinished.write_bytes(msgspec.json.encode(failed))
-    unfinished.rename(_report_file(rank, folder))  # so that the frontend never reads half of it
+    unfinished.rename(_report_file(rank, folder))  # atomic, so the frontend never reads half of it
     os._exit(1)
 
 
 def read_report(rank: int, folder: Path) -> Failed | None:
-    """The report that `report_and_exit` has left; `None` if there is none."""
+    """Return the report that `report_and_exit` has written; `None` if there is none."""
     path = _report_file(rank, folder)
     return msgspec.json.decode(path.read_bytes(), type=Failed) if path.exists() else None
 
@@ -250,9 +251,9 @@ def _failed(error: Exception) -> Failed:
 
 
 def _threads_per_rank(ranks: int) -> int:
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores // ranks)
 
@@ -269,4 +270,4 @@ def _send_all(socket: zmq.Socket[bytes], messages: Iterable[FromWorker]) -> None
 if __name__ == "__main__":
     exit_code = main()
     logging.shutdown()
-    os._exit(exit_code)  # torch takes a second to unload
+    os._exit(exit_code)  # skips unloading torch, which takes a second

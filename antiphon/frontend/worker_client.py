@@ -22,7 +22,6 @@ from antiphon.engine.messages import (
     Failed,
     FromWorker,
     Loaded,
-    NewRequest,
     Ready,
     Reconfigure,
     Starting,
@@ -128,9 +127,7 @@ class WorkerClient:
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
         wave = self._next_wave()
-        self._send(
-            [Work(wave=wave, requests=[NewRequest.of(request) for request in mine]) for mine in requests_by_rank]
-        )
+        self._send([Work(wave=wave, requests=list(requests)) for requests in requests_by_rank])
 
     def abort(self, request_ids: Sequence[int]) -> None:
         if self._ended:

@@ -1,1 +1,1 @@
-"""The paged KV cache of one rank: `kv_cache` sizes and allocates it, `BlockPool` knows who holds which block."""
+"""The paged KV cache of one rank: `kv_cache` sizes and allocates it, `BlockPool` tracks who holds which block."""

@@ -1,4 +1,4 @@
-"""The paged KV cache: a fixed number of blocks, allocated once. Who holds which is in `block_pool`."""
+"""The paged KV cache: a fixed number of blocks, allocated once. `block_pool` tracks who holds which."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from antiphon.models import CausalLM, ModelConfig
 from antiphon.runtime import Streams
 from antiphon.splitting import join, split
 
+_GIB = 2**30
+_SCATTER = 2_654_435_761  # Knuth's multiplier: neighboring places of a text get tokens that are far apart
+
 
 def allocate_cache(
     config: ModelConfig,
@@ -26,10 +29,10 @@ def allocate_cache(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """[layers, num_blocks, block_size, kv_width], zeros, by default on the CPU. It never grows."""
+    """Allocate zeros [layers, num_blocks, block_size, kv_width], by default on the CPU. The cache never grows."""
     try:
         return torch.zeros(config.num_layers, num_blocks, block_size, config.kv_width, dtype=dtype, device=device)
-    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # the last two: not even a size in 64 bits
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # the last two: the size exceeds 64 bits
         size = num_blocks * block_bytes(config, block_size=block_size, dtype=dtype)
         raise OptionError(
             f"a KV cache of {size} bytes cannot be allocated on this rank",
@@ -40,22 +43,18 @@ def allocate_cache(
         ) from error
 
 
-_GIB = 2**30
-_SCATTER = 2_654_435_761  # Knuth's multiplier: adjacent places of a text get tokens that are far apart
-
-
 def blocks_that_fit(*, total_bytes: int, used_bytes: int, utilization: float, bytes_per_block: int) -> int:
-    """Blocks that fit into the share `utilization` of a device beside the most that was used without a cache."""
+    """How many blocks fit into the share `utilization` of a device, next to `used_bytes`, the peak without a cache."""
     return max(0, int(total_bytes * utilization) - used_bytes) // bytes_per_block
 
 
 def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams, group: RankGroup) -> CacheSize:
-    """Size the cache by what the largest unsplit step leaves free; the smallest number of blocks of all ranks.
+    """Size the cache by what the largest unsplit step leaves free on the rank with the least room.
 
-    All ranks call it together, with their weights loaded. It binds a cache of one block, which the caller replaces.
-    Raises `OptionError`, on every rank, if a rank has no room for two blocks.
+    All ranks must call it together, with their weights loaded. It binds a cache of one block, which the caller
+    replaces. Raises `OptionError`, on every rank, if a rank has no room for two blocks.
     """
-    # Ranks load at different speeds, and may take longer than the time limit inside a step allows.
+    # Ranks load at different speeds: wait here rather than inside a step, whose time limit may be shorter.
     group.all_gather_object("loaded")
     device = streams.owner
     device.reset_peak()
@@ -64,10 +63,10 @@ def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams,
     device.reset_peak()
     utilization = config.options.gpu_memory_utilization
     bytes_per_block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
-    mine = blocks_that_fit(
+    num_blocks = blocks_that_fit(
         total_bytes=total_bytes, used_bytes=used_bytes, utilization=utilization, bytes_per_block=bytes_per_block
     )
-    num_blocks, used_bytes, total_bytes = min(group.all_gather_object((mine, used_bytes, total_bytes)))
+    num_blocks, used_bytes, total_bytes = min(group.all_gather_object((num_blocks, used_bytes, total_bytes)))
     fact = (
         f"{utilization:.0%} of {total_bytes / _GIB:.1f} GiB less {used_bytes / _GIB:.1f} GiB for weights, buffers and "
         f"a step of {config.max_num_batched_tokens} tokens"
@@ -85,11 +84,10 @@ def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams,
 
 @torch.inference_mode()
 def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Streams, rank: int) -> None:
-    """Prefill steps of `max_num_batched_tokens` on every rank, serial, and the logits of `max_num_seqs` requests.
+    """Run serial prefill steps of `max_num_batched_tokens` on every rank, with the logits of `max_num_seqs` requests.
 
-    The first step has whole prompts. Where a text can be longer than a step, a second one is the last chunk of the
-    longest text, whose attention reads all of it. Everything is written to block 0, over and over, so the values mean
-    nothing.
+    The first step has whole prompts. If a text can be longer than a step, a second step computes the last chunk of the
+    longest text, whose attention reads all of it. Every block is block 0, so the values mean nothing.
     """
     options, num_tokens = config.options, config.max_num_batched_tokens
     cache = allocate_cache(
@@ -111,13 +109,13 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
             )
             hidden_TD = join(runner.run(split(batch, plan, block_size=options.block_size)))
             logits_NV = model.logits(hidden_TD[: options.max_num_seqs])
-            logits_NV.clone()  # what the sampler makes of them
+            logits_NV.clone()  # the sampler makes a copy too
     except (torch.OutOfMemoryError, MemoryError) as error:
-        behind = f" behind a text of {context_len}" if context_len else ""
+        behind = f" after a text of {context_len} tokens" if context_len else ""
         lower = "a lower max_model_len (--max-model-len), " if context_len else ""
         raise OptionError(
             f"a step of max_num_batched_tokens={num_tokens} tokens{behind} does not fit into the memory that the "
-            "weights leave",
+            "weights leave free",
             limit=first_line(error),
             remedy=f"use {lower}a lower max_num_batched_tokens or more ranks",
             option="max_num_batched_tokens",
@@ -126,7 +124,7 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
 
 
 def _longest_text(config: ResolvedConfig, streams: Streams) -> int:
-    """No text is longer than the cache, and no cache is larger than the device, whatever the model allows."""
+    """The longest text that can run: at most what the model allows, and at most what the device's memory can cache."""
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
     in_memory = streams.owner.memory().total_bytes // block * config.options.block_size
     return min(config.max_model_len, max(in_memory, config.max_num_batched_tokens))
@@ -135,9 +133,9 @@ def _longest_text(config: ResolvedConfig, streams: Streams) -> int:
 def largest_batch(
     rank: int, *, num_tokens: int, longest: int, vocab_size: int, block_size: int, context_len: int = 0
 ) -> Batch:
-    """Prompts of `num_tokens` in all, each as long as can be: attention takes most memory then.
+    """Make prompts of `num_tokens` in all, each as long as possible, because attention then takes most memory.
 
-    context_len: tokens of each text that are in the cache already.
+    context_len: tokens of each text that are already in the cache.
     """
     lengths = [longest] * (num_tokens // longest) + [num_tokens % longest] * (num_tokens % longest > 0)
     return Batch(

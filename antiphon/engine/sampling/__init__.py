@@ -1,1 +1,1 @@
-"""Turns hidden states into tokens and their log probabilities: `Sampler`, called once a step."""
+"""Turns hidden states into tokens and their log probabilities: `Sampler`, called once per step."""

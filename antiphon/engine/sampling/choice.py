@@ -1,14 +1,14 @@
-"""Turns logits into tokens, for all requests of a step together, as the parameters of each say.
+"""Turns logits into tokens for all requests of a step together, by the sampling parameters of each.
 
-Requests that are greedy and have nothing that changes logits cost one argmax. The others are worked on in chunks of
-rows, so that a large vocabulary does not need much memory. All of it is queued on the device; the token ids are the one
-copy to the host.
+Greedy requests whose logits nothing modifies cost one argmax. The others are processed in chunks of rows, so that a
+large vocabulary does not need much memory. All of it is queued on the device; the only copy to the host is that of the
+token ids.
 
     logits ─► argmax ────────────────────────────────────────► token ids ─► host
           └─► (chunks) biases, min_tokens, penalties ─► draw ──┘
 
-A draw with top_p puts only the likeliest tokens of a row in order. Where they did not reach top_p, the token id comes
-as -1, and those rows are drawn again from all tokens.
+A draw with top_p sorts only the likeliest tokens of a row. If these do not reach top_p, the token id is -1, and the row
+is drawn again from all tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from antiphon.core.batch import upload
 from antiphon.core.sampling import ResolvedParams
-from antiphon.engine.sampling.draw import Limits, draw, draw_key, draw_ordered, likeliest, scaled
+from antiphon.engine.sampling.draw import draw, draw_key, draw_ordered, likeliest, scaled
 from antiphon.engine.sampling.edits import (
     PenaltyCounts,
     apply_penalties,
@@ -38,22 +38,23 @@ _NOT_COVERED = -1
 class _Method(IntEnum):
     """How to choose the token of a row that is not simply the argmax of the model's logits."""
 
-    GREEDY = auto()  # argmax, after changes
-    DRAW = auto()  # from all tokens, in no order
-    DRAW_LIKELIEST = auto()  # from some of the likeliest, in order; may turn out to need them all
-    DRAW_ORDERED = auto()  # from all tokens in order
+    GREEDY = auto()  # argmax of the modified logits
+    DRAW = auto()  # from all tokens, unsorted
+    DRAW_LIKELIEST = auto()  # from the likeliest tokens, sorted; may turn out to need them all
+    DRAW_ORDERED = auto()  # from all tokens, sorted
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Divide `start:stop` into parts of `size`, at least 1."""
-    for first in range(start, stop, max(1, size)):
-        yield slice(first, min(stop, first + max(1, size)))
+    """Divide `start:stop` into parts of `size` (of 1 if `size` is 0)."""
+    size = max(1, size)
+    for first in range(start, stop, size):
+        yield slice(first, min(stop, first + size))
 
 
 class Chooser:
     """Chooses a token for each row of logits, and sets `Request.sampling`.
 
-    num_likeliest: tokens of a row that are put in order at first. most_elements: size of the largest temporary tensor.
+    num_likeliest: how many tokens of a row are sorted at first. most_elements: size of the largest temporary tensor.
     pin_memory: see `core.batch.upload`.
     """
 
@@ -74,19 +75,19 @@ class Chooser:
         self._counts: PenaltyCounts | None = None
 
     def choose(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, list[int]]:
-        """One token id per row, on the device [N] and on the host. The logits are not changed."""
+        """Return one token id per row, on the device [N] and on the host. The logits are not modified."""
         ids_N = logits_NV.argmax(-1)
         rows = [row for row, request in enumerate(requests) if request.params.temperature or changes_logits(request)]
         if rows:
-            self._work(rows, requests, logits_NV, ids_N)
+            self._choose_rows(rows, requests, logits_NV, ids_N)
         token_ids: list[int] = ids_N.tolist()
         again = [row for row in rows if token_ids[row] == _NOT_COVERED]
         if again:
-            self._work(again, requests, logits_NV, ids_N, ordered=True)
+            self._choose_rows(again, requests, logits_NV, ids_N, ordered=True)
             token_ids = ids_N.tolist()
         return ids_N, token_ids
 
-    def _work(
+    def _choose_rows(
         self,
         rows: list[int],
         requests: Sequence[Request],
@@ -95,7 +96,7 @@ class Chooser:
         *,
         ordered: bool = False,
     ) -> None:
-        """Choose the tokens of these rows as their requests ask, and write them to `ids_N`."""
+        """Choose the tokens of these rows and write them to `ids_N`. ordered: draw from all tokens, sorted."""
         methods = {row: _Method.DRAW_ORDERED if ordered else self._method(requests[row].params) for row in rows}
         rows = sorted(rows, key=methods.__getitem__)
         settings = self._settings(rows, [requests[row] for row in rows], logits_NV.device)
@@ -103,9 +104,9 @@ class Chooser:
         for method, group in groupby(rows, key=methods.__getitem__):
             stop = start + len(list(group))
             for part in chunks(start, stop, self._chunk_size):
-                mine = settings.cut(part, self._vocab_size)
-                changed_NV = self._changed(logits_NV[mine.rows_N], mine)
-                ids_N[mine.rows_N] = self._chosen(method, changed_NV, mine)
+                of_part = settings.cut(part, self._vocab_size)
+                changed_NV = self._changed(logits_NV[of_part.rows_N], of_part)
+                ids_N[of_part.rows_N] = self._chosen(method, changed_NV, of_part)
             start = stop
 
     def _method(self, params: ResolvedParams) -> _Method:
@@ -166,7 +167,7 @@ class Chooser:
         )
 
     def _changed(self, logits_NV: torch.Tensor, settings: _Settings) -> torch.Tensor:
-        """The logits after logit_bias, min_tokens and penalties. The given logits may be changed."""
+        """Apply logit_bias, min_tokens and penalties. The given logits may be overwritten."""
         if len(settings.added_E):
             logits_NV.view(-1).index_add_(0, settings.added_at_E, settings.added_E.to(logits_NV.dtype))
         if self._counts is not None and any(has_penalties(request.params) for request in settings.requests):
@@ -181,7 +182,7 @@ class Chooser:
         return logits_NV
 
     def _chosen(self, method: _Method, logits_NV: torch.Tensor, settings: _Settings) -> torch.Tensor:
-        """Token ids [N], -1 where the likeliest tokens were not enough."""
+        """Choose token ids [N]; -1 where the likeliest tokens were not enough."""
         if method is _Method.GREEDY:
             return logits_NV.argmax(-1)
         temperature_N, top_p_N, min_p_N = settings.numbers_6N[:3]
@@ -190,23 +191,28 @@ class Chooser:
             return draw(scaled_NV, settings.key_N, min_p_N)
         count = self._num_likeliest if method is _Method.DRAW_LIKELIEST else self._vocab_size
         ids_NK = likeliest(logits_NV, count)[1]
-        limits = Limits(top_k_N=settings.top_k_N, top_p_N=top_p_N, min_p_N=min_p_N)
         chosen_N, covered_N = draw_ordered(
-            scaled_NV.gather(1, ids_NK), ids_NK, scaled_NV.exp().sum(-1), settings.key_N, limits
+            scaled_NV.gather(1, ids_NK),
+            ids_NK,
+            settings.key_N,
+            total_N=scaled_NV.exp().sum(-1),
+            top_k_N=settings.top_k_N,
+            top_p_N=top_p_N,
+            min_p_N=min_p_N,
         )
         return torch.where(covered_N, chosen_N, _NOT_COVERED) if method is _Method.DRAW_LIKELIEST else chosen_N
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settings:
-    """The parameters of requests, one column each, on the device."""
+    """The parameters of requests on the device, one column per request."""
 
     requests: list[Request]
-    wholes_4N: torch.Tensor  # int64: row of the logits, slot of the penalties' table, top_k, key of the draw
-    numbers_6N: torch.Tensor  # float64: temperature, top_p, min_p; repetition, frequency, presence
-    added_at_E: torch.Tensor  # int64, places in the logits of these requests, as if they were flat
+    wholes_4N: torch.Tensor  # int64: row of the logits, slot in the table of penalties, top_k, key of the draw
+    numbers_6N: torch.Tensor  # float64: temperature, top_p, min_p, repetition, frequency, presence
+    added_at_E: torch.Tensor  # int64, places in the flattened logits of these requests
     added_E: torch.Tensor  # float64
-    added_ends: list[int]  # of each request's entries in these two
+    added_ends: list[int]  # where each request's entries in the previous two end
 
     @property
     def rows_N(self) -> torch.Tensor:
@@ -225,7 +231,7 @@ class _Settings:
         return self.wholes_4N[3]
 
     def cut(self, part: slice, vocab_size: int) -> _Settings:
-        """The columns of some of the requests."""
+        """Return the columns of some of the requests."""
         first, last = [0, *self.added_ends][part.start], self.added_ends[part.stop - 1]
         return _Settings(
             requests=self.requests[part],

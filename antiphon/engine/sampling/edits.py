@@ -1,8 +1,8 @@
-"""What changes logits before a token is chosen: logit_bias, min_tokens and the penalties.
+"""Modifies logits before a token is chosen: logit_bias, min_tokens and the penalties.
 
-How often tokens were generated is counted on the device, in a table with a row of the vocabulary for every request that
-has penalties; a step adds its new tokens only. A request's `sampling` holds its row. When that is dropped, with the
-request or before, the row becomes free, and is counted again from the request's tokens if it is needed.
+How often tokens were generated is counted on the device, in a table with one row of the vocabulary for every request
+with penalties; a step adds only its new tokens. `Request.sampling` holds the slot of the row. When it is dropped, with
+the request or before, the row becomes free; if the request needs one again, its tokens are counted anew.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.scheduling.request import Request
 
 _IN_PROMPT = 2**24
-"""Added to the count of a token in the prompt; far above any count of generated tokens."""
+"""Added to the count of a token that is in the prompt; far above any count of generated tokens."""
 
 
 @dataclass(slots=True, kw_only=True, weakref_slot=True)
 class _Kept:
-    """The state of sampling that a request keeps, in `Request.sampling`."""
+    """The sampling state of a request, kept in `Request.sampling`."""
 
-    bias: tuple[torch.Tensor, torch.Tensor] | None = None  # token ids (int64) and what is added (float64), on the host
-    slot: int = 0  # of the table; 0 if it has none
-    num_counted: int = 0  # generated tokens that the table has
+    bias: tuple[torch.Tensor, torch.Tensor] | None = None  # token ids (int64) and biases (float64), on the host
+    slot: int = 0  # in the table; 0 if it has none
+    num_counted: int = 0  # generated tokens that the table counts
 
 
 def has_penalties(params: ResolvedParams) -> bool:
@@ -41,7 +41,7 @@ def changes_logits(request: Request) -> bool:
 
 @dataclass(slots=True)
 class Additions:
-    """What to add to logits, on the host. The entries of row r are `ends[r - 1]` to `ends[r]`."""
+    """Values to add to logits, on the host. The entries of row r are `ends[r - 1]` to `ends[r]`."""
 
     token_ids_E: torch.Tensor  # int64
     values_E: torch.Tensor  # float64
@@ -49,7 +49,7 @@ class Additions:
 
 
 def find_additions(requests: Sequence[Request], eos_token_ids: frozenset[int]) -> Additions:
-    """Adds logit_bias, and -inf for tokens that would end a request before its min_tokens."""
+    """Collect logit_bias, and -inf for tokens that would end a request before its min_tokens."""
     ids = [torch.empty(0, dtype=torch.int64)]
     values = [torch.empty(0, dtype=torch.float64)]
     ends, end = [], 0
@@ -76,9 +76,9 @@ def find_additions(requests: Sequence[Request], eos_token_ids: frozenset[int]) -
 
 @dataclass(slots=True)
 class PenaltyCounts:
-    """The table [slots, V], int32, on the device; it grows to as many requests with penalties as run at once.
+    """The table [slots, V] of counts, int32, on the device. It grows to the most requests with penalties at a time.
 
-    Slot 0 stays zero: it is that of requests without penalties.
+    Slot 0 stays zero and serves all requests without penalties.
     """
 
     vocab_size: int
@@ -90,7 +90,7 @@ class PenaltyCounts:
         self.table_SV = self._zeros(1)
 
     def place(self, requests: Sequence[Request]) -> tuple[list[int], list[int], list[int]]:
-        """Slots of the requests; and what the table lacks: places in it, as if it were flat, and what to add there."""
+        """Return the slots of the requests, and the counts to `add`: places in the flattened table, and amounts."""
         slots: list[int] = []
         places: list[int] = []
         amounts: list[int] = []
@@ -114,7 +114,7 @@ class PenaltyCounts:
         return slots, places, amounts
 
     def add(self, places_E: torch.Tensor, amounts_E: torch.Tensor) -> None:
-        """Add what `place` returned, on the device."""
+        """Add what `place` returned, uploaded to the device."""
         self.table_SV.view(-1).index_add_(0, places_E, amounts_E.to(torch.int32))
 
     def _take(self) -> int:
@@ -139,14 +139,17 @@ def apply_penalties(
     frequency_N: torch.Tensor,
     presence_N: torch.Tensor,
 ) -> torch.Tensor:
-    """Repetition (Keskar et al., "CTRL", 2019), then frequency and presence (OpenAI's API). Counts are of the table."""
+    """Apply the repetition penalty (Keskar et al., "CTRL", 2019), then frequency and presence (OpenAI's API).
+
+    counts_NV: rows of the table of `PenaltyCounts`.
+    """
     repetition_N1 = repetition_N.to(logits_NV.dtype).unsqueeze(-1)
     repeated_NV = torch.where(logits_NV > 0, logits_NV / repetition_N1, logits_NV * repetition_N1)
     logits_NV = torch.where(counts_NV > 0, repeated_NV, logits_NV)
     generated_NV = counts_NV % _IN_PROMPT
-    taken_NV = frequency_N.to(logits_NV.dtype).unsqueeze(-1) * generated_NV
-    taken_NV += presence_N.to(logits_NV.dtype).unsqueeze(-1) * (generated_NV > 0)
-    return logits_NV - taken_NV
+    penalty_NV = frequency_N.to(logits_NV.dtype).unsqueeze(-1) * generated_NV
+    penalty_NV += presence_N.to(logits_NV.dtype).unsqueeze(-1) * (generated_NV > 0)
+    return logits_NV - penalty_NV
 
 
 def _kept(request: Request) -> _Kept:

@@ -1,7 +1,7 @@
-"""Turns hidden states into new tokens, and into the logits and logprobs that were asked for.
+"""Turns hidden states into new tokens, and into the logits and logprobs that requests ask for.
 
-It does not know why a slice is as it is: a prompt may come in chunks or be computed again. A slice yields a token if it
-reaches the end of its request's text, and every position of a prompt is reported once.
+It does not know why a slice is cut as it is: a prompt may come in chunks, or be computed again after a preemption. A
+slice yields a token if it reaches the end of its request's text. Every position of a prompt is reported once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from antiphon.engine.scheduling.request import NewToken, PromptPart, Request, Sa
 
 
 class Sampler:
-    """Chooses tokens. The logits of a step's requests stay on the device; what is copied to the host is small.
+    """Chooses tokens. Logits stay on the device, unless a request asks for them.
 
-    to_logits: maps hidden states [N, D] to logits [N, V], in float32 at least. requests: the scheduler's table, of
-    which `num_reported` and `sampling` are set here. eos_token_ids: what min_tokens hides. num_likeliest and
-    most_elements and pin_memory: see `Chooser`.
+    to_logits: maps hidden states [N, D] to logits [N, V], in float32 at least. requests: the scheduler's table; the
+    sampler sets `num_reported` and `sampling` of its requests. eos_token_ids: tokens that min_tokens rules out.
+    num_likeliest, most_elements and pin_memory: see `Chooser`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, hidden_TD: torch.Tensor, batch: Batch) -> Sampled:
-        """hidden_TD: after the last norm, the tokens of the batch in their order."""
+        """Sample one step. hidden_TD: the hidden states after the last norm, in the order of the batch's tokens."""
         sampled = Sampled()
         places, requests, last_rows = [], [], []
         for place, (part, end) in enumerate(zip(batch.requests, accumulate(batch.query_lens), strict=True)):
@@ -62,9 +62,9 @@ class Sampler:
                 requests.append(request)
                 last_rows.append(end - 1)
             if request.params.wants_prompt:
-                told = self._tell_prompt(request, hidden_TD[end - part.query_len : end], part.context_len)
-                if told is not None:
-                    sampled.prompt[place] = told
+                results = self._prompt_part(request, hidden_TD[end - part.query_len : end], part.context_len)
+                if results is not None:
+                    sampled.prompt[place] = results
         if places:
             (last_N,) = self._upload([torch.tensor(last_rows)], hidden_TD.device)
             sampled.tokens = dict(zip(places, self._tokens(self._to_logits(hidden_TD[last_N]), requests), strict=True))
@@ -88,8 +88,8 @@ class Sampler:
                 tokens[row] = replace(tokens[row], logits=_to_bytes(logits_V))
         return tokens
 
-    def _tell_prompt(self, request: Request, hidden_SD: torch.Tensor, context_len: int) -> PromptPart | None:
-        """The prompt's part for the positions that a slice has computed and that were not reported before."""
+    def _prompt_part(self, request: Request, hidden_SD: torch.Tensor, context_len: int) -> PromptPart | None:
+        """Return the prompt results for positions of a slice that were not reported before, if it has any."""
         params, prompt_ids = request.params, request.prompt_ids
         first, last = max(context_len, request.num_reported), min(context_len + len(hidden_SD), len(prompt_ids))
         if first >= last:
@@ -97,7 +97,7 @@ class Sampler:
         assert first == request.num_reported, f"position {request.num_reported} of the prompt was skipped for {first}"
         request.num_reported = last
         logits, logprobs = [], []
-        # In chunks: the logits of a long prompt can be larger than the memory that the cache leaves.
+        # In chunks, because the logits of a long prompt can exceed the memory that the cache leaves free.
         for part in chunks(first, last, self._chunk_size):
             logits_SV = self._to_logits(hidden_SD[part.start - context_len : part.stop - context_len])
             next_ids = prompt_ids[part.start + 1 : part.stop + 1]
@@ -117,15 +117,15 @@ def _to_bytes(logits: torch.Tensor) -> bytes:
 def score_tokens(
     logits_NV: torch.Tensor, token_ids_N: torch.Tensor, on_host: Sequence[int], tops: Sequence[int]
 ) -> list[NewToken]:
-    """One token for each row, with its logprob, its rank and the likeliest tokens. One copy to the host.
+    """Return one token per row, with its logprob, its rank and the `tops[row]` likeliest tokens. One copy to the host.
 
-    token_ids_N is on the device of the logits, and `on_host` the same; the logits are not changed.
+    token_ids_N: on the device of the logits; on_host: the same ids on the host. The logits are not modified.
     """
     logprobs_NV = logits_NV.log_softmax(-1)
     chosen_N1 = logprobs_NV.gather(1, token_ids_N.unsqueeze(-1))
     rank_N1 = (logprobs_NV > chosen_N1).sum(-1, keepdim=True) + 1
     count = min(max(tops), logits_NV.shape[1])
-    # Chosen by the logits: log-softmax can round two of them to one value.
+    # Ordered by the logits, because log-softmax can round two of them to one value.
     ids_NK = likeliest(logits_NV, count)[1]
     top_NK = logprobs_NV.gather(1, ids_NK)
     packed = torch.cat([chosen_N1.double(), rank_N1.double(), ids_NK.double(), top_NK.double()], dim=-1).tolist()

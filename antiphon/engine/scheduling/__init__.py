@@ -1,1 +1,1 @@
-"""What a rank runs next: `Scheduler` batches the tokens of `Request`s and takes in what was sampled for them."""
+"""Decides what a rank runs next: `Scheduler` batches the tokens of `Request`s and takes in what was sampled."""

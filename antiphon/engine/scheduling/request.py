@@ -1,4 +1,4 @@
-"""One request on the rank that runs it."""
+"""A request on the rank that runs it, and what a step finds for it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from antiphon.core.sampling import ResolvedParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewToken:
-    """A token and, where they were asked for, how likely it was.
+    """A token with its logprobs and logits, if requested.
 
     logprob: natural logarithm of its probability by the model. rank: 1 for the likeliest token.
-    top: the likeliest tokens with their logprobs, likeliest first. logits: as bytes of the engine's logits dtype.
+    top: the likeliest tokens with their logprobs, likeliest first. logits: bytes in the engine's logits dtype.
     """
 
     token_id: int
@@ -25,9 +25,9 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptPart:
-    """What a step tells of the positions of a prompt that it has computed, in order, each position once.
+    """Results for the positions of a prompt that a step has computed, in order. Each position is reported once.
 
-    logits: [positions, V] as bytes. logprobs: of the prompt's next token after each position, so none after the last.
+    logits: [positions, V] as bytes. logprobs: of the prompt's token after each position, so none for the last position.
     """
 
     logits: bytes | None = None
@@ -38,8 +38,8 @@ class PromptPart:
 class Sampled:
     """Sampled tokens and prompt results, by place in the batch.
 
-    tokens: of the slices that reach the end of their request's text. prompt: of requests that want to know their
-    prompt's logits or logprobs, where this step has computed positions not told before.
+    tokens: for slices that reach the end of their request's text. prompt: for requests that want logits or logprobs of
+    their prompt, if this step has computed positions that were not reported before.
     """
 
     tokens: dict[int, NewToken] = field(default_factory=dict)
@@ -50,23 +50,23 @@ class Sampled:
 class Request:
     """One request and its progress, owned by the scheduler."""
 
-    # set by the front
+    # set by the frontend
     request_id: int
     prompt_ids: tuple[int, ...]
     params: ResolvedParams
-    max_tokens: int  # what the model's length leaves of params.max_tokens
+    max_tokens: int  # params.max_tokens, limited by the model's length
     seed: int
     # set by the scheduler
     block_ids: tuple[int, ...] = ()
     num_computed: int = 0  # tokens whose keys and values are in the cache
     output_ids: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they are known to the prefix cache
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks that are in the prefix cache
     known_keys: list[bytes] = field(default_factory=list)  # of its first blocks, kept while it waits
-    num_cached: int = 0  # tokens that came from the prefix cache when it was first admitted
+    num_cached: int = 0  # tokens found in the prefix cache when it was first admitted
     num_preemptions: int = 0
     # set by the sampler
-    num_reported: int = 0  # positions of the prompt whose logits or logprobs were handed out
-    sampling: Any = None  # what it keeps for speed; rebuilt from prompt_ids and output_ids if dropped
+    num_reported: int = 0  # positions of the prompt whose logits or logprobs were reported
+    sampling: Any = None  # a cache, rebuilt from prompt_ids and output_ids if dropped
 
     @property
     def num_tokens(self) -> int:
@@ -74,16 +74,16 @@ class Request:
 
     @property
     def num_missing(self) -> int:
-        """Tokens that are known but not computed; computing the last of them gives a new one."""
+        """Tokens that are known but not computed. Computing the last of them yields a new token."""
         return self.num_tokens - self.num_computed
 
     @property
     def must_compute_prompt(self) -> bool:
-        """Whether the request asks for prompt results that the prefix cache does not keep."""
+        """Whether the request still needs prompt results, which the prefix cache does not keep."""
         return self.params.wants_prompt and self.num_reported < len(self.prompt_ids)
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
-        """The tokens from `start` to `stop` of the text, prompt and output together."""
+        """Tokens `start` to `stop` of the text, which is prompt and output together."""
         num_prompt = len(self.prompt_ids)
         if stop <= num_prompt:
             return self.prompt_ids[start:stop]
@@ -92,9 +92,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOutput:
-    """What a step has found of one request: a new token, a part of what was asked of its prompt, or both.
+    """What a step has computed for one request: a new token, results for its prompt, or both.
 
-    stop_reason: the token of stop_token_ids that ended it, or the stop string; `None` for the end-of-sequence token.
+    stop_reason: the stop string or the token of stop_token_ids that ended it; `None` for the end-of-sequence token.
     """
 
     request_id: int

@@ -1,10 +1,10 @@
 """Continuous batching: what to run next on one rank, and what to do with the result.
 
-A step is filled in order of arrival, first with the requests that decode, then with prompts that are under way, then
-with waiting ones. A prompt that does not fit is computed in chunks, so a step can hold decodes, chunks and whole
-prompts. KV blocks are taken when tokens need them. When none is left, the request that arrived last gives its blocks
-back and waits at the head of the queue, to compute its text again; the one that arrived first can always go on, so
-every request ends.
+A step is filled first with requests that decode, then with prompts under way, then with waiting requests, each group
+in order of arrival. A prompt that does not fit is computed in chunks, so a step can hold decodes, chunks and whole
+prompts. KV blocks are taken when tokens need them. When no block is left, the request that arrived last is preempted:
+it gives its blocks back and waits at the head of the queue, to be computed again. The request that arrived first can
+always go on, so every request ends.
 
     waiting ──admit──► running ──commit──► finished
        ▲                  │
@@ -26,7 +26,7 @@ from antiphon.engine.stats import SchedulerStats
 class Scheduler:
     """Owns the requests of one rank.
 
-    chunked_prefill: whether a prompt may start in a step that has no room for all of it, though a later one would.
+    chunked_prefill: whether a prompt that would fit into one step may start in a step that has no room for all of it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
         self._chunked_prefill = chunked_prefill
-        # Both in order of arrival; whoever runs has arrived before all that wait.
+        # Both in order of arrival; all that run have arrived before any that waits.
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 
@@ -60,7 +60,7 @@ class Scheduler:
         return len(self._running)
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue new requests; the frontend has checked that each fits when it runs alone."""
+        """Queue new requests. The frontend has checked that each fits into the cache when it runs alone."""
         for request in requests:
             self.requests[request.request_id] = request
             self._waiting.append(request)
@@ -76,20 +76,20 @@ class Scheduler:
             self._release(request)
 
     def next_batch(self) -> Batch:
-        """The tokens of the next step; empty if there is nothing to do. Until `commit` it can be asked again."""
+        """Return the tokens of the next step; empty if there is nothing to do. May be called again before `commit`."""
         step = _Step(self._max_num_batched_tokens)
         num_preempted = self.stats.preemptions
         decoding = [request for request in self._running if request.num_missing == 1]
         prefilling = [request for request in self._running if request.num_missing > 1]
         for request in chain(decoding, prefilling):
-            if request.block_ids:  # else it was preempted for one before it
+            if request.block_ids:  # else it was preempted for an earlier one
                 self._continue(request, step)
         if self.stats.preemptions == num_preempted:
             self._admit(step)
         return Batch(rank=self._rank, requests=tuple(step.slices.values()))
 
     def commit(self, batch: Batch, sampled: Sampled) -> list[TokenOutput]:
-        """Record what was computed and sampled, end finished requests, and free their blocks."""
+        """Record what was computed and sampled, and release finished requests with their blocks."""
         outputs = []
         for place, part in enumerate(batch.requests):
             request = self.requests[part.request_id]
@@ -116,7 +116,7 @@ class Scheduler:
     # ---- what a step runs
 
     def _continue(self, request: Request, step: _Step) -> None:
-        """Give a running request its tokens of this step, with the blocks for them, at the cost of later ones."""
+        """Add a running request to the step, and take the blocks it needs, preempting later requests if necessary."""
         while count := min(request.num_missing, step.room):
             needed = self.pool.blocks_for(request.num_computed + count) - len(request.block_ids)
             blocks = self.pool.take(max(0, needed))
@@ -133,7 +133,7 @@ class Scheduler:
     def _admit(self, step: _Step) -> None:
         """Start waiting requests, in order of arrival, as long as there are tokens and blocks for them.
 
-        One free block stays for each request that runs: enough until all of them have filled one more.
+        One free block is left for each running request, which lasts until all of them have filled one more.
         """
         while self._waiting and step.room and len(self._running) < self._max_running:
             request = self._waiting[0]
@@ -151,30 +151,34 @@ class Scheduler:
             request.num_computed = num_shared
             if not request.num_preemptions:
                 request.num_cached = num_shared
-            self.stats.admit(num_tokens=request.num_tokens, num_cached=num_shared)
+            self.stats.admitted_tokens += request.num_tokens
+            self.stats.hit_tokens += num_shared
             request.known_keys = []
             self._running.append(self._waiting.popleft())
             step.add(request, count)
 
     def _first_chunk(self, num_missing: int, step: _Step) -> int:
-        """How many tokens of a waiting request this step could take; 0 if it should wait for a roomier step."""
+        """How many tokens of a waiting request this step can take; 0 if it should wait for a step with more room."""
         fits_later = step.room < num_missing <= self._max_num_batched_tokens
         return 0 if fits_later and not self._chunked_prefill else min(num_missing, step.room)
 
     def _preempt(self, request: Request) -> None:
-        """Take the blocks of a running request; those still in the prefix cache are reused when it comes back."""
+        """Take the blocks of a running request. It reuses those still in the prefix cache when it is admitted again."""
         self._running.remove(request)
         self._waiting.appendleft(request)
         self._give_back(request)
         request.num_computed = 0
-        request.sampling = None  # what the sampler keeps can be made again
+        request.sampling = None  # the sampler rebuilds it
         request.num_preemptions += 1
         self.stats.preemptions += 1
 
     # ---- the prefix cache
 
     def _known_keys(self, request: Request) -> list[bytes]:
-        """Keys of the full blocks before the last token, which must be computed: it is what the next one follows."""
+        """Return the keys of full blocks to look up in the prefix cache, up to the first that is missing.
+
+        The block of the last token is left out: that token must be computed, because the next one follows from it.
+        """
         if request.must_compute_prompt:
             return []
         keys, size = request.known_keys, self.pool.block_size
@@ -187,7 +191,7 @@ class Scheduler:
         return keys[:num_full]
 
     def _publish(self, request: Request) -> None:
-        """Put the blocks that this step has filled into the prefix cache."""
+        """Put the blocks that the step has filled into the prefix cache."""
         size = self.pool.block_size
         for number in range(len(request.keys), request.num_computed // size):
             key = self._key(request, number * size, request.keys)
@@ -200,7 +204,7 @@ class Scheduler:
     # ---- ends
 
     def _append(self, request: Request, token: NewToken) -> tuple[str | None, int | str | None]:
-        """Add a new token. Returns why the text ends with it, and which token was the reason; `None` if it goes on."""
+        """Add a new token. Returns the finish and stop reasons; both are `None` if the text goes on."""
         request.output_ids.append(token.token_id)
         params, num_outputs = request.params, len(request.output_ids)
         if num_outputs > params.min_tokens:
@@ -215,7 +219,7 @@ class Scheduler:
         if request in self._running:
             self._running.remove(request)
         self._give_back(request)
-        request.sampling, request.known_keys = None, []  # whoever made the request may keep it
+        request.sampling, request.known_keys = None, []  # the caller may still hold the request
 
     def _give_back(self, request: Request) -> None:
         self.pool.give_back(request.block_ids)
@@ -223,14 +227,14 @@ class Scheduler:
 
 
 class _Step:
-    """The next step as it is being filled."""
+    """The next step while it is being filled."""
 
     def __init__(self, room: int) -> None:
         self.room = room  # tokens that may still be added
         self.slices: dict[int, RequestSlice] = {}
 
     def add(self, request: Request, count: int) -> None:
-        """The next `count` tokens of the request that are not computed yet."""
+        """Add the next `count` tokens of the request."""
         start = request.num_computed
         self.slices[request.request_id] = RequestSlice(
             request_id=request.request_id,
