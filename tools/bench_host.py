@@ -20,7 +20,7 @@ import triton
 
 from antiphon.core.batch import AttentionMetadata, MicroBatch, PrefillSlice, use_micro_batch
 from antiphon.kernels.activation import gated_silu
-from antiphon.kernels.fused.launch import find_driver
+from antiphon.kernels.fused.direct import find_driver
 from antiphon.kernels.fused.norm_rope import _norm
 from antiphon.kernels.gqa_attention import prefill_attention
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
@@ -193,7 +193,7 @@ def micro_batch(slots_T: torch.Tensor) -> MicroBatch:
         token_ids_T=slots_T,
         positions_T=slots_T,
         attention=AttentionMetadata(slots_T=slots_T, decodes=None, prefills=prefills),
-        tokens_by_rank=(TOKENS, TOKENS),
+        rows_by_rank=(TOKENS, TOKENS),
     )
 
 

@@ -14,14 +14,9 @@ import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import torch
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 
 from antiphon import LLM
 from antiphon.accuracy.evaluate import word_problems
@@ -29,6 +24,9 @@ from antiphon.bench.overlap.trial import Arm, interleaved_arms, simulated_transp
 from antiphon.core.lines import split_lines
 from antiphon.runtime import EventKind
 from antiphon.timeline import StepTimeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NUM_PROMPTS = 64
 REPEATS = 15
@@ -38,6 +36,11 @@ WIRE_ALPHA = 0.35
 
 
 def main(picture: Path, results: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    matplotlib.use("svg")
     prompts = [problem.prompt for problem in word_problems()[:NUM_PROMPTS]]
     with LLM(ranks=2, device="cpu", transport="alltoall", prefix_caching=False) as llm:
         link = tuned_link(llm, prompts)
@@ -47,9 +50,9 @@ def main(picture: Path, results: Path) -> None:
     write_results(results, arms, transport)
     steps = {dbo: sorted(arm.steps, key=lambda step: step.duration_s)[REPEATS // 2] for dbo, arm in arms.items()}
 
-    plt.rcParams["font.family"] = "sans-serif"
-    plt.rcParams["svg.hashsalt"] = "antiphon"
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(10, 3.4), height_ratios=(2, 4))
+    pyplot.rcParams["font.family"] = "sans-serif"
+    pyplot.rcParams["svg.hashsalt"] = "antiphon"
+    figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(10, 3.4), height_ratios=(2, 4))
     draw_step(axes[0], steps["off"], "serial")
     draw_step(axes[1], steps["on"], "dual")
     axes[1].set_xlabel(f"ms of one prefill step; simulated link, {link}")

@@ -10,7 +10,7 @@ import ast
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -172,9 +172,17 @@ def draw(imports: Imports) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
     picture = draw(room_imports())
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if PICTURE.read_text() == picture else f"{PICTURE} is not of these imports; draw it again")
+    if "--check" in arguments:
+        if PICTURE.read_text() == picture:
+            return 0
+        print(f"{PICTURE} does not match the imports; run tools/draw_rooms.py", file=sys.stderr)
+        return 1
     PICTURE.write_text(picture)
     print(f"wrote {PICTURE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,9 +77,9 @@ def main() -> None:
         "devices": [rank_device(kind, rank).describe() for rank in range(options.ranks)],
         "versions": versions(),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        "transport": stats["transport"],
-        "steps_by_plan": stats["steps_by_plan"],
-        "kv_cache": stats.get("kv_cache"),
+        "transport": stats.transport,
+        "steps_by_plan": stats.steps_by_plan,
+        "kv_cache": stats.kv_cache,
         "equal_first_tokens": f"{equal} of {num_prompts}",
         "tokens_per_s_and_gpu": {
             dbo: {
@@ -98,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -129,4 +129,4 @@ def to_result(options: argparse.Namespace, words: list[str], runs: dict[str, lis
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
