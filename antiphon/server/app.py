@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 import antiphon
 from antiphon.core.errors import RequestError
 from antiphon.server.body import read_body
 from antiphon.server.chat import ChatJob
 from antiphon.server.completions import CompletionJob
-from antiphon.server.errors import ApiError, refusal
+from antiphon.server.errors import ApiError, JsonAnswer, refusal
 from antiphon.server.generation import Generation
 from antiphon.server.guard import Guard
-from antiphon.server.jobs import to_json
-from antiphon.server.options import ServerOptions
 from antiphon.server.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from antiphon.server.service import Phase, Service
 
-_EXPOSED_HEADERS = ("x-request-id", "retry-after")  # scripts of web pages see only these besides the standard ones
-
-
-class _JsonAnswer(JSONResponse):
-    def render(self, content: Any) -> bytes:
-        return to_json(content)
+_EXPOSED_HEADERS = ("x-request-id", "retry-after")  # scripts of web pages may read these besides the standard ones
 
 
 def make_app(service: Service) -> FastAPI:
@@ -41,23 +32,30 @@ def make_app(service: Service) -> FastAPI:
         version=antiphon.__version__,
         docs_url=None,
         redoc_url=None,
-        default_response_class=_JsonAnswer,
+        default_response_class=JsonAnswer,
         exception_handlers={ApiError: _tell, HTTPException: _tell_http},
     )
     app.add_middleware(Guard, service=service)
     if service.options.allowed_origins:
         # Outside the guard: preflight requests need no key, and scripts can read refusals.
-        app.add_middleware(CORSMiddleware, **_cors(service.options))
-    most_bytes = service.options.max_body_bytes
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.options.allowed_origins,
+            allow_methods=service.options.allowed_methods,
+            allow_headers=service.options.allowed_headers,
+            allow_credentials=service.options.allow_credentials,
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    max_bytes = service.options.max_body_bytes
 
     @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
     async def completions(request: Request) -> Response:
-        body = await read_body(request, CompletionRequest, max_bytes=most_bytes)
+        body = await read_body(request, CompletionRequest, max_bytes=max_bytes)
         return _generation(CompletionJob(body, service), service, request)
 
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        body = await read_body(request, ChatRequest, max_bytes=most_bytes)
+        body = await read_body(request, ChatRequest, max_bytes=max_bytes)
         return _generation(ChatJob(body, service), service, request)
 
     @app.get("/v1/models")
@@ -91,26 +89,16 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
-        body = await read_body(request, TokenizeRequest, max_bytes=most_bytes)
+        body = await read_body(request, TokenizeRequest, max_bytes=max_bytes)
         return await _tokenize(service, body)
 
     @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, str]:
-        body = await read_body(request, DetokenizeRequest, max_bytes=most_bytes)
+        body = await read_body(request, DetokenizeRequest, max_bytes=max_bytes)
         return await _detokenize(service, body)
 
-    app.openapi = _document(app)  # type: ignore[method-assign]
+    _document_bodies(app)
     return app
-
-
-def _cors(options: ServerOptions) -> dict[str, Any]:
-    return {
-        "allow_origins": options.allowed_origins,
-        "allow_methods": options.allowed_methods,
-        "allow_headers": options.allowed_headers,
-        "allow_credentials": options.allow_credentials,
-        "expose_headers": _EXPOSED_HEADERS,
-    }
 
 
 def _generation(job: CompletionJob | ChatJob, service: Service, request: Request) -> Response:
@@ -121,7 +109,7 @@ def _phase(service: Service, *good: Phase) -> Response:
     content = {"status": "ok" if service.phase is Phase.SERVING else str(service.phase)}
     if service.detail:
         content["detail"] = service.detail
-    return _JsonAnswer(content, status_code=200 if service.phase in good else 503)
+    return JsonAnswer(content, status_code=200 if service.phase in good else 503)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
@@ -156,13 +144,12 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
 async def _detokenize(service: Service, body: DetokenizeRequest) -> dict[str, str]:
     service.check_model(body.model)
     engine = service.engine
-    most = engine.config.model.vocab_size - 1
-    for token_id in body.tokens:
-        if not 0 <= token_id <= most:
-            remedy = f"use token ids from 0 to {most}"
-            raise ApiError(400, f"tokens contains {token_id}", remedy=remedy, option="tokens", value=token_id)
+    largest, limit = max(body.tokens, default=0), engine.config.model.vocab_size - 1
+    if largest > limit:
+        remedy = f"use token ids from 0 to {limit}"
+        raise ApiError(400, f"tokens contains {largest}", remedy=remedy, option="tokens", value=largest)
     if not engine.tokenizer.has_text:
-        raise ApiError(400, "tokens have no text: with dummy weights there is no tokenizer", option="tokens")
+        raise ApiError(400, "tokens have no text", limit="with dummy weights there is no tokenizer", option="tokens")
     return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens)}
 
 
@@ -171,40 +158,33 @@ async def _detokenize(service: Service, body: DetokenizeRequest) -> dict[str, st
 
 async def _tell(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _JsonAnswer(error.body(), status_code=error.status, headers=error.headers)
+    return error.answer()
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:
-    """Answer errors of the router, such as an unknown path, in OpenAI's shape."""
+    """Answer an error of the router, such as an unknown path, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     path, headers = request.url.path, dict(error.headers or {})
     fact, remedy = {
         404: (f"there is no {path} on this server", "GET /openapi.json lists all paths"),
         405: (f"{path} does not support {request.method}", f"use {headers.get('Allow', 'another method')}"),
     }.get(error.status_code, (str(error.detail), ""))
-    return await _tell(request, ApiError(error.status_code, fact, remedy=remedy, headers=headers))
+    return ApiError(error.status_code, fact, remedy=remedy, headers=headers).answer()
 
 
 # ---- the OpenAPI document
 
 
 def _takes(model: type[Body]) -> dict[str, Any]:
-    """The schema of a body. FastAPI cannot infer it, since `read_body` reads the body."""
+    """The schema of a body. FastAPI cannot infer it, because `read_body` reads the body."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _document(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    models: Sequence[type[Body]] = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _, found = models_json_schema(
-                [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
-            )
-            document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"])
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    return openapi
+def _document_bodies(app: FastAPI) -> None:
+    """Add the schemas that `_takes` refers to."""
+    models = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    _, found = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
+    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"])

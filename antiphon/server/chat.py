@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from antiphon.core.errors import RequestError, out_of_range
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.errors import out_of_range
+from antiphon.core.sampling import CompletionOutput, SamplingParams
 from antiphon.frontend.open_request import OpenRequest, StreamItem
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
-from antiphon.server.logprobs import chat_logprobs, prompt_logprobs
+from antiphon.server.logprobs import chat_logprobs
 from antiphon.server.protocol import ChatRequest
 from antiphon.server.reasoning import ReasoningSplitter, Said
 from antiphon.server.service import Service
 
+_LONGEST_TAG = 32
+"""How many tokens at the end of a prompt are searched for a tag that opens the reasoning."""
+
 
 class ChatJob(Job):
-    """A chat. Without max_tokens the answer may fill the model's length."""
+    """A chat. Without max_tokens, the answer may fill the model's length."""
 
     prompt_field = "messages"
     id_prefix = "chatcmpl"
@@ -40,7 +43,7 @@ class ChatJob(Job):
                 code="unsupported_parameter",
             )
         self._begun: set[int] = set()
-        self._splitters: dict[int, ReasoningSplitter] = {}  # by index of the result, when streaming
+        self._splitters: dict[int, ReasoningSplitter] = {}  # by result, when streaming
 
     def make_params(self) -> SamplingParams:
         request = self.request
@@ -61,29 +64,24 @@ class ChatJob(Job):
         )
 
     async def prompts(self) -> list[list[int]]:
-        try:
-            return [await self.service.encode_chat(self.request.messages, self.request)]
-        except RequestError as error:
-            raise self.refusal(error) from None
+        return [await self.service.encode_chat(self.request.messages, self.request)]
 
-    def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
-        for number, collector in enumerate(opened.collectors):
-            done = collector.completion(number)
-            choice: dict[str, Any] = {
-                "index": number,
-                "message": {"role": "assistant"} | self._parts(done.text, opened) | {"refusal": None},
-                "logprobs": self._logprobs(done.logprobs, done.token_ids),
-                "finish_reason": done.finish_reason,
-                "stop_reason": done.stop_reason,
-            }
-            if self.request.return_token_ids:
-                choice["token_ids"] = done.token_ids
-            yield choice
+    def choice(self, place: int, opened: OpenRequest, index: int, done: CompletionOutput) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant"} | self._parts(done.text, opened) | {"refusal": None},
+            "logprobs": self._logprobs(done.logprobs, done.token_ids),
+            "finish_reason": done.finish_reason,
+            "stop_reason": done.stop_reason,
+        }
+        if self.request.return_token_ids:
+            choice["token_ids"] = done.token_ids
+        return choice
 
     def extras(self, opened: Sequence[OpenRequest]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.request.prompt_logprobs is not None:
-            found["prompt_logprobs"] = prompt_logprobs(opened[0].collectors[0].prompt_logprobs() or [])
+            found["prompt_logprobs"] = opened[0].collectors[0].prompt_logprobs()
         if self.request.return_token_ids:
             found["prompt_token_ids"] = list(opened[0].prompt_ids)
         return found
@@ -114,14 +112,14 @@ class ChatJob(Job):
             }
 
     def _parts(self, text: str, opened: OpenRequest) -> dict[str, str]:
-        """The contents of a whole answer."""
+        """The fields of a whole message that hold its text."""
         if self.service.reasoning is None:
             return {"content": text}
         said = self._splitter(opened).add(text, last=True)
         return {"content": said.content} | ({"reasoning_content": said.reasoning} if self._tells(said) else {})
 
     def _deltas(self, opened: OpenRequest, item: StreamItem) -> list[dict[str, str]]:
-        """The deltas of one piece of a stream, two where the answer follows the reasoning. The last may be empty."""
+        """The deltas for one piece of a result: two where the answer follows the reasoning. The last may be empty."""
         text, last = item.delta.text, item.delta.finish_reason is not None
         if self.service.reasoning is None:
             return [{"content": text} if text else {}]
@@ -136,8 +134,11 @@ class ChatJob(Job):
     def _splitter(self, opened: OpenRequest) -> ReasoningSplitter:
         tags = self.service.reasoning
         assert tags is not None
-        goes_on = self.request.continue_final_message and tags.is_open(self.request.messages[-1].content or "")
-        return ReasoningSplitter(tags, inside=goes_on or self.service.reasons_first(opened.prompt_ids))
+        inside = self.request.continue_final_message and tags.is_open(self.request.messages[-1].content)
+        if not inside:  # the template may open the reasoning at the end of the prompt
+            ending = self.service.tokenizer.decode(opened.prompt_ids[-_LONGEST_TAG:], skip_special=False)
+            inside = ending.rstrip().endswith(tags.start)
+        return ReasoningSplitter(tags, inside=inside)
 
     def _tells(self, said: Said) -> bool:
         return bool(said.reasoning) and self.request.include_reasoning

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from antiphon.core.errors import RequestError
-from antiphon.core.sampling import CompletionOutput, Logprob, SamplingParams
+from antiphon.core.sampling import CompletionOutput, SamplingParams
 from antiphon.frontend.detokenizer import TextBefore, whole_characters
 from antiphon.frontend.open_request import OpenRequest, StreamItem
 from antiphon.frontend.outputs import Delta
 from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
-from antiphon.server.logprobs import TextPlaces, completion_logprobs, prompt_logprobs
+from antiphon.server.logprobs import Place, TextPlaces, completion_logprobs
 from antiphon.server.protocol import CompletionRequest
 from antiphon.server.service import Service
 
@@ -26,11 +26,11 @@ class CompletionJob(Job):
     request: CompletionRequest
 
     def __init__(self, request: CompletionRequest, service: Service) -> None:
-        self._silent = request.echo and request.max_tokens == 0  # the one token that is generated is not shown
+        self._silent = request.echo and request.max_tokens == 0  # one token is generated, but not shown
         super().__init__(request, service)
-        self._text_places: dict[int, TextPlaces] = {}  # by index of the choice: where the next token begins
-        self._of_prompt: dict[int, Sequence[dict[int, Logprob] | None]] = {}  # by place: made once for all n results
-        self._held: dict[int, list[StreamItem]] = {}  # by place, until the first result has begun
+        self._text_places: dict[int, TextPlaces] = {}  # by choice: where its next token begins
+        self._of_prompt: dict[int, Sequence[Place]] = {}  # by prompt: its logprobs, computed once for all n results
+        self._held: dict[int, list[StreamItem]] = {}  # by prompt: pieces that wait until its first result has begun
 
     @property
     def num_prompts(self) -> int:
@@ -49,31 +49,25 @@ class CompletionJob(Job):
         return request.sampling_params(**changes)
 
     async def prompts(self) -> list[list[int]]:
-        found = []
-        num_characters = sum(len(prompt) for prompt in self.request.prompt if isinstance(prompt, str))
-        for place, prompt in enumerate(self.request.prompt):
-            if isinstance(prompt, str):
-                try:
-                    prompt = await self.service.encode(
-                        prompt,
-                        add_special_tokens=self.request.add_special_tokens,
-                        place=place,
-                        among=num_characters,
-                    )
-                except RequestError as error:
-                    raise self.refusal(error) from None
-            found.append(prompt)
-        return found
+        request = self.request
+        num_characters = sum(len(prompt) for prompt in request.prompt if isinstance(prompt, str))
+        return [
+            await self.service.encode(
+                prompt, add_special_tokens=request.add_special_tokens, place=place, num_characters=num_characters
+            )
+            if isinstance(prompt, str)
+            else prompt
+            for place, prompt in enumerate(request.prompt)
+        ]
 
     def num_generated(self, opened: OpenRequest) -> int:
         return 0 if self._silent else opened.num_tokens
 
-    def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
-        for number, collector in enumerate(opened.collectors):
-            choice = self._choice(place, opened, number, collector.completion(number))
-            if self.request.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = prompt_logprobs(self._prompt_places(place, opened))
-            yield choice
+    def choice(self, place: int, opened: OpenRequest, index: int, done: CompletionOutput) -> dict[str, Any]:
+        choice = self._choice(place, opened, index, done)
+        if self.request.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._prompt_places(place, opened)
+        return choice
 
     def pieces(self, place: int, opened: OpenRequest, item: StreamItem) -> Iterable[dict[str, Any]]:
         if not item.delta.token_ids:
@@ -90,60 +84,64 @@ class CompletionJob(Job):
                 yield choice
 
     def _choice(self, place: int, opened: OpenRequest, number: int, delta: Delta | CompletionOutput) -> dict[str, Any]:
-        """The choice for a piece of a result, or for all of it."""
+        """The choice for a piece of result `number`, or for all of it."""
         request = self.request
+        if self._silent:
+            delta = replace(
+                delta,
+                text="",
+                token_ids=[],
+                logprobs=None if delta.logprobs is None else [],
+                finish_reason="length",
+                stop_reason=None,
+            )
         index = place * self.params.n + number
         first = index not in self._text_places
-        prompt_text = (
-            self._prompt_text(place, opened) if first and (request.echo or request.logprobs is not None) else ""
-        )
         text, token_ids = delta.text, delta.token_ids
-        places: Sequence[dict[int, Logprob] | None] | None = delta.logprobs
-        if self._silent:
-            text, token_ids, places = "", [], None if places is None else []
+        places: Sequence[Place] | None = delta.logprobs
         if first:
+            needs_prompt = request.echo or request.logprobs is not None
+            prompt_text = self._prompt_text(place, opened) if needs_prompt else ""
             self._text_places[index] = self._places_of(opened, 0 if request.echo else len(prompt_text))
-        told_ids: Sequence[int] = token_ids
         if first and request.echo:
             text = prompt_text + text
             if places is not None:
-                told_ids = [*opened.prompt_ids, *token_ids]
+                token_ids = [*opened.prompt_ids, *token_ids]
                 places = [*self._prompt_places(place, opened), *places]
-        logprobs = None
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
         if places is not None:
-            logprobs = completion_logprobs(
+            choice["logprobs"] = completion_logprobs(
                 places,
-                told_ids,
+                token_ids,
                 num_top=request.logprobs or 0,
                 tokenizer=self.service.tokenizer,
                 text_places=self._text_places[index],
                 as_ids=request.return_tokens_as_token_ids,
             )
-        choice: dict[str, Any] = {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": "length" if self._silent else delta.finish_reason,
-            "stop_reason": None if self._silent else delta.stop_reason,
-        }
         if request.return_token_ids:
-            choice["token_ids"] = list(token_ids)
+            choice["token_ids"] = delta.token_ids
             if first:
-                choice["prompt_token_ids"] = list(opened.prompt_ids)
+                choice["prompt_token_ids"] = opened.prompt_ids
         return choice
 
     def is_large_piece(self, place: int, opened: OpenRequest, item: StreamItem) -> bool:
-        """What echo says of a long prompt comes with the first piece of each result."""
+        """With echo, the first piece of each result carries the logprobs of the prompt, which may be long."""
         first = place * self.params.n + item.index not in self._text_places
         return first and self.params.prompt_logprobs is not None and self.is_many(len(opened.prompt_ids))
 
-    def _prompt_places(self, place: int, opened: OpenRequest) -> Sequence[dict[int, Logprob] | None]:
+    def _prompt_places(self, place: int, opened: OpenRequest) -> Sequence[Place]:
         if place not in self._of_prompt:
             self._of_prompt[place] = opened.collectors[0].prompt_logprobs() or []
         return self._of_prompt[place]
 
     def _prompt_text(self, place: int, opened: OpenRequest) -> str:
-        """The prompt as the output continues it: a character that its tokens leave unfinished belongs to the output."""
+        """The text that the output continues. A character that the prompt leaves incomplete belongs to the output."""
         prompt, tokenizer, skips = self.request.prompt[place], self.service.tokenizer, self.request.skip_special_tokens
         if isinstance(prompt, str) and skips:
             return prompt

@@ -1,10 +1,14 @@
-"""Errors as answers: what went wrong with a request, in OpenAI's JSON shape."""
+"""JSON answers: how they are encoded, and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+from starlette.responses import JSONResponse
+
 from antiphon.core.errors import AntiphonError, PromptLengthError, UnsupportedError
+from antiphon.core.lines import escape_json_lines
 
 _LONGEST_MESSAGE = 1000
 _CODES: dict[type[AntiphonError], str] = {
@@ -15,16 +19,27 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
     499: "client_closed_request",
 }
 
 
+def to_json(content: object) -> bytes:
+    """Encode as UTF-8 on one line, even for clients that split lines at U+2028. Infinity and NaN become null."""
+    return escape_json_lines(msgspec.json.encode(content))
+
+
+class JsonAnswer(JSONResponse):
+    """An answer that `to_json` encodes."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
 class ApiError(AntiphonError):
     """An error that ends a request. `option` is the field of the request at fault; clients see it as "param".
 
-    status: of HTTP. code: one word for programs. retry_after_s: when trying again makes sense.
+    status: the HTTP status. code: one word for programs. retry_after_s: when it makes sense to try again.
     """
 
     def __init__(
@@ -47,6 +62,9 @@ class ApiError(AntiphonError):
         if retry_after_s is not None:
             self.headers["retry-after"] = str(retry_after_s)
 
+    def answer(self) -> JsonAnswer:
+        return JsonAnswer(self.body(), status_code=self.status, headers=self.headers)
+
     def body(self) -> dict[str, Any]:
         message = str(self)
         if len(message) > _LONGEST_MESSAGE:
@@ -56,7 +74,7 @@ class ApiError(AntiphonError):
 
 
 def bad_request(error: AntiphonError, option: str | None) -> ApiError:
-    """The 400 that says what an error of the engine says. option: the field of the request at fault."""
+    """Turn an error of the engine into a 400. option: the field of the request at fault."""
     return ApiError(
         400,
         error.fact,
@@ -69,6 +87,6 @@ def bad_request(error: AntiphonError, option: str | None) -> ApiError:
 
 
 def refusal(error: AntiphonError, fields: frozenset[str], *, prompt_field: str) -> ApiError:
-    """The 400 for an error of the engine about a request with these fields. prompt_field: the one with the prompts."""
+    """Turn an error of the engine about a request with these fields into a 400. prompt_field: holds the prompts."""
     option = prompt_field if error.option == "prompts" else error.option if error.option in fields else None
     return bad_request(error, option)

@@ -3,15 +3,15 @@
     request ──► work: open, follow, send ──────────────► answer
                   ▲ cancelled when the client disconnects, the time limit passes, or the server stops
 
-Whatever ends it, the `with` blocks of the open requests tell the ranks, which free the KV blocks before the next step.
+However it ends, the `with` blocks of the open requests tell the ranks, which free the KV blocks before the next step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,13 +20,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from antiphon.core.errors import EngineError, OptionError, RequestError
 from antiphon.frontend.open_request import OpenRequest, StreamItem
-from antiphon.server.errors import ApiError
-from antiphon.server.jobs import Job, to_json
+from antiphon.server.errors import ApiError, to_json
+from antiphon.server.jobs import Job
 from antiphon.server.service import Service
 
 CLIENT_GONE = 499
-"""The status in the log when the client has disconnected before it got one."""
-_LAST_WORDS_S = 5.0  # how long an error waits for a client that does not read
+"""The status to log when a client disconnected before it got one."""
+_LAST_WORDS_S = 5.0  # time limit for sending an error to a client that may not be reading
 
 _EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -36,7 +36,7 @@ _EVENTS = [
 
 
 class Generation(Response):
-    """The answer to one request. arrived_s: its arrival by `time.monotonic`. log: fields of its log line, added to."""
+    """The answer to one request. arrived_s: its arrival by `time.monotonic`. log: gets the fields of its log line."""
 
     def __init__(self, job: Job, service: Service, *, arrived_s: float, log: dict[str, Any]) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Generation(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
         limit_s = service.options.request_timeout_s
-        work = asyncio.create_task(self._work(send))
+        work = asyncio.create_task(self._work(scope, receive, send))
         gone = asyncio.create_task(_wait_until_gone(receive))
         ending: list[asyncio.Future[Any]] = [work, gone, service.cut]
         try:
@@ -70,30 +70,25 @@ class Generation(Response):
         if error is not None:
             self._log |= {"status": error.status, "param": error.option}
             if error.status != CLIENT_GONE:
-                await self._tell(error, send)
+                await self._tell(error, scope, receive, send)
 
-    async def _work(self, send: Send) -> None:
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         job, service = self._job, self._service
         self._log |= {"stream": job.stream, "num_results": job.num_results}
         with service.admit(job.num_results, job.prompt_field), ExitStack() as stack:
-            prompts = await job.prompts()
-            opened = self._open(prompts)
+            try:
+                opened = service.engine.open_all(await job.prompts(), job.params, streaming=job.stream)
+            except (OptionError, RequestError) as error:
+                raise job.refusal(error) from None
             followed = [stack.enter_context(_Followed(one, service, self._arrived_s, self._log)) for one in opened]
             if job.stream:
                 await self._stream(followed, opened, send)
                 return
             await _together([one.finish() for one in followed])
-            # The logprobs of a long prompt are many thousand objects; encoding them must not stall other requests.
+            # The logprobs of a long prompt are many thousands of objects; encoding them must not stall other requests.
             body = await asyncio.to_thread(job.whole, opened) if job.is_large(opened) else job.whole(opened)
         self._started = True
-        await send_whole(200, body, {}, send)
-
-    def _open(self, prompts: Sequence[list[int]]) -> list[OpenRequest]:
-        job = self._job
-        try:
-            return self._service.engine.open_all(prompts, job.params, streaming=job.stream)
-        except (OptionError, RequestError) as error:
-            raise job.refusal(error) from None
+        await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, followed: Sequence[_Followed], opened: Sequence[OpenRequest], send: Send) -> None:
         job = self._job
@@ -113,27 +108,24 @@ class Generation(Response):
         await _together([pass_on(place, one) for place, one in enumerate(followed)])
         await send(_part(job.last_chunks(opened), more=False))
 
-    async def _tell(self, error: ApiError, send: Send) -> None:
-        try:
+    async def _tell(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
                 if self._started:
                     await send(_part(b"data: " + to_json(error.body()) + b"\n\n", more=False))
                 else:
-                    self._started = True
-                    await send_error(error, send)
-        except TimeoutError:
-            pass  # the client does not read
+                    await error.answer()(scope, receive, send)
 
 
 class _Followed:
-    """Counts the tokens of an open request; the end of its `with` block cancels what is left."""
+    """Counts the tokens of an open request. The end of its `with` block cancels what has not finished."""
 
     def __init__(self, opened: OpenRequest, service: Service, arrived_s: float, log: dict[str, Any]) -> None:
         self.opened = opened
         self._service = service
         self._arrived_s = arrived_s
         self._log = log
-        self._heard_s: dict[int, float] = {}  # when the last token came, by result
+        self._heard_s: dict[int, float] = {}  # when the last token arrived, by result
         self._last_s = 0.0
 
     def __enter__(self) -> Self:
@@ -148,16 +140,15 @@ class _Followed:
         else:
             reason = "error" if isinstance(error, EngineError) else "abort"
         opened.cancel()
-        self._service.metrics.request_finished(
-            reason=reason,
-            num_prompt=len(opened.prompt_ids),
-            num_generated=opened.num_tokens,
-            num_cached=first.num_cached,
-            seconds=time.monotonic() - self._arrived_s,
-        )
-        for name, count in (("num_prompt", len(opened.prompt_ids)), ("num_generated", opened.num_tokens)):
+        counts = {
+            "num_prompt": len(opened.prompt_ids),
+            "num_generated": opened.num_tokens,
+            "num_cached": first.num_cached,
+        }
+        seconds = time.monotonic() - self._arrived_s
+        self._service.metrics.request_finished(reason=reason, seconds=seconds, **counts)
+        for name, count in counts.items():
             self._log[name] = self._log.get(name, 0) + count
-        self._log["num_cached"] = self._log.get("num_cached", 0) + first.num_cached
         self._log["reason"] = reason
 
     async def finish(self) -> None:
@@ -182,19 +173,6 @@ def _events_of(job: Job, place: int, opened: OpenRequest, item: StreamItem) -> b
     return b"".join([job.chunk(choice) for choice in job.pieces(place, opened, item)])
 
 
-async def send_error(error: ApiError, send: Send) -> None:
-    """Answer with an error, whole."""
-    await send_whole(error.status, to_json(error.body()), error.headers, send)
-
-
-async def send_whole(status: int, body: bytes, headers: Mapping[str, str], send: Send) -> None:
-    """Answer with JSON, whole."""
-    head = {"content-type": "application/json", "content-length": str(len(body)), **headers}
-    raw = [(name.encode(), value.encode()) for name, value in head.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send(_part(body, more=False))
-
-
 def _part(body: bytes, *, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": more}
 
@@ -205,7 +183,7 @@ async def _wait_until_gone(receive: Receive) -> None:
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run them concurrently; the first error cancels the others."""
+    """Run these concurrently. The first error cancels the others, and is raised."""
     if len(works) == 1:
         await works[0]
         return
@@ -218,7 +196,7 @@ async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait until it has ended; its error is dropped."""
+    """Cancel a task, wait until it has ended, and drop its error."""
     if not task.done():
         task.cancel()
         await asyncio.wait([task])
@@ -227,7 +205,7 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 
 def _error_of(work: asyncio.Task[None]) -> ApiError | None:
-    """The error to send to the client. Re-raises what is a bug of ours."""
+    """The error to send to the client. An error that is a bug of ours is raised again."""
     error = work.exception()
     if error is None or isinstance(error, ApiError):
         return error

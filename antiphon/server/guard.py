@@ -1,4 +1,4 @@
-"""Wraps every request: its id, the check of the API key, its log line, and an answer whatever happens."""
+"""Middleware around every request: its id, the API key check, its log line, and an answer even after a bug."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ import time
 import uuid
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from antiphon.server.errors import ApiError
-from antiphon.server.generation import CLIENT_GONE, send_error
+from antiphon.server.generation import CLIENT_GONE
 from antiphon.server.logs import log_event
 from antiphon.server.service import Service
 
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"})
-"""For probes and scrapers: no key is needed, and they are logged at level debug."""
+"""For probes and scrapers: they need no key, and are logged at level debug."""
 _GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CHALLENGE = {"www-authenticate": "Bearer"}
 
 
 class Guard:
-    """ASGI middleware. Sets `scope["state"]["arrived_s"]`, by `time.monotonic`, and `["log"]` to add to."""
+    """ASGI middleware. Sets `scope["state"]["arrived_s"]` (`time.monotonic`) and `["log"]`, to which handlers add."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -37,8 +38,8 @@ class Guard:
         if scope["type"] != "http":
             return  # uvicorn refuses WebSockets
         arrived_s = time.monotonic()
-        headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"x-request-id")}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         log: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}
         scope.setdefault("state", {}).update(arrived_s=arrived_s, log=log)
@@ -48,26 +49,27 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:
             if self._key is not None and scope["path"] not in _OPEN_PATHS:
-                self._check_key(headers.get(b"authorization", b""))
+                self._check_key(headers.get("authorization", ""))
             await self._app(scope, receive, send_with_id)
         except ApiError as error:
-            await send_error(error, send_with_id)
+            await error.answer()(scope, receive, send_with_id)
         except ClientDisconnect:
-            pass  # the body was not complete yet
+            pass  # before its body was complete
         except Exception as error:
             log_event("request failed", level=logging.ERROR, error=error, request_id=request_id, path=scope["path"])
             if not status:
-                await send_error(ApiError(500, "internal error", remedy="see the server's log"), send_with_id)
+                answer = ApiError(500, "internal error", remedy="see the server's log").answer()
+                await answer(scope, receive, send_with_id)
         finally:
             self._tell(scope["path"], {"status": status or CLIENT_GONE} | log, time.monotonic() - arrived_s)
 
-    def _check_key(self, header: bytes) -> None:
-        scheme, _, key = header.partition(b" ")
+    def _check_key(self, header: str) -> None:
+        scheme, _, key = header.encode("latin-1").partition(b" ")
         assert self._key is not None
         if not hmac.compare_digest(key.strip(), self._key) or scheme.lower() != b"bearer":
             raise ApiError(

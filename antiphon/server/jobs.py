@@ -1,6 +1,6 @@
 """What completions and chats share: what a request asks of the engine, and how its answer is written.
 
-A job runs nothing. `generation` opens its prompts and passes it what arrives.
+A job runs nothing. `generation` opens its prompts, and passes it the results as they arrive.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import msgspec
-
 from antiphon.core.errors import OptionError, RequestError
-from antiphon.core.lines import escape_json_lines
-from antiphon.core.sampling import SamplingParams
+from antiphon.core.sampling import CompletionOutput, SamplingParams
 from antiphon.frontend.open_request import OpenRequest, StreamItem
-from antiphon.server.errors import ApiError, refusal
+from antiphon.server.errors import ApiError, refusal, to_json
 from antiphon.server.protocol import SamplingFields
 from antiphon.server.service import Service
 
@@ -25,7 +22,7 @@ _MANY_LOGPROBS = 2000
 
 
 class Job(ABC):
-    """Made from a checked body. Raises `ApiError` for parameters that contradict each other or are out of range."""
+    """Created from a checked body. Raises `ApiError` for parameters that contradict each other or are out of range."""
 
     prompt_field = ""
     id_prefix = ""
@@ -49,8 +46,10 @@ class Job(ABC):
         if self.stream and request.prompt_logprobs is not None:
             fact = "prompt_logprobs is not supported with stream=true"
             raise ApiError(400, fact, remedy="leave one out", option="prompt_logprobs")
-        if self.params.logprobs is not None or self.params.prompt_logprobs is not None:
-            self._check_has_text(service)
+        self.has_logprobs = self.params.logprobs is not None or self.params.prompt_logprobs is not None
+        if self.has_logprobs and not service.engine.tokenizer.has_text:
+            fact, limit = "logprobs are not available", "with dummy weights there is no tokenizer to name the tokens"
+            raise ApiError(400, fact, limit=limit, remedy="leave logprobs out", option="logprobs")
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": self.object_chunk if self.stream else self.object_whole,
@@ -70,22 +69,27 @@ class Job(ABC):
 
     @abstractmethod
     def make_params(self) -> SamplingParams:
-        """Raises `OptionError`, or `ApiError`."""
+        """How to sample. Raises `OptionError` or `ApiError`."""
 
     @abstractmethod
     async def prompts(self) -> list[list[int]]:
-        """Token ids. Raises `RequestError` or `ApiError`."""
+        """The token ids of every prompt. Raises `RequestError`."""
 
     @abstractmethod
-    def choices(self, place: int, opened: OpenRequest) -> Iterable[dict[str, Any]]:
-        """The choices of a prompt whose results have all finished."""
+    def choice(self, place: int, opened: OpenRequest, index: int, done: CompletionOutput) -> dict[str, Any]:
+        """The choice for finished result `index` of prompt `place`."""
 
     @abstractmethod
     def pieces(self, place: int, opened: OpenRequest, item: StreamItem) -> Iterable[dict[str, Any]]:
-        """The choices to stream for one more piece of a prompt's results."""
+        """The choices to stream for one more piece of a result of prompt `place`."""
+
+    def choices(self, place: int, opened: OpenRequest) -> list[dict[str, Any]]:
+        """The choices of a prompt whose results have all finished."""
+        results = enumerate(opened.collectors)
+        return [self.choice(place, opened, index, collector.completion(index)) for index, collector in results]
 
     def num_generated(self, opened: OpenRequest) -> int:
-        """How many generated tokens the client gets."""
+        """The number of generated tokens that the client gets."""
         return opened.num_tokens
 
     def extras(self, opened: Sequence[OpenRequest]) -> dict[str, Any]:
@@ -99,9 +103,8 @@ class Job(ABC):
 
     def is_large(self, opened: Sequence[OpenRequest]) -> bool:
         """Whether the whole answer takes long to encode."""
-        if self.params.logprobs is None and self.params.prompt_logprobs is None:
-            return False
-        return self.is_many(self.params.n * sum(len(one.prompt_ids) + one.num_tokens for one in opened))
+        num_tokens = sum(len(one.prompt_ids) + one.num_tokens for one in opened)
+        return self.has_logprobs and self.is_many(self.params.n * num_tokens)
 
     def is_many(self, num_places: int) -> bool:
         """Whether the logprobs of this many tokens take long to encode."""
@@ -135,14 +138,3 @@ class Job(ABC):
             "total_tokens": num_prompt + num_generated,
             "prompt_tokens_details": {"cached_tokens": num_cached},
         }
-
-    @staticmethod
-    def _check_has_text(service: Service) -> None:
-        """Raises `ApiError` with dummy weights: the answer would name tokens by their texts."""
-        if not service.engine.tokenizer.has_text:
-            raise ApiError(400, "logprobs needs tokens with texts, which dummy weights have not", option="logprobs")
-
-
-def to_json(content: object) -> bytes:
-    """Encode as UTF-8 on one line, even for clients that split lines at U+2028. Infinity and NaN become null."""
-    return escape_json_lines(msgspec.json.encode(content))

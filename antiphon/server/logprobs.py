@@ -1,4 +1,4 @@
-"""Logprobs as JSON: OpenAI's two shapes, for completions and for chats, and vLLM's for prompts."""
+"""Logprobs as JSON, in OpenAI's two shapes: for completions and for chats."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from antiphon.frontend.detokenizer import Detokenizer, TextBefore
 from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
 Place = dict[int, Logprob] | None
-"""The actual token comes first, then the likeliest ones. `None` for a prompt's first token."""
+"""The logprobs at one position: the actual token first, then the likeliest. `None` for a prompt's first token.
+
+As JSON it is vLLM's shape for the logprobs of prompts.
+"""
 
 
-def _text(token_id: int, found: Logprob, as_ids: bool) -> str:
-    return f"token_id:{token_id}" if as_ids else found.decoded_token
+def _name(token_id: int, text: str, as_ids: bool) -> str:
+    return f"token_id:{token_id}" if as_ids else text
 
 
 class TextPlaces:
-    """Finds where each token begins in the text that the tokens make together, one token after the other.
+    """Finds where each token begins in the text of all tokens. It takes them one by one.
 
-    A token that is a part of a character is placed where the character begins. A token without text takes no room.
+    A token that is part of a character begins where the character does. A token without text takes no room.
 
     start: the place of the first token. before: the text that precedes it.
     """
@@ -32,7 +35,7 @@ class TextPlaces:
         self._next = start
 
     def add(self, token_id: int) -> int:
-        """The place of one more token."""
+        """Take one more token, and return its place."""
         place = self._next
         self._next += len(self._detokenizer.add(token_id))
         return place
@@ -47,14 +50,14 @@ def completion_logprobs(
     text_places: TextPlaces,
     as_ids: bool = False,
 ) -> dict[str, Any]:
-    """The logprobs of completions. places: one for each of `token_ids`, which are the next ones for `text_places`."""
+    """The logprobs of a completion. places: one per token of `token_ids`, the next tokens for `text_places`."""
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
     offsets = []
     for token_id, place in zip(token_ids, places, strict=True):
         offsets.append(text_places.add(token_id))
-        tokens.append(f"token_id:{token_id}" if as_ids else tokenizer.token_text(token_id))
+        tokens.append(_name(token_id, tokenizer.token_text(token_id), as_ids))
         if place is None:
             token_logprobs.append(None)
             top_logprobs.append(None)
@@ -62,8 +65,8 @@ def completion_logprobs(
         token_logprobs.append(place[token_id].logprob)
         top: dict[str, float] = {}
         for other, found in list(place.items())[: num_top + 1]:
-            name = _text(other, found, as_ids)
-            top[name] = max(found.logprob, top.get(name, found.logprob))  # parts of characters have one text
+            name = _name(other, found.decoded_token, as_ids)
+            top[name] = max(found.logprob, top.get(name, found.logprob))  # all parts of characters have the same text
         top_logprobs.append(top)
     return {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top_logprobs, "text_offset": offsets}
 
@@ -76,11 +79,11 @@ def chat_logprobs(
     tokenizer: Tokenizer | NoTokenizer,
     as_ids: bool = False,
 ) -> dict[str, Any]:
-    """The logprobs of chats. places: one for each of `token_ids`. Each lists its `num_top` likeliest tokens."""
+    """The logprobs of a chat. places: one per token of `token_ids`. Each lists its `num_top` likeliest tokens."""
 
     def entry(token_id: int, found: Logprob) -> dict[str, Any]:
         return {
-            "token": _text(token_id, found, as_ids),
+            "token": _name(token_id, found.decoded_token, as_ids),
             "logprob": found.logprob,
             "bytes": list(tokenizer.token_bytes(token_id)),
         }
@@ -92,16 +95,3 @@ def chat_logprobs(
             entry(token_id, place[token_id]) | {"top_logprobs": [entry(other, found) for other, found in likeliest]}
         )
     return {"content": content, "refusal": None}
-
-
-def prompt_logprobs(places: Sequence[Place]) -> list[dict[str, dict[str, Any]] | None]:
-    """The logprobs of a prompt in vLLM's shape: token id -> logprob, rank and text."""
-    return [
-        None
-        if place is None
-        else {
-            str(token_id): {"logprob": found.logprob, "rank": found.rank, "decoded_token": found.decoded_token}
-            for token_id, found in place.items()
-        }
-        for place in places
-    ]

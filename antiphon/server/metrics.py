@@ -194,9 +194,6 @@ class _EngineCollector(Collector):
         self._step_s, self._step_count = _Mirror(), _Mirror()
         self._gauges: dict[str, dict[tuple[str, ...], float]] = {}
 
-    def describe(self) -> list[Metric]:
-        return []
-
     def take(self, stats_by_rank: Sequence[Mapping[str, Any]] | None) -> None:
         self._gauges = {name: {} for name, _, _ in _GAUGES}
         for rank, stats in enumerate(stats_by_rank or []):
@@ -239,16 +236,15 @@ class _EngineCollector(Collector):
             self._gauges["expert_tokens_max_over_mean"][()] = sum(ratios) / len(ratios)
 
     def collect(self) -> Iterator[Metric]:
-        for name, text, labels in _COUNTERS:
-            counter = CounterMetricFamily(_PREFIX + name, text, labels=(_MODEL, *labels))
-            for values, count in self._counters[name].items():
-                counter.add_metric((self._model_name, *values), count)
-            yield counter
-        for name, text, labels in _GAUGES:
-            gauge = GaugeMetricFamily(_PREFIX + name, text, labels=(_MODEL, *labels))
-            for values, value in self._gauges.get(name, {}).items():
-                gauge.add_metric((self._model_name, *values), value)
-            yield gauge
+        for family_type, table, samples in (
+            (CounterMetricFamily, _COUNTERS, {name: mirror.items() for name, mirror in self._counters.items()}),
+            (GaugeMetricFamily, _GAUGES, {name: gauge.items() for name, gauge in self._gauges.items()}),
+        ):
+            for name, text, labels in table:
+                family = family_type(_PREFIX + name, text, labels=(_MODEL, *labels))
+                for values, value in samples[name]:
+                    family.add_metric((self._model_name, *values), value)
+                yield family
         steps = SummaryMetricFamily(
             _PREFIX + "step_seconds", "Duration of steps by plan", labels=(_MODEL, "rank", "plan")
         )

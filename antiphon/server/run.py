@@ -32,9 +32,9 @@ from antiphon.server.service import Service
 logger = logging.getLogger("antiphon")
 
 _FAILED = 1
-_SHOWN_DEAD_S = 2.0  # how long /health reports a rank's failure before the process exits
+_SHOWN_DEAD_S = 2.0  # how long /health reports that a rank has failed before the process exits
 _LAST_ANSWERS_S = 3.0
-_KEEP_ALIVE_S = 75  # longer than clients keep a connection, so that it is they who close it
+_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that the clients close them
 _BACKLOG = 2048
 _SAME_SIGNAL_S = 0.5
 
@@ -93,7 +93,7 @@ async def _serve(
             logger.warning(sentence)
         service.serve(engine)
         gc.collect()
-        gc.freeze()  # scanning the libraries' many objects again and again would stall all streams
+        gc.freeze()  # repeatedly scanning the many objects of the libraries would stall all streams
         log_event("serving", model=service.model_name, ranks=config.ranks, version=antiphon.__version__)
         await _first(signals.first.wait(), service.failed.wait())
         if service.failed.is_set():
@@ -124,8 +124,8 @@ async def _start(config: EngineConfig, service: Service, signals: _Signals) -> A
     service.drain()
     await _first(asyncio.shield(starting), signals.second.wait())
     if not starting.done():
-        os._exit(signals.exit_code)  # the thread cannot be stopped, in a download for example; ranks notice our exit
-    with suppress(Exception):  # the start ends at its next report, or the engine is closed once it has started
+        os._exit(signals.exit_code)  # a thread, in a download for example, cannot be stopped; the ranks notice our exit
+    with suppress(Exception):  # the start ends when it next reports progress; if it succeeds first, close the engine
         await (await starting).close()
     return None
 
@@ -136,7 +136,7 @@ async def _drain(service: Service, signals: _Signals) -> None:
     log_event("draining", num_open=service.num_open, limit=drain_s)
     with suppress(TimeoutError):
         async with asyncio.timeout(drain_s):
-            await _first(service.wait_until_idle(), signals.second.wait(), service.failed.wait())
+            await _first(service.idle.wait(), signals.second.wait(), service.failed.wait())
     if service.num_open:
         log_event("open requests are cut off", level=logging.WARNING, num_open=service.num_open)
 
@@ -150,7 +150,7 @@ async def _end_of_a_failure(service: Service, signals: _Signals) -> int:
 
 
 class _Signals:
-    """SIGTERM and SIGINT on the running event loop. exit_code: 0, or 128 plus the signal if a second one came."""
+    """SIGTERM and SIGINT on the running event loop. exit_code: 0, or 128 plus the number of a second signal."""
 
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
@@ -171,7 +171,7 @@ class _Signals:
 
 
 async def _first(*waits: object) -> None:
-    """Return when one of them has ended, and cancel the others."""
+    """Return when one of these has ended, and cancel the others."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,13 +1,13 @@
 """What all requests share: the engine, the limit on open results, and the phase of the server.
 
-starting ──► serving ──► draining          a rank that fails: any ──► dead
+starting ──► serving ──► draining          when a rank fails: any ──► dead
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
@@ -26,9 +26,7 @@ from antiphon.server.reasoning import reasoning_tags
 _LONG_TEXT = 4096
 """Texts of at least this many characters are tokenized off the event loop."""
 _LONG_CHAT = 3072
-"""The same for the messages of a chat, whose template takes time as well."""
-_LONGEST_TAG = 32
-"""How many tokens at the end of a chat's prompt are searched for a tag that opens the reasoning."""
+"""The same for the messages of a chat, whose template takes time, too."""
 _STATISTICS_S = 2.0
 
 
@@ -40,10 +38,10 @@ class Phase(StrEnum):
 
 
 class Service:
-    """The state of one server. It belongs to the event loop in which it was made.
+    """The state of one server. It belongs to the event loop in which it was created.
 
-    cut: ends all open requests with its error. detail: more about the phase, for /health.
-    failed, failure: set when the engine has failed.
+    detail: more about the phase, for /health. idle: set while no request is open.
+    cut: when set, ends all open requests with its error. failed, failure: set when the engine has failed.
     """
 
     def __init__(self, options: ServerOptions) -> None:
@@ -57,8 +55,8 @@ class Service:
         self.cut: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self.failed = asyncio.Event()
         self.failure: EngineError | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.idle = asyncio.Event()
+        self.idle.set()
         self._engine: AsyncEngine | None = None
         self.reasoning = None if options.reasoning_parser is None else reasoning_tags(options.reasoning_parser)
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -66,7 +64,7 @@ class Service:
     # ---- phases
 
     def serve(self, engine: AsyncEngine) -> None:
-        """Accept requests for an engine that is ready; the caller still owns it.
+        """Accept requests for an engine that is ready. The caller still owns it.
 
         Raises `OptionError` if its outputs cannot show the tags of the reasoning parser.
         """
@@ -86,7 +84,7 @@ class Service:
         self.phase, self.detail = Phase.SERVING, ""
 
     def fail(self, error: EngineError) -> None:
-        """The engine has failed. Open requests have received its error already."""
+        """Note that the engine has failed. Open requests have already received its error."""
         self.phase, self.detail = Phase.DEAD, str(error)
         self.failure = error
         self.failed.set()
@@ -95,9 +93,6 @@ class Service:
         """Accept no new requests."""
         if self.phase in (Phase.STARTING, Phase.SERVING):
             self.phase = Phase.DRAINING
-
-    async def wait_until_idle(self) -> None:
-        await self._idle.wait()
 
     def cut_all(self) -> None:
         """End all open requests with an error."""
@@ -112,7 +107,7 @@ class Service:
 
     @property
     def engine(self) -> AsyncEngine:
-        """Raises `ApiError` 503 unless it serves."""
+        """The engine. Raises `ApiError` 503 unless the server is serving."""
         if self.phase is Phase.SERVING and self._engine is not None:
             return self._engine
         fact, remedy = {
@@ -124,11 +119,11 @@ class Service:
 
     @property
     def tokenizer(self) -> Tokenizer | NoTokenizer:
-        """The tokenizer. Open requests may use it while the server drains."""
+        """The tokenizer, which open requests may still use while the server drains."""
         return (self._engine or self.engine).tokenizer
 
     def check_model(self, name: str) -> None:
-        """Raises `ApiError` 404 for a model that is not served. An empty name is the served one."""
+        """Raises `ApiError` 404 for a model that is not served. An empty name means the one that is."""
         if name and name not in self.options.served_model_names:
             names = ", ".join(self.options.served_model_names)
             fact, code = f"model {name!r} is not served here", "model_not_found"
@@ -145,29 +140,25 @@ class Service:
         if self.num_open + num_results > most:
             fact, remedy = f"{self.num_open} results are open", "send the request again later"
             raise ApiError(429, fact, limit=limit, remedy=remedy, code="queue_full", retry_after_s=1)
-        _ = self.engine
+        _ = self.engine  # raises unless the server is serving
         self.num_open += num_results
-        self._idle.clear()
+        self.idle.clear()
         try:
             yield
         finally:
             self.num_open -= num_results
             if not self.num_open:
-                self._idle.set()
+                self.idle.set()
 
-    async def encode(self, text: str, *, add_special_tokens: bool, place: int = 0, among: int = 0) -> list[int]:
-        """The token ids of prompt `place`. among: characters of all texts of the request. Raises `RequestError`."""
-        tokenizer = self.tokenizer
-        if not tokenizer.has_text:
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, place: int = 0, num_characters: int = 0
+    ) -> list[int]:
+        """The token ids of prompt `place`. num_characters: of all prompts of the request. Raises `RequestError`."""
+        if not self.tokenizer.has_text:
             limit = "with dummy weights there is no tokenizer"
             raise RequestError(f"prompt {place} is a text", limit=limit, remedy="use token ids", option="prompts")
-
-        def work() -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-        if max(len(text), among) < _LONG_TEXT:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        work = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self._tokenize(work, is_short=max(len(text), num_characters) < _LONG_TEXT)
 
     async def encode_chat(self, messages: Sequence[Message], fields: ChatFields) -> list[int]:
         """The token ids of a chat. Raises `RequestError` if its template refuses it."""
@@ -182,21 +173,19 @@ class Service:
         num_characters = sum(len(str(text)) for message in templated for text in message.values())
         try:
             # A request's variables can make a template slow, however short they are.
-            if num_characters < _LONG_CHAT and not fields.chat_template_kwargs:
-                return work()
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+            is_short = num_characters < _LONG_CHAT and not fields.chat_template_kwargs
+            return await self._tokenize(work, is_short=is_short)
         except ModelError as error:
             raise RequestError(error.fact, limit=error.limit, remedy=error.remedy, option="messages") from error
 
-    def reasons_first(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the end of a chat's prompt opens the reasoning, so that the answer begins inside it."""
-        tags = self.reasoning
-        ending = self.tokenizer.decode(prompt_ids[-_LONGEST_TAG:], skip_special=False)
-        return tags is not None and ending.rstrip().endswith(tags.start)
+    async def _tokenize(self, work: Callable[[], list[int]], *, is_short: bool) -> list[int]:
+        if is_short:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
     async def statistics(self) -> list[dict[str, Any]] | None:
         """The ranks' statistics; `None` if they do not answer in time."""
-        if self._engine is None or self.phase is Phase.DEAD:
+        if self._engine is None:
             return None
         try:
             async with asyncio.timeout(_STATISTICS_S):

@@ -11,7 +11,7 @@ import pytest
 
 from antiphon.bench.serve.client import Answered, Target, ask_server
 from antiphon.bench.serve.workload import Ask
-from antiphon.server.jobs import to_json
+from antiphon.server.errors import to_json
 from tests.support.server import ServerProcess
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from antiphon.server.jobs import to_json
+from antiphon.server.errors import to_json
 from tests.support.server import ServerProcess
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
