@@ -11,12 +11,12 @@ prompts = [
 ]
 params = SamplingParams(max_tokens=2)
 
-# The link of two CPU ranks is memory, which takes the processor. This one takes time only, as a copy engine's does.
+# CPU ranks copy through memory, which takes processor time. This simulated link only takes time, like a copy engine.
 link = "simulated:alltoall:80MB/s:1ms"
 
 tokens = {}
 with LLM(ranks=2, device="cpu", transport=link, prefix_caching=False) as llm:
-    llm.generate(prompts, params)  # the first time everything is slower
+    llm.generate(prompts, params)  # warm-up
     for dbo, plan in (("off", "serial"), ("on", "dual")):
         llm.reconfigure(dbo=dbo)
         before = llm.stats()["overlap"].get(plan, {})

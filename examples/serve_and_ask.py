@@ -1,4 +1,4 @@
-"""A server on 2 ranks with overlap on, asked by OpenAI's client: python examples/serve_and_ask.py [PORT]"""
+"""A server on 2 ranks with overlap on, queried by OpenAI's client: python examples/serve_and_ask.py [PORT]"""
 
 import subprocess
 import sys
@@ -17,9 +17,9 @@ with subprocess.Popen(command) as server:  # the same as `antiphon serve --ranks
             try:
                 urlopen(f"{url}/ready").close()
                 break
-            except OSError:  # nobody listens yet, or the model is still loading
+            except OSError:  # the server does not listen yet, or the model is still loading
                 if server.poll() is not None:
-                    sys.exit("the server has ended; what it says is above")
+                    sys.exit("the server has ended; its output is above")
                 time.sleep(0.2)
 
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -35,4 +35,4 @@ with subprocess.Popen(command) as server:  # the same as `antiphon serve --ranks
                 print(part.choices[0].delta.content or "", end="", flush=True)
         print()
     finally:
-        server.terminate()  # it finishes what is open, then ends
+        server.terminate()  # it finishes open requests, then exits

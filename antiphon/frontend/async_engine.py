@@ -1,12 +1,13 @@
-"""The engine of a server: requests come and go while others run.
+"""The engine behind a server: requests come and go while others run.
 
     event loop                     engine thread                      ranks
     open, cancel, statistics ───►  commands ──► messages ─────────►   steps
     streams ◄─── call_soon ──────  outputs  ◄── messages ◄─────────   tokens
 
-The ranks are always processes, one alone too, so that the event loop never waits for a step. One thread owns the
-client of the ranks; it sleeps until a rank or the event loop has something for it. Everything else, requests and their
-streams too, belongs to the event loop. When a rank fails, every open stream and every later call gets one error.
+The ranks are always worker processes, even a single one, so that the event loop never waits for a step. The engine
+thread owns the client of the ranks and sleeps until a rank or the event loop has something for it. Everything else,
+including requests and their streams, belongs to the event loop. When a rank fails, every open stream and every later
+call gets the same error.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ _WAKE = "inproc://antiphon-wake"
 
 @dataclass(slots=True)
 class _Question:
-    """answer: of the event loop; `None` if nobody waits for it."""
+    """A question to all ranks. answer: a future of the event loop; `None` if nobody waits for it."""
 
     answer: asyncio.Future[list[dict[str, Any]]] | None = None
     by_rank: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def tell(self, stats: list[dict[str, Any]]) -> None:
-        if self.answer is not None and not self.answer.done():  # whoever asked may have gone
+    def resolve(self, stats: list[dict[str, Any]]) -> None:
+        if self.answer is not None and not self.answer.done():  # the caller may have been cancelled
             self.answer.set_result(stats)
 
 
 class AsyncEngine:
-    """The ranks, for one event loop.
+    """An engine for one event loop.
 
         engine = AsyncEngine(EngineConfig(ranks=2))  # returns when the ranks are ready
         engine.attach()                              # in the event loop
@@ -60,8 +61,8 @@ class AsyncEngine:
             async for item in request:
                 print(item.delta.text)
 
-    Raises as `antiphon.LLM` does, and takes `on_start` and `launcher` as it does. on_failure: called in the event loop,
-    once, when the engine has ended by itself.
+    `on_start`, `launcher` and the errors are those of `antiphon.LLM`. on_failure: called once, in the event loop, when
+    the engine has ended because of an error.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class AsyncEngine:
         self.error: EngineError | None = None
         self.on_failure: Callable[[EngineError], None] | None = None
         self._streams: dict[int, OpenRequest] = {}  # by request id
-        self._waiting: set[asyncio.Future[list[dict[str, Any]]]] = set()  # for answers
+        self._waiting: set[asyncio.Future[list[dict[str, Any]]]] = set()  # answers that callers wait for
         self._commands: deque[Callable[[], None]] = deque()
         self._questions: dict[int, _Question] = {}  # of the engine thread, by wave
         self._closing = False
@@ -93,7 +94,7 @@ class AsyncEngine:
     # ---- for the event loop
 
     def attach(self) -> None:
-        """Belong to the running event loop from now on, and start to serve."""
+        """Bind the engine to the running event loop, and start serving."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -104,13 +105,13 @@ class AsyncEngine:
 
     @property
     def num_open(self) -> int:
-        """Results under way, on the ranks or on their way to them."""
+        """The number of results under way, on the ranks or on their way to them."""
         return self._core.num_open
 
     def open(self, prompt: Prompt, params: SamplingParams, *, streaming: bool = True) -> OpenRequest:
-        """Start a request on the rank with the fewest tokens to come. Raises `RequestError` if it cannot be served.
+        """Start a request on the least loaded rank. Raises `RequestError` if it cannot be served.
 
-        streaming: whether the texts of deltas are wanted; without it they can be empty, and cost less.
+        streaming: whether the texts of deltas are needed; if not, they may be empty, which is cheaper.
         """
         (opened,) = self.open_all([prompt], params, streaming=streaming)
         return opened
@@ -118,7 +119,7 @@ class AsyncEngine:
     def open_all(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, streaming: bool = True
     ) -> list[OpenRequest]:
-        """Start a request for every prompt, or none: as `open`, but all of them are checked before the first starts."""
+        """Like `open`, for every prompt or none: all prompts are checked before the first request starts."""
         if self.error is not None:
             raise self.error
         found = []
@@ -132,11 +133,11 @@ class AsyncEngine:
         return found
 
     async def statistics(self) -> list[dict[str, Any]]:
-        """`StepEngine.statistics` of every rank, when they are between two steps."""
+        """Return `StepEngine.statistics` of every rank, taken between two steps."""
         return await self._ask(self._client.ask)
 
     async def reconfigure(self, *, dbo: str) -> None:
-        """Change `dbo` of all ranks while nothing is under way. Raises `OptionError` for another value, or if not."""
+        """Change `dbo` on all ranks. Raises `OptionError` for an unknown value, or if results are under way."""
         if self.num_open:
             raise OptionError(
                 f"{self.num_open} results are under way",
@@ -149,13 +150,13 @@ class AsyncEngine:
         self._core.reconfigured(policy, dbo=dbo)
 
     async def close(self) -> None:
-        """End the ranks. Open requests get an `EngineError`."""
+        """Stop the ranks. Open requests get an `EngineError`."""
         self._fail(EngineError("the engine was closed"), announce=False)
         self._closing = True
         if self._loop is None:
-            self._thread.start()  # to close what it owns
+            self._thread.start()  # it closes what it owns
         if self._thread.is_alive():
-            self._command(_nothing)
+            self._command(lambda: None)  # wakes the thread
         await asyncio.to_thread(self._thread.join)
         self._wake_sender.close(0)
         self._wake_context.term()
@@ -168,17 +169,17 @@ class AsyncEngine:
             return
         self._command(lambda: self._client.cancel(known))
         if not self.num_open:
-            # Nothing is pending; ping the ranks to confirm that they got the cancellation and are alive.
+            # Nothing is pending: ping the ranks to confirm that they got the cancellation and are alive.
             self._command(lambda: self._put_question(self._client.ask, _Question()))
 
     def _command(self, command: Callable[[], None]) -> None:
         """Queue a command for the engine thread."""
         self._commands.append(command)
-        with suppress(zmq.Again):  # it has not read earlier calls yet, and will find this command with them
+        with suppress(zmq.Again):  # the socket is full of earlier wake-ups; the thread will find this command as well
             self._wake_sender.send(b"", zmq.DONTWAIT)
 
     async def _ask(self, send: Callable[[], int]) -> list[dict[str, Any]]:
-        """Have the engine thread send what every rank answers, and wait for the answers."""
+        """Have the engine thread `send` a question to every rank, and wait for all answers."""
         if self.error is not None:
             raise self.error
         answer: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
@@ -253,13 +254,9 @@ class AsyncEngine:
         if len(question.by_rank) == self.config.options.ranks:
             del self._questions[answer.wave]
             stats = [question.by_rank[number] for number in range(self.config.options.ranks)]
-            self._call(lambda: question.tell(stats))
+            self._call(lambda: question.resolve(stats))
 
     def _call(self, function: Callable[[], object]) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(function)
-
-
-def _nothing() -> None:
-    """A command that only wakes the thread."""

@@ -1,4 +1,4 @@
-"""The messages of a chat: what callers write, turned into what chat templates take. The server uses it too."""
+"""Turns the messages of a chat, as callers write them, into those that chat templates take."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 from antiphon.core.errors import RequestError, UnsupportedError, unicode_fault
 
 Message = Mapping[str, Any]
-"""`role` and `content`, which is a text or a list of parts of type text. Other keys are passed to the template."""
+"""Has a `role`, and a `content` that is a text or a list of text parts. Other keys are passed to the template."""
 
 _TEXT_TYPES = ("text", "input_text")
-
-
 _EXAMPLE = '[{"role": "user", "content": "..."}]'
 _PART = '{"type": "text", "text": "..."}'
 
 
 def joined_text(content: object, where: str = "content") -> str:
-    """Join the parts of a content; a text stays as it is. Raises `RequestError` for anything else. where: its name."""
+    """Join the text parts of a content; a text stays as it is. where: the name of the content in errors.
+
+    Raises `RequestError` for anything else.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple) or not content:
@@ -32,15 +33,15 @@ def joined_text(content: object, where: str = "content") -> str:
             raise UnsupportedError(fact, remedy="use parts of type text", option=where, value=part["type"])
         given = {name for name, value in part.items() if value is not None}
         if not isinstance(part.get("text"), str) or not given <= {"type", "text"}:
-            raise _wrong(where, f"{where} has a part of type text with other keys or no text", f"use {_PART}")
+            raise _wrong(where, f"{where} has a text part without text or with other keys", f"use {_PART}")
         texts.append(part["text"])
     return "".join(texts)
 
 
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as templates take them. Contents become texts, and the role developer, unknown to templates, system.
+    """Convert messages for a template: contents become texts, and the role `developer` becomes `system`.
 
-    Raises `RequestError` if this is not a list of messages.
+    Raises `RequestError` for anything but a list of messages.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise _wrong("messages", "messages is not a list of messages", f"use {_EXAMPLE}")

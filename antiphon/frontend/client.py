@@ -1,4 +1,4 @@
-"""The interface between the frontend and the ranks, and its implementation for one rank in this process."""
+"""The frontend's interface to the ranks, and its implementation for one rank in this process."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from antiphon.timeline import StepTimeline
 
 
 class Client(Protocol):
-    """The ranks as the frontend sees them. After an error every call raises `EngineError`.
+    """The frontend's interface to the ranks. After an error every call raises `EngineError`.
 
-    ready: what the ranks reported when they had started.
+    ready: what the ranks reported once they had started.
     """
 
     ready: Ready
 
     def submit(self, requests_by_rank: Sequence[Sequence[Request]]) -> None:
-        """Start requests. Item r goes to rank r."""
+        """Start requests; item r is for rank r."""
         ...
 
     def abort(self, request_ids: Sequence[int]) -> None:
-        """Forget requests, and return when all ranks have. Does nothing after the engine has ended."""
+        """Cancel requests, and return when all ranks have forgotten them. Does nothing once the engine has ended."""
         ...
 
     def cancel(self, request_ids: Sequence[int]) -> None:
-        """Like `abort` without waiting: tokens of these requests may still arrive."""
+        """Cancel requests without waiting for the ranks: tokens of these requests may still arrive."""
         ...
 
     def poll(self) -> list[TokenOutput]:
-        """The outputs since the last call. Waits, within a time limit, for a message of a rank, which may be empty."""
+        """Wait, up to a time limit, for a message from a rank. Returns the outputs since the last call, if any."""
         ...
 
     def reconfigure(self, policy: OverlapPolicy) -> None:
-        """Change the policy of all ranks while no request is open."""
+        """Change the policy on all ranks. No request may be open."""
         ...
 
     def statistics(self) -> list[dict[str, Any]]:
-        """`StepEngine.statistics` of every rank."""
+        """Return `StepEngine.statistics` of every rank."""
         ...
 
     def timelines(self) -> list[list[StepTimeline]]:
-        """The last steps of every rank."""
+        """Return the timelines of the last steps of every rank."""
         ...
 
     def close(self) -> None:
-        """End all workers. May be called again."""
+        """Stop all workers. Calling it again does nothing."""
         ...
 
 
@@ -62,7 +62,7 @@ class InProcessClient:
     """One rank in this process, without a worker."""
 
     def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
-        """on_start: called with every stage of the start."""
+        """on_start: called at every stage of the start."""
 
         def report(starting: Starting) -> None:
             if on_start is not None:
@@ -94,7 +94,7 @@ class InProcessClient:
         except Exception as error:
             self._ended = f"a step failed on rank 0: {type(error).__name__}: {error}"
             raise EngineError(self._ended) from error
-        except BaseException:  # Ctrl-C: nothing of this step is committed
+        except BaseException:  # Ctrl-C: nothing of this step has been committed
             engine.transport.reset()
             raise
 
@@ -111,8 +111,8 @@ class InProcessClient:
         self._ended = self._ended or "it was closed"
         if self._engine is not None:
             device = self._engine.transport.streams.owner
-            self._engine = None  # free weights and cache now, not when the caller drops the LLM
-            with suppress(RuntimeError):  # a device that has failed has been reported before
+            self._engine = None  # frees weights and cache now, not when the caller drops the LLM
+            with suppress(RuntimeError):  # if the device has failed, that was reported before
                 device.release_unused()
 
     def _running(self) -> StepEngine:

@@ -1,7 +1,7 @@
-"""What every face of the engine shares: how it starts, and where requests go.
+"""What `LLM` and `AsyncEngine` share: the start, and the placement of requests.
 
-`LLM` is its synchronous face, `AsyncEngine` its asynchronous one. They differ in who waits for the ranks; a request is
-checked, placed on a rank, followed and forgotten here, in one way.
+`LLM` is the synchronous face of the engine, `AsyncEngine` the asynchronous one. They differ in who waits for the ranks;
+both check, place and track requests through `Core`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("antiphon")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placed:
-    """One result of a prompt, under way on a rank."""
+    """A result of a prompt, under way on a rank."""
 
     request: Request
     rank: int
@@ -35,15 +35,15 @@ class Placed:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens that it can ever have in the KV cache: the last one that is generated is never computed."""
+        """Most tokens that it can have in the KV cache: the last generated token is never computed."""
         return len(self.request.prompt_ids) + self.request.max_tokens - 1
 
 
 class Core:
-    """Not thread-safe: it belongs to whoever opens requests.
+    """The state shared by `LLM` and `AsyncEngine`. Not thread-safe: its owner serializes the calls.
 
-    Made before the ranks start; `started` completes it. config: with every `auto` resolved as far as it is known.
-    Raises `OptionError` and `ModelError` for what cannot start.
+    It is made before the ranks start, and `started` completes it. config: with every `auto` that can be resolved so
+    far. Raises `OptionError` and `ModelError` for an engine that cannot start.
     """
 
     def __init__(self, options: EngineConfig) -> None:
@@ -53,37 +53,37 @@ class Core:
             logger.warning(sentence)
         self._warned = self._warn()
         check_memory(self.config)
-        checkpoint = self.config.options
-        self.tokenizer = NoTokenizer() if checkpoint.load_format == "dummy" else Tokenizer(checkpoint.model)
+        resolved = self.config.options
+        self.tokenizer = NoTokenizer() if resolved.load_format == "dummy" else Tokenizer(resolved.model)
         self.config = with_end_token_of(self.tokenizer, self.config)
-        self._load = [0] * checkpoint.mesh.dp  # tokens that each replica may still come to
+        self._load = [0] * resolved.mesh.dp  # most tokens that the open requests of each replica can have
         self._placed: dict[int, Placed] = {}
 
     def started(self, ready: Ready) -> None:
-        """The ranks have started, and said what they found."""
+        """Complete the configuration with what the ranks reported when they had started."""
         self.config = self.config.started(
             device_name=ready.device_name,
             transport_name=ready.transport_name,
             data_path=ready.data_path,
             cache=ready.cache,
         )
-        self._warn(but_not=self._warned)  # what `auto` is is known now
+        self._warn(but_not=self._warned)  # every `auto` is resolved now
         self.policy = self.config.resolved_policy
         self._requests = RequestMaker(self.config, self.tokenizer)
         self._logits_dtype = torch.promote_types(self.config.dtype, torch.float32)
 
     @property
     def num_open(self) -> int:
-        """Results under way, on the ranks or on their way to them."""
+        """The number of results under way, on the ranks or on their way to them."""
         return len(self._placed)
 
     def place(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, streaming: bool
     ) -> list[list[Placed]]:
-        """Place n results of each prompt, each on the rank with the fewest tokens to come.
+        """Place n results of each prompt, each on the least loaded rank.
 
-        All prompts are checked before the first is placed: `RequestError` leaves nothing behind. streaming: whether
-        somebody wants texts piece by piece.
+        All prompts are checked before the first is placed, so a `RequestError` leaves nothing behind. streaming:
+        whether the caller needs the texts piece by piece.
         """
         return [
             [self._place(request, streaming=streaming) for request in requests]
@@ -98,14 +98,14 @@ class Core:
         return placed
 
     def by_rank(self, placed: Iterable[Placed]) -> list[list[Request]]:
-        """The requests for each rank, as `Client.submit` takes them."""
+        """Group requests by rank, as `Client.submit` takes them."""
         found: list[list[Request]] = [[] for _ in self._load]
         for one in placed:
             found[one.rank].append(one.request)
         return found
 
     def forget(self, request_ids: Iterable[int]) -> list[int]:
-        """Requests that have ended or are to end: those among them that were under way."""
+        """Stop tracking requests. Returns the ids of those that were under way."""
         known = [number for number in request_ids if number in self._placed]
         for number in known:
             placed = self._placed.pop(number)
@@ -113,18 +113,18 @@ class Core:
         return known
 
     def resolve_policy(self, *, dbo: str | None = None, split: str | None = None) -> ResolvedPolicy:
-        """The policy with `dbo` or `split` changed from what was asked for at the start, `auto` resolved."""
+        """Return the policy of the options with `dbo` or `split` changed, and `auto` resolved."""
         asked = self._asked_policy
         return self.config.resolve_policy(replace(asked, dbo=dbo or asked.dbo, split=split or asked.split))
 
     def reconfigured(self, policy: ResolvedPolicy, *, dbo: str | None = None, split: str | None = None) -> None:
-        """The ranks have changed to `resolve_policy` of the same words."""
+        """Record that the ranks have changed to `policy`, made by `resolve_policy(dbo=dbo, split=split)`."""
         asked = self._asked_policy
         self._asked_policy = replace(asked, dbo=dbo or asked.dbo, split=split or asked.split)
         self.policy = policy
 
     def _warn(self, but_not: Sequence[str] = ()) -> list[str]:
-        """Say which options change nothing, but for what was said before."""
+        """Warn of options without effect, except for the sentences in `but_not`. Returns all sentences."""
         sentences = self.config.without_effect()
         for sentence in sentences:
             if sentence not in but_not:

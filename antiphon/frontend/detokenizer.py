@@ -1,4 +1,4 @@
-"""Token ids to text, one at a time. Parts of characters are held back until the character is complete.
+"""Turns token ids into text, one at a time. Parts of a character are held back until it is complete.
 
 detokenizer = Detokenizer(tokenizer, before=TextBefore.of(tokenizer, prompt_ids))
 for token_id in output_ids:
@@ -21,10 +21,10 @@ _LONGEST_BEGINNING = 3  # bytes of an incomplete character
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextBefore:
-    """What decoding a text needs to know of the tokens before it, such as a prompt's.
+    """What the decoding of a text depends on in the tokens before it, such as a prompt's.
 
-    continues: whether they have text. ids: the last of them if they end inside a character, else none.
-    text: the text of `ids` without that character. num_whole: number of tokens before `ids`.
+    continues: whether the tokens before `ids` have text. ids: the last tokens, if they end inside a character.
+    text: the text of `ids` without that character. num_whole: the number of tokens before `ids`.
     """
 
     continues: bool = False
@@ -34,11 +34,11 @@ class TextBefore:
 
     @staticmethod
     def of(tokenizer: Tokenizer | NoTokenizer, token_ids: Sequence[int], *, skip_special: bool = True) -> TextBefore:
-        """Made from the tokens before a text."""
+        """Make it from the tokens before a text."""
         hidden: frozenset[int] = tokenizer.special_ids if skip_special else frozenset()
         places: list[int] = []
         data = b""
-        for place in range(len(token_ids) - 1, -1, -1):  # the last three bytes decide; usually one token has them
+        for place in range(len(token_ids) - 1, -1, -1):  # only the last three bytes matter; one token usually has them
             if token_ids[place] not in hidden:
                 places, data = [place, *places], tokenizer.token_bytes(token_ids[place]) + data
             if len(data) >= _LONGEST_BEGINNING or len(places) > _LONGEST_BEGINNING:
@@ -57,18 +57,18 @@ _NO_TEXT_BEFORE = TextBefore()
 
 
 def whole_characters(tokenizer: Tokenizer | NoTokenizer, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-    """The text of tokens without an incomplete character at the end."""
+    """Decode tokens, without an incomplete character at the end."""
     before = TextBefore.of(tokenizer, token_ids, skip_special=skip_special)
     return tokenizer.decode(token_ids[: before.num_whole], skip_special=skip_special) + before.text
 
 
 class Detokenizer:
-    """Token ids to text, one at a time, at a cost that does not grow with the text.
+    """Turns token ids into text, one at a time, at a cost per token that does not grow with the text.
 
-    A token's text can depend on its neighbors (spaces, parts of characters), so tokens whose text is not out yet are
-    decoded together with those of the piece before.
+    A token's text can depend on its neighbors (spaces, parts of characters), so tokens whose text has not been returned
+    yet are decoded together with those of the previous piece.
 
-    before: the text that precedes the first token, such as a prompt's. skip_special: leave special tokens out.
+    before: what precedes the first token, such as a prompt. skip_special: leave special tokens out.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._continues = before.continues
-        self._ids = list(before.ids)  # those of the piece before, then those whose text is not out
-        self._num_out = 0  # tokens of these whose text is out
-        self._text_out = before.text  # the text of these that is out
+        self._ids = list(before.ids)  # those of the previous piece, then those whose text has not been returned
+        self._num_out = 0  # how many of these have had their text returned
+        self._text_out = before.text  # what has been returned of the text of these
 
     def add(self, token_id: int) -> str:
-        """Take one token, and return the text that has become certain; "" in the middle of a character."""
+        """Take one token and return the text that is certain now; "" in the middle of a character."""
         if self._skip_special and token_id in self._tokenizer.special_ids:
             return ""
         self._ids.append(token_id)
@@ -102,7 +102,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """The text that was held back."""
+        """Return the text that was held back."""
         text = self._decode(self._ids, continues=self._continues) if self._ids else ""
         new = text[len(self._text_out) :]
         self._move(len(self._ids))
@@ -115,12 +115,12 @@ class Detokenizer:
         self._ids = self._ids[start:]
         self._num_out = len(self._ids)
         self._continues = True
-        # One token is the usual case, and its text is cached. Skipped special tokens never get here.
+        # Usually there is one token, whose text is cached. Skipped special tokens never get here.
         one = self._num_out == 1
         self._text_out = self._tokenizer.token_text(self._ids[0]) if one else self._decode(self._ids, continues=True)
 
     def _give_up(self, text: str) -> str:
-        """Release bytes that never become a character: all but the last tokens, if the text can be cut there."""
+        """Return the text of bytes that never become a character, all but the last tokens, if it can be cut there."""
         cut = len(self._ids) - 4
         before = self._decode(self._ids[:cut], continues=self._continues)
         if before + self._decode(self._ids[cut:], continues=True) != text:

@@ -1,4 +1,4 @@
-"""`LLM`: the offline API. It tokenizes, spreads requests over the ranks, and collects their texts."""
+"""`LLM` is the offline API. It tokenizes prompts, spreads requests over the ranks, and collects their texts."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ logger = logging.getLogger("antiphon")
 class LLM:
     """A model on one or more ranks.
 
-    The options are keywords; `__init__` lists them, and docs/options.md says more. Counts of tokens, requests and bytes
-    may be written as sizes, "32k".
+    Options are keyword arguments: `__init__` lists them, and docs/options.md explains them. Counts of tokens, requests
+    and bytes may be written as sizes, such as "32k". Options of other engines are accepted where they have a meaning
+    here (docs/options.md), or refused by name.
     on_start: called with what the engine is doing while it starts, such as "loading the model: 35% of 14.2 GB".
-    launcher: starts the ranks (`antiphon.launch`), a process each, one alone too; `None` starts them on this host.
-    Options of other engines are accepted where they mean something here (docs/options.md), or refused by name.
+    launcher: starts every rank, even a single one, in a process (`antiphon.launch`); `None` starts them on this host.
 
     Raises `OptionError` and `ModelError` (both `ValueError`) before anything is started, `EngineError` if a worker
-    does not come up. Threads take turns: a call waits until that of another one has returned. Leaving the context,
-    `close`, and the end of the process end all workers.
+    fails to start. Threads take turns: a call waits until the call of another thread has returned. All workers end when
+    the context is left, by `close`, or with the process.
 
         with LLM(ranks=2, dbo="on") as llm:
             outputs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
@@ -98,7 +98,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End all workers. The object cannot be used afterwards; calling it again does nothing."""
+        """Stop all workers. The object cannot be used afterwards; calling `close` again does nothing."""
         with self._turn:
             self._close()
 
@@ -109,22 +109,27 @@ class LLM:
         *,
         progress: Callable[[int, int, int], None] | None = None,
     ) -> list[RequestOutput]:
-        """Continue every prompt; the results are in the order of the prompts.
+        """Continue every prompt. The results are in the order of the prompts.
 
-        prompts: texts, lists of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or one of these alone.
+        prompts: texts, lists of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a single one of these.
         sampling_params: one for all prompts, or one for each.
-        progress: called with (prompts finished, prompts in all, tokens generated) after every step. A prompt has
-            finished when all its n results have. It may ask for `stats`, and not call `generate`.
+        progress: called with (prompts finished, prompts in all, tokens generated) after every step. A prompt is
+            finished when all its n results are. It may call `stats`, but not `generate`.
         Raises `RequestError` (a `ValueError`) before anything runs if a prompt cannot be served; the engine stays
-        usable. Raises `EngineError` if a rank fails; the engine has ended then.
+        usable. Raises `EngineError` if a rank fails; then the engine has ended.
         """
         texts = prompt_list(prompts)
         if progress is not None and not callable(progress):
-            raise RequestError(f"progress is a {type(progress).__name__}; pass a function of three numbers, or None")
+            raise RequestError(
+                f"progress is a {type(progress).__name__}",
+                remedy="pass a function of three numbers, or None",
+                option="progress",
+                value=progress,
+            )
         with self._turn:
             if self._is_running:
                 raise RequestError(
-                    "generate was called by its own progress function", remedy="call it when it has returned"
+                    "generate was called from its own progress function", remedy="call it after generate has returned"
                 )
             placed = self._core.place(texts, params_for(texts, sampling_params), streaming=False)
             self._run(placed, progress)
@@ -140,16 +145,16 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Callable[[int, int, int], None] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a chat, or each of several chats; the results are in their order.
+        """Answer a chat, or each of several chats. The results are in the order of the chats.
 
-        messages: `[{"role": "user", "content": "..."}]`, or a list of such lists. The other parameters are those of
-        `chat_prompt` and of `generate`, and so are the errors.
+        messages: `[{"role": "user", "content": "..."}]`, or a list of such lists. The other parameters and the errors
+        are those of `chat_prompt` and `generate`.
         """
         one = not isinstance(messages, Sequence) or not messages or isinstance(messages[0], Mapping)
         chats = [messages] if one else messages
         prompts = [
             self.chat_prompt(
-                chat,  # type: ignore[arg-type]  # one or the other, by its first item
+                chat,  # type: ignore[arg-type]  # the first item has told which type it is
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 chat_template_kwargs=chat_template_kwargs,
@@ -159,7 +164,7 @@ class LLM:
         return self.generate(prompts, sampling_params, progress=progress)
 
     def get_tokenizer(self) -> Any:
-        """The tokenizer of transformers that this engine uses. Raises `ModelError` in a run with dummy weights."""
+        """Return the transformers tokenizer of this engine. Raises `ModelError` with dummy weights."""
         return self._core.tokenizer.of_transformers()
 
     def chat_prompt(
@@ -170,14 +175,14 @@ class LLM:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a chat, ready for the assistant's answer: `[{"role": "user", "content": "..."}]`.
+        """Return the token ids of a chat, ready for the assistant's answer.
 
-        messages: contents are texts, or lists of parts of type text, which are joined.
-        add_generation_prompt: whether the template begins an answer; by default unless the last message goes on.
+        messages: `[{"role": "user", "content": "..."}]`. A content is a text, or a list of text parts to be joined.
+        add_generation_prompt: append the beginning of an answer; by default yes, unless the last message is continued.
         continue_final_message: leave the last message open, so that the output continues it.
         chat_template_kwargs: variables of the checkpoint's template, such as `{"enable_thinking": False}`.
-        Raises `RequestError` for messages and settings that the template does not take, `ModelError` if the checkpoint
-        has none.
+        Raises `RequestError` for messages or settings that the template refuses, `ModelError` if the checkpoint has no
+        template.
         """
         return self._core.tokenizer.chat(
             messages,
@@ -187,27 +192,27 @@ class LLM:
         )
 
     def reconfigure(self, *, dbo: str | None = None, split: str | None = None) -> None:
-        """Change `dbo` or `split` of all ranks between two calls of `generate`, without loading the model again."""
+        """Change `dbo` or `split` on all ranks between two calls of `generate`, without reloading the model."""
         with self._turn:
             policy = self._core.resolve_policy(dbo=dbo, split=split)
             self._client.reconfigure(policy.policy)
             self._core.reconfigured(policy, dbo=dbo, split=split)
 
     def stats(self) -> EngineStats:
-        """Counts since the start."""
+        """Return the counts since the start."""
         with self._turn:
             by_rank = self._client.statistics()
         return EngineStats.of(self.config, self._core.policy, by_rank)
 
     def timelines(self) -> list[list[StepTimeline]]:
-        """The last steps of every rank with all their events, oldest first; times are the host's (`StepTimeline`)."""
+        """Return the last steps of every rank with all their events, oldest first, in host time (`StepTimeline`)."""
         with self._turn:
             return self._client.timelines()
 
     # ---- requests
 
     def _run(self, placed: list[list[Placed]], progress: Callable[[int, int, int], None] | None) -> None:
-        """Run until all have finished; after an error none of them is left on a rank."""
+        """Run until all results have finished. After an error none of them is left on a rank."""
         by_id = {one.request.request_id: (place, one) for place, ones in enumerate(placed) for one in ones}
         num_open = Counter(place for place, _ in by_id.values())
         num_tokens = 0
@@ -240,10 +245,10 @@ class LLM:
     def _output(self, prompt: str | Sequence[int], results: list[Placed]) -> RequestOutput:
         first = results[0]
         prompt_ids = list(first.request.prompt_ids)
-        skips = first.request.params.skip_special_tokens
         text = prompt
         if not isinstance(text, str):
-            text = whole_characters(self._core.tokenizer, prompt_ids, skip_special=skips)
+            skip_special = first.request.params.skip_special_tokens
+            text = whole_characters(self._core.tokenizer, prompt_ids, skip_special=skip_special)
         return RequestOutput(
             prompt=text,
             prompt_token_ids=prompt_ids,

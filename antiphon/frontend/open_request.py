@@ -1,4 +1,4 @@
-"""An open request as its caller sees it. It belongs to the event loop."""
+"""The caller's view of an open request. It belongs to the event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from antiphon.frontend.outputs import Collector, Delta
 
 @dataclass(frozen=True, slots=True)
 class StreamItem:
-    """A piece of result `index` of a request, and its arrival by `time.monotonic`."""
+    """A piece of result `index` of a request, and the time of its arrival (`time.monotonic`)."""
 
     index: int
     delta: Delta
@@ -24,7 +24,7 @@ class StreamItem:
 class OpenRequest:
     """One prompt and its n results. Iterate to the end, or `cancel`; a `with` block cancels what is left.
 
-    collectors: one for each result, by index. num_tokens: tokens generated so far, of all results.
+    collectors: one for each result, by index. num_tokens: tokens generated so far in all results.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class OpenRequest:
         prompt_ids: tuple[int, ...],
         forget: Callable[[Sequence[int]], None],
     ) -> None:
-        """collectors: by request id. forget: ends requests wherever they are."""
+        """collectors: by request id. forget: cancels requests in the engine and on the ranks."""
         self.prompt_ids = prompt_ids
         self.num_tokens = 0
         self._forget = forget
@@ -58,11 +58,11 @@ class OpenRequest:
         self.cancel()
 
     def cancel(self) -> None:
-        """End what has not finished. Its KV blocks are free before the next step."""
+        """Cancel the results that have not finished. The ranks free their KV blocks before their next step."""
         self._forget([number for number, collector in self._by_id.items() if not collector.finished])
 
     async def __aiter__(self) -> AsyncIterator[StreamItem]:
-        """All pieces as they arrive. Raises `EngineError` if the engine ends before all results have finished."""
+        """Yield pieces as they arrive. Raises `EngineError` if the engine ends before all results have finished."""
         while self._num_unfinished:
             if not self._arrived:
                 self._waiter = asyncio.get_running_loop().create_future()
@@ -85,7 +85,7 @@ class OpenRequest:
             yield StreamItem(self._index[output.request_id], delta, at_s)
 
     def put(self, arrived: tuple[float, TokenOutput] | EngineError) -> None:
-        """Called by the engine with an output and its arrival, or with the error that has ended the engine."""
+        """Add an output with its arrival time, or the error that has ended the engine. Called by the engine."""
         self._arrived.append(arrived)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -1,8 +1,8 @@
-"""Turns a request's tokens into text as it arrives, finds stop strings, and gathers logprobs.
+"""Turns a request's tokens into text as they arrive, finds stop strings, and gathers logprobs.
 
-A `Collector` takes the `TokenOutput`s of one request in order, and returns text that a caller can show at once. It
-holds back incomplete characters, and text that could become a stop string. It knows nothing of ranks: a caller that
-sees `must_cancel` tells them to forget the request.
+A `Collector` takes the `TokenOutput`s of one request in order, and returns text that the caller can show at once. It
+holds back incomplete characters, and text that could become a stop string. It knows nothing of ranks: when it sets
+`must_cancel`, the caller tells them to forget the request.
 
     collector = Collector(tokenizer, request, logits_dtype=torch.float32)
     for output in outputs_of_the_request:
@@ -24,7 +24,7 @@ from antiphon.frontend.tokenizer import NoTokenizer, Tokenizer
 
 
 class StopFinder:
-    """Looks for stop strings in a growing text. Of several, the one that is complete first wins.
+    """Finds stop strings in a growing text. Of several, the one that is complete first wins.
 
     include: whether the stop string stays in the text.
     """
@@ -38,9 +38,9 @@ class StopFinder:
         self._num_shown = 0
 
     def add(self, new: str, *, search: bool, last: bool) -> str:
-        """Take more text, and return what can be shown; after a stop string, all that is left to show.
+        """Take more text and return what can be shown; once a stop string is found, all that is left to show.
 
-        search: whether a stop string that is complete now counts. last: the text is complete.
+        search: whether a stop string that is completed now counts. last: whether the text ends here.
         """
         self.text += new
         if search and new:
@@ -71,7 +71,7 @@ class StopFinder:
             self.text = self.text[: end if self._include else start]
 
     def _num_undecided(self) -> int:
-        """How many characters at the end of the text could be the beginning of a stop string."""
+        """The number of characters at the end of the text that could begin a stop string."""
         for length in range(min(len(self.text), max(map(len, self._stops), default=1) - 1), 0, -1):
             ending = self.text[-length:]
             if any(stop.startswith(ending) for stop in self._stops):
@@ -81,7 +81,7 @@ class StopFinder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """New tokens and new text of one request. Either can be empty without the other."""
+    """New tokens and new text of one request. One may be empty when the other is not."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -91,11 +91,11 @@ class Delta:
 
 
 class Collector:
-    """Collects the output of one request. before: what the text depends on of its prompt.
+    """Collects the output of one request. before: what the decoding of its text depends on in the prompt.
 
-    logits_dtype: the type of the bytes in `NewToken.logits`. streaming: decode the text piece by piece; otherwise, and
-    without stop strings, it is decoded once at the end. The text of `completion` is decoded as a whole, after the
-    prompt. The texts of deltas add up to it with every tokenizer that decodes from left to right.
+    logits_dtype: the dtype of the bytes in `NewToken.logits`. streaming: decode the text piece by piece. Otherwise, if
+    there are no stop strings, it is decoded once, at the end. The text of `completion` is decoded as a whole, following
+    the prompt. The texts of the deltas add up to it with every tokenizer that decodes from left to right.
     """
 
     def __init__(
@@ -109,18 +109,18 @@ class Collector:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.must_cancel = False  # the end was found here, and the ranks do not know yet
+        self.must_cancel = False  # a stop string has ended it, which the ranks do not know yet
         self.num_cached = 0
         self._tokenizer = tokenizer
         self._prompt_ids = request.prompt_ids
         self._params = request.params
         self._logits_dtype = logits_dtype
         self._piecewise = streaming or bool(request.params.stops)
-        self._skips = request.params.skip_special_tokens
-        self.before = TextBefore.of(tokenizer, request.prompt_ids, skip_special=self._skips)
-        self._detokenizer = Detokenizer(tokenizer, before=self.before, skip_special=self._skips)
+        self._skip_special = request.params.skip_special_tokens
+        self.before = TextBefore.of(tokenizer, request.prompt_ids, skip_special=self._skip_special)
+        self._detokenizer = Detokenizer(tokenizer, before=self.before, skip_special=self._skip_special)
         # Skipped special tokens have no text, so their stop strings are found by id.
-        special = {tokenizer.special_id(stop): stop for stop in request.params.stops} if self._skips else {}
+        special = {tokenizer.special_id(stop): stop for stop in request.params.stops} if self._skip_special else {}
         self._special_stops = {token_id: stop for token_id, stop in special.items() if token_id is not None}
         self._finder = StopFinder(request.params.stops, include=request.params.include_stop_str_in_output)
         self._tokens: list[NewToken] = []
@@ -159,7 +159,7 @@ class Collector:
         )
 
     def completion(self, index: int = 0) -> CompletionOutput:
-        """The result of a request that has finished."""
+        """Return the result of a request that has finished."""
         assert self.finish_reason is not None, "the request has not finished"
         params, tokens = self._params, self._tokens
         return CompletionOutput(
@@ -174,24 +174,24 @@ class Collector:
         )
 
     def prompt_logits(self) -> torch.Tensor | None:
-        """[len(prompt_ids), V] on the CPU, if asked for."""
+        """The logits [len(prompt_ids), V] of the prompt, on the CPU, if requested."""
         return self._logits(self._prompt_logits, len(self._prompt_ids)) if self._params.return_prompt_logits else None
 
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
-        """The logprobs of the prompt's tokens, if asked for. The first has none."""
+        """The logprobs of the prompt's tokens, if requested. The first token has none."""
         if self._params.prompt_logprobs is None:
             return None
         return [None, *(self._logprobs(token) for token in self._prompt_tokens)]
 
     def _take_text(self, token_id: int) -> str:
-        """The new text to show. Records the end if a stop string is found."""
-        belongs = len(self._ids_of_text()) == len(self.token_ids)
-        new = self._detokenizer.add(token_id) if belongs else ""
-        counts = len(self.token_ids) > self._params.min_tokens
-        stop = self._special_stops.get(token_id) if belongs and counts else None
+        """Return the new text to show. Records the end if a stop string is found."""
+        is_text = len(self._ids_of_text()) == len(self.token_ids)
+        new = self._detokenizer.add(token_id) if is_text else ""
+        may_stop = len(self.token_ids) > self._params.min_tokens
+        stop = self._special_stops.get(token_id) if is_text and may_stop else None
         if self.finished or stop is not None:
             new += self._detokenizer.flush()
-        shown = self._finder.add(new, search=counts, last=self.finished)
+        shown = self._finder.add(new, search=may_stop, last=self.finished)
         if stop is not None and self._finder.found is None:
             shown += self._finder.end_with(stop)
         if self._finder.found is not None:
@@ -203,16 +203,16 @@ class Collector:
     def _whole_text(self) -> str:
         before = self.before
         ids = [*before.ids, *self._ids_of_text()]
-        text = self._tokenizer.decode(ids, continues=before.continues, skip_special=self._skips)
+        text = self._tokenizer.decode(ids, continues=before.continues, skip_special=self._skip_special)
         return text[len(before.text) :]
 
     def _ids_of_text(self) -> list[int]:
-        """All tokens but one that has ended the text."""
+        """All tokens, without the one that has ended the text."""
         ended_by_token = self.finish_reason == "stop" and not self._params.include_stop_str_in_output
         return self.token_ids[:-1] if ended_by_token else self.token_ids
 
     def _logprobs(self, token: NewToken) -> dict[int, Logprob]:
-        """The token first, then the likeliest."""
+        """The logprob of the token itself, then those of the likeliest tokens."""
         assert token.logprob is not None
         found = {token.token_id: self._logprob(token.token_id, token.logprob, token.rank)}
         rank, last = 0, None

@@ -1,4 +1,4 @@
-"""Checks the prompts and sampling parameters that callers pass, and makes requests of them."""
+"""Checks the prompts and sampling parameters of callers, and turns them into requests."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _MOST_LOGITS_BYTES = 2**31  # msgpack allows twice that
 
 
 def plain_ints(items: Sequence[Any]) -> list[Any]:
-    """Turn integers of other libraries, such as numpy's, into Python's. Anything else stays as it is."""
+    """Convert integers of other libraries, such as NumPy's, to Python's. Anything else stays as it is."""
     ids = list(items)
-    if set(map(type, ids)) <= {int}:  # the usual case, fast: prompts have many thousand tokens
+    if set(map(type, ids)) <= {int}:  # a fast path, because prompts have thousands of tokens
         return ids
     return [item if isinstance(item, bool) or not isinstance(item, Integral) else int(item) for item in ids]
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:
-    """The prompts as a list, also if there is only one. Raises `RequestError` for anything else."""
+    """Return the prompts as a list, even if there is only one. Raises `RequestError` for anything else."""
     if isinstance(prompts, str | Mapping):
         return [content_of(0, prompts)]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
@@ -44,7 +44,7 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]
 
 
 def content_of(place: int, prompt: Prompt) -> str | Sequence[int]:
-    """The text or the token ids of one prompt. Raises `RequestError` for anything else."""
+    """Return the text or the token ids of one prompt. Raises `RequestError` for anything else."""
     if isinstance(prompt, Mapping):
         if len(prompt) != 1 or next(iter(prompt)) not in _KEYS:
             keys = f"has the keys {', '.join(map(repr, prompt))}" if prompt else "is an empty dict"
@@ -68,20 +68,20 @@ def _wrong(fact: str, remedy: str, value: object = None) -> RequestError:
 def params_for(
     prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[SamplingParams]:
-    """One item for each prompt. Raises `RequestError` for a wrong number or a wrong type."""
+    """Return one `SamplingParams` per prompt. Raises `RequestError` for a wrong number or type."""
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * len(prompts)
     if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
-        fact, remedy = "sampling_params is of another type", "pass one SamplingParams, or a list of them"
+        fact, remedy = "sampling_params has the wrong type", "pass one SamplingParams, or a list of them"
         raise RequestError(fact, remedy=remedy, option="sampling_params", value=sampling_params)
     if len(sampling_params) != len(prompts):
         fact = f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params"
-        raise RequestError(fact, remedy="pass one, or one each", option="sampling_params")
+        raise RequestError(fact, remedy="pass one for all prompts, or one for each", option="sampling_params")
     return list(sampling_params)
 
 
 def child_seed(seed: int, index: int) -> int:
-    """The seed of result `index` of a prompt. The first gets `seed` itself, so that it does not depend on n."""
+    """Derive the seed of result `index` of a prompt. The first gets `seed` itself, so it does not depend on n."""
     if not index:
         return seed
     digest = blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8, person=b"child").digest()
@@ -89,7 +89,7 @@ def child_seed(seed: int, index: int) -> int:
 
 
 class RequestMaker:
-    """Makes all requests of a process, with their ids and seeds."""
+    """Makes all requests of an engine, with their ids and seeds."""
 
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | NoTokenizer) -> None:
         self._config = config
@@ -100,10 +100,10 @@ class RequestMaker:
         self._num_requests = 0
 
     def make(self, prompts: Sequence[Prompt], params_list: Sequence[SamplingParams]) -> list[list[Request]]:
-        """Make one request for each of the n results of every prompt. One wrong prompt raises `RequestError` for all.
+        """Make one request for each of the n results of every prompt. Raises `RequestError` if any prompt is wrong.
 
         A prompt without a seed gets the engine's, plus the number of prompts before it. Only the first of its requests
-        asks for logits and logprobs of the prompt.
+        asks for the prompt's logits and logprobs.
         """
         token_lists = [self._token_ids(place, prompt) for place, prompt in enumerate(prompts)]
         made = []
@@ -129,7 +129,7 @@ class RequestMaker:
         return made
 
     def _resolved(self, place: int, prompt_ids: list[int], given: SamplingParams) -> ResolvedParams:
-        """The parameters of one result, limited to what the model and the cache allow."""
+        """Return the parameters of one result, limited to what the model and the cache allow."""
         config, num_prompt = self._config, len(prompt_ids)
         params = given.resolve(self._defaults)
         vocab_size = config.model.vocab_size
@@ -142,7 +142,7 @@ class RequestMaker:
                 option="prompts",
                 value=num_prompt,
             )
-        # The last token of an output is not fed back, so it takes no room in the cache.
+        # The last token of an output is never computed, so it takes no room in the cache.
         room_in_cache = self._capacity + 1 - num_prompt
         max_tokens = min(room, max(1, room_in_cache)) if params.max_tokens is None else min(params.max_tokens, room)
         if max_tokens > room_in_cache:
@@ -158,9 +158,11 @@ class RequestMaker:
         _check_ids(place, "logit_bias", params.logit_bias or (), vocab_size)
         _check_ids(place, "stop_token_ids", params.stop_token_ids or (), vocab_size)
         if params.stops and not self._tokenizer.has_text:
-            limit = "with dummy weights there is no text"
             raise RequestError(
-                f"prompt {place} has stop strings", limit=limit, remedy="use stop_token_ids", option="stop"
+                f"prompt {place} has stop strings",
+                limit="there is no text with dummy weights",
+                remedy="use stop_token_ids",
+                option="stop",
             )
         return replace(
             params,
@@ -171,7 +173,7 @@ class RequestMaker:
         )
 
     def _check_logits(self, place: int, num_prompt: int) -> None:
-        """Raises `RequestError` if the prompt logits of one step do not fit into one message."""
+        """Raise `RequestError` if the prompt logits of one step do not fit into one message."""
         config = self._config
         num_positions = min(num_prompt, config.max_num_batched_tokens)
         num_bytes = num_positions * config.model.vocab_size * torch.promote_types(config.dtype, torch.float32).itemsize

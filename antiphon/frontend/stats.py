@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from antiphon.config.engine_config import ResolvedConfig
@@ -14,12 +14,13 @@ from antiphon.planning import ResolvedPolicy
 class EngineStats:
     """What `LLM.stats` returns. `stats["steps"]` is `stats.steps`; `to_dict()` can be written as JSON.
 
-    steps, steps_by_plan (plan -> steps), serial_reasons (reason -> steps): the same on all ranks. last_plan: in words
-    and with its numbers. overlap: plan -> seconds of rank 0 (`time_s`, `communication_s`, `hidden_s`, `exposed_s`) and
-    `num_bytes`; on GPUs, where the host only queues and sees no arrival, the middle three are `None`.
-    Summed over ranks: kv_blocks, unfinished and running requests, preemptions, and prefix_cache (tokens of texts that
-    were admitted, and how many of them were found, once more after a preemption).
-    kv_cache: tokens of a rank, and where the size comes from. dbo_reason: what `auto` chose, and why.
+    steps, steps_by_plan (plan -> steps), serial_reasons (reason -> steps): the same on all ranks. last_plan: the last
+    plan in words, with its numbers.
+    overlap: plan -> seconds of rank 0 (`time_s`, `communication_s`, `hidden_s`, `exposed_s`) and `num_bytes`. On GPUs,
+    where the host only queues work and does not see data arrive, the middle three are `None`.
+    Summed over ranks: kv_blocks, unfinished and running requests, preemptions, and prefix_cache (tokens of admitted
+    texts, and how many of them were found; a preempted request is admitted again).
+    kv_cache: tokens per rank, and where the size comes from. dbo_reason: what `auto` chose, and why.
     """
 
     steps: int
@@ -41,7 +42,7 @@ class EngineStats:
 
     @staticmethod
     def of(config: ResolvedConfig, policy: ResolvedPolicy, by_rank: Sequence[dict[str, Any]]) -> EngineStats:
-        """Makes it from `StepEngine.statistics` of every rank. policy: by which the ranks decide now."""
+        """Make it from `StepEngine.statistics` of every rank. policy: the current one."""
         first = by_rank[0]
         blocks = {name: sum(rank["kv_blocks"][name] for rank in by_rank) for name in ("total", "free")}
         cached = {name: sum(rank["prefix_cache"][name] for rank in by_rank) for name in first["prefix_cache"]}
@@ -65,10 +66,8 @@ class EngineStats:
         )
 
     def __getitem__(self, name: str) -> Any:
-        if name not in {field.name for field in fields(self)}:
-            raise KeyError(name)
-        return getattr(self, name)
+        return self.to_dict()[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it by name, in plain values."""
+        """Return all fields by name, as plain values."""
         return asdict(self)

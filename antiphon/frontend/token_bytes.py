@@ -1,8 +1,8 @@
-"""The bytes that a token stands for, from the vocabulary.
+"""Finds the bytes that a token stands for in the vocabulary.
 
 Decoding a single token does not give them: a part of a character becomes U+FFFD. Vocabularies write bytes in two ways.
 Byte-level ones (GPT-2 and its descendants) have a character for each byte. SentencePiece has pieces like `<0xE4>` for
-bytes of characters that have no piece.
+the bytes of characters without a piece.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def bytes_reader(backend: Any) -> Callable[[str], bytes | None]:
-    """A function from a token of a `tokenizers.Tokenizer` to its bytes, or to `None` if it must be decoded."""
+    """Make a function from a token of a `tokenizers.Tokenizer` to its bytes, or to `None` if it must be decoded."""
     kinds = _decoder_kinds(backend)
     if "ByteLevel" in kinds:
         byte_of = _byte_characters()
@@ -38,7 +38,7 @@ def bytes_reader(backend: Any) -> Callable[[str], bytes | None]:
 
 
 def _decoder_kinds(backend: Any) -> set[str]:
-    """The type of the decoder, and those of its parts."""
+    """Return the type of the decoder, and those of its parts."""
     decoder = None if backend is None else backend.decoder
     if decoder is None:
         return set()
@@ -47,14 +47,14 @@ def _decoder_kinds(backend: Any) -> set[str]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and on, in order (GPT-2)."""
+    """GPT-2's characters for bytes: printable Latin-1 is itself, the others are U+0100 and up, in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def num_unfinished_bytes(data: bytes) -> int:
-    """How many bytes at the end belong to an incomplete UTF-8 character, 0 to 3."""
+    """The number of bytes, 0 to 3, at the end that belong to an incomplete UTF-8 character."""
     for count in range(1, min(len(data), 3) + 1):
         byte = data[-count]
         if byte >= 0xC0:

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, or its stand-in for dummy weights. The end of the file loads it."""
+"""The checkpoint's tokenizer, and a stand-in for it with dummy weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from antiphon.frontend.token_bytes import bytes_reader
 
 logger = logging.getLogger("antiphon.engine")
 
+_WHOLE = "tokenizer.json"
+_CONFIG = "tokenizer_config.json"
+_NEVER = {"local_files_only": True, "trust_remote_code": False}
+"""Passed to every call that loads files: download nothing, and execute nothing of the checkpoint."""
+
 
 class Tokenizer:
-    """Text to token ids and back. Reads only the checkpoint's folder, and executes nothing in it.
+    """Converts text to token ids and back. Reads only the checkpoint's folder, and executes nothing in it.
 
-    has_text: whether tokens have texts. special_ids: tokens that `decode` skips by default.
-    eos_token_id: the end-of-sequence token of the tokenizer's own files; `None` if they name none.
+    has_text: whether tokens have text. special_ids: tokens that `decode` skips by default.
+    eos_token_id: the end-of-sequence token in the tokenizer's own files; `None` if they name none.
     """
 
     has_text = True
@@ -50,17 +55,17 @@ class Tokenizer:
         self._special_texts: dict[str, int] | None = None
 
     def of_transformers(self) -> Any:
-        """The tokenizer object of transformers."""
+        """Return the tokenizer object of transformers."""
         return self._tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text, by default with the special tokens that the checkpoint puts in front."""
+        """Convert a text to token ids, by default with the special tokens that the checkpoint puts in front."""
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
-        """The text of tokens. skip_special: leave special tokens out.
+        """Convert token ids to text. skip_special: leave special tokens out.
 
-        continues: whether other text precedes them. Some tokenizers drop a space at the start of a text.
+        continues: whether text precedes the tokens. Some tokenizers drop a space at the start of a text.
         """
         if continues and self._anchor:
             ids = [*self._anchor, *token_ids]
@@ -68,7 +73,7 @@ class Tokenizer:
         return self._decode(token_ids, skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token inside a text, special or not. A part of a character is "\ufffd"."""
+        """Return the text of a token, special or not, inside a text. A part of a character is "\ufffd"."""
         text = self._token_texts.get(token_id)
         if text is None:
             text = self.decode([token_id], continues=True, skip_special=False)
@@ -76,13 +81,13 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that one token adds to a text, even if they are only a part of a character."""
+        """Return the UTF-8 bytes that a token adds to a text, even if they are only a part of a character."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         found = None if token is None else self._read_bytes(token)
         return self.token_text(token_id).encode() if found is None else found
 
     def special_id(self, text: str) -> int | None:
-        """The special token with this text, if there is one."""
+        """Return the id of the special token with this text, if there is one."""
         if self._special_texts is None:
             self._special_texts = {self.token_text(token_id): token_id for token_id in sorted(self.special_ids)}
         return self._special_texts.get(text)
@@ -95,7 +100,7 @@ class Tokenizer:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The token ids of a chat, formatted by the checkpoint's template.
+        """Format a chat by the checkpoint's template, and return its token ids.
 
         add_generation_prompt: append the beginning of an answer; by default yes, unless the last message is continued.
         continue_final_message: leave the last message open, so that the output continues it.
@@ -109,20 +114,21 @@ class Tokenizer:
                 option="model",
             )
         _check_flags(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
-        adds = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         variables = self._template_variables({} if template_kwargs is None else template_kwargs)
         try:
             text = self._tokenizer.apply_chat_template(
                 chat_messages(messages),
                 tokenize=False,
-                add_generation_prompt=adds,
+                add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **variables,
             )
             return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except AntiphonError:
             raise
-        except Exception as error:  # templates are programs: they raise what they like
+        except Exception as error:  # a template is a program and can raise anything
             raise RequestError(
                 "the model's chat template refuses these messages",
                 limit=first_line(error),
@@ -131,7 +137,7 @@ class Tokenizer:
             ) from error
 
     def _template_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises `RequestError` for settings of transformers and for special tokens, which callers must not set."""
+        """Raise `RequestError` for settings of transformers and for special tokens, which callers must not set."""
         if not isinstance(given, Mapping):
             raise RequestError(
                 f"chat_template_kwargs is a {type(given).__name__}",
@@ -151,10 +157,10 @@ class Tokenizer:
         return dict(given)
 
     def _find_anchor(self) -> tuple[list[int], int]:
-        """A token to decode others after, as if text preceded them, and the length of its text.
+        """Find a token to put in front of others, so that they are decoded inside a text, and the length of its text.
 
-        Needed for SentencePiece and its imitations (Llama, Mixtral), which drop a space at the start of a text. Others
-        get no token.
+        Tokenizers that drop a space at the start of a text (SentencePiece and its imitations: Llama, Mixtral) need it.
+        Others get no token.
         """
         ids = self.encode("a a", add_special_tokens=False)
         if self.decode(ids) == "".join(self.decode([token_id]) for token_id in ids):
@@ -163,7 +169,7 @@ class Tokenizer:
 
 
 def _check_flags(*, add_generation_prompt: bool | None, continue_final_message: bool) -> None:
-    """Raises `RequestError` for values that are not True or False, and for two flags that exclude each other."""
+    """Raise `RequestError` for values that are not True or False, and for two flags that exclude each other."""
     flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
     for name, value in flags.items():
         if not isinstance(value, bool) and (value is not None or name == "continue_final_message"):
@@ -179,16 +185,16 @@ def _check_flags(*, add_generation_prompt: bool | None, continue_final_message: 
 
 
 def _template_settings(tokenizer: Any) -> frozenset[str]:
-    """The settings of transformers' own, such as another template. A request must not change them."""
+    """The names of transformers' own settings, such as another template, which a request must not change."""
     settings = signature(tokenizer.apply_chat_template).parameters.values()
     names = {setting.name for setting in settings if setting.kind is not Parameter.VAR_KEYWORD}
     return frozenset(names | {"messages", "conversations"})
 
 
 def _plain_decode(tokenizer: Any) -> Callable[..., str]:
-    """The `decode` of the Rust tokenizer, without the overhead of transformers' wrapper on every token.
+    """Return the `decode` of the Rust tokenizer, which avoids the overhead of transformers' wrapper on every token.
 
-    A wrapper that does more than call it is kept.
+    A wrapper that does more than call the Rust tokenizer is kept.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -198,23 +204,23 @@ def _plain_decode(tokenizer: Any) -> Callable[..., str]:
             remedy="use a checkpoint that has a tokenizer.json",
         )
     own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
-    usual = all(getattr(method, "__module__", "").startswith("transformers.tokenization_utils") for method in own)
-    found = backend if backend is not None and usual and not tokenizer.clean_up_tokenization_spaces else tokenizer
+    is_plain = all(getattr(method, "__module__", "").startswith("transformers.tokenization_utils") for method in own)
+    found = backend if backend is not None and is_plain and not tokenizer.clean_up_tokenization_spaces else tokenizer
     return found.decode  # type: ignore[no-any-return]
 
 
 class NoTokenizer:
-    """Stands in for a tokenizer with dummy weights: prompts are token ids, and every text is empty."""
+    """The stand-in for a tokenizer with dummy weights: prompts are token ids, and every text is empty."""
 
     has_text = False
     special_ids: frozenset[int] = frozenset()
     eos_token_id: int | None = None
 
     def of_transformers(self) -> Any:
-        raise ModelError("with dummy weights there is no tokenizer", remedy="use a checkpoint with its tokenizer")
+        raise ModelError("there is no tokenizer with dummy weights", remedy="use a checkpoint with its tokenizer")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        raise RequestError("with dummy weights there is no tokenizer", remedy="pass token ids", option="prompts")
+        raise RequestError("there is no tokenizer with dummy weights", remedy="pass token ids", option="prompts")
 
     def decode(self, token_ids: Sequence[int], *, continues: bool = False, skip_special: bool = True) -> str:
         return ""
@@ -238,14 +244,13 @@ def with_end_token_of(tokenizer: Tokenizer | NoTokenizer, config: ResolvedConfig
     if token_id is None or token_id in named or not 0 <= token_id < config.model.vocab_size:
         if not named and tokenizer.has_text:
             logger.warning(
-                "%s names no end-of-sequence token of the model: outputs end only at max_tokens, stop strings "
-                "or stop_token_ids",
+                "%s names no end-of-sequence token: outputs end only by max_tokens, stop strings or stop_token_ids",
                 config.options.model,
             )
         return config
     if named:
         logger.warning(
-            "the tokenizer of %s ends a text with token %d (%s), its config files with %s; each of them ends an output",
+            "the tokenizer of %s ends texts with token %d (%s), its config files with %s; each of them ends an output",
             config.options.model,
             token_id,
             tokenizer.token_text(token_id),
@@ -254,14 +259,8 @@ def with_end_token_of(tokenizer: Tokenizer | NoTokenizer, config: ResolvedConfig
     return config.with_end_tokens((*named, token_id))
 
 
-_WHOLE = "tokenizer.json"
-_CONFIG = "tokenizer_config.json"
-_NEVER = {"local_files_only": True, "trust_remote_code": False}
-"""Passed to every call that loads files: download nothing, and execute nothing of the checkpoint."""
-
-
 def load_tokenizer(folder: str | Path) -> Any:
-    """The transformers tokenizer of a folder. Raises `ModelError` if only code of the checkpoint could load it."""
+    """Load the transformers tokenizer of a folder. Raises `ModelError` if that fails, or would execute its code."""
     folder = Path(folder)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -273,11 +272,11 @@ def load_tokenizer(folder: str | Path) -> Any:
         kind = PreTrainedTokenizerFast if is_whole else AutoTokenizer
         return kind.from_pretrained(str(folder), **_NEVER)
     except Exception as error:  # tokenizers has no narrower class for an unknown format
-        if not is_whole and (code := _code_asked_for(folder)):
+        if not is_whole and (code := _custom_code(folder)):
             raise ModelError(
                 f"the tokenizer in {folder} has no {_WHOLE}, only code ({code})",
                 limit="code of a checkpoint is never executed",
-                remedy=f"put a {_WHOLE} into the folder, made where you trust that code: "
+                remedy=f"if you trust that code, make a {_WHOLE} with it elsewhere and put it into the folder: "
                 "AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(FOLDER)",
                 option="model",
                 value=str(folder),
@@ -292,12 +291,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from error
 
 
-def _code_asked_for(folder: Path) -> str:
-    """The classes that the checkpoint wants executed as its tokenizer; "" if none."""
+def _custom_code(folder: Path) -> str:
+    """The classes in the checkpoint's code that should load its tokenizer; "" if none."""
     try:
-        asked = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("auto_map", {})
+        auto_map = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("auto_map", {})
     except (OSError, ValueError, AttributeError):
         return ""
-    classes = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
+    classes = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
     names = [name for name in (classes if isinstance(classes, list) else [classes]) if isinstance(name, str)]
     return ", ".join(names)

@@ -1,4 +1,4 @@
-"""Talks to the workers, one process per rank, and turns a failure of any of them into one clear error."""
+"""Talks to the workers, one process per rank, and turns the failure of any of them into one clear error."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ from antiphon.launch import Launcher, LocalLauncher
 from antiphon.timeline import StepTimeline
 
 _POLL_MS = 100
-_CAUSE_S = 2.0  # how long the other ranks may report before the cause of a failure is named
+_CAUSE_S = 2.0  # how long to wait for the reports of the other ranks before naming the cause of a failure
 _STOP_S = 5.0
 
 
-class SaidOnce:
+class RankWarnings:
     """Logs each warning once, however many ranks send it."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
-    def say(self, warned: Warned) -> None:
-        if warned.text not in self._said:
-            self._said.add(warned.text)
+    def log(self, warned: Warned) -> None:
+        if warned.text not in self._logged:
+            self._logged.add(warned.text)
             logging.getLogger(warned.logger).warning("%s", warned.text)
 
 
 class WorkerClient:
     """Owns the worker processes and the socket to them.
 
-    The folder of the ranks holds their options, their reports and their progress board beside what the launcher needs.
+    The folder of the ranks holds their options, reports and progress board, besides what the launcher needs.
     """
 
     ready: Ready
@@ -72,9 +72,9 @@ class WorkerClient:
         *,
         launcher: Launcher | None = None,
     ) -> None:
-        """Return when all ranks are ready. on_start: called with every stage of the start until then.
+        """Start the ranks, and return when all are ready. on_start: called at every stage until then.
 
-        launcher: starts the ranks; `None` starts them on this host.
+        launcher: starts the processes; `None` starts them on this host.
         """
         self._ranks = config.options.ranks
         self._patience_s = config.options.timeout_s * 1.5
@@ -83,7 +83,7 @@ class WorkerClient:
         self._ended = ""
         self._failures: dict[int, Failed] = {}
         self._kept: list[TokenOutput] = []
-        self._warnings = SaidOnce()
+        self._warnings = RankWarnings()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -101,12 +101,12 @@ class WorkerClient:
             self._processes.start("antiphon.engine.worker", peer_environment(peer_access=config.options.peer_access))
             self._wait_for_ready(on_start or (lambda what: None))
         except BaseException:
-            self._ended = self._ended or "it did not start"  # close need not wait for anything
+            self._ended = self._ended or "it did not start"  # so that `close` does not wait
             self.close()
             raise
 
     def _wait_for_ready(self, on_start: Callable[[str], None]) -> None:
-        """Wait for all ranks. Each message restarts the time limit: it limits silence, not the size of a model."""
+        """Wait for all ranks. Every message restarts the time limit, so it does not depend on the model's size."""
         on_start(f"starting {self._ranks} ranks")
         said: dict[int, Starting] = {}
         loaded: set[int] = set()
@@ -133,7 +133,7 @@ class WorkerClient:
         if self._ended:
             return
         self.cancel(request_ids)
-        self._answers(self.ask())  # ranks take messages in order: whoever has answered has forgotten them
+        self._answers(self.ask())  # ranks take messages in order, so one that answers has forgotten the requests
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         if not self._ended:
@@ -147,10 +147,10 @@ class WorkerClient:
         return outputs
 
     def receive(self, wake: zmq.Socket[bytes], *, patient: bool) -> list[tuple[int, FromWorker]]:
-        """The messages that have arrived, by rank. Returns without any if `wake` is readable first, or after a while.
+        """Wait for messages, and return them with their ranks; none if `wake` is readable first, or after 100 ms.
 
-        For a frontend whose requests come and go meanwhile. patient: no rank has work, so silence is no error.
-        Raises when a rank fails and, unless patient, when all are silent for too long.
+        `AsyncEngine` uses it instead of `poll`. patient: no rank has work, so silence is no error. Raises when a rank
+        fails and, unless `patient`, when all ranks are silent for too long.
         """
         self._check()
         poller = zmq.Poller()
@@ -166,13 +166,13 @@ class WorkerClient:
         return messages
 
     def ask(self, *, timeline: bool = False) -> int:
-        """Ask all ranks. Between two steps each sends an `Answer` with the wave that is returned here."""
+        """Ask all ranks, and return the wave. Each rank sends an `Answer` with this wave between two steps."""
         wave = self._next_wave()
         self._send_all(Ask(wave=wave, timeline=timeline))
         return wave
 
     def send_policy(self, policy: OverlapPolicy) -> int:
-        """`reconfigure` without waiting: every rank answers like to `ask` once it has changed."""
+        """Like `reconfigure` without waiting: every rank sends an `Answer` once it has changed. Returns the wave."""
         wave = self._next_wave()
         self._send_all(Reconfigure(wave=wave, policy=policy))
         return wave
@@ -187,7 +187,7 @@ class WorkerClient:
         return [answer.timeline for answer in self._answers(self.ask(timeline=True))]
 
     def close(self) -> None:
-        """Ask the workers to stop, kill those that do not within 5 s, and remove their folder."""
+        """Tell the workers to stop, kill those that have not after 5 s, and remove their folder."""
         patience_s = 0.0
         try:
             if not self._ended:
@@ -211,7 +211,7 @@ class WorkerClient:
         return self._wave
 
     def _send(self, message_by_rank: Sequence[ToWorker]) -> None:
-        """Send to all ranks or none: a message that cannot be encoded raises before the first is sent."""
+        """Send to all ranks or none: all messages are encoded before the first is sent."""
         for rank, body in enumerate([encode(message) for message in message_by_rank]):
             self._socket.send_multipart([str(rank).encode(), body])
 
@@ -219,7 +219,7 @@ class WorkerClient:
         self._send([message] * self._ranks)
 
     def _answers(self, wave: int) -> list[Answer]:
-        """Wait for the answers of all ranks. Outputs that arrive meanwhile are kept for the next `poll`."""
+        """Wait for the answers of all ranks. Outputs that arrive in the meantime are kept for the next `poll`."""
         answers: dict[int, Answer] = {}
         while len(answers) < self._ranks:
             messages = self._receive("answer")
@@ -235,7 +235,7 @@ class WorkerClient:
                 self._kept.extend(message.outputs)
 
     def _receive(self, what: str) -> list[tuple[int, FromWorker]]:
-        """Return at least one message. Raises when a rank fails or all are silent for too long."""
+        """Wait for at least one message. Raises when a rank fails, or when all ranks are silent for too long."""
         patience_s = max(self._patience_s, 1.5 * START_S) if what == "start" else self._patience_s
         deadline = time.monotonic() + patience_s
         while True:
@@ -257,7 +257,7 @@ class WorkerClient:
             identity, body = self._socket.recv_multipart()
             rank, message = int(identity), decode_from_worker(body)
             if isinstance(message, Warned):
-                self._warnings.say(message)
+                self._warnings.log(message)
                 continue
             if isinstance(message, Failed):
                 self._failures[rank] = message
@@ -271,32 +271,28 @@ class WorkerClient:
         return self._end(reason, remedy="raise timeout_s if steps are long")
 
     def _failure(self, what: str) -> AntiphonError:
-        """Name the cause. When one rank fails the others fail as well, so all get a moment to report."""
-        self._read_reports()
+        """Find the cause, and end. When one rank fails, its peers fail too, so all ranks get a moment to report."""
         deadline = time.monotonic() + _CAUSE_S
-        while time.monotonic() < deadline and not all(
-            rank in self._failures or self._processes.ended(rank) for rank in range(self._ranks)
-        ):
-            self._read(_POLL_MS)
+        some_missing = True
+        while some_missing:
+            some_missing = time.monotonic() < deadline and not all(
+                rank in self._failures or self._processes.ended(rank) for rank in range(self._ranks)
+            )
+            self._read(_POLL_MS)  # even if none is missing: the last words of a rank that has ended may still arrive
             self._read_reports()
-        self._read(_POLL_MS)
-        self._read_reports()
         for rank in range(self._ranks):
             if self._processes.killed(rank):
                 return self._end(self._processes.obituary(rank, what))
-        complaints = []
         for rank, failure in self._failures.items():
-            if failure.kind == "PeerError":
-                complaints.append((rank, failure))
-            else:
+            if failure.kind != "PeerError":
                 return self._end_by(rank, failure, what)
         for rank in range(self._ranks):
             if self._processes.ended(rank) and rank not in self._failures:
                 return self._end(self._processes.obituary(rank, what))
-        return self._end_by(*complaints[0], what)
+        return self._end_by(*next(iter(self._failures.items())), what)
 
     def _read_reports(self) -> None:
-        """Reports that ranks could only write to a file come first: the other failures follow from them."""
+        """Read the reports that ranks could only write to files. They come first: other failures follow from them."""
         found = {rank: read_report(rank, self._processes.folder) for rank in range(self._ranks)}
         reports = {rank: report for rank, report in found.items() if report is not None}
         self._failures = reports | {rank: f for rank, f in self._failures.items() if rank not in reports}

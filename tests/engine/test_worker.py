@@ -15,7 +15,7 @@ from antiphon.engine.messages import Stop, Tokens, Warned, Work, decode_from_wor
 from antiphon.engine.scheduling.request import NewToken, TokenOutput
 from antiphon.engine.step import StepResult
 from antiphon.engine.worker import KeptWarnings, Worker
-from antiphon.frontend.worker_client import SaidOnce
+from antiphon.frontend.worker_client import RankWarnings
 
 BUSY = Plan(part_tokens=((3,),), reason="test")
 IDLE = Plan(part_tokens=((0,),), reason="test", idle=True)
@@ -106,9 +106,9 @@ def test_warnings_go_to_the_front_with_the_step_that_has_them(
 
 
 def test_the_front_says_once_what_all_ranks_say(caplog: pytest.LogCaptureFixture) -> None:
-    front = SaidOnce()
+    warnings = RankWarnings()
     for text in ("100 % slow", "100 % slow", "and more", "100 % slow"):
-        front.say(Warned(logger="antiphon.kernels", text=text))
+        warnings.log(Warned(logger="antiphon.kernels", text=text))
     assert [(record.name, record.levelname, record.getMessage()) for record in caplog.records] == [
         ("antiphon.kernels", "WARNING", "100 % slow"),
         ("antiphon.kernels", "WARNING", "and more"),

@@ -111,6 +111,16 @@ def test_a_server_answers_the_openai_client(tmp_path: Path) -> None:
     assert "Ruby" in printed.partition("#### 12")[2]
 
 
+def test_the_library_example_without_torchrun_names_the_command() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    ended = subprocess.run(
+        [sys.executable, "examples/own_moe.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1
+    (said,) = ended.stderr.splitlines()
+    assert "torchrun --nproc-per-node 2 examples/own_moe.py" in said
+
+
 def test_the_library_example_imports_from_two_faces_only() -> None:
     tree = ast.parse((ROOT / "examples/own_moe.py").read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
