@@ -1,4 +1,4 @@
-"""Steps of which only some layers are split: what `test_engine_layers` runs, on one rank or on several."""
+"""Steps in which only some layers are split, on one rank or on several, for `test_layers`."""
 
 from __future__ import annotations
 
@@ -13,29 +13,17 @@ from antiphon.engine.runner import Runner
 from antiphon.splitting import join, split
 from tests.models.twin import BLOCK_SIZE, Twin, random_ids, scattered_blocks
 
-__all__ = [
-    "NUM_LAYERS",
-    "PARTS",
-    "RANGES",
-    "Results",
-    "mixed_requests",
-    "results_of_jobs",
-    "results_of_rank",
-    "run_step",
-    "write_contexts",
-]
-
 NUM_LAYERS = 4
 RANGES = [slice(None), slice(1, None), slice(0, 1), slice(1, 3), slice(2, 3), slice(3, 4), slice(0, 3)]
 
-# Tokens of every lane on every rank: straddled requests, another cut on each rank, a dummy lane, an idle rank.
+# Tokens of every lane on every rank: requests across a cut, another cut on each rank, a dummy lane, an idle rank.
 PARTS = [((9, 10), (4, 15)), ((1, 18), (19, 0)), ((12, 7), (0, 0)), ((3, 9, 7), (18, 0, 1))]
 
 _TEXTS = [(12, 13), (4, 12), (29, 30), (0, 9)]  # context, and end of the new tokens
 
 
 def mixed_requests(*, seed: int) -> tuple[RequestSlice, ...]:
-    """Two requests decode, one goes on with its prompt, one begins: 19 tokens."""
+    """Two requests that decode, one that continues its prompt, and one that begins: 19 tokens in all."""
     blocks = scattered_blocks(len(_TEXTS), 30)
     texts = [random_ids(30, seed=seed + number) for number in range(len(_TEXTS))]
     return tuple(
@@ -47,7 +35,7 @@ def mixed_requests(*, seed: int) -> tuple[RequestSlice, ...]:
 def run_step(
     twin: Twin, requests: tuple[RequestSlice, ...], part_tokens: tuple[tuple[int, ...], ...], layers: slice
 ) -> torch.Tensor:
-    """Hidden states [T, D] of this rank. Every rank must call it."""
+    """Return the hidden states [T, D] of this rank. Every rank must call it."""
     plan, batch = Plan(part_tokens=part_tokens, reason="test"), Batch(rank=twin.rank, requests=requests)
     runner = Runner(twin.ours, streams=twin.streams)
     (whole,) = split(batch, plan.unsplit(), block_size=BLOCK_SIZE)
@@ -58,14 +46,14 @@ Results = list[list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def results_of_jobs(group: RankGroup, jobs: list[tuple[Path, str, torch.dtype]]) -> list[Results]:
-    """For each folder, transport and dtype what `results_of_rank` gives: one start of the ranks serves many checks."""
+    """Run `results_of_rank` for each folder, transport and dtype: one start of the ranks serves many checks."""
     return [results_of_rank(group, *job, PARTS) for job in jobs]
 
 
 def results_of_rank(
     group: RankGroup, folder: Path, transport: str, dtype: torch.dtype, cases: list[tuple[tuple[int, ...], ...]]
 ) -> Results:
-    """For each plan in `cases` the hidden states and the caches of the unsplit step, then those of every range."""
+    """Return hidden states and caches for each plan in `cases`: of the unsplit step, then of every range."""
     twin = Twin.load(None, folder, group=group, transport=transport, dtype=dtype)
     mixed = mixed_requests(seed=10 * group.rank)
     write_contexts(twin, group.size, seed=10 * group.rank)
@@ -86,7 +74,7 @@ def results_of_rank(
 
 
 def write_contexts(twin: Twin, num_ranks: int, *, seed: int) -> None:
-    """Compute what the requests of `mixed_requests` have behind them. Every rank must call it."""
+    """Compute the contexts of the requests of `mixed_requests`. Every rank must call it."""
     for number, ((context, _), blocks) in enumerate(zip(_TEXTS, scattered_blocks(len(_TEXTS), 30), strict=True)):
         if context:
             ids = random_ids(30, seed=seed + number)[:context]

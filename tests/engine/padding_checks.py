@@ -1,4 +1,4 @@
-"""Padded steps beside eager ones, on one rank or on several: what `test_padding` runs."""
+"""Padded steps and eager ones, on one rank or on several, for `test_padding`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LADDER = (1, 2, 4, 8, 24)
 
 
 def generate(engine: StepEngine, prompts: dict[int, tuple[int, ...]], max_tokens: int) -> dict[str, Any]:
-    """Steps until no rank has work; the tokens of this rank's prompts, and how each step was planned."""
+    """Step until no rank has work. Returns the tokens of this rank's prompts, and how each step was planned."""
     requests = [
         Request(request_id=number, prompt_ids=ids, params=ResolvedParams(), max_tokens=max_tokens + number % 3, seed=0)
         for number, ids in prompts.items()
@@ -49,7 +49,7 @@ def generate(engine: StepEngine, prompts: dict[int, tuple[int, ...]], max_tokens
 def padded_and_not(
     group: RankGroup, model: str, transport: str, dbo: str, prompts_by_rank: list[dict[int, tuple[int, ...]]]
 ) -> list[dict[str, Any]]:
-    """Without padding, then with it, in new engines."""
+    """Generate without padding, then with it, in new engines."""
     options = EngineConfig(
         model=model,
         ranks=group.size,
@@ -74,7 +74,7 @@ SIZES = (19, 24)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Of one step: hidden states, all blocks of the cache but block 0, pairs that this rank computed, pairs counted."""
+    """The results of one step. cache: all blocks but block 0. num_pairs: those that this rank computed."""
 
     hidden_TD: torch.Tensor
     cache: torch.Tensor
@@ -85,7 +85,7 @@ class Outcome:
 def outcomes_of_rank(
     group: RankGroup, folder: Path, transport: str, cases: list[tuple[tuple[int, ...], ...]]
 ) -> list[list[Outcome]]:
-    """For each plan the eager step, then the padded one of every size."""
+    """Run for each plan the eager step, then the padded one of every size."""
     twin = Twin.load(None, folder, group=group, transport=transport, dtype=torch.float64)
     layers = list(twin.ours.decoder_layers())
     mixed = mixed_requests(seed=10 * group.rank)
@@ -104,12 +104,12 @@ def outcomes_of_rank(
 
 
 def outcomes_of_jobs(group: RankGroup, jobs: list[tuple[Path, str]]) -> list[list[list[Outcome]]]:
-    """One start of the ranks for all of them."""
+    """Run `outcomes_of_rank` for all jobs in one start of the ranks."""
     return [outcomes_of_rank(group, folder, transport, TWO_RANKS) for folder, transport in jobs]
 
 
 def run(twin: Twin, batch: Batch, plan: Plan, num_ranks: int) -> Outcome:
-    """One step. Every rank must call it."""
+    """Run one step. Every rank must call it."""
     config, num_pairs, compute = twin.ours.config, 0, Experts.compute
 
     def counting(experts: Experts, rows: Rows) -> torch.Tensor:

@@ -17,7 +17,7 @@ def test_takes_all_but_block_0_and_gives_back() -> None:
     first = pool.take(3)
     assert first is not None and len(set(first)) == 3 and 0 not in first
     assert pool.take(2) is None
-    assert pool.num_free == 1, "an attempt in vain takes nothing"
+    assert pool.num_free == 1, "a failed attempt takes nothing"
     pool.give_back(first)
     assert pool.num_free == 4
     assert sorted(pool.take(4) or ()) == [1, 2, 3, 4]
@@ -119,7 +119,7 @@ def test_keys_say_all_tokens_before() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=60))
 def test_every_block_is_held_or_free(events: list[tuple[int, int]]) -> None:
-    """Random requests take, publish, share and give back; the books are right after each."""
+    """Random requests take, publish, share and give back blocks; the counts are right after each event."""
     pool, held, number = BlockPool(9, 4), [], 0
     for kind, value in events:
         if kind == 0 and (blocks := pool.take(value % 4)) is not None:

@@ -1,4 +1,4 @@
-"""The KV cache of a GPU: the arithmetic by numbers, and the largest step on the CPU, with memory made up."""
+"""The size of a GPU's KV cache: the arithmetic, and the largest step run on the CPU with made-up memory figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine makes of a checkpoint that is not as it should be: it says so once, and every rank does the same."""
+"""Checkpoints with flaws: the engine warns once, and every rank reads the same files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_stale_index_beside_a_good_file(folder: Path, ranks: int, caplog: pyte
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.processes)])
 def test_an_index_that_lacks_a_tensor_of_one_rank(folder: Path, ranks: int, caplog: pytest.LogCaptureFixture) -> None:
-    """All ranks read the single file then, also one whose tensors are all in the index."""
+    """Then all ranks read the single file, even one whose tensors are all in the index."""
     expected = tokens_of(folder, 1)
     write_single_file(folder)
     for shard in folder.glob("model-*"):

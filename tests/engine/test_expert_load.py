@@ -1,4 +1,4 @@
-"""The load of expert ranks: counted exactly in the steps whose turn it is, and not touched by the plan."""
+"""The load of expert ranks is counted exactly, in every 64th step, whatever the plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.prompts import mixed_prompts
 
 
 class FixedRouter(nn.Module):
-    """Routes as it is given them."""
+    """Returns the expert ids it is given."""
 
     def forward(self, ids_TK: torch.Tensor) -> Routes:
         return Routes(ids_TK, torch.ones(ids_TK.shape))

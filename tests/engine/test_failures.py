@@ -1,4 +1,4 @@
-"""Whatever fails gives one clear error in time and leaves no process behind."""
+"""Every failure gives one clear error in time, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONG = SamplingParams(max_tokens=1500, ignore_eos=True)
 
 @contextmanager
 def clean_end(within_s: float) -> Iterator[None]:
-    """What happens inside must be over in time and leave no worker."""
+    """Assert that the block ends in time and leaves no worker behind."""
     before = worker_pids()
     start = time.monotonic()
     yield
@@ -100,7 +100,7 @@ def test_a_worker_that_ends_without_a_word_is_named() -> None:
 
 @pytest.mark.processes
 def test_a_report_of_another_thread_ends_the_engine_at_once() -> None:
-    """Long before the time limit, though the rank's own thread never comes back to its socket."""
+    """Long before the time limit, although the rank's own thread never returns to its socket."""
     before = worker_pids()
     with (
         LLM(ranks=2, transport="tests.support.transports:ReportsFromAnotherThread", timeout_s=100) as llm,
@@ -219,7 +219,7 @@ def test_an_interrupted_call_on_one_rank_frees_everything_and_the_next_one_works
 
 @pytest.mark.processes
 def test_a_message_takes_effect_at_the_same_step_on_all_ranks(two_ranks: LLM) -> None:
-    """Calls that follow one another closely take as many steps as tokens, whichever rank hears of them first."""
+    """Calls in quick succession take as many steps as tokens, whichever rank gets the message first."""
     for _ in range(15):
         before = two_ranks.stats()["steps"]
         two_ranks.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))

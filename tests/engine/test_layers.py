@@ -1,4 +1,4 @@
-"""Overlap from a first to a last layer: those run in lanes, the others whole, and the result is that of no split."""
+"""Overlap from a first to a last layer: these run in lanes, the others unsplit, and the result does not change."""
 
 from __future__ import annotations
 

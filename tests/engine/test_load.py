@@ -1,6 +1,6 @@
-"""Many requests over a KV cache that holds a tenth of them: every text equals that of the request alone on one rank.
+"""Many requests with a KV cache that holds a tenth of them: every text equals that of the request alone on one rank.
 
-100 requests are run with every change, 500 by `make test-slow`.
+100 requests are run by default, 500 by `make test-slow`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ THRESHOLDS = {"dbo_prefill_token_threshold": 64, "dbo_decode_token_threshold": 1
 
 @lru_cache(maxsize=2)
 def load(num_requests: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts of 3 to some 200 tokens, many with beginnings in common; outputs of 1 to 3, some of 40 to 59, which
-    outgrow what was free when they were admitted; a quarter is drawn.
+    """Make prompts of 3 to about 200 tokens, many with common prefixes, and outputs of 1 to 3 tokens.
+
+    Some outputs have 40 to 59 tokens, which outgrow what was free when they were admitted. A quarter is drawn.
     """
     numbers = random.Random(7)
     tokenizer = Tokenizer(str(bundled_model()))
@@ -50,7 +51,7 @@ def load(num_requests: int) -> tuple[list[list[int]], list[SamplingParams]]:
 
 @lru_cache(maxsize=2)
 def texts_alone(num_requests: int) -> list[list[int]]:
-    """Each request by itself on one rank: one runs at a time, and nothing of another one is found."""
+    """Run each request by itself on one rank: one at a time, and without the prefix cache."""
     prompts, params = load(num_requests)
     with LLM(max_num_seqs=1, prefix_caching=False, dtype="float32") as llm:
         outputs = llm.generate(prompts, params)
@@ -61,7 +62,7 @@ def texts_alone(num_requests: int) -> list[list[int]]:
 
 
 def bytes_for_a_tenth(num_requests: int, ranks: int) -> int:
-    """On a rank, so that all ranks together hold a tenth of all tokens; and one block for padding."""
+    """The bytes per rank with which all ranks together hold a tenth of all tokens, with one block for padding."""
     prompts, params = load(num_requests)
     num_tokens = sum(len(ids) + param.max_tokens for ids, param in zip(prompts, params, strict=True))
     num_blocks = 1 + num_tokens // 10 // ranks // BLOCK_SIZE

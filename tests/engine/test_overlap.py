@@ -1,4 +1,4 @@
-"""Overlap is real: over a simulated link dual steps are faster, and each lane computes while the other communicates."""
+"""Over a simulated link dual steps are faster, and each lane computes while the other communicates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Trial:
 
 @pytest.fixture(scope="module")
 def trial() -> Trial:
-    """A machine that others use may change its speed between tuning and measuring; then there is another trial."""
+    """Measure up to three times, because a shared machine may change its speed between tuning and measuring."""
     prompts = [problem.prompt for problem in word_problems()[:NUM_PROMPTS]]
     for _ in range(NUM_TRIALS):
         with LLM(ranks=2, transport="alltoall", prefix_caching=False) as llm:
@@ -78,10 +78,10 @@ def test_each_lane_computes_inside_the_communication_of_the_other(trial: Trial) 
             shares = [covered_share(flight, computations(step, other)) for flight in flights]
             num_covered.append(sum(share > 0 for share in shares))
             all_shares.extend(shares)
-    # The very last communication of the last lane has nobody left to compute beside it; a stop of a process, which the
-    # system is free to make, can part another one in one step, but not in most.
+    # The last communication of the last lane has no computation left to overlap with. The system may stop a process and
+    # thereby separate another one in some steps, but not in most.
     assert statistics.median_low(num_covered) >= 9
-    # A half would be perfect: the other lane has half of the computation, the step takes as long as all of it.
+    # One half would be perfect: the other lane has half of the computation, and the step takes as long as all of it.
     assert sum(all_shares) / len(all_shares) > 0.3
 
 
@@ -120,7 +120,7 @@ def communications(step: StepTimeline, lane: int) -> list[Interval]:
 
 
 def computations(step: StepTimeline, lane: int) -> list[Interval]:
-    """From where the lane gets going to where it switches or waits."""
+    """The intervals from where the lane starts or resumes to where it switches or waits."""
     found, start = [], 0
     for event in step.events:
         if event.lane != lane:

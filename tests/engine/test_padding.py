@@ -1,4 +1,4 @@
-"""A padded step gives the texts of one that is not padded: rows beyond the tokens change nothing."""
+"""A padded step gives the same texts as one without padding."""
 
 from __future__ import annotations
 

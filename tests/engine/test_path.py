@@ -1,7 +1,7 @@
-"""The way of a request through the rooms, traced from `LLM.generate` to the kernels and back.
+"""The path of a request through the rooms, traced from `LLM.generate` to the kernels and back.
 
-A room is a folder of `antiphon/`. What is traced is every call of one of its functions. Two things are left out: the
-layers' loop, where every layer visits the same rooms again, and `core`, whose data types everybody reads.
+A room is a folder of `antiphon/`. Every call of one of its functions is traced, with two exceptions: the loop over the
+layers, where every layer visits the same rooms again, and `core`, whose data types are used everywhere.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from antiphon import LLM, SamplingParams
 
 PACKAGE = Path(antiphon.__file__).parent
 MOST_CHANGES = 25
-"""Of room, down and up together, for one token."""
+"""Limit of changes of room for one token, down and up together."""
 
 
 class Tracer:
-    """Follows the calls of this thread. changes: the rooms in order, each time another one is in charge."""
+    """Traces the calls of this thread. changes: the rooms in order, with one entry for each change."""
 
     def __init__(self) -> None:
         self.changes: list[str] = []
         self.entered: Counter[str] = Counter()
         self.kernels: set[str] = set()
-        self._stack: list[tuple[str, bool]] = []  # of all calls under way: the room, and whether it is the layers' loop
+        self._stack: list[tuple[str, bool]] = []  # calls under way: room, is loop over layers?
         self._rooms: dict[str, str] = {}
         self._loops = 0
 
@@ -67,7 +67,7 @@ class Tracer:
 
 def trace(llm: LLM, num_tokens: int) -> Tracer:
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0)
-    llm.generate("Once", params)  # what is made at the first call
+    llm.generate("Once", params)  # warm-up
     with Tracer() as tracer:
         (output,) = llm.generate("The ship", params)
     assert len(output.token_ids) == num_tokens

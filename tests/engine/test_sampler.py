@@ -1,4 +1,4 @@
-"""The sampler: which slices get a token, seeds, and the logits and logprobs that were asked for."""
+"""The sampler: which slices get a token, seeds, and the logits and logprobs that requests ask for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD_VD = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
 
 
 def to_logits(hidden_ND: torch.Tensor) -> torch.Tensor:
-    """Row by row, so that a row does not depend on how many others there are."""
+    """Compute logits row by row, so that a row does not depend on the number of others."""
     return (hidden_ND.unsqueeze(1) * HEAD_VD).sum(-1)
 
 

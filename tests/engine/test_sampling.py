@@ -1,4 +1,4 @@
-"""How tokens are drawn: against plain Python on random small logits, and by statistics on the bundled model's."""
+"""How tokens are drawn: against plain Python on small random logits, and by statistics on the bundled model's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=12)
 
 @st.composite
 def requests_with_logits(draw: st.DrawFn) -> tuple[list[float], Request]:
-    """Any mixture of parameters; most of them are off, so that each is also seen alone."""
+    """Any mixture of parameters. Most of them are off, so that each is also tested alone."""
 
     def maybe(values: st.SearchStrategy[Any], otherwise: Any) -> Any:
         return draw(st.one_of(st.just(otherwise), values))
@@ -70,7 +70,7 @@ def requests_with_logits(draw: st.DrawFn) -> tuple[list[float], Request]:
 def test_a_batch_equals_plain_python(
     cases: list[tuple[list[float], Request]], dtype: torch.dtype, num_likeliest: int, most_elements: int
 ) -> None:
-    """Whatever the chunks, and however few tokens are put in order at first."""
+    """Whatever the chunks, and however few tokens are sorted at first."""
     expected = []
     for number, (logits, request) in enumerate(cases):
         request.request_id = number
@@ -104,7 +104,7 @@ SHORT = 256
 
 
 def p_value(counts: Counter[int], weighted: Sequence[tuple[int, float]]) -> float:
-    """Of a chi-square test; tokens that are expected less than 10 times are counted together."""
+    """The p-value of a chi-square test. Tokens that are expected less than 10 times are counted together."""
     total = math.fsum(weight for _, weight in weighted)
     assert set(counts) <= {token_id for token_id, _ in weighted}, "a token was drawn that may not be"
     bins: list[tuple[int, float]] = []
@@ -124,7 +124,7 @@ def p_value(counts: Counter[int], weighted: Sequence[tuple[int, float]]) -> floa
 
 
 def draw_many(logits_V: torch.Tensor, num_draws: int = NUM_DRAWS, **params: Any) -> Counter[int]:
-    """By requests with other seeds and other numbers of tokens."""
+    """Draw with a different seed for every request."""
     counts: Counter[int] = Counter()
     rows = 500
     for start in range(0, num_draws, rows):
@@ -272,7 +272,7 @@ def test_every_64_bits_give_a_number_that_can_be_divided_by() -> None:
 
 
 def test_one_number_a_token_whatever_may_be_drawn() -> None:
-    """Who wins among all wins among fewer, if it is one of them; so a limit changes a text only where it must."""
+    """The token that wins among all also wins among fewer, if it is one of them, so limits change little."""
     logits_V = torch.linspace(6, -6, 128)
     requests = [make_request(i, seed=i, temperature=1.0) for i in range(200)]
     free = [token.token_id for token in choose(logits_V.expand(200, -1), requests)]

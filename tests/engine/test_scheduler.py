@@ -1,4 +1,4 @@
-"""The scheduler of one rank: who runs when and with how many tokens, and that blocks hold what requests think."""
+"""The scheduler of one rank: which requests run when, with how many tokens, and what their blocks hold."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def step(scheduler: Scheduler, tokens: Iterable[int] | int = WORD) -> list[Token
 
 
 def run(scheduler: Scheduler, *, limit: int = 200) -> list[Batch]:
-    """Step until everything has ended; the batches."""
+    """Step until all requests have ended. Returns the batches."""
     batches = []
     while scheduler.num_unfinished:
         batches.append(scheduler.next_batch())
@@ -103,7 +103,7 @@ def test_prompts_come_first_and_whole() -> None:
 
 
 def test_a_batch_can_be_asked_for_again() -> None:
-    """A step does not run while a message has reached only some of the ranks."""
+    """A step does not run as long as a message has reached only some of the ranks."""
     scheduler = make_scheduler(max_num_batched_tokens=20)
     scheduler.add([make_request(number, 8) for number in range(4)])
     assert scheduler.next_batch() == scheduler.next_batch()
@@ -118,7 +118,7 @@ def test_sequences_of_a_step_are_limited() -> None:
 
 
 def test_what_the_sampler_keeps_goes_with_the_request() -> None:
-    """Whoever made a request may keep it: `LLM.generate` does, for all prompts of a call."""
+    """The caller may keep a request: `LLM.generate` does, for all prompts of a call."""
     scheduler = make_scheduler()
     requests = [make_request(number, 3, max_tokens=1 + number) for number in range(2)]
     for request in requests:
@@ -233,7 +233,7 @@ def test_a_prompt_finds_what_another_one_has_computed() -> None:
 
 
 def test_hits_appear_when_a_step_commits() -> None:
-    """Two prompts in one step compute the same tokens twice: neither may read what the other is writing."""
+    """Two equal prompts in one step are both computed, because neither may read what the other is writing."""
     scheduler = make_scheduler()
     text = list(range(50, 70))
     scheduler.add([make_request(0, text), make_request(1, text)])
@@ -427,7 +427,8 @@ _SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 12), st.integers(0, 2), s
 class AnyOrder(RuleBasedStateMachine):
     """Adds, aborts and steps at random, over a cache that remembers what is written to it.
 
-    After each event the books are right; every slice finds its own text in its blocks; in the end all are served.
+    After each event every block is held or free. Every slice finds its own text in its blocks. In the end all requests
+    are served.
     """
 
     @initialize(

@@ -1,4 +1,4 @@
-"""The start: what ranks say meanwhile, and that the time they may take does not depend on the size of a model."""
+"""The start: its progress reports, and a time limit that does not depend on the size of the model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_two_ranks_say_how_far_they_are() -> None:
             0,
             f"{LOADING}: 25% of 4.0 MB",
         ),
-        # Who has loaded does not hide who still loads.
+        # A rank that has loaded does not hide one that is still loading.
         ({0: Starting(what="waiting"), 1: Starting(what=LOADING, bytes_read=1, num_bytes=4)}, 0, f"{LOADING}: 25% of "),
         ({0: Starting(what="waiting"), 1: Starting(what="ready")}, 1, "ready"),
     ],
@@ -98,7 +98,7 @@ def test_the_throttle_passes_every_change_and_little_else() -> None:
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_rank_that_loads_for_longer_than_a_peer_may_take_is_waited_for() -> None:
-    """Ranks wait 2 s for a peer; rank 1 takes 4 s to load, then they exchange something."""
+    """Ranks wait 2 s for a peer; rank 1 takes 4 s to load before the first exchange."""
     said: list[str] = []
     start = time.monotonic()
     with LLM(ranks=2, transport="tests.support.transports:LoadsSlowly", timeout_s=2, on_start=said.append) as llm:
@@ -109,7 +109,7 @@ def test_a_rank_that_loads_for_longer_than_a_peer_may_take_is_waited_for() -> No
 
 
 class Script(WorkerClient):
-    """The front's end of a start, whose ranks say what a script says."""
+    """A client whose ranks send the messages of a script."""
 
     def __init__(self, script: list[tuple[int, FromWorker]]) -> None:
         self._ranks = 2
@@ -162,7 +162,7 @@ except ValueError as error:
 @pytest.mark.slow  # tests/models/test_hub.py has the hub, and this that the workers get its folder
 @pytest.mark.processes
 def test_a_model_is_an_id_on_the_hub(one_rank: LLM, tmp_path: Path) -> None:
-    """The workers get the folder of the hub's cache, and ask nothing."""
+    """The workers get the folder in the hub's cache, and send no requests to the hub."""
     main, second = tmp_path / "main", tmp_path / "second"
     shutil.copytree(bundled_model(), main)
     shutil.copytree(bundled_model(), second)

@@ -1,4 +1,4 @@
-"""One `LLM` and several threads, and what its progress function may ask for."""
+"""One `LLM` used by several threads, and what its progress function may call."""
 
 from __future__ import annotations
 

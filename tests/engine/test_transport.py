@@ -1,4 +1,4 @@
-"""A transport that fails at the start: what the machine lacks is said, if that is why."""
+"""A transport that fails at the start: the error names what the machine lacks, if that is the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop of a worker, with an engine that says what it is told to."""
+"""The loop of a worker, with a fake engine whose outputs are given."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Scheduler:
 
 
 class Engine:
-    """The outputs of each step; after the last nobody has work."""
+    """A fake engine. outputs: those of each step; after the last, no rank has work."""
 
     def __init__(self, *outputs: list[TokenOutput]) -> None:
         self.scheduler = Scheduler()
@@ -49,7 +49,7 @@ class Engine:
 
 @pytest.fixture
 def sockets() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
-    """(of the front, of the worker)"""
+    """The sockets of the frontend and of the worker."""
     with zmq.Context() as context, context.socket(zmq.PAIR) as front, context.socket(zmq.PAIR) as worker:
         front.bind("inproc://worker")
         worker.connect("inproc://worker")
@@ -60,7 +60,7 @@ def sockets() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
 def test_steps_without_a_token_give_a_sign_from_time_to_time(
     sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]], sign_s: float, said: list[list[TokenOutput]]
 ) -> None:
-    """A long prompt is no silence: the front ends ranks that do not say anything for too long."""
+    """Otherwise the frontend would take a long prompt for silence, and end the ranks."""
     front, socket = sockets
     for message in (Work(wave=1), Stop(wave=2)):
         front.send(encode(message))
@@ -78,7 +78,7 @@ def test_steps_without_a_token_give_a_sign_from_time_to_time(
 # ---- warnings of the ranks
 
 
-def test_warnings_go_to_the_front_with_the_step_that_has_them(
+def test_warnings_go_to_the_frontend_after_the_step_that_logs_them(
     sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]],
 ) -> None:
     front, socket = sockets
@@ -105,7 +105,7 @@ def test_warnings_go_to_the_front_with_the_step_that_has_them(
     assert found == [*warned, Tokens(outputs=[TOKEN])]
 
 
-def test_the_front_says_once_what_all_ranks_say(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_frontend_logs_once_what_all_ranks_warn_of(caplog: pytest.LogCaptureFixture) -> None:
     warnings = RankWarnings()
     for text in ("100 % slow", "100 % slow", "and more", "100 % slow"):
         warnings.log(Warned(logger="antiphon.kernels", text=text))
@@ -116,7 +116,7 @@ def test_the_front_says_once_what_all_ranks_say(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.processes
-def test_what_ranks_warn_of_reaches_the_user_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_of_ranks_reach_the_user_once(caplog: pytest.LogCaptureFixture) -> None:
     with LLM(ranks=2, transport="tests.support.transports:Warns", dbo="off", device="cpu") as llm:
         assert caplog.messages == ["this transport is slow: time; patience"]
         llm.generate("Once upon a time", SamplingParams(max_tokens=3))

@@ -1,4 +1,4 @@
-"""What the front tells its workers: they go by it, and neither match the checkpoint nor compare tensors again."""
+"""Workers use what the frontend passes to them, and neither match the checkpoint nor compare tensors again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SINGLE = "model.safetensors"
 
 
 def add_single_file(folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda tensors: None) -> None:
-    """All tensors of the shards, beside them. change: what is put in or taken out first."""
+    """Write all tensors of the shards to a single file next to them. change: called with the tensors before."""
     tensors: dict[str, torch.Tensor] = {}
     for shard in folder.glob("model-*"):
         tensors |= load_file(shard)
@@ -39,11 +39,11 @@ def add_single_file(folder: Path, change: Callable[[dict[str, torch.Tensor]], ob
 
 
 def as_it_is(folder: Path) -> None:
-    """Shards and their index; the model is tied, and has an embedding alone."""
+    """Shards with their index; the embeddings are tied, and only the embedding is stored."""
 
 
 def shard_missing(folder: Path) -> None:
-    """So that the single file beside the index is read."""
+    """Makes the single file next to the index the one that is read."""
     add_single_file(folder)
     next(folder.glob("model-*")).unlink()
 
@@ -76,12 +76,12 @@ def options(folder: Path, **changes: Any) -> EngineConfig:
 
 
 def sent(start: WorkerStart) -> WorkerStart:
-    """As it comes out of the folder of the workers."""
+    """Return it as workers read it from their folder."""
     return msgspec.json.decode(msgspec.json.encode(start), type=WorkerStart)
 
 
 class Opened:
-    """Counts of what is opened and read from here on; matching and comparing are errors."""
+    """Counts the files and tensors that are read from now on; matching and comparing raise an error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.files: Counter[str] = Counter()
@@ -89,7 +89,7 @@ class Opened:
         really_open, really_read = Checkpoint._open, Checkpoint.tensor
 
         def refuse(*_: object, **__: object) -> None:
-            raise AssertionError("it is matched or compared again")
+            raise AssertionError("the checkpoint is matched or compared again")
 
         def open_file(checkpoint: Checkpoint, file_name: str) -> Any:
             self.files[file_name] += 1
@@ -107,61 +107,63 @@ class Opened:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_a_worker_has_the_fronts_configuration_without_a_look_at_weights(
+def test_a_worker_has_the_configuration_of_the_frontend_without_reading_weights(
     folder: Path, checkpoint: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(folder)
-    front = options(folder, ranks=2).resolve().with_end_tokens((2, 3))
+    frontend = options(folder, ranks=2).resolve().with_end_tokens((2, 3))
     opened = Opened(monkeypatch)
-    config = sent(WorkerStart.of(front)).resolve()
-    assert config == replace(front, checkpoint_notes=())  # the front has said them
+    config = sent(WorkerStart.of(frontend)).resolve()
+    assert config == replace(frontend, checkpoint_notes=())  # the frontend has logged them
     assert not opened.files and not opened.tensors
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_a_rank_opens_the_files_of_the_front_and_reads_each_tensor_once(
+def test_a_rank_opens_the_files_of_the_frontend_and_reads_each_tensor_once(
     folder: Path, checkpoint: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(folder)
-    front = options(folder).resolve()
-    assert front.matched is not None
+    frontend = options(folder).resolve()
+    assert frontend.matched is not None
     opened = Opened(monkeypatch)
-    engine = build_engine(sent(WorkerStart.of(front)).resolve(), RankGroup(rank=0, size=1))
+    engine = build_engine(sent(WorkerStart.of(frontend)).resolve(), RankGroup(rank=0, size=1))
     shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     assert opened.files.keys() == (shards if checkpoint is as_it_is else {SINGLE})
     assert set(opened.tensors.values()) == {1}
     assert (EMBEDDING in opened.tensors) == (checkpoint is not head_alone)
     assert (HEAD in opened.tensors) == (checkpoint in (different_heads, head_alone))
-    assert weights_of(engine) == weights_of(build_engine(front, RankGroup(rank=0, size=1)))
+    assert weights_of(engine) == weights_of(build_engine(frontend, RankGroup(rank=0, size=1)))
 
 
 def weights_of(engine: Any) -> list[float]:
     return [parameter.double().sum().item() for parameter in engine.runner.model.parameters()]
 
 
-def told(front: ResolvedConfig, **changes: Any) -> ResolvedConfig:
-    """What a worker makes of it if the front has found something else. changes: of `MatchedFiles`."""
-    assert front.matched is not None
-    return sent(msgspec.structs.replace(WorkerStart.of(front), matched=replace(front.matched, **changes))).resolve()
+def told(frontend: ResolvedConfig, **changes: Any) -> ResolvedConfig:
+    """Return what a worker resolves if the frontend has found something else. changes: of `MatchedFiles`."""
+    assert frontend.matched is not None
+    return sent(
+        msgspec.structs.replace(WorkerStart.of(frontend), matched=replace(frontend.matched, **changes))
+    ).resolve()
 
 
-def test_a_worker_takes_the_file_that_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_reads_the_file_that_the_frontend_chose(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_single_file(folder)
-    front = options(folder).resolve()
-    assert front.matched is not None and not front.matched.single_file
+    frontend = options(folder).resolve()
+    assert frontend.matched is not None and not frontend.matched.single_file
     opened = Opened(monkeypatch)
-    build_engine(told(front, single_file=True), RankGroup(rank=0, size=1))
+    build_engine(told(frontend, single_file=True), RankGroup(rank=0, size=1))
     assert opened.files.keys() == {SINGLE}
 
 
-def test_a_worker_takes_the_head_that_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_reads_the_head_that_the_frontend_chose(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     equal_heads(folder)
-    front = options(folder).resolve()
+    frontend = options(folder).resolve()
     opened = Opened(monkeypatch)
-    build_engine(told(front, tied_embeddings=False), RankGroup(rank=0, size=1))
+    build_engine(told(frontend, tied_embeddings=False), RankGroup(rank=0, size=1))
     assert opened.tensors[EMBEDDING] == opened.tensors[HEAD] == 1
     opened.tensors.clear()
-    build_engine(told(front, embedding_name=HEAD), RankGroup(rank=0, size=1))
+    build_engine(told(frontend, embedding_name=HEAD), RankGroup(rank=0, size=1))
     assert opened.tensors[EMBEDDING] == 0 and opened.tensors[HEAD] == 1
 
 
@@ -173,16 +175,16 @@ def test_options_alone_match_the_checkpoint(folder: Path) -> None:
 
 
 def test_dummy_weights_match_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    front = options(folder, load_format="dummy").resolve()
+    frontend = options(folder, load_format="dummy").resolve()
     opened = Opened(monkeypatch)
-    assert front.matched is None and sent(WorkerStart.of(front)).resolve() == front
-    build_engine(front, RankGroup(rank=0, size=1))
+    assert frontend.matched is None and sent(WorkerStart.of(frontend)).resolve() == frontend
+    build_engine(frontend, RankGroup(rank=0, size=1))
     assert not opened.files and not opened.tensors
 
 
 @pytest.mark.processes
 def test_a_file_that_goes_before_the_ranks_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single file that is there now is another checkpoint: no rank may read it in place of the shards."""
+    """A single file that has appeared since is another checkpoint: no rank may read it instead of the shards."""
     really_start = LocalRanks.start
 
     def start(ranks: LocalRanks, *words: Any) -> None:

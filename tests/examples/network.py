@@ -1,6 +1,6 @@
-"""Two network namespaces of this machine, joined by one cable: as far as the network goes, two hosts.
+"""Two network namespaces of this machine, joined by a virtual cable: to the network they are two hosts.
 
-Each has `lo` and one interface, and no route anywhere else, so nothing that runs there reaches other machines.
+Each has `lo` and one interface, and no route to anywhere else, so nothing that runs there reaches other machines.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Host", "NoNamespacesError", "two_hosts"]
-
 
 class NoNamespacesError(Exception):
-    """This machine, or this user, cannot make them."""
+    """This machine does not allow this user to make network namespaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +23,18 @@ class Host:
     interface: str
 
     def command(self, words: list[str]) -> list[str]:
-        """The command that runs `words` there."""
+        """Return the command that runs `words` on this host."""
         return ["ip", "netns", "exec", self.namespace, *words]
 
     def bytes_sent(self) -> int:
-        """Over its interface, since it was made."""
+        """Return the bytes sent over its interface since it was made."""
         printed = _ip("-n", self.namespace, "-s", "-j", "link", "show", "dev", self.interface)
         return int(json.loads(printed)[0]["stats64"]["tx"]["bytes"])
 
 
 @contextmanager
 def two_hosts(addresses: tuple[str, str], interface: str) -> Iterator[tuple[Host, Host]]:
-    """Both with an interface of this name. Raises `NoNamespacesError` with what the system says."""
+    """Make two hosts, each with an interface of this name. Raises `NoNamespacesError` if the system refuses."""
     hosts = tuple(Host(f"antiphon-{os.getpid()}-{place}", interface) for place in range(2))
     first, second = hosts
     made = []

@@ -1,4 +1,4 @@
-"""Every example runs and shows what it is there to show."""
+"""Every example runs and shows what it claims."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TESTED = {"offline_overlap.py", "own_moe.py", "serve_and_ask.py"}  # own_moe.py 
 
 
 def torchrun_of(line: str) -> list[str]:
-    """A line of the documents as a command of this Python."""
+    """Turn a line of the documentation into a command for this Python."""
     program, *words = line.partition("#")[0].split()
     assert program == "torchrun"
     return [sys.executable, "-m", "torch.distributed.run", *words]
 
 
 def start(command: list[str], output: Path, **settings: str) -> subprocess.Popen[bytes]:
-    """In a session of its own, so that all its processes can be ended."""
+    """Start a command in its own session, so that all its processes can be killed."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **settings}
     with output.open("wb") as file:
         return subprocess.Popen(
@@ -38,7 +38,7 @@ def start(command: list[str], output: Path, **settings: str) -> subprocess.Popen
 
 
 def wait_for_all(processes: list[subprocess.Popen[bytes]], limit_s: float) -> list[int | None]:
-    """Their exit codes; `None` for one that did not end in time. Nothing of them is left."""
+    """Return the exit codes, `None` for one that did not end in time. All processes are killed afterwards."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.05)

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 
 def serve(work: Callable[[AsyncEngine], Coroutine[Any, Any, None]], **options: Any) -> None:
-    """Run `work` in an event loop of its own, unless told otherwise over two ranks with overlap on."""
+    """Run `work` in its own event loop, by default over two ranks with overlap on."""
 
     async def main() -> None:
         engine = AsyncEngine(EngineConfig(**{"ranks": 2, "policy": OverlapPolicy(dbo="on")} | options))
@@ -105,7 +105,7 @@ async def _cancelled_requests_leave_nothing(engine: AsyncEngine) -> None:
 
 async def _dbo_can_be_changed(engine: AsyncEngine) -> None:
     for dbo, plan in (("off", "serial"), ("on", "dual")):
-        async with asyncio.timeout(20):  # questions that meet on their way are all answered
+        async with asyncio.timeout(20):  # concurrent questions are all answered
             await asyncio.gather(engine.statistics(), engine.reconfigure(dbo=dbo), engine.statistics())
         before = (await engine.statistics())[0]["steps_by_plan"][plan]
         assert await texts_of(engine, mixed_prompts(2)[0], SamplingParams(max_tokens=4, n=4, ignore_eos=True))
@@ -147,7 +147,7 @@ def test_a_rank_that_dies_ends_every_stream_with_one_error() -> None:
 
 
 def test_requests_that_wait_at_a_busy_rank_are_all_answered() -> None:
-    """More than a socket of ZeroMQ keeps by default, on its two sides."""
+    """More requests than ZeroMQ sockets queue by default, on both sides together."""
 
     async def work(engine: AsyncEngine) -> None:
         workers = [pid for pid in worker_pids() if pid not in before]

@@ -1,4 +1,4 @@
-"""Chats: messages as callers write them, the checkpoint's template, its variables, and what it refuses."""
+"""Chats: the messages of callers, the checkpoint's template, its variables, and what it refuses."""
 
 from __future__ import annotations
 

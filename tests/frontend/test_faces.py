@@ -1,4 +1,4 @@
-"""What a user of the offline API can write: prompts as dicts, chats, the tokenizer, statistics, and `print(llm)`."""
+"""The faces of the offline API: prompts as dicts, chats, the tokenizer, statistics, and `print(llm)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frontend takes another launcher: one whose ranks and frontend find each other over TCP, as on several hosts."""
+"""The frontend accepts another launcher, whose ranks and frontend connect over TCP, as on several hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collecting a request's outputs: text piece by piece, stop strings, logprobs, and who is told to stop."""
+"""Collecting a request's outputs: text piece by piece, stop strings, logprobs, and when to cancel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bundled() -> Tokenizer:
 
 
 class Letters:
-    """Token i is the i-th text; token 0 is special. Counts how many tokens it has been given to decode."""
+    """A tokenizer whose token i is the i-th text; token 0 is special. Counts the tokens that it decodes."""
 
     has_text = True
     special_ids = frozenset({0})
@@ -107,7 +107,7 @@ def test_characters_come_whole(text: str) -> None:
 @settings(max_examples=300, deadline=None, database=None)
 @given(data=st.data(), prompt=st.sampled_from(["", " ", "a", "Once upon", "Once upon ", "你"]))
 def test_pieces_with_marked_spaces_add_up(pieces: Tokenizer, data: st.DataObject, prompt: str) -> None:
-    """To what the whole sequence, prompt and output, is decoded to; a text that begins it has no space in front."""
+    """They add up to the decoded sequence of prompt and output. A text at its beginning has no leading space."""
     prompt_ids = pieces.encode(prompt)
     common = st.sampled_from([0, 2, *pieces.encode("a  was there! 你é", add_special_tokens=False)])
     anything = st.one_of(common, st.integers(0, 258), st.integers(259, 300))

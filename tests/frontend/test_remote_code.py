@@ -1,4 +1,4 @@
-"""Nothing that a checkpoint brings is executed, on no path, whatever standard input says."""
+"""No code of a checkpoint is ever executed, whatever standard input says."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CLASSES = {"AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"]
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """A file that the checkpoint's code would write."""
+    """The file that the checkpoint's code would write."""
     return tmp_path / "executed"
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, marker: Path) -> Path:
-    """Good weights, a good `tokenizer.json`, and code that its config files ask for."""
+    """A checkpoint with good weights, a good `tokenizer.json`, and code that its config files name."""
     folder = copy_bundled(tmp_path, auto_map=CLASSES, tokenizer_class="Evil")
     classes = {"AutoConfig": "tokenization_evil.Evil", "AutoModelForCausalLM": "tokenization_evil.Evil", **CLASSES}
     rewrite_json(folder / "config.json", auto_map=classes, model_type="evil")
@@ -82,7 +82,7 @@ def test_a_yes_on_standard_input_executes_nothing(checkpoint: Path, marker: Path
 
 
 class StartedError(Exception):
-    """Raised in place of a start: by then the tokenizer has been loaded."""
+    """Raised instead of starting the ranks, when the tokenizer has been loaded."""
 
 
 def by_llm(checkpoint: Path) -> object:
@@ -159,7 +159,7 @@ def test_every_call_that_loads_by_transformers_says_no() -> None:
 
 
 def test_a_chat_template_cannot_reach_out(tmp_path: Path, marker: Path) -> None:
-    """Templates are programs too, but of a sandbox."""
+    """Templates are programs too, but run in a sandbox."""
     for number, attack in enumerate(
         [
             "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}",

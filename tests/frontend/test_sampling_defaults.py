@@ -1,4 +1,4 @@
-"""What a caller leaves open of the sampling: the same offline, on the command line and in the server."""
+"""Sampling parameters that the caller leaves open: the same offline, on the command line and in the server."""
 
 from __future__ import annotations
 

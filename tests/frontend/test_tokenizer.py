@@ -1,4 +1,4 @@
-"""Texts of single tokens, and folders whose tokenizer cannot be loaded."""
+"""The texts of single tokens, and folders whose tokenizer cannot be loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a program passes to the offline API, it gets an `AntiphonError` of one line, before anything starts."""
+"""Wrong types and values passed to the offline API raise an `AntiphonError` of one line, before anything starts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WRONG: dict[str, list[Any]] = {
 
 
 def name_of(value: Any) -> str:
-    """The same in every process: no address."""
+    """Name a value without addresses, so that the name is the same in every process."""
     shown = repr(value)
     return type(value).__name__ if " at 0x" in shown else shown[:30]
 

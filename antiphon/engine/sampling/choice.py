@@ -105,8 +105,9 @@ class Chooser:
             stop = start + len(list(group))
             for part in chunks(start, stop, self._chunk_size):
                 of_part = settings.cut(part, self._vocab_size)
-                changed_NV = self._changed(logits_NV[of_part.rows_N], of_part)
-                ids_N[of_part.rows_N] = self._chosen(method, changed_NV, of_part)
+                rows_N = of_part.wholes_4N[0]
+                changed_NV = self._changed(logits_NV[rows_N], of_part)
+                ids_N[rows_N] = self._chosen(method, changed_NV, of_part)
             start = stop
 
     def _method(self, params: ResolvedParams) -> _Method:
@@ -171,10 +172,11 @@ class Chooser:
         if len(settings.added_E):
             logits_NV.view(-1).index_add_(0, settings.added_at_E, settings.added_E.to(logits_NV.dtype))
         if self._counts is not None and any(has_penalties(request.params) for request in settings.requests):
+            slots_N = settings.wholes_4N[1]
             repetition_N, frequency_N, presence_N = settings.numbers_6N[3:]
             logits_NV = apply_penalties(
                 logits_NV,
-                self._counts.table_SV[settings.slots_N],
+                self._counts.table_SV[slots_N],
                 repetition_N=repetition_N,
                 frequency_N=frequency_N,
                 presence_N=presence_N,
@@ -185,18 +187,19 @@ class Chooser:
         """Choose token ids [N]; -1 where the likeliest tokens were not enough."""
         if method is _Method.GREEDY:
             return logits_NV.argmax(-1)
+        top_k_N, key_N = settings.wholes_4N[2:]
         temperature_N, top_p_N, min_p_N = settings.numbers_6N[:3]
         scaled_NV = scaled(logits_NV, temperature_N)
         if method is _Method.DRAW:
-            return draw(scaled_NV, settings.key_N, min_p_N)
+            return draw(scaled_NV, key_N, min_p_N)
         count = self._num_likeliest if method is _Method.DRAW_LIKELIEST else self._vocab_size
         ids_NK = likeliest(logits_NV, count)[1]
         chosen_N, covered_N = draw_ordered(
             scaled_NV.gather(1, ids_NK),
             ids_NK,
-            settings.key_N,
+            key_N,
             total_N=scaled_NV.exp().sum(-1),
-            top_k_N=settings.top_k_N,
+            top_k_N=top_k_N,
             top_p_N=top_p_N,
             min_p_N=min_p_N,
         )
@@ -213,22 +216,6 @@ class _Settings:
     added_at_E: torch.Tensor  # int64, places in the flattened logits of these requests
     added_E: torch.Tensor  # float64
     added_ends: list[int]  # where each request's entries in the previous two end
-
-    @property
-    def rows_N(self) -> torch.Tensor:
-        return self.wholes_4N[0]
-
-    @property
-    def slots_N(self) -> torch.Tensor:
-        return self.wholes_4N[1]
-
-    @property
-    def top_k_N(self) -> torch.Tensor:
-        return self.wholes_4N[2]
-
-    @property
-    def key_N(self) -> torch.Tensor:
-        return self.wholes_4N[3]
 
     def cut(self, part: slice, vocab_size: int) -> _Settings:
         """Return the columns of some of the requests."""
