@@ -85,7 +85,7 @@ def parse_names(text: str, option: str, valid: Sequence[str] | None = None) -> l
 
 def parse_counts(text: str, option: str) -> list[int]:
     """Integers of at least 1, separated by commas. Raises `OptionError` for anything else."""
-    counts = [parse_size(name, shown=f"--{option}: {name!r}") for name in parse_names(text, option)]
+    counts = [parse_size(name, f"--{option}") for name in parse_names(text, option)]
     if min(counts) < 1:
         raise OptionError(
             f"--{option} {text!r} is not a list of counts", remedy="write integers such as 512,2k", option=option
@@ -121,7 +121,7 @@ def parse_sizes(text: str, option: str = "sizes") -> list[int]:
 
 
 def _size(text: str, option: str) -> int:
-    size = parse_size(text, shown=f"--{option}: {text!r}", of_bytes=True)
+    size = parse_size(text, f"--{option}", of_bytes=True)
     if size < 1:
         raise OptionError(
             f"--{option} {text!r} is not a size", remedy="write bytes, or a size such as 4K, 16M, 1G", option=option

@@ -1,9 +1,9 @@
-"""Reads the command line and a YAML file before typer does.
+"""Preprocesses the command line for typer, and reads the YAML file of `--config`.
 
-It parts options of other engines from ours, names the nearest option for one that is not known, and reads the file of
-`--config`. What typer says of our own options stays typer's. Knows options only by their kind: flag, whole, count or
-bytes (a whole number that may be written as 32k), number, text, json; texts and wholes for those that may be given
-several times, words for those that also take several texts at once.
+It separates options of other engines from ours and suggests the nearest option for an unknown one. Typer still parses
+our own options. This module knows an option only by its kind: flag, whole, count or bytes (integers that may be
+written as 32k), number, text, or json. Kinds that may be repeated are texts and wholes; words also takes several texts
+at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from antiphon.core.sizes import parse_size
 CONFIG_FLAG = "--config"
 
 SEVERAL_WORDS = "several words"
-"""In the annotation of a list of texts: it takes all words up to the next option, `--served-model-name a b`."""
+"""Marks a list option that takes all words up to the next option, as in `--served-model-name a b`."""
 
 _NEGATION = "no_"
 _SIZES = ("count", "bytes")
@@ -46,7 +46,7 @@ _WHAT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnOption:
-    """One of our options as typer knows it. negative: the flags that turn it off."""
+    """One of our options as typer declares it. negative: the flags that turn it off."""
 
     name: str
     kind: str
@@ -56,7 +56,7 @@ class OwnOption:
 
 @dataclass(slots=True)
 class Arguments:
-    """`ours` for typer, in their order; `foreign` by name; the path after `--config`."""
+    """A command line, separated: words for typer in order, foreign options by name, and the path of `--config`."""
 
     ours: list[str] = field(default_factory=list)
     foreign: dict[str, Any] = field(default_factory=dict)
@@ -64,22 +64,22 @@ class Arguments:
 
 
 def json_object(name: str, text: str | None, *, example: str) -> dict[str, Any]:
-    """The JSON object of an option; empty for `None`. Raises `OptionError` for anything else."""
+    """Parse the JSON object of an option; `None` gives an empty one. Raises `OptionError` for anything else."""
     try:
         value = {} if text is None else json.loads(text)
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise OptionError(
-            f"--{name.replace('_', '-')} {text!r} is not a JSON object", remedy=f"use one such as '{example}'"
-        )
+        flag = f"--{name.replace('_', '-')}"
+        fact = f"{flag} {text!r} is not a JSON object"
+        raise OptionError(fact, remedy=f"use one such as '{example}'", option=flag, value=text)
     return value
 
 
 def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
-    """Sort the words of a command line. Underscores in an option's name are dashes.
+    """Separate the words of a command line. Underscores in an option's name count as dashes.
 
-    Raises `OptionError` for an option that nobody knows, and for a foreign one without the value that it needs.
+    Raises `OptionError` for an unknown option, and for a foreign one that lacks its value.
     """
     by_flag = {flag: option for option in options for flag in (*option.flags, *option.negative)}
     found = Arguments()
@@ -98,7 +98,7 @@ def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
         if flag in by_flag:
             kind = by_flag[flag].kind
             if kind == "words":
-                # As argparse has it, a word after `--name=a` is the MODEL, unless that is known already.
+                # As in argparse, the word after `--name=a` is the MODEL, unless that was already given.
                 more = _words(left) if has_argument or not equals else []
                 found.ours += [f"{flag}={one}" for one in _texts(flag, [text] * bool(equals) + more)]
                 continue
@@ -108,13 +108,13 @@ def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
             if flag == CONFIG_FLAG:
                 found.config = text if equals else "".join(values)
             continue
-        name, value = flag.lstrip("-").replace("-", "_"), True
+        name, value = _keyword(flag), True
         option = foreign_option(name)
         if option is None and name.startswith(_NEGATION):
             name, value = name.removeprefix(_NEGATION), False
             option = foreign_option(name)
         if option is None or (not value and option.kind != "flag"):
-            raise unknown_option(flag.lstrip("-").replace("-", "_"), _names(options), dashes=True)
+            raise unknown_option(_keyword(flag), [_keyword(own) for own in by_flag], dashes=True)
         if option.kind == "flag":
             found.foreign[name] = value if not equals else _from_text(flag, "flag", text.lower()) is value
             continue
@@ -125,8 +125,13 @@ def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
     return found
 
 
+def _keyword(flag: str) -> str:
+    """The keyword argument of a flag: `max_num_seqs` for `--max-num-seqs`."""
+    return flag.lstrip("-").replace("-", "_")
+
+
 def _parts(word: str) -> tuple[str, str, str]:
-    """The flag, "=" if there is one, and what follows it. `-O0` is vLLM's `-O=0`."""
+    """The flag, "=" if there is one, and the text after it. vLLM's `-O0` means `-O=0`."""
     if re.fullmatch(r"-O\d+", word):
         return "-O", "=", word[2:]
     flag, equals, text = word.partition("=")
@@ -134,7 +139,7 @@ def _parts(word: str) -> tuple[str, str, str]:
 
 
 def _words(left: list[str]) -> list[str]:
-    """Take the words up to the next option."""
+    """Remove the words up to the next option from `left` and return them."""
     count = next((place for place, word in enumerate(left) if word.startswith("-")), len(left))
     taken, left[:] = left[:count], left[count:]
     return taken
@@ -150,14 +155,14 @@ def _texts(flag: str, words: Sequence[str]) -> list[str]:
             items = json.loads(word) if word.startswith("[") else [word]
         except json.JSONDecodeError as error:
             raise OptionError(
-                f"{flag} {word!r} is not a JSON list", limit=str(error), remedy=f"use {flag} a b", option=flag
+                f"{flag} {word!r} is not a JSON list",
+                limit=str(error),
+                remedy=f"use {flag} a b",
+                option=flag,
+                value=word,
             ) from None
-        texts += [_value(f"{flag} {word!r}", "text", item) for item in items]
+        texts += [_value(flag, "text", item) for item in items]
     return texts
-
-
-def _names(options: Sequence[OwnOption]) -> list[str]:
-    return [flag.lstrip("-").replace("-", "_") for option in options for flag in (*option.flags, *option.negative)]
 
 
 def _next(flag: str, kind: str, left: list[str]) -> str:
@@ -167,59 +172,54 @@ def _next(flag: str, kind: str, left: list[str]) -> str:
 
 
 def _check(flag: str, kind: str, text: str) -> None:
-    """Check a value that typer will read: its own error takes five lines."""
+    """Check a value that typer will parse: its own error takes five lines."""
     if kind in _SIZES:
-        parse_size(text, shown=f"{flag} {text!r}", of_bytes=kind == "bytes")
+        parse_size(text, flag, of_bytes=kind == "bytes")
     try:
         {"whole": int, "wholes": int, "number": float}.get(kind, str)(text)
     except ValueError:
-        raise OptionError(f"{flag} {text!r} is not {_WHAT[kind]}", remedy=f"use {_WHAT[kind]}", option=flag) from None
+        raise _wrong_type(flag, kind, text) from None
 
 
 def _from_text(flag: str, kind: str, text: str) -> Any:
-    if kind == "text":
-        return text
-    if kind in _SIZES:
-        return parse_size(text, shown=f"{flag} {text!r}", of_bytes=kind == "bytes")
     try:
-        value = json.loads(text)
+        value = text if kind in ("text", *_SIZES) else json.loads(text)
     except json.JSONDecodeError:
-        raise OptionError(f"{flag} {text!r} is not {_WHAT[kind]}", remedy=f"use {_WHAT[kind]}", option=flag) from None
+        raise _wrong_type(flag, kind, text) from None
     return _value(flag, kind, value)
 
 
 @dataclass(slots=True)
 class ConfigFile:
-    """`own` by typer's name, `foreign` by theirs."""
+    """The options of a file: `own` by typer's name, `foreign` by their own."""
 
     own: dict[str, Any] = field(default_factory=dict)
     foreign: dict[str, Any] = field(default_factory=dict)
 
 
 def read_config_file(path: str, options: Sequence[OwnOption]) -> ConfigFile:
-    """A YAML file of options by name, with dashes or underscores.
+    """Read a YAML file of options by name, with dashes or underscores.
 
-    Raises `OptionError`, with the line, for what is no such file, for an unknown option, and for a value of the wrong
-    type.
+    Raises `OptionError` that names the line for a malformed file, an unknown option, or a value of the wrong type.
     """
     known: dict[str, tuple[OwnOption, bool]] = {}
     for option in options:
-        known |= {flag.lstrip("-").replace("-", "_"): (option, True) for flag in option.flags}
-        known |= {flag.lstrip("-").replace("-", "_"): (option, False) for flag in option.negative}
+        known |= {_keyword(flag): (option, True) for flag in option.flags}
+        known |= {_keyword(flag): (option, False) for flag in option.negative}
         known.setdefault(option.name, (option, True))
     found = ConfigFile()
     for name, node, value, where in _entries(path):
         if value is None:
             continue
-        if name in known and name != CONFIG_FLAG.lstrip("-"):
+        if name in known and name != _keyword(CONFIG_FLAG):
             option, positive = known[name]
-            # What is a text is taken as it stands: YAML makes a bool of `dbo: on`, and a number of `revision: 1`.
+            # Texts are taken verbatim: YAML would make a bool of `dbo: on`, and a number of `revision: 1`.
             plain = option.kind in ("text", "texts", "words") and isinstance(node, yaml.ScalarNode)
-            value = _value(f"{where}, {name}", option.kind, node.value if plain else value)
+            value = _value(name, option.kind, node.value if plain else value, f"{where}, ")
             found.own[option.name] = value if positive else not value
         elif (foreign := foreign_option(name)) is not None:
             plain = foreign.kind == "text" and isinstance(node, yaml.ScalarNode)
-            found.foreign[name] = _value(f"{where}, {name}", foreign.kind, node.value if plain else value)
+            found.foreign[name] = _value(name, foreign.kind, node.value if plain else value, f"{where}, ")
         else:
             unknown = unknown_option(name, known)
             raise OptionError(f"{where}: {unknown.fact}", remedy=unknown.remedy, option=name)
@@ -227,36 +227,23 @@ def read_config_file(path: str, options: Sequence[OwnOption]) -> ConfigFile:
 
 
 def _entries(path: str) -> list[tuple[str, yaml.Node, Any, str]]:
-    """(name, node, value, where) of every line of the file's one mapping."""
+    """(name, node, value, where) of each entry of the file's mapping."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(
-            f"{CONFIG_FLAG} {path} cannot be read",
-            limit=str(error),
-            remedy="pass a YAML file of options",
-            option=CONFIG_FLAG,
-        ) from error
+        raise _bad_file(path, "cannot be read", str(error), "pass a YAML file of options") from error
     try:
         loader = yaml.SafeLoader(text)
     except yaml.reader.ReaderError as error:
-        line_number = text.count("\n", 0, error.position) + 1
-        raise OptionError(
-            f"{CONFIG_FLAG} {path}, line {line_number} is not YAML",
-            limit=f"it has the character {chr(error.character)!r}",
-            remedy="remove it",
-            option=CONFIG_FLAG,
-        ) from error
+        number = text.count("\n", 0, error.position) + 1
+        limit = f"it has the character {chr(error.character)!r}"
+        raise _bad_file(f"{path}, line {number}", "is not YAML", limit, "remove it") from error
     try:
         root = loader.get_single_node()
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
-            raise OptionError(
-                f"{CONFIG_FLAG} {path} is not a list of options",
-                remedy="write one per line, such as `ranks: 2`",
-                option=CONFIG_FLAG,
-            )
+            raise _bad_file(path, "is not a list of options", "", "write one per line, such as `ranks: 2`")
         entries, seen = [], set()
         for key, node in root.value:
             name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else str(key)
@@ -264,36 +251,35 @@ def _entries(path: str) -> list[tuple[str, yaml.Node, Any, str]]:
             if name in seen:
                 raise OptionError(f"{where}: {name} is given twice", remedy="leave one of them out", option=name)
             seen.add(name)
-            entries.append((name, node, _constructed(loader, node, f"{where}, {name}"), where))
+            entries.append((name, node, _constructed(loader, node, name, where), where))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise OptionError(
-            f"{CONFIG_FLAG} {path}{line} is not YAML", limit=str(error.problem), remedy="correct it", option=CONFIG_FLAG
-        ) from error
+        raise _bad_file(f"{path}{line}", "is not YAML", str(error.problem), "correct it") from error
     except RecursionError:
-        raise OptionError(
-            f"{CONFIG_FLAG} {path} is nested too deeply", remedy="write one option per line", option=CONFIG_FLAG
-        ) from None
+        raise _bad_file(path, "is nested too deeply", "", "write one option per line") from None
     finally:
         loader.dispose()
     return entries
 
 
-def _constructed(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
+def _bad_file(place: str, fault: str, limit: str, remedy: str) -> OptionError:
+    return OptionError(f"{CONFIG_FLAG} {place} {fault}", limit=limit, remedy=remedy, option=CONFIG_FLAG)
+
+
+def _constructed(loader: yaml.SafeLoader, node: yaml.Node, name: str, where: str) -> Any:
     try:
         return loader.construct_object(node, deep=True)
-    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # of 2024-13-01, of !!bool perhaps
-        raise OptionError(
-            f"{where} does not have the type that YAML gives it", limit=str(error), remedy="quote a text"
-        ) from error
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # e.g. 2024-13-01 or !!bool perhaps
+        fact = f"{where}, {name} does not have the type that YAML gives it"
+        raise OptionError(fact, limit=str(error), remedy="quote a text", option=name) from error
 
 
-def _value(where: str, kind: str, value: Any) -> Any:
-    """The value, checked to be of this kind; always a list for options that can be repeated."""
+def _value(option: str, kind: str, value: Any, where: str = "") -> Any:
+    """Return the value after checking its kind; always a list for options that can be repeated."""
     if kind in _LISTS:
-        return [_value(where, _LISTS[kind], item) for item in (value if isinstance(value, list) else [value])]
+        return [_value(option, _LISTS[kind], item, where) for item in (value if isinstance(value, list) else [value])]
     if kind in _SIZES and isinstance(value, str):
-        return parse_size(value, shown=f"{where}={value!r}", of_bytes=kind == "bytes")
+        return parse_size(value, option, where=where, of_bytes=kind == "bytes")
     right = {
         "flag": isinstance(value, bool),
         "whole": is_whole(value),
@@ -304,13 +290,18 @@ def _value(where: str, kind: str, value: Any) -> Any:
         "json": isinstance(value, Mapping) or is_whole(value),
     }[kind]
     if not right:
-        raise OptionError(f"{where}={value!r} is not {_WHAT[kind]}", remedy=f"use {_WHAT[kind]}", value=value)
+        raise _wrong_type(option, kind, value, where)
     return value
+
+
+def _wrong_type(option: str, kind: str, value: Any, where: str = "") -> OptionError:
+    fact = f"{where}{option}={value!r} is not {_WHAT[kind]}"
+    return OptionError(fact, remedy=f"use {_WHAT[kind]}", option=option, value=value)
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Parses the text of an option for typer. least: the smallest valid number."""
+    """Parses a size for typer. least: the smallest valid number."""
 
     least: int | None
     of_bytes: bool
@@ -327,5 +318,5 @@ class Size:
 
 
 def size_option(help: str, *, least: int | None = None, of_bytes: bool = False) -> Any:
-    """A `typer.Option` for an integer that can be written as a size."""
+    """A `typer.Option` for an integer that may be written as a size."""
     return typer.Option(help=help, parser=Size(least, of_bytes), metavar="BYTES" if of_bytes else "COUNT")

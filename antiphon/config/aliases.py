@@ -89,7 +89,7 @@ def translate(given: Mapping[str, Any], own_names: Iterable[str]) -> Translation
             raise unknown_option(name, own_names)
         meaning = Meaning() if value is None else option.meaning(name, value)
         for ours, value_meant in meaning.own.items():
-            meant = parse_option(ours, value_meant, shown=f"{name}={value_meant!r}")
+            meant = parse_option(ours, value_meant, alias=name)
             found.check(ours, meant)
             found.own[ours] = meant
             found.said[ours] = f"{name}={value!r}"

@@ -15,6 +15,7 @@ from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError
 from antiphon.core.options import Option, instance_of, number, one_of, option, options_of, whole
 from antiphon.core.policy import OverlapPolicy
+from antiphon.core.sizes import asks_for_what_fits
 
 LOAD_FORMATS = ("auto", "dummy")
 DTYPE_NAMES = ("float32", "bfloat16", "float64")
@@ -177,9 +178,8 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(_grouped())
 OPTION_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: one.default for name, one in OPTIONS.items()})
 
 
-def parse_option(name: str, value: Any, *, shown: str = "") -> Any:
-    """What `value` means for option `name`: a text may be a size, `"32k"`. shown: as the user wrote it."""
-    shown = shown or f"{name}={value!r}"
+def parse_option(name: str, value: Any, *, alias: str = "") -> Any:
+    """The value of option `name`, with a size such as "32k" as a number. alias: the name that the user wrote."""
     if name == "max_model_len" and value == -1:
-        value = "auto"  # in vLLM they are the same
-    return OPTIONS[name].parse(value, shown=shown) if name in OPTIONS else value
+        raise asks_for_what_fits(f"{alias or name}={value}", alias or name, value)  # as "auto", also in vLLM
+    return OPTIONS[name].parse(value, alias=alias)

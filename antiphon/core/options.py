@@ -55,11 +55,11 @@ class Option:
         if self.check is not None and (value is not None or self.default is not None):
             self.check(self.name, value)
 
-    def parse(self, value: Any, *, shown: str = "") -> Any:
-        """Read a text that stands for a size; other values are returned as they are. shown: as the user wrote it."""
+    def parse(self, value: Any, *, alias: str = "") -> Any:
+        """Parse a string that stands for a size; return other values as they are. alias: how the user calls it."""
         if not self.size or not isinstance(value, str):
             return value
-        return parse_size(value, shown=shown or f"{self.name}={value!r}", of_bytes=self.size == "bytes")
+        return parse_size(value, alias or self.name, of_bytes=self.size == "bytes")
 
 
 def option(default: Any, *, name: str = "", **about: Any) -> Any:

@@ -104,45 +104,44 @@ def test_what_is_said_is_said_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "pattern"),
+    ("arguments", "names"),
     [
-        ([], "error: there is no prompt; use --prompt TEXT or --prompts-file FILE"),
-        (["--dbo", "onn"], "error: dbo='onn' is not known; use one of auto, off, on; did you mean 'on'?"),
-        (["--transport", "altoall"], "did you mean 'alltoall'?"),
-        (["--ranks", "5"], "error: num_experts=32 is not divisible by ranks=5; use 1, 2, 4, 8, 16, 32 ranks"),
-        (["--temperature", "-1"], "error: temperature=-1.0 is out of range"),
-        (["--max-tokens", "0"], "error: max_tokens=0 is out of range; use an integer of at least 1"),
-        (["--model", "/no/such"], "error: model '/no/such' is not a folder"),
-        (["--prompts-file", "/no/such"], "error: --prompts-file /no/such cannot be read"),
-        (["--split", "tokens"], "did you mean 'token'?"),
-        (["--device", "cuda", "--ranks", "64"], "error: device='cuda' needs one device a rank: ranks=64, "),
-        (["--no-peer-access", "--transport", "copy-engine", "--ranks", "2"], "error: transport 'copy-engine' "),
-        (["--model", "glm-4.5-air"], "error: model 'glm-4.5-air' is a shape without weights; use load_format='dummy'"),
-        (["--rank", "2"], "error: there is no option --rank; did you mean --ranks?"),
-        (["--enable-dboo"], "error: there is no option --enable-dboo; did you mean --enable-dbo?"),
-        (["--no-prefix-cache"], "error: there is no option --no-prefix-cache; did you mean --no-prefix-caching?"),
-        (["--ranks", "two"], "error: --ranks 'two' is not an integer; use an integer"),
-        (["--top-p=high"], "error: --top-p 'high' is not a number; use a number"),
-        (["tiny-deepseek", "--ranks"], "error: --ranks needs a value; use --ranks and an integer"),
-        (["tiny-deepseek", "--model", "glm-4.5-air"], "error: the model is given twice, as 'tiny-deepseek' and as an "),
-        (["--dbo-end-layer", "7"], "error: dbo_end_layer=7 is beyond the model's 6 layers; use at most 6"),
-        (["--min-total-tokens-to-split", "-1"], "error: min_total_tokens_to_split=-1 is out of range"),
-        (["--dtype", "half"], "error: dtype='half' is not supported"),
-        (["--logit-bias", "5"], "error: --logit-bias '5' is not a JSON object"),
-        (["--logit-bias", "{"], "error: --logit-bias '{' is not a JSON object; use one such as"),
+        ([], ["--prompt TEXT", "--prompts-file FILE"]),
+        (["--dbo", "onn"], ["dbo='onn'", "auto, off, on", "'on'?"]),
+        (["--transport", "altoall"], ["'alltoall'?"]),
+        (["--ranks", "5"], ["num_experts=32", "ranks=5", "1, 2, 4, 8, 16, 32"]),
+        (["--temperature", "-1"], ["temperature=-1.0"]),
+        (["--max-tokens", "0"], ["max_tokens=0", "1"]),
+        (["--model", "/no/such"], ["'/no/such'"]),
+        (["--prompts-file", "/no/such"], ["--prompts-file /no/such"]),
+        (["--split", "tokens"], ["'token'?"]),
+        (["--device", "cuda", "--ranks", "64"], ["device='cuda'", "ranks=64"]),
+        (["--no-peer-access", "--transport", "copy-engine", "--ranks", "2"], ["'copy-engine'"]),
+        (["--model", "glm-4.5-air"], ["'glm-4.5-air'", "load_format='dummy'"]),
+        (["--rank", "2"], ["--rank;", "--ranks?"]),
+        (["--enable-dboo"], ["--enable-dboo", "--enable-dbo?"]),
+        (["--no-prefix-cache"], ["--no-prefix-cache;", "--no-prefix-caching?"]),
+        (["--ranks", "two"], ["--ranks='two'", "an integer"]),
+        (["--top-p=high"], ["--top-p='high'", "a number"]),
+        (["tiny-deepseek", "--ranks"], ["--ranks", "an integer"]),
+        (["tiny-deepseek", "--model", "glm-4.5-air"], ["'tiny-deepseek'"]),
+        (["--dbo-end-layer", "7"], ["dbo_end_layer=7", "6 layers", "at most 6"]),
+        (["--min-total-tokens-to-split", "-1"], ["min_total_tokens_to_split=-1"]),
+        (["--dtype", "half"], ["dtype='half'"]),
+        (["--logit-bias", "5"], ["--logit-bias '5'", "JSON"]),
+        (["--logit-bias", "{"], ["--logit-bias '{'", "JSON"]),
     ],
 )
 def test_mistakes_give_one_clear_line(
-    arguments: list[str], pattern: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt = [] if not arguments or arguments[0] == "--prompts-file" else ["--prompt", "x"]
     assert run_here(monkeypatch, "generate", *prompt, *arguments) == 2
     printed = capsys.readouterr()
-    assert pattern in printed.err
-    assert "Traceback" not in printed.err
+    (line,) = printed.err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert [name for name in names if name not in line] == []
     assert printed.out == ""
-    if pattern.startswith("error:"):
-        assert len(printed.err.strip().splitlines()) == 1
 
 
 def test_a_prompt_that_is_too_long_gives_one_clear_line(

@@ -63,7 +63,7 @@ def test_bytes(text: str, number: int) -> None:
 )
 def test_what_is_no_count_is_told_with_examples(text: str, figures: list[str]) -> None:
     with raises(OptionError, f"max_model_len={text!r}", *figures, option="max_model_len", value=text, remedy="32K"):
-        parse_size(text, shown=f"max_model_len={text!r}")
+        parse_size(text, "max_model_len")
 
 
 def test_what_is_no_number_of_bytes_is_told_with_examples() -> None:
