@@ -1,1 +1,1 @@
-"""Whether the outputs are right: the bundled word problems, and `antiphon` as a model of lm_eval."""
+"""Checks whether the outputs are right: the bundled word problems, and Antiphon as a model of lm_eval."""

@@ -1,4 +1,4 @@
-"""Word problems, solved by an engine and scored, optionally with overlap off and on."""
+"""Word problems that an engine solves, scored, optionally with overlap off and on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ANSWER = re.compile(r"####\s*(-?\d+)")
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A question and its answer, a number."""
+    """A question and the number that answers it."""
 
     question: str
     number: str
@@ -28,29 +28,29 @@ class WordProblem:
         return f"Question: {self.question}\nAnswer:"
 
     def solved_by(self, text: str) -> bool:
-        """Whether the first `#### number` of the text is right."""
+        """Whether the first `#### number` in the text is right."""
         found = _ANSWER.search(text)
         return found is not None and found[1] == self.number
 
 
-def word_problems() -> list[WordProblem]:
-    """All 256 problems; the model was not trained on them."""
+def word_problem_rows() -> list[dict[str, str]]:
+    """The rows of the bundled file: `question`, and `answer`, which ends in `#### number`."""
     text = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8")
-    problems = []
-    for _, row in json_lines(text):
-        found = _ANSWER.search(row["answer"])
-        assert found is not None
-        problems.append(WordProblem(row["question"], found[1]))
-    return problems
+    return [row for _, row in json_lines(text)]
+
+
+def word_problems() -> list[WordProblem]:
+    """All 256 problems. The model was not trained on them."""
+    return [WordProblem(row["question"], _ANSWER.findall(row["answer"])[0]) for row in word_problem_rows()]
 
 
 def solve_word_problems(
     llm: LLM, *, num: int | None = None, max_tokens: int = 100, compare: bool = False, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Solve the first `num` problems, all by default, greedily, and `say` the score of each run.
+    """Solve the first `num` problems (by default all) greedily, and `say` the score of each run.
 
-    compare: once with overlap off and once on, beside what the engine was told; `equal` counts the answers with the
-    same tokens. The dict can be written as JSON.
+    compare: run once with overlap off and once with it on, whatever the engine's own setting. `equal` counts the
+    answers that have the same tokens in both runs. The result can be written as JSON.
     """
     problems = word_problems()[:num]
     prompts = [problem.prompt for problem in problems]
@@ -68,8 +68,8 @@ def solve_word_problems(
         solved = sum(problem.solved_by(output.text) for problem, output in zip(problems, outputs, strict=True))
         runs.append({"dbo": stats["dbo"], "solved": solved, "seconds": round(seconds, 3), "steps_by_plan": steps})
         token_ids.append([output.token_ids for output in outputs])
-        told = ", ".join(f"{count} {plan}" for plan, count in steps.items() if count)
-        say(f"dbo {stats['dbo']}: {solved} of {len(problems)} solved in {seconds:.1f} s; steps: {told}")
+        counts = ", ".join(f"{count} {plan}" for plan, count in steps.items() if count)
+        say(f"dbo {stats['dbo']}: {solved} of {len(problems)} solved in {seconds:.1f} s; steps: {counts}")
     result = {
         "problems": len(problems),
         "model": llm.config.options.model,

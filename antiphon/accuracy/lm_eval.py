@@ -1,8 +1,8 @@
-"""The command of lm_eval, with the model type `antiphon` and the task `word_problems` besides its own.
+"""The command of lm_eval, with the model type `antiphon` and the task `word_problems` added to its own.
 
     python -m antiphon.accuracy.lm_eval --model antiphon --model_args ranks=2,dbo=on --tasks word_problems
 
-Its options are lm_eval's; docs/accuracy.md has more commands.
+Its options are those of lm_eval. docs/accuracy.md has more commands.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TASKS = Path(antiphon.__file__).parent / "data" / "lm_eval"
 
 
 def main() -> None:
-    """Run lm_eval's command with the arguments of this process. Errors of Antiphon are one line on stderr."""
+    """Run lm_eval's command with the arguments of this process. Antiphon's errors become one line on stderr."""
     try:
         if find_spec("lm_eval") is None:
             raise OptionError("lm_eval is not installed", remedy="pip install 'antiphon[eval]'")
-        import_module("antiphon.accuracy.lm_eval_model")  # it registers the model type
+        import_module("antiphon.accuracy.lm_eval_model")  # registers the model type
         if len(sys.argv) > 2 and not any(word.partition("=")[0] == "--include_path" for word in sys.argv):
             sys.argv += ["--include_path", str(TASKS)]
         import_module("lm_eval.__main__").cli_evaluate()

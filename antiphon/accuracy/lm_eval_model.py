@@ -1,7 +1,7 @@
-"""`antiphon` as a model of lm_eval (EleutherAI's lm-evaluation-harness): its requests go to one `LLM`.
+"""`antiphon` as a model of lm_eval (EleutherAI's lm-evaluation-harness), backed by one `LLM`.
 
-The harness asks three things: a text that goes on until a stop string, how likely a continuation is, and how likely a
-whole text is. What it asks at once goes to the engine at once, which makes its own batches.
+The harness asks for three things: a text up to a stop string, the likelihood of a continuation, and the likelihood of
+a whole text. Requests that it makes at once go to the engine at once, which forms its own batches.
 
     lm = AntiphonLM(ranks=2, dbo="on")
     results = lm_eval.simple_evaluate(lm, tasks=["word_problems"], task_manager=...)
@@ -22,9 +22,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from antiphon.core.bundled import BUNDLED_MODEL, bundled_model
+from antiphon.accuracy.evaluate import word_problem_rows
+from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, unknown_value
-from antiphon.core.lines import json_lines
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.frontend.llm import LLM
 from antiphon.frontend.tokenizer import load_tokenizer
@@ -37,13 +37,13 @@ _SETTABLE = frozenset(item.name for item in fields(SamplingParams)) - {"n", "log
 
 @register_model("antiphon")
 class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
-    """All requests of a task go to one engine.
+    """A model of lm_eval that sends all requests of a task to one engine.
 
-    pretrained: the same as `model`, by the name that lm_eval's other models have for it. max_length: longest text,
-        prompt and output together; by default the engine's max_model_len. max_gen_toks: most tokens of an output, if
-        the task does not say. llm: an engine to use instead of a new one; the caller closes it.
-    Everything else is an option of `LLM`. The harness always gives batch_size, which means nothing here, and device:
-        "cuda:0", unless somebody says otherwise, is taken for "auto".
+    pretrained: the name of lm_eval's other models for `model`. max_length: maximum length of a text, prompt and output
+        together; by default the engine's max_model_len. max_gen_toks: maximum number of tokens to generate, unless the
+        task says otherwise. llm: an engine to use instead of a new one; the caller closes it.
+    Everything else is an option of `LLM`. The harness always passes batch_size, which has no effect here, and device,
+        whose default there, "cuda:0", means "auto" here.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         if self._owns_engine:
             self._llm.close()
 
-    # ---- what the harness asks
+    # ---- what the harness calls
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text of each request up to its first stop string, which is cut off."""
+        """The output of each request, up to but not including its first stop string."""
         prompts, params = [], []
         for context, asked in (request.args for request in requests):
             prompt_ids, one = self.tok_encode(context), self._sampling(asked)
@@ -96,14 +96,14 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return [output.text for output in self._generate(prompts, params, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The logprob of each whole text. A text that is too long is scored in windows, each token once."""
+        """The logprob of each whole text. A text that is too long is scored in windows, every token once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for place, (text,) in enumerate(request.args for request in requests):
             rolling = get_rolling_token_windows(
                 token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 2,  # one token before them, and the one that the engine generates
+                max_seq_len=self.max_length - 2,  # less one token before them and the one that is generated
                 context_len=1,
             )
             for context_ids, continuation_ids in map(make_disjoint_window, rolling):
@@ -150,14 +150,14 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return str(self._llm.config.options.model).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with the checkpoint's special tokens unless the text has them, as after a chat template."""
+        """Token ids, with the checkpoint's special tokens unless the text already has them, as from a chat template."""
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             add_special_tokens = not (begin and string.startswith(begin))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Format a chat by the checkpoint's template. Without add_generation_prompt the last message is left open."""
+        """Format a chat by the checkpoint's template. Without add_generation_prompt, the last message is left open."""
         text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -169,7 +169,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     # ---- the engine
 
     def _sampling(self, asked: dict[str, Any]) -> SamplingParams:
-        """The parameters of a task. Greedy unless it sets `do_sample` or a temperature."""
+        """The sampling parameters of a task: greedy unless it sets `do_sample` or a temperature."""
         values = dict(normalize_gen_kwargs(asked, default_max_gen_toks=self.max_gen_toks))
         values.pop("do_sample")
         values.setdefault("temperature", 0.0)
@@ -191,7 +191,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 def _ending(token_ids: list[int], room: int, what: str) -> list[int]:
-    """As many tokens as fit. The end is kept, because the beginning matters less."""
+    """The last `room` tokens: the beginning matters less."""
     if len(token_ids) > room:
         logger.warning("%s of %d tokens: only the last %d are used", what, len(token_ids), room)
     return token_ids[-room:]
@@ -201,12 +201,11 @@ _NUM_EXAMPLES = 32
 
 
 def load_word_problems(**_: Any) -> DatasetDict:
-    """`examples`, from which few-shot prompts are made, and `test`: 224 others. Reads the bundled file, no hub.
+    """`examples`, from which few-shot prompts are made, and `test`, 224 others, from the bundled file.
 
-    lm_eval calls it, with the metadata of the task, for which there is no use here.
+    lm_eval calls it with the metadata of the task, which are not used.
     """
-    text = (bundled_model() / "word_problems.jsonl").read_text(encoding="utf-8")
-    problems = [problem for _, problem in json_lines(text)]
+    rows = word_problem_rows()
     return DatasetDict(
-        {"examples": Dataset.from_list(problems[:_NUM_EXAMPLES]), "test": Dataset.from_list(problems[_NUM_EXAMPLES:])}
+        {"examples": Dataset.from_list(rows[:_NUM_EXAMPLES]), "test": Dataset.from_list(rows[_NUM_EXAMPLES:])}
     )

@@ -1,4 +1,4 @@
-"""What `dbo="auto"` means until calibration exists: a rule by the devices and the data path between them.
+"""What `dbo="auto"` means until calibration exists: a rule based on the devices and the data path between them.
 
     one rank                              off: nothing is sent
     GPUs, data goes by peer access        off
@@ -6,8 +6,8 @@
     CPUs                                  off
     CPUs, the link is simulated           split from 512 tokens in prefill and 32 in decode
 
-tests/planning/test_resolve_policy.py has what the rule loses against the better of serial and split, over all step
-times in benchmarks/results.
+tests/planning/test_resolve_policy.py compares the rule with the better of serial and split, over all step times in
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRES
 from antiphon.runtime import find_device
 
 _CUDA_THRESHOLD = 4096
-"""Below it two eager lanes keep the host busy for longer than the devices (docs/performance.md), decode steps too."""
+"""Below it, launching two eager lanes is host-bound (docs/performance.md), in decode steps, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """The conditions in which steps run; the same on all ranks. device_kind: a kind of device."""
+    """The conditions under which steps run, equal on all ranks. device_kind: a kind of device."""
 
     device_kind: str
     data_path: DataPath
@@ -32,7 +32,7 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPolicy:
-    """A policy in which no `auto` is left. cause: why `auto` chose it; "" if the user did."""
+    """A policy with every `auto` resolved. cause: why `auto` chose it; "" if the user did."""
 
     policy: OverlapPolicy
     cause: str = ""
@@ -46,20 +46,17 @@ class ResolvedPolicy:
 
 
 def resolve_policy(policy: OverlapPolicy, conditions: Conditions) -> ResolvedPolicy:
-    """Resolve `auto` for these conditions; other policies stay as they are.
+    """Resolve `auto` for these conditions. Other policies stay unchanged.
 
-    A threshold that the user gives holds for its kind of step, prefill or decode, and `auto` decides about the other.
+    A threshold set by the user applies to its kind of step, prefill or decode, and `auto` decides about the other.
     """
     if policy.dbo != "auto":
         return ResolvedPolicy(policy)
     if conditions.data_path is DataPath.NONE:
         return ResolvedPolicy(replace(policy, dbo="off"), "one rank has no communication to hide")
     prefill, decode, cause = _rule(conditions)
-    asked = [
-        kind
-        for kind, threshold in (("prefill", policy.prefill_threshold), ("decode", policy.decode_threshold))
-        if threshold is not None
-    ]
+    given = {"prefill": policy.prefill_threshold, "decode": policy.decode_threshold}
+    asked = [kind for kind, threshold in given.items() if threshold is not None]
     if not asked and prefill == decode == NEVER:
         return ResolvedPolicy(replace(policy, dbo="off"), cause)
     resolved = replace(
@@ -86,5 +83,5 @@ def _rule(conditions: Conditions) -> tuple[int, int, str]:
     if is_simulated:
         return DEFAULT_PREFILL_THRESHOLD, DEFAULT_DECODE_THRESHOLD, "the link is simulated"
     if device.own_memory:
-        return NEVER, NEVER, f"on {device.kind} nobody has measured whether overlap pays"
+        return NEVER, NEVER, f"overlap has not been measured on {device.kind}"
     return NEVER, NEVER, "between processes on CPUs communication is too small a part of a step to be worth hiding"

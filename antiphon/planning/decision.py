@@ -1,15 +1,15 @@
 """The decision: a pure function from all ranks' proposals to one plan.
 
 The rank with the most tokens sets the pace of a serial step, so its size decides whether to split. A smaller rank cuts
-what it has, or runs it whole in one lane and dummies in the others.
+its batch, or runs it whole in one lane and dummies in the others.
 
-In a split step every lane waits for the rank that has most in it, so the pace is the sum of the lanes' longest parts:
+In a split step, every lane waits for the rank with the most tokens in it. The pace is the sum of these longest parts:
 
              lane 0   lane 1
     rank 0    4,096    4,096
     rank 1    8,000        0        12,096 one after another, and 8,192 in a serial step: not split
 
-An idle rank, or one that fits into a lane whole, adds nothing and never switches overlap off.
+An idle rank, or one whose batch fits into a lane, adds nothing and never switches overlap off.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from antiphon.core.policy import NEVER, OverlapPolicy
 
 
 def decide(proposals: Sequence[Proposal], policy: OverlapPolicy, ladder: Sequence[int] = ()) -> Plan:
-    """The plan for the step that the ranks propose, the same for the same proposals, in order of rank.
+    """The plan for the step that the ranks propose. proposals: in rank order; equal ones give an equal plan.
 
-    While a message has reached only some ranks the plan is empty, so that it takes effect at the same step on all.
-    ladder: ascending sizes to which steps without prefill are padded; if it is empty, no step is.
+    While a message has reached only some ranks, the plan is empty, so that it takes effect at the same step on all.
+    ladder: ascending sizes to which steps without prefill are padded; if empty, no step is padded.
     """
     plan = _split_or_serial(proposals, policy)
     if plan.is_empty or any(proposal.num_prefill_tokens for proposal in proposals):
@@ -45,17 +45,14 @@ def _split_or_serial(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Pl
     busiest = proposals[rank]
     if too_small := _too_small(busiest, rank, policy):
         return _serial(proposals, *too_small)
-    threshold = policy.threshold(decode_only=busiest.decode_only)
-    if busiest.num_tokens < threshold:
-        return _serial(proposals, *_below_threshold(busiest, rank, threshold))
     if not busiest.can_split:
-        return _serial(
-            proposals, busiest.refusal.text, f"{busiest.refusal.text} ({busiest.num_tokens} tokens on rank {rank})"
-        )
+        refusal = busiest.refusal.text
+        return _serial(proposals, refusal, f"{refusal} ({busiest.num_tokens} tokens on rank {rank})")
     num_lanes = len(busiest.part_tokens)
     parts = _parts(proposals, num_lanes)
     if too_long := _too_long(parts, busiest, rank, policy):
         return _serial(proposals, *too_long)
+    threshold = policy.threshold(decode_only=busiest.decode_only)
     smallest = max(threshold, policy.min_total_tokens, num_lanes)
     return Plan(
         part_tokens=parts,
@@ -65,9 +62,9 @@ def _split_or_serial(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Pl
 
 
 def _parts(proposals: Sequence[Proposal], num_lanes: int) -> tuple[tuple[int, ...], ...]:
-    """The tokens of every lane of every rank. A batch that cannot be cut runs in the longest lane, where it adds least.
+    """The tokens of every lane on every rank. A batch that cannot be cut runs in the longest lane, where it adds least.
 
-    The first of those that are equally long, so that all ranks choose the same.
+    Of equally long lanes it is the first, so that all ranks choose the same one.
     """
     cut = [proposal.part_tokens for proposal in proposals if proposal.can_split]
     longest = [max(parts) for parts in zip(*cut, strict=True)]
@@ -83,10 +80,10 @@ def _parts(proposals: Sequence[Proposal], num_lanes: int) -> tuple[tuple[int, ..
 def _too_long(
     parts: Sequence[Sequence[int]], busiest: Proposal, rank: int, policy: OverlapPolicy
 ) -> tuple[str, str] | None:
-    """Reason and numbers, if the lanes one after another are so much longer than the serial step that splitting loses.
+    """Reason and numbers if the lanes, one after another, are so much longer than the serial step that splitting loses.
 
-    Two ranks that are each cut `imbalance_ratio` off the middle, at opposite sides, make lanes longer by twice that
-    share: what the cut rule may do is not refused. Nor is what rounding does, at most a token a lane.
+    Two ranks that are cut `imbalance_ratio` off the middle, on opposite sides, make the lanes longer by twice that
+    share. The cut rule allows this, so it is not refused. Neither is rounding, of at most one token per lane.
     """
     lanes = [max(tokens) for tokens in zip(*parts, strict=True)]
     serial = busiest.num_tokens
@@ -99,28 +96,26 @@ def _too_long(
     )
 
 
-def _below_threshold(busiest: Proposal, rank: int, threshold: int) -> tuple[str, str]:
-    kind = "decode" if busiest.decode_only else "prefill"
-    if threshold >= NEVER:
-        return f"{kind} is not split", f"{busiest.num_tokens} tokens on rank {rank}, {kind} is not split"
-    detail = f"{busiest.num_tokens} tokens on rank {rank}, {kind} is split from {threshold}"
-    return f"below the {kind} threshold", detail
-
-
 def _too_small(busiest: Proposal, rank: int, policy: OverlapPolicy) -> tuple[str, str] | None:
-    """Reason and numbers, if the step is smaller than the smallest that may be split, whatever the thresholds say."""
+    """Reason and numbers if the step is too small to be split: for the two absolute minimums, or for its threshold."""
+    size = f"{busiest.num_tokens} tokens on rank {rank}"
     if busiest.num_tokens < policy.min_total_tokens:
         return (
             "below min_total_tokens_to_split",
-            f"{busiest.num_tokens} tokens on rank {rank}, a step is split from {policy.min_total_tokens}",
+            f"{size}, a step is split from {policy.min_total_tokens}",
         )
     if 0 < busiest.num_prefill_tokens < policy.min_prefill_tokens:
         return (
             "below min_prefill_tokens_to_split",
-            f"{busiest.num_prefill_tokens} of prompts among {busiest.num_tokens} tokens on rank {rank}, with prompts a "
-            f"step is split from {policy.min_prefill_tokens} of them",
+            f"{busiest.num_prefill_tokens} of prompts among {size}, with prompts a step is split "
+            f"from {policy.min_prefill_tokens} of them",
         )
-    return None
+    kind, threshold = "decode" if busiest.decode_only else "prefill", policy.threshold(decode_only=busiest.decode_only)
+    if busiest.num_tokens >= threshold:
+        return None
+    if threshold >= NEVER:
+        return f"{kind} is not split", f"{size}, {kind} is not split"
+    return f"below the {kind} threshold", f"{size}, {kind} is split from {threshold}"
 
 
 def _serial(proposals: Sequence[Proposal], reason: str, detail: str = "", *, idle: bool = False) -> Plan:

@@ -16,9 +16,9 @@ from antiphon.splitting import find_cut
 
 
 class Planner:
-    """Proposes by the policy's cut rule and decides by its thresholds. The policy changes only between runs.
+    """Proposes by the policy's cut rule, and decides by its thresholds. The policy changes only between runs.
 
-    ladder: as in `decide`; the same on all ranks. Where only some layers are split, no step is padded.
+    ladder: as in `decide`, the same on all ranks. If only some layers are split, no step is padded.
     """
 
     def __init__(self, policy: OverlapPolicy, ladder: Sequence[int] = ()) -> None:
@@ -26,12 +26,12 @@ class Planner:
         self.policy = policy
 
     def agree(self, batch: Batch, group: RankGroup, *, wave: int = 0) -> Plan:
-        """The plan of the next step, the same on all ranks, which must call it together. Raises as `exchange` does."""
+        """Agree on the plan of the next step. All ranks must call this together. Raises as `exchange` does."""
         ladder = self.ladder if self.policy.splits_all_layers else ()
         return decide(exchange(group, self.propose(batch, wave=wave)), self.policy, ladder)
 
     def propose(self, batch: Batch, *, wave: int = 0) -> Proposal:
-        """This rank's offer for its batch; `wave` as in `Proposal`."""
+        """This rank's proposal for its batch. wave: as in `Proposal`."""
         decode_only = batch.decode_only
         whole = Proposal(
             num_tokens=batch.num_tokens,

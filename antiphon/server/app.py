@@ -1,4 +1,4 @@
-"""The routes of the server. `service` decides what to do, `generation` answers."""
+"""The routes of the server. `service` decides whether to accept a request, and `generation` answers it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        """Liveness: 503 while the server starts and after a rank has failed."""
+        """Liveness: 503 while the server is starting, and after a rank has failed."""
         return _phase(service, Phase.SERVING, Phase.DRAINING)
 
     @app.get("/ready")

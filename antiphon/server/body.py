@@ -109,4 +109,4 @@ def _wrong_field(error: ErrorDetails, model: type[Body]) -> ApiError:
         return ApiError(400, f"there is no parameter {param}", remedy=remedy, option=param, code="unknown_parameter")
     if isinstance(cause := context.get("error"), RequestError):
         return bad_request(cause, param)
-    return ApiError(400, f"{param or 'the body'} is wrong", limit=error["msg"], option=param or None)
+    return ApiError(400, f"{param or 'the body'} is invalid", limit=error["msg"], option=param or None)

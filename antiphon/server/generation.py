@@ -62,7 +62,7 @@ class Generation(Response):
             elif service.cut.done():
                 error = service.cut.result()
             else:
-                fact, remedy = f"the request took longer than {limit_s:g} s", "ask for fewer tokens"
+                fact, remedy = f"the request took longer than {limit_s:g} s", "request fewer tokens"
                 error = ApiError(504, fact, remedy=remedy, code="timeout")
         finally:
             await _cancel(work)

@@ -1,8 +1,8 @@
-"""Log lines of the server: one event per line, as JSON or as key=value, with the fields that are listed here.
+"""The server's log: one event per line, as JSON or as key=value, with the fields that are listed here.
 
-Texts of users are never logged. No field holds a prompt, an output, a header or a body. An exception is logged by its
+Texts of users are never logged: no field holds a prompt, an output, a header or a body. An exception is logged by its
 type and place only, because its message may quote what a client sent; `--log-level debug` adds the message. A request
-is logged when it ends. uvicorn's access log is off: it would show query strings.
+is logged when it ends. uvicorn's access log is off, because it would show query strings.
 
     logging.config.dictConfig(log_config("json", "info"))
     log_event("request finished", request_id="cmpl-1", status=200, num_prompt=7, num_generated=2, seconds=0.135)
@@ -38,17 +38,17 @@ logger = logging.getLogger("antiphon.server")
 def log_event(
     message: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: str | float | bool | None
 ) -> None:
-    """Write one event. message: a fixed text, never made from a request. fields: some of `LOG_FIELDS`, without `None`.
+    """Log one event. message: a fixed text, never built from a request. fields: from `LOG_FIELDS`; `None` is left out.
 
-    error: logged as its type and place. The message of an `EngineError` is added; it holds nothing of a request.
+    error: logged as its type and place. The message of an `EngineError` is added, because it quotes no request.
     """
     unknown = fields.keys() - set(LOG_FIELDS)
-    assert not unknown, f"{sorted(unknown)} are not in LOG_FIELDS; add what may be logged"
+    assert not unknown, f"{sorted(unknown)} are not in LOG_FIELDS; add those that may be logged"
     logger.log(level, message, exc_info=error, extra={_FIELDS: fields})
 
 
 class LineFormatter(logging.Formatter):
-    """Formats a record as one line. log_format: one of `LOG_FORMATS`. texts_of_errors: add messages of exceptions."""
+    """Formats a record as one line. log_format: one of `LOG_FORMATS`. texts_of_errors: add the texts of exceptions."""
 
     def __init__(self, log_format: str = "text", texts_of_errors: bool = False) -> None:
         super().__init__()
@@ -75,12 +75,12 @@ class LineFormatter(logging.Formatter):
 
     def _error(self, error: BaseException) -> dict[str, str]:
         frames = traceback.extract_tb(error.__traceback__)
-        told = {"error": type(error).__name__}
+        words = {"error": type(error).__name__}
         if self._texts_of_errors or isinstance(error, EngineError):
-            told["error"] += f": {error}"
+            words["error"] += f": {error}"
         if frames:
-            told["raised_at"] = " < ".join(f"{one.filename}:{one.lineno} {one.name}" for one in reversed(frames[-12:]))
-        return told
+            words["raised_at"] = " < ".join(f"{one.filename}:{one.lineno} {one.name}" for one in reversed(frames[-12:]))
+        return words
 
 
 def _short(value: Any) -> Any:
@@ -97,7 +97,7 @@ def _quoted(value: Any) -> str:
 
 
 def log_config(log_format: str = "text", log_level: str = "info") -> dict[str, Any]:
-    """Settings for `logging.config.dictConfig` and for uvicorn's `log_config`: everything on stderr in one format.
+    """The settings for `logging.config.dictConfig` and uvicorn's `log_config`: everything to stderr in one format.
 
     Raises `OptionError` for an unknown format or level.
     """
@@ -105,15 +105,12 @@ def log_config(log_format: str = "text", log_level: str = "info") -> dict[str, A
         if value not in valid:
             raise unknown_value(option, value, valid)
     level = log_level.upper()
-    formatter = {
-        "()": LineFormatter,
-        "log_format": log_format,
-        "texts_of_errors": log_level == "debug",
-    }
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": formatter},
+        "formatters": {
+            "line": {"()": LineFormatter, "log_format": log_format, "texts_of_errors": log_level == "debug"}
+        },
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {

@@ -1,7 +1,7 @@
 """The server's metrics as Prometheus text: its own counts of requests, and a mirror of the ranks' counts.
 
-Names are those of vLLM's dashboards with the prefix `antiphon:`; docs/operate.md has the table. This module knows
-neither HTTP nor the engine: the server calls it, and passes `AsyncEngine.statistics` on each scrape.
+The names are those of vLLM's dashboards with the prefix `antiphon:`; docs/operate.md lists them. This module knows
+neither HTTP nor the engine: the server calls it, and passes it `AsyncEngine.statistics` on each scrape.
 
     metrics = ServerMetrics("tiny-deepseek")
     metrics.request_started()
@@ -32,7 +32,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 
 _PREFIX = "antiphon:"
 _MODEL = "model_name"
-# Seconds. The lowest are for small models, the highest for queues.
+# Seconds. The lowest buckets are for small models, the highest for long queues.
 _FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
@@ -49,10 +49,10 @@ _TOKEN_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit 
 
 
 class ServerMetrics:
-    """The counts of one server, in a registry of its own. Only the event loop's thread may use it.
+    """The metrics of one server, in a registry of its own. Only the event loop's thread may use it.
 
-    Every generated token is reported once, by `first_token` (one token) or `next_tokens`. Every request that was
-    started is finished once, whatever its end.
+    Report every generated token once, by `first_token` (one token) or `next_tokens`. Every request that was started
+    must be finished once, however it ended.
     """
 
     content_type: ClassVar[str] = CONTENT_TYPE_LATEST
@@ -100,12 +100,12 @@ class ServerMetrics:
         self._num_open.inc()
 
     def first_token(self, seconds: float) -> None:
-        """A request's first token came `seconds` after the request."""
+        """A request's first token arrived `seconds` after the request."""
         self._generated_tokens.inc()
         self._first_token_s.observe(seconds)
 
     def next_tokens(self, count: int, seconds: float) -> None:
-        """`count` more tokens of a result came together, `seconds` after the previous ones."""
+        """`count` more tokens of a result arrived together, `seconds` after the previous ones."""
         self._generated_tokens.inc(count)
         for _ in range(count):
             self._next_token_s.observe(seconds / count)
@@ -115,8 +115,8 @@ class ServerMetrics:
     ) -> None:
         """A request that was started has ended. reason: one of `FINISH_REASONS`. seconds: since its arrival.
 
-        num_prompt: tokens of the prompt. num_cached: those of them that were in the prefix cache. num_generated: tokens
-        of all its results.
+        num_prompt: tokens of the prompt; num_cached: those found in the prefix cache. num_generated: tokens of all its
+        results.
         """
         self._num_open.dec()
         self._finished[reason].inc()
@@ -131,17 +131,17 @@ class ServerMetrics:
         self._rejected.labels(self._model_name, str(status)).inc()
 
     def render(self, stats_by_rank: list[dict[str, Any]] | None) -> bytes:
-        """All metrics as text of `content_type`.
+        """All metrics as text of type `content_type`.
 
-        stats_by_rank: `AsyncEngine.statistics`. `None` if the engine does not answer: the gauges of the ranks are left
-        out then, and their counts stay where they were.
+        stats_by_rank: `AsyncEngine.statistics`, or `None` if the engine does not answer: then the gauges of the ranks
+        are left out, and their counts keep the last values.
         """
         self._engine.take(stats_by_rank)
         return generate_latest(self._registry)
 
 
 class _Mirror:
-    """Mirrors counts of another process so that they never fall: a count that restarts is added to its last value."""
+    """Mirrors counts of another process so that they never fall: a restarted count continues from its last value."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, ...], float] = {}
@@ -158,7 +158,7 @@ class _Mirror:
             yield labels, value + self._before.get(labels, 0.0)
 
 
-# (name, text, labels besides the model's) of what the ranks count
+# What the ranks count: name, text, and labels besides the model's.
 _COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("num_preemptions", "Requests that gave up their KV blocks and are computed again", ("rank",)),
     ("prefix_cache_queries", "Tokens of admitted requests looked up in the prefix cache", ("rank",)),
@@ -186,7 +186,7 @@ _GAUGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 class _EngineCollector(Collector):
-    """The ranks' statistics as metrics: a mirror of each count, and gauges from the last scrape."""
+    """The ranks' statistics as metrics: a mirror of each count, and the gauges of the last scrape."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
@@ -212,7 +212,7 @@ class _EngineCollector(Collector):
         self._counters["prefix_cache_hits"].set(label, cache["hit_tokens"])
         for plan, sums in stats["overlap"].items():
             for what in ("hidden", "exposed"):
-                if sums[f"{what}_s"] is not None:  # on GPUs it is not observed: no metric, rather than 0
+                if sums[f"{what}_s"] is not None:  # not observed on GPUs: report nothing rather than 0
                     self._counters["communication_seconds"].set((rank, plan, what), sums[f"{what}_s"])
             self._counters["communication_bytes"].set((rank, plan), sums["num_bytes"])
             self._step_s.set((rank, plan), sums["time_s"])
@@ -225,7 +225,7 @@ class _EngineCollector(Collector):
             self._counters["serial_steps"].set((reason,), count)
 
     def _take_expert_tokens(self, tokens_by_source: Sequence[Sequence[Sequence[int]]]) -> None:
-        """tokens_by_source: [source rank][layer][expert's rank]. A step waits for the busiest rank in every layer."""
+        """tokens_by_source: [source rank][layer][expert's rank]. In every layer, a step waits for the busiest rank."""
         by_layer = [
             [sum(sources) for sources in zip(*layer, strict=True)] for layer in zip(*tokens_by_source, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""The options of the server itself. The engine has its own."""
+"""The options of the server itself; the engine has its own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """How to serve.
+    """How the server runs.
 
-    host, port: where to listen. Port 0 takes a free one.
-    api_key: the bearer token that clients must send; `None` for no key. It appears in no log and no `repr`.
+    host, port: where to listen. Port 0 means any free port.
+    api_key: the bearer token that clients must send; `None` for no key. It appears neither in logs nor in the `repr`.
     served_model_names: the names that requests may use for the model. Answers carry the first.
     max_queue: maximum number of open results; beyond it, requests get 429.
     request_timeout_s: maximum time for one request, from its arrival to its last byte.
@@ -28,9 +28,9 @@ class ServerOptions:
     max_body_bytes: maximum size of a request's body; a longer one gets 413.
     reasoning_parser: separates the reasoning from the answer in chats; `None` leaves the text as it is.
     chat_template_kwargs: variables of the chat template, used where a request does not set them.
-    allowed_origins: web pages of these origins may use the server (CORS); "*" for all. By default browsers block it.
+    allowed_origins: web pages of these origins may use the server (CORS); "*" for all. By default, browsers block them.
     allowed_methods, allowed_headers: what their scripts may send; "*" for all.
-    allow_credentials: their scripts may send cookies.
+    allow_credentials: whether their scripts may send cookies.
 
     Raises `OptionError` for values that cannot work.
     """
@@ -84,7 +84,7 @@ class ServerOptions:
                     raise _wrong(name, word, "is not a valid HTTP token", "use one, or * for all")
         if self.allow_credentials and "*" in self.allowed_origins:
             raise OptionError(
-                "allow_credentials does not go with allowed_origins '*'",
+                "allow_credentials cannot be combined with allowed_origins '*'",
                 limit="every web page could use its visitors' cookies here, so browsers refuse it",
                 remedy="name the origins",
                 option="allow_credentials",

@@ -137,7 +137,7 @@ def _checked_prompts(value: object) -> list[str | list[int]]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
-        raise _wrong_prompt("prompt is neither a text nor a list")
+        raise _wrong_prompt("prompt is neither a string nor a list")
     kinds = {type(item) for item in value}
     if kinds == {int}:
         return [value]
@@ -149,7 +149,7 @@ def _checked_prompts(value: object) -> list[str | list[int]]:
 
 
 def _wrong_prompt(fact: str) -> RequestError:
-    return RequestError(fact, remedy="use a text, token ids, or a list of either", option="prompt")
+    return RequestError(fact, remedy="use a string, token ids, or a list of either", option="prompt")
 
 
 class CompletionRequest(SamplingFields):
@@ -230,7 +230,7 @@ _CHAT_UNSUPPORTED: dict[str, tuple[object, ...]] = {
 
 
 class ChatFields(Body):
-    """What a chat template takes besides the messages, as in `LLM.chat_prompt`."""
+    """The arguments of a chat template besides the messages, as in `LLM.chat_prompt`."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -250,7 +250,7 @@ class ChatRequest(SamplingFields, ChatFields):
 
 
 class TokenizeRequest(ChatFields):
-    """What to tokenize: a text, or the messages of a chat."""
+    """A text to tokenize, or the messages of a chat."""
 
     unsupported: ClassVar = {"chat_template": (), "tools": ([],)}
 

@@ -5,8 +5,8 @@
     </think>
     It is red.              content
 
-Text comes in pieces, and a tag may be cut anywhere: what could become a tag is held back until it is decided. White
-space around both parts, which templates put between tags and text, belongs to neither.
+Text arrives in pieces, and a tag may be cut anywhere: text that could become a tag is held back until that is decided.
+Whitespace around both parts, which templates put between tags and text, belongs to neither.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ReasoningTags:
 _THINK = ReasoningTags(start="<think>", end="</think>")
 
 REASONING_PARSERS = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "qwen3"), _THINK)
-"""vLLM's names. The parsers differ only in how templates open the reasoning, which the prompt shows."""
+"""By vLLM's names. The parsers differ only in how templates open the reasoning, which the prompt shows."""
 
 
 def reasoning_tags(parser: str) -> ReasoningTags:
@@ -55,8 +55,8 @@ class ReasoningSplitter:
     def __init__(self, tags: ReasoningTags, *, inside: bool) -> None:
         self._tags = tags
         self._inside = inside
-        self._before = not inside  # only white space has come, so reasoning can still begin
-        self._at_start = True  # of the part: white space there is dropped
+        self._before = not inside  # only whitespace so far, so reasoning can still begin
+        self._at_start = True  # of a part: whitespace there is dropped
         self._held = ""
 
     def add(self, text: str, *, last: bool = False) -> Said:
@@ -85,7 +85,7 @@ class ReasoningSplitter:
         return Said(reasoning.rstrip() if last and self._inside else reasoning, content)
 
     def _taken(self, num: int) -> str:
-        """The next characters, without white space at the start of the part."""
+        """The next characters, without whitespace at the start of the part."""
         taken, self._held = self._held[:num], self._held[num:]
         if self._at_start:
             taken = taken.lstrip()
@@ -93,7 +93,7 @@ class ReasoningSplitter:
         return taken
 
     def _num_certain(self) -> int:
-        """How many characters can be neither the beginning of the end tag nor white space before it."""
+        """The number of characters that are neither the beginning of the end tag nor whitespace before it."""
         text, tag = self._held, self._tags.end
         held = next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0)
         return len(text[: len(text) - held].rstrip())

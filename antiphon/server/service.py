@@ -112,7 +112,7 @@ class Service:
             return self._engine
         fact, remedy = {
             Phase.STARTING: ("the server is starting", "try again soon"),
-            Phase.DRAINING: ("the server is shutting down", "use another one"),
+            Phase.DRAINING: ("the server is shutting down", "send the request to another server"),
         }.get(self.phase, (f"the engine has ended: {self.detail}", ""))
         retry_after_s = 1 if self.phase is Phase.STARTING else None
         raise ApiError(503, fact, remedy=remedy, code=str(self.phase), retry_after_s=retry_after_s)
@@ -136,7 +136,7 @@ class Service:
         limit = f"at most {most} may be open at once"
         if num_results > most:
             fact = f"{param} asks for {num_results} results"
-            raise ApiError(400, fact, limit=limit, remedy="ask for fewer", option=param, value=num_results)
+            raise ApiError(400, fact, limit=limit, remedy="request fewer", option=param, value=num_results)
         if self.num_open + num_results > most:
             fact, remedy = f"{self.num_open} results are open", "send the request again later"
             raise ApiError(429, fact, limit=limit, remedy=remedy, code="queue_full", retry_after_s=1)

@@ -4,8 +4,8 @@
     exposed         time in which a lane blocked the host to wait for one
     hidden          communication - exposed: what compute covered
 
-If nothing is sent (`local`), all three are 0. On a GPU the stream waits for data, not the host, so the transport cannot
-tell when it arrived. All three are `None` then; `antiphon bench overlap` measures there.
+If nothing is sent (`local`), all three are 0. On a GPU, the stream waits for the data, not the host, so the transport
+cannot tell when it arrived: all three are `None`, and `antiphon bench overlap` measures instead.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from antiphon.runtime import EventKind, LaneEvent
 
 @dataclass(slots=True, kw_only=True)
 class StepTimeline:
-    """One step of one rank. Times are `time.perf_counter_ns` of the rank's process: the host's.
+    """One step of one rank. Times are `time.perf_counter_ns` in the rank's process.
 
-    On a GPU the host only queues work: the step's time is how long that takes, and no event says when data arrives.
+    On a GPU, the host only queues work: the step's time is how long that takes, and no event says when data arrives.
     """
 
     number: int
@@ -64,7 +64,7 @@ def measure_overlap(step: StepTimeline) -> StepOverlap:
                 num_observed += bool(event.num_messages)
                 intervals.append((launched_ns[event.pending], min(event.ready_ns, event.time_ns)))
                 exposed_ns += max(0, min(event.ready_ns, event.time_ns) - wait_start_ns[event.pending])
-    if num_sent and not num_observed:  # the counts that a dispatch may wait for are no message of their own
+    if num_sent and not num_observed:  # the counts that a dispatch may wait for are not a message
         return StepOverlap(
             time_s=step.duration_s, communication_s=None, exposed_s=None, hidden_s=None, num_bytes=num_bytes
         )
@@ -94,10 +94,10 @@ class OverlapTotals:
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Any]] = {}
-        self._unseen: set[str] = set()  # kinds with unobserved steps, and no observed one that sent something
+        self._unseen: set[str] = set()  # kinds with unobserved steps, and without an observed step that sent something
 
     def add(self, kind: str, overlap: StepOverlap) -> None:
-        """Add one step. A step that was not observed adds only its time and bytes."""
+        """Add one step. An unobserved one adds only its time and bytes."""
         added = asdict(overlap)
         sums = self._sums.setdefault(kind, dict.fromkeys(added, 0))
         for name, value in added.items():
@@ -109,6 +109,6 @@ class OverlapTotals:
             self._unseen.discard(kind)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`; `None` for what no step has observed."""
+        """`{kind: {time_s, communication_s, exposed_s, hidden_s, num_bytes}}`; `None` if no step observed it."""
         unknown = dict.fromkeys(_OBSERVED)
         return {kind: sums | (unknown if kind in self._unseen else {}) for kind, sums in self._sums.items()}

@@ -1,4 +1,4 @@
-"""Records the events of each step, keeps the last steps, and sums the overlap of all."""
+"""Records the events of each step, keeps the last steps, and sums the overlap of all steps."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def _ignore(event: LaneEvent) -> None:
 class StepRecorder:
     """A recorder of lanes that divides the stream of events into steps.
 
-    steps: the last `num_kept` steps. totals: the overlap of all steps that have succeeded. If measuring fails, it is
-    switched off with one warning, and the run goes on.
+    steps: the last `num_kept` steps. totals: the overlap of all successful steps. If measuring fails, it is switched
+    off with one warning, and the run continues.
     """
 
     def __init__(self, num_kept: int = 64) -> None:
         self.steps: deque[StepTimeline] = deque(maxlen=num_kept)
         self.totals = OverlapTotals()
-        self.on_event: Callable[[LaneEvent], None] = _ignore  # within a step: append to its list of events
+        self.on_event: Callable[[LaneEvent], None] = _ignore  # during a step, appends to its events
         self._measuring = True
 
     @contextmanager

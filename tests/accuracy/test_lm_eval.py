@@ -1,4 +1,4 @@
-"""lm_eval with an engine: what the harness gets is what the model says, with overlap off and on."""
+"""lm_eval with an engine: the harness gets the model's own results, with overlap off and on."""
 
 from __future__ import annotations
 
@@ -36,20 +36,19 @@ TEXTS = [
 ]
 
 
-def test_problems_may_hold_what_ends_lines_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_may_contain_unusual_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     question = "a\u2028b\x85c\u2029"
     rows = [{"question": question, "answer": "#### 7"}] * 33
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "word_problems.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
-    for module in ("evaluate", "lm_eval_model"):
-        monkeypatch.setattr(f"antiphon.accuracy.{module}.bundled_model", lambda: tmp_path)
+    monkeypatch.setattr("antiphon.accuracy.evaluate.bundled_model", lambda: tmp_path)
     assert [(one.question, one.number) for one in word_problems()] == [(question, "7")] * 33
     assert list(load_word_problems()["examples"]) == rows[:32] and list(load_word_problems()["test"]) == rows[32:]
 
 
 @pytest.fixture(scope="module")
 def tasks() -> TaskManager:
-    return TaskManager(include_path=str(command.TASKS), include_defaults=False)  # which are thousands
+    return TaskManager(include_path=str(command.TASKS), include_defaults=False)  # there are thousands
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def ask(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
 
 
 def reference_logprobs(model: Any, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every token but the first: its logprob, and whether it is the likeliest."""
+    """For every token but the first: its logprob, and whether it is the likeliest."""
     with torch.inference_mode():
         logprobs_TV = model(torch.tensor([token_ids])).logits[0, :-1].log_softmax(-1)
     targets_T = torch.tensor(token_ids[1:])
@@ -103,7 +102,7 @@ def test_scores_are_equal_with_overlap_off_and_on(two_ranks: LLM, tasks: TaskMan
     assert texts["off"] == texts["on"]
     plain_scores, chat_scores = scores["on"]
     assert plain_scores == [1.0, 1.0]
-    assert 0.0 < chat_scores[0] < 1.0  # five turns before are more than the model was trained on
+    assert 0.0 < chat_scores[0] < 1.0  # the model was not trained on five earlier turns
 
 
 def test_prompts_have_five_examples_and_short_answers_score_nothing(lm: AntiphonLM, tasks: TaskManager) -> None:
@@ -173,7 +172,7 @@ def test_texts_end_before_a_stop_string_and_long_prompts_lose_their_beginning(on
     assert len(set(short.generate_until(asked, disable_tqdm=True))) == 1
 
 
-def test_what_cannot_be_asked_is_refused(lm: AntiphonLM) -> None:
+def test_unknown_parameters_and_contradictions_are_refused(lm: AntiphonLM) -> None:
     with raises(OptionError, option="gen_kwargs", value="top_pp", remedy="'top_p'"):
         lm.generate_until(ask("generate_until", ("x", {"top_pp": 0.5})))
     with raises(OptionError, "pretrained='a'", "model='b'", option="model", value="b"):

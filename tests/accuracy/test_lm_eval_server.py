@@ -1,4 +1,4 @@
-"""lm_eval asks a server: what it gets is what it gets of `LLM`, with overlap off and on."""
+"""lm_eval with a server gets the same results as with `LLM`, with overlap off and on."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_scores_of_the_server_are_those_of_llm(dbo: str, one_rank: LLM) -> None:
         assert evaluate(chats, chat=True) == chat
         served = completions.loglikelihood(asked, disable_tqdm=True)
     assert plain[0] == [1.0, 1.0]
-    assert 0.5 < chat[0][0] < 1.0  # five turns before are more than the model was trained on
+    assert 0.5 < chat[0][0] < 1.0  # the model was not trained on five earlier turns
     for (logprob, is_greedy), (expected, expected_greedy) in zip(served, likely, strict=True):
         assert logprob == pytest.approx(expected, abs=1e-3)
         assert is_greedy == expected_greedy
