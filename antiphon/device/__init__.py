@@ -1,4 +1,4 @@
-"""What the rest of Antiphon knows of a device: its capabilities, streams, timers and memory.
+"""The device of a rank: its capabilities, streams, timers and memory.
 
-`device.Device` is the contract, `table.DEVICES` the one table of kinds; each kind has a file of its own.
+`device.Device` is the contract and `table.find_device` looks a device up by its kind. Each kind has its own file.
 """

@@ -1,7 +1,7 @@
-"""The CPU: a stream is the calling thread, and time is the clock's.
+"""The CPU, whose only stream is the calling thread.
 
-What was launched before an event has happened when the event is recorded, so recording and waiting cost nothing; the
-host blocks in the pending's own wait.
+Work is complete when its launch returns, so recording an event and waiting for it cost nothing. The host blocks in the
+wait of a pending instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from antiphon.device.device import Device, DeviceMemory, Event, Reading, StepTim
 
 
 class HostDevice(Device):
-    """Whatever runs on the CPUs of the host and has the host's memory: one device, shared by all ranks."""
+    """A device that computes on the CPUs of the host, in host memory. All ranks share the one device."""
 
     def _torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -37,7 +37,7 @@ class HostDevice(Device):
         return
 
     def memory(self) -> DeviceMemory:
-        """The memory of the host, for all its processes."""
+        """The memory of the host, shared by all processes."""
         page_bytes = os.sysconf("SC_PAGE_SIZE")
         free_pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
         return DeviceMemory(free_pages * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes)
@@ -46,11 +46,11 @@ class HostDevice(Device):
         return
 
     def reset_peak(self) -> None:
-        """The CPU's peak cannot start afresh."""
+        """Does nothing: the peak of a process cannot be reset."""
 
     def peak_bytes(self) -> int:
-        """The largest resident size that this process ever had."""
-        import resource  # not on every system
+        """The largest resident size of this process since it started."""
+        import resource  # not available on every system
 
         largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return largest if sys.platform == "darwin" else largest * 1024
@@ -80,12 +80,11 @@ _HAPPENED = _CpuEvent()
 
 
 class CpuStreams:
-    """Streams of a CPU rank: the calling thread is both of them."""
+    """`Streams` of a CPU rank. The calling thread is both the compute and the comm stream."""
 
     def __init__(self, owner: Device | None = None) -> None:
         self.owner = owner if owner is not None else CpuDevice("cpu")
         self.device = self.owner.torch_device
-        self.device_types = self.owner.autocast_types
 
     def record(self) -> Event:
         return _HAPPENED
@@ -108,7 +107,7 @@ class CpuStreams:
 
 
 class CpuTimer:
-    """`StepTimer` of the CPU, where queueing is doing."""
+    """`StepTimer` of the CPU, by the clock: work is complete when its launch returns."""
 
     def __init__(self) -> None:
         self._start_ns = 0

@@ -1,7 +1,7 @@
-"""CUDA devices: what every accelerator has, as `generic` does it, and what only CUDA has.
+"""CUDA devices: the generic device, and what only CUDA offers.
 
-That is peer access, stream memory operations, SMs that can be left free, raw handles of streams for driver calls, and
-quicker ways to ask for the stream that is current.
+CUDA adds peer access, stream memory operations, an SM carve-out, raw stream handles for driver calls, and a faster
+lookup of the current stream.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CudaDevice(GenericDevice):
         return "nccl"
 
     def count(self) -> int:
-        """0 without a driver or with a CPU build of torch."""
+        """The number of CUDA devices; 0 without a driver or with a CPU build of torch."""
         return int(torch.cuda.device_count())
 
     def describe(self) -> str:
@@ -52,14 +52,14 @@ class CudaDevice(GenericDevice):
         torch.cuda.set_stream(stream)
 
     def identity(self) -> Identity:
-        """Its name is "" if torch does not say."""
+        """The device's index and UUID. The name is "" if torch does not report a UUID."""
         return Identity(self.index, str(getattr(torch.cuda.get_device_properties(self.index), "uuid", "")))
 
     def reaches(self, others: Iterable[Identity]) -> bool:
-        """It reaches its own memory.
+        """Whether it can access the memory of these devices; it always reaches its own.
 
-        False, too, where this process does not see a device as its rank does: with CUDA_VISIBLE_DEVICES for each
-        process nothing can be found out about the others' devices, and torch does not share memory between such
+        Also False if this process sees a device under another index than its rank does. If each process has its own
+        CUDA_VISIBLE_DEVICES, it cannot query the devices of the others, and torch does not share memory between such
         processes.
         """
         return all(
@@ -88,7 +88,7 @@ class CudaStreams(GenericStreams):
         return self._compute_handle
 
     def queue_on(self, name: str, *, after: Event | None = None) -> int:
-        """The raw handle of a comm stream, for driver calls; what is queued there runs after `after`."""
+        """The raw handle of a comm stream, for driver calls. Work queued there later runs after `after`."""
         stream = self._comm_stream(name)
         if after is not None:
             assert isinstance(after, torch.cuda.Event)
@@ -97,7 +97,7 @@ class CudaStreams(GenericStreams):
         return handle
 
     def record_on(self, name: str) -> Event:
-        """An event on a comm stream."""
+        """Record an event on a comm stream."""
         event: torch.cuda.Event = self._comm_stream(name).record_event()
         return event
 
@@ -117,11 +117,11 @@ class CudaStreams(GenericStreams):
             torch._C._set_sm_carveout_experimental(None)
 
     def _current(self) -> Any:
-        """By the quick way."""
+        """The current stream, without asking torch in the common case."""
         return self._compute if self.on_compute_stream() else torch.cuda.current_stream(self.device)
 
 
 def cuda_versions() -> dict[str, str]:
-    """The versions of the libraries that torch uses on a CUDA device. Asking initializes nothing there."""
+    """Versions of the libraries that torch uses on a CUDA device. Does not initialize CUDA."""
     nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
     return {"nccl": ".".join(map(str, nccl)) if isinstance(nccl, tuple) else str(nccl)}

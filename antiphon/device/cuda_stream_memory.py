@@ -1,6 +1,6 @@
-"""Copies, flags and waits that a CUDA stream carries out by itself: no kernel, no SM.
+"""Copies, flags and waits that a CUDA stream executes by itself, without a kernel and without using an SM.
 
-Thin over `cuda.bindings.driver` (it comes with torch). Addresses are device addresses; streams are raw handles.
+A thin layer over `cuda.bindings.driver`, which torch installs. Addresses are device addresses; streams are raw handles.
 Source: CUDA driver API, stream memory operations.
 """
 
@@ -19,7 +19,9 @@ from antiphon.core.errors import OptionError
 def _find_driver() -> Any:
     try:
         return import_module("cuda.bindings.driver")
-    except ImportError:  # transports that need it refuse then: they must be there to be asked
+    except (
+        ImportError
+    ):  # the module must import all the same: transports that need the driver report that it is missing
         return None
 
 
@@ -30,7 +32,10 @@ _MAPPED_FOR_ALL = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_
 
 
 def check_stream_memory_operations(device: torch.device, what: str) -> bool:
-    """Whether waits can flush remote writes. Raises `OptionError` if the device has no such operations."""
+    """Check that the device has stream memory operations, and return whether its waits can flush remote writes.
+
+    Raises `OptionError` if it has none. what: the subject of the error's sentence.
+    """
     if driver is None:
         raise OptionError(
             f"{what} needs the Python package cuda-bindings", remedy="`pip install cuda-bindings`", option="transport"
@@ -63,17 +68,17 @@ def register_host_memory(memory: torch.Tensor, what: str) -> int:
 
 
 def unregister_host_memory(memories: Sequence[torch.Tensor]) -> None:
-    """Undo `register_host_memory`, once the device has no work with the memory any more."""
+    """Wait for the current device, then undo `register_host_memory`."""
     torch.cuda.synchronize()
     for memory in memories:
         _checked(driver.cuMemHostUnregister(memory.data_ptr()), "cuMemHostUnregister")
 
 
 class StreamMemory:
-    """What a medium makes its streams do. A recorder may take its place."""
+    """The operations that a medium queues on its streams. A recorder may take its place."""
 
     def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """Copy between any two addresses that the device can reach, by a copy engine where one of them is not local."""
+        """Queue a copy between two addresses that the device can reach. A copy engine runs it if one is not local."""
         _checked(driver.cuMemcpyAsync(target, source, num_bytes, stream), "cuMemcpyAsync")
 
     def run(self, operations: StreamOperations, stream: int) -> None:
@@ -81,15 +86,15 @@ class StreamMemory:
         operations.queue(stream)
 
     def capture(self, stream: int, queue: Callable[[], None]) -> Replay:
-        """What `queue` queues on `stream`, to be queued by one call."""
+        """Capture what `queue` queues on `stream`, so that one call can queue it again."""
         return Replay(stream, queue)
 
 
 class Replay:
-    """What a function queues on a stream, kept to be queued again by one call: a CUDA graph."""
+    """A CUDA graph of what a function queues on a stream, so that one call can queue it again."""
 
     def __init__(self, stream: int, queue: Callable[[], None]) -> None:
-        """Calls `queue`, which queues driver calls on `stream`; none of them runs before `Replay.queue`."""
+        """Call `queue`, which issues driver calls on `stream`. None of them runs before `Replay.queue`."""
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         _checked(driver.cuStreamBeginCapture(stream, mode), "cuStreamBeginCapture")
         try:
@@ -100,7 +105,7 @@ class Replay:
         graph = _checked(driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
         self._graph = _checked(driver.cuGraphInstantiate(graph, 0), "cuGraphInstantiate")
         _checked(driver.cuGraphDestroy(graph), "cuGraphDestroy")
-        # Destroying is safe while it runs: the driver waits with it. Not at the end of the process.
+        # Destroying a graph that still runs is safe, because the driver defers it. At process exit it is not.
         weakref.finalize(self, driver.cuGraphExecDestroy, self._graph).atexit = False
 
     def queue(self, stream: int) -> None:
@@ -118,17 +123,17 @@ class MemoryStep(NamedTuple):
 class StreamOperations:
     """Writes and waits in a fixed order, built once and queued as often as needed.
 
-    Values may be changed between two `queue`s: the driver has read them when `queue` returns.
+    Values may be changed between two calls of `queue`: the driver has read them when `queue` returns.
     """
 
     def __init__(self, *, flush: bool) -> None:
         """flush: whether waits also make remote writes visible that arrived before the flag."""
         self._operations: list[Any] = []
-        self.steps: list[MemoryStep] = []  # the same, for whoever records them
+        self.steps: list[MemoryStep] = []  # the same, for a recorder
         self._wait_flags = int(_WAIT.CU_STREAM_WAIT_VALUE_EQ) | (int(_WAIT.CU_STREAM_WAIT_VALUE_FLUSH) if flush else 0)
 
     def write(self, address: int, value: int) -> int:
-        """Write a 32-bit word behind everything before; returns a number for `set_value`."""
+        """Write a 32-bit word after everything queued before; returns a number for `set_value`."""
         operation = driver.CUstreamBatchMemOpParams()
         operation.operation = _OPERATION.CU_STREAM_MEM_OP_WRITE_VALUE_32
         operation.writeValue.flags = 0  # with a memory barrier

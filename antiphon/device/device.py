@@ -1,17 +1,17 @@
-"""The contract of a device: what it can do, its streams, timers and memory figures. `table` says which kinds there are.
+"""The contract of a device: its capabilities, streams, timers and memory figures. `table` lists the kinds.
 
     device = find_device("cuda", rank)  # touches no hardware
     device.activate()
     streams = device.streams()
     device.reset_peak()
     ...                                 # run something
-    used = device.peak_bytes()          # of all memory of the device, whoever took it
+    used = device.peak_bytes()          # of the whole device, other processes included
 
-The compute stream is the caller's; a rank has one comm stream beside it, and more by name where a transport needs them
-(an upload and a download stream). A transport uses it like this, the same on every device:
+The compute stream is the caller's. A rank also has one comm stream, and further named ones if its transport needs them
+(an upload and a download stream). A transport uses them in the same way on every device:
 
-    ready = streams.record()              # on the compute stream, when the data is ready (early event)
-    with streams.comm(after=ready):       # what is launched inside goes to the comm stream, after the event
+    ready = streams.record()              # on the compute stream, once the data is ready (early event)
+    with streams.comm(after=ready):       # work launched inside runs on the comm stream, after the event
         work = group.all_to_all(...)
         arrived = streams.record()
     ...
@@ -30,7 +30,7 @@ import torch
 
 
 class DeviceMemory(NamedTuple):
-    """Bytes of a device: not used by anybody, and in all."""
+    """Bytes of a device that no process uses, and its total."""
 
     free_bytes: int
     total_bytes: int
@@ -38,29 +38,29 @@ class DeviceMemory(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A device's index in this process, and its name in all processes ("" where it has none)."""
+    """A device's index in this process, and its host-wide name ("" if it has none)."""
 
     index: int
     name: str
 
 
 class Device(ABC):
-    """One device of one kind; making it touches no hardware.
+    """One device of one kind. Constructing it touches no hardware.
 
-    The class attributes are its capabilities. The rest of Antiphon asks for these, never for the kind.
+    The class attributes are its capabilities. The rest of Antiphon checks these, never the kind.
     """
 
     queues: ClassVar[bool] = False
-    """Work is queued on streams, and the host runs ahead of it."""
+    """Work is queued on streams, and the host runs ahead of the device."""
 
     own_memory: ClassVar[bool] = False
-    """Its memory is not the host's: how much is left for a KV cache is measured there."""
+    """The device has its own memory, in which the size of the KV cache is measured."""
 
     pinned_memory: ClassVar[bool] = False
-    """Copies from pinned host memory run beside the host."""
+    """Copies from pinned host memory do not block the host."""
 
     peer_access: ClassVar[bool] = False
-    """Devices may access each other's memory, and can say whether they do."""
+    """Devices may be able to access each other's memory, and `reaches` reports whether they can."""
 
     stream_memory_operations: ClassVar[bool] = False
     """A stream can write a flag in memory and wait for one."""
@@ -69,20 +69,22 @@ class Device(ABC):
     """GEMMs can leave SMs free for communication kernels."""
 
     fused_kernels: ClassVar[bool] = True
-    """Kernels may go by the type of its tensors; False: plain torch runs even where that type has fused kernels."""
+    """Fused kernels may run, if the type of `torch_device` has them. If False, plain torch runs."""
 
     capturable: ClassVar[bool] = False
-    """A stream's work can be captured into a graph."""
+    """Work queued on a stream can be captured into a CUDA graph. Nothing asks for this yet."""
 
     default_dtype: ClassVar[torch.dtype] = torch.float32
-    """The dtype of a model's numbers where nobody asks for another."""
+    """The dtype of a model unless the user chooses one."""
 
     def __init__(self, kind: str, index: int = 0) -> None:
         """kind: as the user writes it and as the table has it, such as "cuda" or "generic:cuda"."""
         self.kind = kind
         self.index = index
         self.torch_device = self._torch_device()
-        self.autocast_types = tuple(dict.fromkeys((self.torch_device.type, "cpu")))  # whose state the lanes must keep
+        self.autocast_types = tuple(
+            dict.fromkeys((self.torch_device.type, "cpu"))
+        )  # device types whose autocast state lanes must leave unchanged
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.kind!r}, {self.index})"
@@ -104,10 +106,10 @@ class Device(ABC):
 
     @abstractmethod
     def count(self) -> int:
-        """Devices of this kind that this process may use; starts nothing on them."""
+        """Number of devices of this kind that this process may use. Does not initialize them."""
 
     def current_index(self) -> int:
-        """The index of the device of this kind that is current in this process."""
+        """Index of the current device of this kind in this process."""
         return 0
 
     @abstractmethod
@@ -116,38 +118,38 @@ class Device(ABC):
 
     @abstractmethod
     def activate(self) -> None:
-        """Make it the current device of this process; float32 products on it are exact from then on (no TF32)."""
+        """Make it the current device of this process, and turn TF32 off so that float32 GEMMs keep their precision."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Block the host until all that was launched on the device is done."""
+        """Block the host until all work launched on the device is complete."""
 
     @abstractmethod
     def streams(self) -> Streams:
-        """Streams of the device; the one that is current becomes the compute stream. Make them once."""
+        """Streams of the device, with the current one as the compute stream. Call it once per rank."""
 
     @abstractmethod
     def timer(self) -> StepTimer:
-        """A timer for the stream that is current."""
+        """A timer for the current stream."""
 
     @abstractmethod
     def memory(self) -> DeviceMemory:
-        """What is free and what there is, for all processes together."""
+        """Free and total memory, over all processes."""
 
     @abstractmethod
     def release_unused(self) -> None:
-        """Give memory that no tensor uses back, for other processes and libraries; waits for the device."""
+        """Wait for the device and return cached memory that no tensor uses, for other processes and libraries."""
 
     @abstractmethod
     def reset_peak(self) -> None:
-        """`release_unused`, and let `peak_bytes` count from then on."""
+        """Call `release_unused` and restart the peak that `peak_bytes` reports."""
 
     @abstractmethod
     def peak_bytes(self) -> int:
-        """The most memory of the device in use since `reset_peak`: this process's peak, and what others hold."""
+        """Peak memory in use on the device since `reset_peak`: this process's peak plus what others hold now."""
 
     def identity(self) -> Identity:
-        """What tells the device from others in all processes of the host."""
+        """Identifies the device among those of all processes on the host."""
         return Identity(self.index, "")
 
     def reaches(self, others: Iterable[Identity]) -> bool:
@@ -164,7 +166,7 @@ class Streams(Protocol):
 
     @property
     def owner(self) -> Device:
-        """The device they belong to. Two kinds of device may share one `torch.device`."""
+        """The device that the streams belong to. Two kinds of device may share one `torch.device`."""
         ...
 
     @property
@@ -172,55 +174,50 @@ class Streams(Protocol):
         """The `torch.device` of the tensors of transports that use these streams."""
         ...
 
-    @property
-    def device_types(self) -> tuple[str, ...]:
-        """Devices whose autocast state the lanes must keep, such as ("cpu",)."""
-        ...
-
     def record(self) -> Event:
-        """An event on the stream that is current."""
+        """Record an event on the current stream."""
         ...
 
     def wait(self, event: Event) -> None:
-        """Let the stream that is current wait for `event`; never blocks the host where work is queued."""
+        """Make the current stream wait for `event`. Never blocks the host."""
         ...
 
     def comm(self, *, after: Event, name: str = "comm") -> AbstractContextManager[None]:
-        """Inside, the comm stream of that name is current, and what is launched there runs after `after`."""
+        """Make the named comm stream current inside the context. Work launched there runs after `after`."""
         ...
 
     def join(self) -> None:
-        """Let the compute stream wait for all that was launched on the comm streams: the end of a step."""
+        """Make the compute stream wait for all work launched on the comm streams, as at the end of a step."""
         ...
 
     def on_compute_stream(self) -> bool:
-        """Whether the compute stream is current; lanes must stay on it when they switch."""
+        """Whether the compute stream is current. Lanes must be on it when they switch."""
         ...
 
     def leave_free(self, num_sms: int) -> AbstractContextManager[None]:
-        """Inside, GEMMs leave that many SMs to communication kernels; 0 leaves none."""
+        """Make GEMMs inside the context leave that many SMs to communication kernels; 0 leaves none."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A start and an end; what they are is the timer's own business."""
+    """Start and end of a measurement, in a form that only its timer understands."""
 
     start: Any
     stop: Any
 
 
 class StepTimer(Protocol):
-    """Measures one stretch of work after the other, on the stream that is current. It belongs to one host thread."""
+    """Measures consecutive stretches of work on the current stream. Use it from one host thread."""
 
     def start(self) -> None:
-        """The stretch begins with what is queued next."""
+        """Start the stretch before the work queued next."""
         ...
 
     def stop(self) -> Reading:
-        """The stretch ends with what was queued last; never blocks the host."""
+        """End the stretch after the work queued last. Never blocks the host."""
         ...
 
     def elapsed_ms(self, reading: Reading) -> float:
-        """Its length; blocks the host until it has ended."""
+        """Duration of the stretch in ms. Blocks the host until the stretch has ended."""
         ...

@@ -1,11 +1,11 @@
-"""Any accelerator that PyTorch knows, by `torch.accelerator`, `torch.Stream` and `torch.Event` alone.
+"""Any accelerator that PyTorch supports, through `torch.accelerator`, `torch.Stream` and `torch.Event` alone.
 
-    generic         the accelerator of this torch, whatever it is
-    generic:cuda    CUDA hardware by these calls only: how they are exercised on a machine with GPUs
-    xpu, npu        Intel's GPUs; Ascend's NPUs, with the plug-in that registers them
+    generic         whichever accelerator this torch build has
+    generic:cuda    CUDA hardware through these calls only, to test them on a machine with GPUs
+    xpu, npu        Intel GPUs; Ascend NPUs, with the plug-in that registers them
 
-It promises streams, memory figures and pinned memory. It knows nothing that only one maker's driver has: no peer
-access, no stream memory operations, no fused kernels.
+It offers streams, memory figures and pinned memory. It uses nothing vendor-specific: no peer access, no stream memory
+operations, no fused kernels.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from antiphon.core.errors import LaneError, OptionError
 from antiphon.device.device import Device, DeviceMemory, Event, Reading, StepTimer, Streams
 
 HIGH_PRIORITY = -1
-_PREFIX = "generic:"  # of kinds that name the hardware under the generic calls
+_PREFIX = "generic:"  # of kinds that name the hardware
 
 
 class GenericDevice(Device):
-    """One accelerator, of the type that the kind names."""
+    """One accelerator of the type that the kind names."""
 
     queues = True
     own_memory = True
@@ -38,8 +38,8 @@ class GenericDevice(Device):
             found = torch.accelerator.current_accelerator()
             if found is None:
                 raise OptionError(
-                    "device='generic' is the accelerator of this torch",
-                    limit="it has none that can be used here",
+                    "device='generic' needs an accelerator",
+                    limit="this torch build finds none on this machine",
                     remedy="use device='cpu', or 'generic:cpu' to exercise the code without one",
                     option="device",
                     value=kind,
@@ -54,7 +54,7 @@ class GenericDevice(Device):
             return torch.device(self._type, self.index)
         except RuntimeError as error:
             raise OptionError(
-                f"device={self.kind!r} is not a type of device that this torch knows",
+                f"device={self.kind!r} is not a device type that this torch build knows",
                 remedy="install the plug-in that registers it, such as torch-npu for npu",
                 option="device",
                 value=self.kind,
@@ -78,7 +78,7 @@ class GenericDevice(Device):
         return f"{name} ({self.kind})"
 
     def activate(self) -> None:
-        """TF32 would cost float32 its last 13 bits of every factor, routers included."""
+        """See `Device.activate`. TF32 would drop the last 13 mantissa bits of every float32 factor, in routers too."""
         torch.accelerator.set_device_index(self.index)
         torch.set_float32_matmul_precision("highest")
 
@@ -92,9 +92,9 @@ class GenericDevice(Device):
         return GenericTimer(self)
 
     def memory(self) -> DeviceMemory:
-        """Memory as the driver counts it: other processes and other libraries included."""
+        """Memory as the driver counts it, including other processes and libraries."""
         module = torch.get_device_module(self.torch_device)
-        ask = getattr(torch.accelerator, "get_memory_info", None) or module.mem_get_info  # the older name
+        ask = getattr(torch.accelerator, "get_memory_info", None) or module.mem_get_info  # its name in older versions
         return DeviceMemory(*ask(self.torch_device))
 
     def release_unused(self) -> None:
@@ -106,40 +106,39 @@ class GenericDevice(Device):
         torch.accelerator.reset_peak_memory_stats(self.torch_device)
 
     def peak_bytes(self) -> int:
-        """Reserved, not allocated memory is counted: what the allocator could not reuse would be missing again."""
+        """See `Device.peak_bytes`. Counts reserved memory, because the allocator will need its fragments again."""
         self.synchronize()
         free_bytes, total_bytes = self.memory()
         outside = total_bytes - free_bytes - torch.accelerator.memory_reserved(self.torch_device)
         return int(outside + torch.accelerator.max_memory_reserved(self.torch_device))
 
-    # ---- what `GenericStreams` and `GenericTimer` are made of
+    # ---- primitives of `GenericStreams` and `GenericTimer`
 
     def new_stream(self) -> Any:
-        """A stream of high priority beside the others."""
+        """A new high-priority stream."""
         return torch.Stream(self.torch_device, priority=HIGH_PRIORITY)
 
     def new_event(self) -> Any:
-        """An event that keeps its time."""
+        """A new event that records its time."""
         return torch.Event(self.torch_device, enable_timing=True)
 
     def current_stream(self) -> Any:
         return torch.accelerator.current_stream(self.torch_device)
 
     def set_stream(self, stream: Any) -> None:
-        """Make it the current one."""
+        """Make `stream` the current one."""
         torch.accelerator.set_stream(stream)
 
 
 class GenericStreams:
-    """`Streams` of one accelerator. Not thread-safe: one host thread issues everything.
+    """`Streams` of one accelerator. Not thread-safe: one host thread issues all work.
 
-    Comm streams are made when they are first named. Nothing here ever blocks the host.
+    A comm stream is created when its name is first used. Nothing here blocks the host.
     """
 
     def __init__(self, owner: GenericDevice) -> None:
         self.owner: Device = owner
         self.device = owner.torch_device
-        self.device_types = owner.autocast_types
         self._calls = owner
         self._compute = owner.current_stream()
         self._comm: dict[str, Any] = {}
@@ -155,7 +154,8 @@ class GenericStreams:
     def comm(self, *, after: Event, name: str = "comm") -> Iterator[None]:
         if not self.on_compute_stream():
             raise LaneError(
-                "a communication was sent away from the compute stream", remedy="leave the stream context first"
+                "a communication was sent from a stream other than the compute stream",
+                remedy="leave the stream context first",
             )
         self._calls.set_stream(self._comm_stream(name))
         try:
@@ -172,11 +172,11 @@ class GenericStreams:
         return bool(self._calls.current_stream() == self._compute)
 
     def leave_free(self, num_sms: int) -> AbstractContextManager[None]:
-        """There are no SMs to leave: `Device.sm_carveout` says so."""
+        """Does nothing: `Device.sm_carveout` is False."""
         return nullcontext()
 
     def _current(self) -> Any:
-        """The stream that is current; asked for at every switch and exchange."""
+        """The current stream. Called at every switch and exchange."""
         return self._calls.current_stream()
 
     def _comm_stream(self, name: str) -> Any:
@@ -187,7 +187,7 @@ class GenericStreams:
 
 
 class GenericTimer:
-    """`StepTimer` of one accelerator, by events: the host's own time counts only where the device waits for it."""
+    """`StepTimer` of one accelerator, by events. Host time counts only if the device waits for the host."""
 
     def __init__(self, owner: GenericDevice) -> None:
         self._owner = owner

@@ -1,7 +1,8 @@
-"""`generic:cpu`: the generic device over a pretended accelerator, whose work the CPU does at once.
+"""`generic:cpu`: the generic device on a pretended accelerator, whose work the CPU does at once.
 
-It exercises the generic streams, the queued transports over gloo and the engine above them on any machine, in worker
-processes too. Which stream is current is kept as on hardware. Nothing runs late, so a missing wait does not show.
+It exercises the generic streams, the queued transports over gloo and the engine above them on any machine, also in
+worker processes. It tracks the current stream as hardware does. Work never runs late, so it cannot reveal a missing
+wait.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from antiphon.device.generic import GenericDevice
 
 
 class PretendedDevice(HostDevice, GenericDevice):
-    """The CPU behind the generic device's calls. It has no memory of its own, and pins none."""
+    """The CPU behind the generic device's calls, without its own memory or pinned memory."""
 
     own_memory = False
     pinned_memory = False
@@ -54,15 +55,15 @@ class PretendedEvent:
         self._recorded_ns = time.perf_counter_ns()
 
     def synchronize(self) -> None:
-        assert self._recorded_ns, "waited for an event that nobody has recorded"
+        assert self._recorded_ns, "waited for an event that was never recorded"
 
     def elapsed_time(self, later: PretendedEvent) -> float:
-        """Milliseconds."""
+        """Time from this event to a later one, in ms."""
         return (later._recorded_ns - self._recorded_ns) * 1e-6
 
 
 class PretendedStream:
-    """A queue that is always empty: what is launched on it has happened when the launch returns."""
+    """A queue that is always empty: work is complete when its launch returns."""
 
     def record_event(self) -> PretendedEvent:
         event = PretendedEvent()

@@ -1,7 +1,7 @@
-"""The one table of kinds of devices, and how a device is found in it.
+"""The table of device kinds, and the lookup of devices in it.
 
-Adding a kind takes one file with a subclass of `Device` and one row here. A class is imported when a device of its kind
-is first asked for, so that a kind whose libraries are missing costs nothing.
+A new kind takes one file with a subclass of `Device` and one row here. Its class is imported on first use, so a kind
+whose libraries are missing does no harm.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ DEVICES = MappingProxyType(
         "generic:cpu": "antiphon.device.generic_cpu:PretendedDevice",
     }
 )
-"""Kind, and the class of its devices."""
+"""Kind of device -> module and class."""
 
 
 def find_device(kind: str, index: int = 0, *, option: str = "device") -> Device:
-    """The device of that kind and index, made without touching hardware.
+    """The device of that kind and index. Touches no hardware.
 
     option: where the user named the kind, for the error. Raises `OptionError` for a kind that is not in the table.
     """
@@ -42,7 +42,7 @@ def find_device(kind: str, index: int = 0, *, option: str = "device") -> Device:
 
 
 def device_of(place: torch.device | Device) -> Device:
-    """The owner of a `torch.device`: the device of the kind that is called as its type is. A `Device` is itself."""
+    """The device whose kind is the type of a `torch.device`; a `Device` is returned as it is."""
     if isinstance(place, Device):
         return place
     device = find_device(place.type, place.index or 0)
@@ -50,16 +50,16 @@ def device_of(place: torch.device | Device) -> Device:
 
 
 def rank_device(kind: str, rank: int) -> Device:
-    """The device of a rank: ranks take devices by turns, and share the CPU."""
+    """The device of a rank. Ranks are assigned to devices round-robin; all of them share the CPU."""
     device = find_device(kind)
     return find_device(kind, rank % device.count())
 
 
-# ---- short forms of the public face
+# ---- shortcuts for the public API
 
 
 def num_devices(kind: str) -> int:
-    """Devices of a kind that this process may use; starts nothing on them. The CPU counts as one."""
+    """Number of devices of a kind that this process may use, without initializing them. The CPU counts as one."""
     return find_device(kind).count()
 
 
@@ -69,10 +69,10 @@ def device_for_rank(kind: str, rank: int) -> torch.device:
 
 
 def activate(device: torch.device | Device) -> None:
-    """Make it the current device of this process; float32 products on it are exact from then on (no TF32)."""
+    """Make it the current device of this process, and turn TF32 off so that float32 GEMMs keep their precision."""
     device_of(device).activate()
 
 
 def streams_for(device: torch.device | Device) -> Streams:
-    """The streams of a device; on a GPU the stream that is current becomes the compute stream."""
+    """The streams of a device. On a GPU the current stream becomes the compute stream."""
     return device_of(device).streams()

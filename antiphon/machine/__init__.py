@@ -1,1 +1,1 @@
-"""What this machine is and has, as plain facts found by probes. Entry: `examine_machine`."""
+"""Facts about this machine, found by probes. Entry: `probe.examine_machine`."""

@@ -1,4 +1,4 @@
-"""What is slow on a machine, or likely to fail later, and how its figures are written: functions of `Facts`."""
+"""Advice on what is slow on a machine or likely to fail later, and the formatting of its figures."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from antiphon.machine.facts import UNLIMITED, Facts
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Something that is wrong or slow, and what would mend it ("" if nothing would)."""
+    """Something that is wrong or slow, and its remedy ("" if there is none)."""
 
     fact: str
     remedy: str = ""
 
 
 def advise(facts: Facts, *, ranks: int, device_kind: str) -> list[Advice]:
-    """What forbids no transport, but is likely to be slow or to fail later."""
+    """Problems that rule out no transport, but are likely to be slow or to fail later."""
     advice = []
     if device_kind == "cuda":
         for device in facts.gpus.devices[:ranks]:
             node = device.numa_node
             near = next((found.cpus for found in facts.numa.nodes if found.index == node), ())
             if near and facts.numa.affinity and not set(near) & set(facts.numa.affinity):
-                fact = f"this process may run on no CPU of NUMA node {node}, where GPU {device.index} is"
-                remedy = f"start it by `numactl --cpunodebind={node}`"
+                fact = (
+                    f"this process may not run on any CPU of NUMA node {node}, which GPU {device.index} is attached to"
+                )
+                remedy = f"start it with `numactl --cpunodebind={node}`"
                 remedy += for_docker(facts, f"--cpuset-cpus={format_cpus(near)}")
-                advice.append(Advice(f"{fact}: copies through host memory cross the nodes", remedy))
+                advice.append(Advice(f"{fact}: copies through host memory cross NUMA nodes", remedy))
         if facts.gpus.direct_launches.ok is False:
-            fact = f"kernels are launched by Triton's own call, because {facts.gpus.direct_launches.detail}"
+            fact = f"kernels are launched through Triton's own launcher, because {facts.gpus.direct_launches.detail}"
             advice.append(Advice(f"{fact}: {LAUNCH_COST}", LAUNCH_REMEDY))
         settings = facts.environment.get("PYTORCH_ALLOC_CONF", "") + facts.environment.get(
             "PYTORCH_CUDA_ALLOC_CONF", ""
@@ -42,7 +44,7 @@ def advise(facts: Facts, *, ranks: int, device_kind: str) -> list[Advice]:
 
 
 def format_bytes(num_bytes: int | None) -> str:
-    """A size in the largest binary unit that leaves a number of at least 1."""
+    """A size in the largest binary unit in which it is at least 1."""
     if num_bytes is None:
         return "unknown"
     if num_bytes == UNLIMITED:
@@ -55,7 +57,7 @@ def format_bytes(num_bytes: int | None) -> str:
 
 
 def format_cpus(cpus: tuple[int, ...]) -> str:
-    """0-3,8 for (0, 1, 2, 3, 8)."""
+    """CPU numbers as ranges: 0-3,8 for (0, 1, 2, 3, 8)."""
     runs: list[list[int]] = []
     for cpu in cpus:
         if runs and runs[-1][1] == cpu - 1:
@@ -66,5 +68,5 @@ def format_cpus(cpus: tuple[int, ...]) -> str:
 
 
 def for_docker(facts: Facts, flag: str) -> str:
-    """The flag for whoever starts the container; nothing outside of one."""
+    """The Docker flag to add to a remedy; empty outside a container."""
     return f" (docker: {flag})" if facts.host.container else ""

@@ -1,5 +1,6 @@
-"""What the CUDA driver says about this machine: run as a process of its own, so that a driver that hangs can be left
-behind and the caller keeps no context on any GPU.
+"""What the CUDA driver reports about this machine.
+
+It runs in its own process, so that a driver that hangs can be abandoned and the caller gets no context on any GPU.
 
     python -m antiphon.machine.cuda PINNED_BYTES      prints `Gpus` as JSON
 """
@@ -22,13 +23,13 @@ _PCI_ATTRIBUTES = ("PCI_DOMAIN_ID", "PCI_BUS_ID", "PCI_DEVICE_ID")
 
 
 def probe_gpus(pinned_bytes: int) -> Gpus:
-    """All GPUs that this process may use; makes a context on each.
+    """All GPUs that this process may use. Creates a context on each.
 
-    pinned_bytes: how much shared host memory to register with the driver, as a trial. Never raises; may hang if the
-    driver does.
+    pinned_bytes: how much shared host memory to register with the driver, as a trial.
+    Never raises, but hangs if the driver does.
     """
     if torch.version.cuda is None:
-        return Gpus(problem="this torch is built without CUDA")
+        return Gpus(problem="this torch build has no CUDA support")
     try:
         if not torch.cuda.is_available():
             return Gpus(problem="torch sees no CUDA device")
@@ -51,7 +52,7 @@ def _device(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     try:
         free_bytes: int | None = torch.cuda.mem_get_info(index)[0]
-    except Exception:  # another process has the GPU for itself, say
+    except Exception:  # for example, another process uses the GPU exclusively
         free_bytes = None
     flush = _attribute(index, "CAN_FLUSH_REMOTE_WRITES")
     return Gpu(
@@ -76,7 +77,7 @@ def _pci(index: int, properties: Any) -> str | None:
 
 
 def _attribute(index: int, name: str) -> int | None:
-    """A device attribute by the driver's name; `None` without cuda.bindings or if the driver does not say."""
+    """A device attribute by the driver's name; `None` without cuda.bindings or if the driver does not report it."""
     try:
         driver = import_module("cuda.bindings.driver")
         error, device = driver.cuDeviceGet(index)
@@ -91,7 +92,7 @@ def _attribute(index: int, name: str) -> int | None:
 
 
 def _stream_memory_operations(index: int) -> Check:
-    """Write a word by the stream and wait for it by the stream, with the operations that the transports use."""
+    """Write a word and wait for it on a stream, with the operations that the transports use."""
     try:
         memory = import_module("antiphon.device.cuda_stream_memory")
     except ImportError as error:
@@ -121,7 +122,7 @@ def _peer_access(source: int, target: int) -> bool | None:
 
 
 def _pin(num_bytes: int) -> Check:
-    """Register memory of a memfd with the driver, as `host-staged` does."""
+    """Register memory from a memfd with the driver, as `host-staged` does."""
     try:
         memory = import_module("antiphon.device.cuda_stream_memory")
         descriptor = os.memfd_create("antiphon-probe")
@@ -131,7 +132,7 @@ def _pin(num_bytes: int) -> Check:
         os.ftruncate(descriptor, num_bytes)
         tensor = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
         torch.cuda.synchronize(0)  # makes its context the current one
-        memory.register_host_memory(tensor, "the trial")  # the end of the process takes it back
+        memory.register_host_memory(tensor, "the trial")  # unregistered when the process ends
     except Exception as error:
         return Check(ok=False, detail=first_line(error))
     finally:
@@ -140,7 +141,7 @@ def _pin(num_bytes: int) -> Check:
 
 
 def _direct_launches() -> Check:
-    """Whether this Triton's launcher is known; no kernel is launched."""
+    """Whether direct launches support this Triton version. Launches no kernel."""
     try:
         direct = import_module("antiphon.kernels.fused.direct")
         obstacle = direct.launch_obstacle()
@@ -153,4 +154,4 @@ if __name__ == "__main__":
     found = probe_gpus(int(sys.argv[1]))
     sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
     sys.stdout.flush()
-    os._exit(0)  # nothing to save, and tearing down a broken driver may hang
+    os._exit(0)  # nothing to save, and shutting down a broken driver may hang

@@ -1,7 +1,6 @@
-"""What a machine allows, as plain facts: data only, so that every judgement on them can be tested with made-up ones.
+"""Facts about a machine: data only, so that every decision based on them can be tested with made-up facts.
 
-`None` always means unknown: a fact that could not be found out is never guessed. `probe` fills them in,
-the transports judge them.
+`None` always means unknown: nothing is guessed. `probe` fills the facts in, and the transports judge them.
 """
 
 from __future__ import annotations
@@ -9,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNLIMITED = -1
-"""A limit of the system that is not set."""
+"""The value of a system limit that is not set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """Whether something that was tried works; `detail` says what was tried or why it failed."""
+    """The outcome of a trial. `detail` says what was tried or why it failed."""
 
     ok: bool | None
     detail: str = ""
@@ -22,7 +21,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Versions:
-    """Versions as their makers write them; `None` if absent. `backends`: of collectives, such as gloo and nccl."""
+    """Version strings as each project writes them; `None` if absent. `backends`: collective backends, such as gloo."""
 
     python: str
     torch: str
@@ -37,7 +36,7 @@ class Versions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU that this process may use. `pci` is such as 0000:18:00.0."""
+    """One GPU that this process may use. `pci` is its address, such as 0000:18:00.0."""
 
     index: int
     name: str
@@ -52,7 +51,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """Whether GPU `source` can reach the memory of GPU `target`, and over what, such as NV18, PIX or SYS."""
+    """Whether GPU `source` can access the memory of GPU `target`, and over which link, such as NV18, PIX or SYS."""
 
     source: int
     target: int
@@ -62,21 +61,21 @@ class Peer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpus:
-    """What the CUDA driver says. `problem` says why there are no devices."""
+    """What the CUDA driver reports. `problem` says why there are no devices."""
 
     devices: tuple[Gpu, ...] = ()
     peers: tuple[Peer, ...] = ()
-    pinned_memory: Check = Check(ok=None)  # shared host memory was registered with the driver ...
-    pinned_bytes: int = 0  # ... as much as this
-    direct_launches: Check = Check(ok=None)  # kernels are launched without Triton's own call
+    pinned_memory: Check = Check(ok=None)  # registering shared host memory with the driver
+    pinned_bytes: int = 0  # size of that memory
+    direct_launches: Check = Check(ok=None)  # launching kernels without Triton's launcher
     problem: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """Memory, limits and system calls. `container` names the kind of container, "" outside of one.
+    """Memory, limits and system calls. `container` names the container runtime, "" outside a container.
 
-    cgroup_free_bytes: what the tightest control group leaves; `UNLIMITED` without one.
+    cgroup_free_bytes: what the tightest control group leaves; `UNLIMITED` without a limit.
     """
 
     container: str | None = None
@@ -88,8 +87,8 @@ class Host:
     shm_total_bytes: int | None = None
     shm_free_bytes: int | None = None
     memfd: Check = Check(ok=None)
-    socket_descriptors: Check = Check(ok=None)  # a descriptor sent over a Unix socket
-    pidfd_getfd: Check = Check(ok=None)  # a descriptor taken from a process that is not a child
+    socket_descriptors: Check = Check(ok=None)  # sending a descriptor over a Unix socket
+    pidfd_getfd: Check = Check(ok=None)  # taking a descriptor from a process that is not a child
     ptrace_scope: int | None = None
 
 
@@ -111,7 +110,7 @@ class Numa:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Everything about one machine. `environment`: the variables that change how ranks communicate, if set."""
+    """All facts about one machine. `environment`: variables that affect how ranks communicate, if set."""
 
     versions: Versions
     gpus: Gpus

@@ -1,7 +1,7 @@
-"""What the host of this process allows: memory, limits, system calls, containers, NUMA.
+"""Probes of the host: memory, limits, system calls, containers, NUMA.
 
-Nothing here knows about GPUs. No probe raises; what might hang runs as a process with a time limit. `root` is the
-folder that stands for / in what is read from files.
+Nothing here knows about GPUs. No probe raises; what might hang runs in a process with a time limit. `root` replaces /
+in the paths that are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from antiphon.machine.facts import UNLIMITED, Check, Host, Numa, NumaNode
 
 _ROOT = Path("/")
 _CHILD_LIMIT_S = 10.0
-_NO_LIMIT_FROM = 1 << 60  # the first version of control groups writes a very large number where there is no limit
+_NO_LIMIT_FROM = 1 << 60  # version 1 of control groups reports a very large number instead of "no limit"
 _TAKE_DESCRIPTOR = """
 import ctypes, os, sys
 SYS_pidfd_getfd = 438  # on every architecture
@@ -37,8 +37,6 @@ def probe_host(root: Path = _ROOT) -> Host:
     memory = _memory_info(root)
     limit_bytes, free_bytes = _cgroup_memory(root)
     shm_total_bytes, shm_free_bytes = _room(root / "dev/shm")
-    scope = read_text(root / "proc/sys/kernel/yama/ptrace_scope")
-    memfd = probe_memfd()
     return Host(
         container=_container(root),
         locked_memory_bytes=_locked_memory(),
@@ -48,17 +46,17 @@ def probe_host(root: Path = _ROOT) -> Host:
         cgroup_free_bytes=free_bytes,
         shm_total_bytes=shm_total_bytes,
         shm_free_bytes=shm_free_bytes,
-        memfd=memfd,
+        memfd=probe_memfd(),
         socket_descriptors=probe_socket_descriptors(),
         pidfd_getfd=probe_pidfd_getfd(),
-        ptrace_scope=int(scope) if scope and scope.strip().isdigit() else None,
+        ptrace_scope=_number(read_text(root / "proc/sys/kernel/yama/ptrace_scope")),
     )
 
 
 def obtainable_memory(root: Path = _ROOT) -> int | None:
-    """Bytes that processes here can still be given; `None` where the system does not say. Starts nothing.
+    """Bytes that processes here can still obtain; `None` if the system does not report it. Starts no process.
 
-    Of a control group it is the limit: what it has in use is mostly files in the page cache, which give way.
+    A control group counts with its whole limit: most of its usage is page cache, which the kernel reclaims.
     """
     limits = (_memory_info(root).get("MemAvailable"), _cgroup_memory(root)[0])
     return min((limit for limit in limits if limit is not None and limit != UNLIMITED), default=None)
@@ -87,7 +85,7 @@ def _room(folder: Path) -> tuple[int | None, int | None]:
 
 
 def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
-    """Limit and rest of the tightest control group around this process, `UNLIMITED` without a limit."""
+    """Limit and free bytes of the tightest control group around this process; `UNLIMITED` without a limit."""
     membership = read_text(root / "proc/self/cgroup")
     if membership is None:
         return None, None
@@ -127,7 +125,7 @@ def _container(root: Path) -> str | None:
 
 
 def probe_memfd() -> Check:
-    """Make shared memory without a name, and write to it."""
+    """Create anonymous shared memory and write to it."""
     try:
         descriptor = os.memfd_create("antiphon-probe")
     except (AttributeError, OSError) as error:
@@ -140,7 +138,7 @@ def probe_memfd() -> Check:
         return Check(ok=False, detail=f"memory of memfd_create cannot be mapped: {error}")
     finally:
         os.close(descriptor)
-    return Check(ok=True, detail="shared memory was made and written")
+    return Check(ok=True, detail="shared memory was created and written")
 
 
 def probe_socket_descriptors() -> Check:
@@ -159,8 +157,9 @@ def probe_socket_descriptors() -> Check:
 
 
 def probe_pidfd_getfd() -> Check:
-    """Let a child take a descriptor of this process: as little allowed as between two ranks, of which neither started
-    the other.
+    """Let a child take a descriptor of this process.
+
+    A child has no more rights over its parent than one rank has over another.
     """
     try:
         descriptor = os.open(os.devnull, os.O_RDONLY)
@@ -182,7 +181,7 @@ def probe_pidfd_getfd() -> Check:
 
 
 def probe_numa(root: Path = _ROOT) -> Numa:
-    """The host's NUMA nodes and this process's CPUs; empty where the system does not say."""
+    """The host's NUMA nodes and this process's CPUs; empty if the system does not report them."""
     nodes = []
     for folder in sorted((root / "sys/devices/system/node").glob("node[0-9]*")):
         cpus = parse_cpu_list(read_text(folder / "cpulist") or "")
@@ -195,13 +194,13 @@ def probe_numa(root: Path = _ROOT) -> Numa:
 
 
 def numa_node_of(pci: str | None, root: Path = _ROOT) -> int | None:
-    """The NUMA node of a PCI device; `None` where the system does not say."""
+    """The NUMA node of a PCI device; `None` if the system does not report it."""
     node = _number(read_text(root / "sys/bus/pci/devices" / (pci or "") / "numa_node")) if pci else None
     return None if node is None or node < 0 else node
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """`0-3,8` as numbers."""
+    """The numbers in a list such as `0-3,8`."""
     cpus: list[int] = []
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
         cpus += range(int(first), int(last or first) + 1)
@@ -214,7 +213,7 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
 def run_limited(
     command: list[str], limit_s: float, environment: dict[str, str] | None = None
 ) -> tuple[str | None, str]:
-    """What `command` printed, or `None` and what went wrong. Returns even if the process cannot be ended."""
+    """What `command` printed, or `None` and what went wrong. Returns even if the process cannot be killed."""
     try:
         process = subprocess.Popen(
             command,
@@ -229,7 +228,7 @@ def run_limited(
         printed, complaint = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        with suppress(subprocess.TimeoutExpired):  # it hangs inside the kernel: leave it
+        with suppress(subprocess.TimeoutExpired):  # it hangs inside the kernel: abandon it
             process.communicate(timeout=1.0)
         return None, f"did not end within {limit_s:g} s"
     if process.returncode != 0:
@@ -239,6 +238,7 @@ def run_limited(
 
 
 def read_text(path: Path) -> str | None:
+    """The text of a file; `None` if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""Finding out what this machine allows, before anything starts: many small probes, one `Facts`.
+"""Examines this machine before anything starts: many small probes that fill one `Facts`.
 
-No probe raises, and none hangs: what might do so runs in a process with a time limit. The calling process gets no CUDA
-context. What a fact means for a transport is not decided here but in `usable`.
+No probe raises and none hangs: what might hang runs in a process with a time limit. The calling process gets no CUDA
+context. Each transport decides for itself what a fact means for it.
 
     facts = examine_machine()
     for found in usable_transports(facts, ranks=2, device_kind="cuda", peer_access=True): ...
@@ -20,12 +20,12 @@ import torch
 
 from antiphon.core.lines import split_lines
 from antiphon.machine.facts import Facts, Gpus, Versions
-from antiphon.machine.host import numa_node_of, probe_host, probe_numa, run_limited
+from antiphon.machine.host import numa_node_of, probe_host, probe_numa, read_text, run_limited
 from antiphon.machine.versions import installed, versions
 
 _ROOT = Path("/")
 _MIB = 1 << 20
-_PINNED_TRIAL_BYTES = (16 * _MIB, 256 * _MIB)  # smallest and largest
+_PINNED_TRIAL_BYTES = (16 * _MIB, 256 * _MIB)  # minimum and maximum
 _TOOL_LIMIT_S = 10.0
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -58,7 +58,7 @@ def examine_machine(*, time_limit_s: float = 60.0) -> Facts:
 
 
 def probe_versions(driver: str | None = None, root: Path = _ROOT) -> Versions:
-    """driver: its version, where it is known already."""
+    """Versions of this process's software. driver: the version of the NVIDIA driver, if it is already known."""
     found = versions(root)
     return Versions(
         python=found["python"],
@@ -76,7 +76,7 @@ def probe_versions(driver: str | None = None, root: Path = _ROOT) -> Versions:
 def _backends() -> tuple[str, ...]:
     if not torch.distributed.is_available():
         return ()
-    known = torch.distributed.Backend.backend_list  # plug-ins add theirs; two of torch's own move nothing
+    known = torch.distributed.Backend.backend_list  # includes those of plug-ins; two of torch's own transfer nothing
     return tuple(
         name for name in known if name not in ("undefined", "fake") and torch.distributed.is_backend_available(name)
     )
@@ -86,25 +86,21 @@ def _backends() -> tuple[str, ...]:
 
 
 def nvidia_gpus(root: Path = _ROOT) -> int:
-    """NVIDIA GPUs on this machine's PCI bus, whatever torch and the driver can do with them; 0 where nobody says.
-
-    root: of the file system that knows them.
-    """
+    """Number of NVIDIA GPUs on the PCI bus, whether or not torch and the driver can use them; 0 if it is unknown."""
     return sum(_is_nvidia_gpu(device) for device in root.glob("sys/bus/pci/devices/*"))
 
 
 def _is_nvidia_gpu(device: Path) -> bool:
-    try:
-        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
-    except OSError:
-        return False
-    return vendor == "0x10de" and kind.startswith("0x03")  # a display controller, which those without a display are too
+    vendor, kind = (read_text(device / name) or "" for name in ("vendor", "class"))
+    return vendor.strip() == "0x10de" and kind.startswith(
+        "0x03"
+    )  # display controller, also if it has no display output
 
 
 def probe_gpus_apart(pinned_bytes: int, time_limit_s: float) -> Gpus:
-    """`cuda.probe_gpus` in a process of its own."""
+    """Run `cuda.probe_gpus` in its own process."""
     if torch.version.cuda is None:
-        return Gpus(problem="this torch is built without CUDA")
+        return Gpus(problem="this torch build has no CUDA support")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     command = [sys.executable, "-P", "-m", "antiphon.machine.cuda", str(pinned_bytes)]
     printed, problem = run_limited(command, time_limit_s, environment)
@@ -113,17 +109,17 @@ def probe_gpus_apart(pinned_bytes: int, time_limit_s: float) -> Gpus:
     try:
         return msgspec.json.decode(printed.strip().rpartition("\n")[2], type=Gpus)
     except msgspec.MsgspecError as error:
-        return Gpus(problem=f"unknown: the CUDA driver's answer cannot be read ({error})")
+        return Gpus(problem=f"unknown: the CUDA driver's answer cannot be parsed ({error})")
 
 
 def _trial_bytes(locked_memory_bytes: int | None) -> int:
-    """More than the limit on locked memory where that is affordable: success shows that the limit does not bind."""
+    """More than the limit on locked memory if that is affordable: success shows that the limit does not apply."""
     smallest, largest = _PINNED_TRIAL_BYTES
     return min(max(smallest, 2 * (locked_memory_bytes or 0)), largest)
 
 
 def _with_links(gpus: Gpus, gpu_order: dict[str, int]) -> Gpus:
-    """The kind of link of each pair, as far as nvidia-smi tells."""
+    """Add the link of each pair of GPUs, as far as nvidia-smi reports it."""
     printed, _ = run_limited(["nvidia-smi", "topo", "-m"], _TOOL_LIMIT_S)
     links = parse_topology(printed or "")
     order = {device.index: gpu_order.get(device.pci or "") for device in gpus.devices}
@@ -136,14 +132,14 @@ def _with_links(gpus: Gpus, gpu_order: dict[str, int]) -> Gpus:
 
 
 def _ask_nvidia_smi() -> tuple[str | None, dict[str, int]]:
-    """The driver's version, and nvidia-smi's number of each GPU by its PCI address."""
+    """The driver's version, and the number that nvidia-smi gives each GPU, by PCI address."""
     query = ["nvidia-smi", "--query-gpu=index,pci.bus_id,driver_version", "--format=csv,noheader"]
     printed, _ = run_limited(query, _TOOL_LIMIT_S)
     return parse_gpu_list(printed or "")
 
 
 def parse_gpu_list(printed: str) -> tuple[str | None, dict[str, int]]:
-    """Parse lines such as `0, 00000000:18:00.0, 580.95.05`; lines that look different are left out."""
+    """Parse lines such as `0, 00000000:18:00.0, 580.95.05`; other lines are ignored."""
     rows = re.findall(r"^\s*(\d+), *([0-9A-Fa-f]+):([0-9A-Fa-f:.]+), *(\S+)\s*$", printed, flags=re.MULTILINE)
     order = {f"{int(domain, 16):04x}:{rest.lower()}": int(index) for index, domain, rest, _ in rows}
     return (rows[0][3] if rows else None), order

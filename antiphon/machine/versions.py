@@ -1,4 +1,4 @@
-"""What this process runs on: versions of the software, as a result's conditions."""
+"""Versions of the software that this process runs on, to be recorded with a result."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from antiphon.machine.host import read_text
+
 
 def versions(root: Path = Path("/")) -> dict[str, str]:
-    """Version by name; what is not there is left out. Never raises. root: of the file system that knows the driver."""
+    """Version by name; what is absent is left out. Never raises. root: replaces / in the path of the driver's file."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     found |= {package: number for package in ("antiphon", "triton") if (number := installed(package))}
     if torch.version.cuda is not None:
@@ -23,7 +25,7 @@ def versions(root: Path = Path("/")) -> dict[str, str]:
 
 
 def installed(distribution: str) -> str | None:
-    """The version of an installed distribution."""
+    """The version of an installed distribution; `None` if it is absent."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -31,19 +33,15 @@ def installed(distribution: str) -> str | None:
 
 
 def _cuda_versions() -> dict[str, str]:
-    from antiphon.device.cuda import cuda_versions  # only where torch was built for such a device
+    from antiphon.device.cuda import cuda_versions  # only if torch was built with CUDA
 
     try:
         return cuda_versions()
-    except Exception:  # a library that is broken is as good as absent
+    except Exception:  # a broken library counts as absent
         return {}
 
 
 def _driver(file: Path) -> str | None:
     """Version of the NVIDIA driver that the kernel has loaded."""
-    try:
-        text = file.read_text(errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"NVRM version:.*?\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    found = re.search(r"NVRM version:.*?\b(\d{3}\.\d+(?:\.\d+)?)\b", read_text(file) or "")
     return found[1] if found else None

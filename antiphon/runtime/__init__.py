@@ -1,18 +1,18 @@
-"""Lanes: run several functions in one host thread, handing the thread over only at `switch` and `finish`.
+"""Lanes: run several functions in one host thread, which changes lanes only at `switch` and `finish`.
 
-This package stands alone: it knows no batches, models or transports. It runs callables on lanes and orders streams.
+This package stands alone: it knows nothing of batches, models or transports. It runs callables and orders streams.
 
     from antiphon.runtime import finish, run_lanes
 
     def half(x):
-        sent = transport.dispatch(x, ids, weights)  # a Pending: the data is on its way
-        shared = shared_experts(x)                  # covers part of it
+        sent = transport.dispatch(x, ids, weights)  # a Pending: the data is in flight
+        shared = shared_experts(x)                  # hides part of the communication
         rows = finish(sent)                         # the other lane computes here
         ...
 
     outputs = run_lanes([lambda: half(x0), lambda: half(x1)])
 
-One thread, two lanes; `=` computes, `.` is on the wire:
+One thread, two lanes; `=` is computation, `.` is communication:
 
     lane 0   ==dispatch.......==expert==combine.......==
     lane 1             ==dispatch......==expert==combine.......==

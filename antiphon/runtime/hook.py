@@ -1,7 +1,6 @@
-"""The recorder hook: the events of a run of lanes, for a listener.
+"""The recorder hook: passes the events of a run of lanes to a recorder.
 
-Without a recorder an event costs one lookup. A recorder that raises is switched off with one warning, and the run goes
-on.
+Without a recorder an event costs one lookup. A recorder that raises is dropped with one warning, and the run continues.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ class EventKind(Enum):
     START = "start"
     SWITCH_OUT = "switch-out"
     SWITCH_IN = "switch-in"
-    SENT = "sent"  # a pending was made, and its communication launched unless that is late
+    SENT = "sent"  # a pending was created; its communication was launched, except with late launch
     LAUNCHED = "launched"  # a late launch
-    WAIT = "wait"  # the lane begins to wait for it
+    WAIT = "wait"  # the lane starts to wait for the pending
     ARRIVED = "arrived"  # the wait is over
     END = "end"
 
@@ -76,5 +75,5 @@ class Hook:
                 LaneEvent(kind, lane, label, time.perf_counter_ns(), pending, num_bytes, num_messages, ready_ns),
             )
         except Exception as error:
-            logger.warning("the recorder failed and is off for the rest of this run: %r", error)
+            logger.warning("the recorder failed and is disabled for the rest of this run: %r", error)
             self._recorder = None

@@ -1,6 +1,6 @@
-"""The state of one lane, and the context variable that says which lane is running.
+"""The state of one lane, and the context variable that holds the running lane.
 
-Holds no control flow: `lanes` runs lanes, `traps` hands over between them.
+There is no control flow here: `lanes` runs lanes, `traps` switches between them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LaneCancelled(BaseException):
-    """Raised inside a lane at its switch because another lane failed. Let it pass; clean up in `finally`."""
+    """Raised in a lane at its switch because another lane failed. Do not catch it; clean up in `finally`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class RunState:
     num_lanes: int
     streams: Streams
     hook: Hook
-    torch_state: TorchState  # what it was when the run began
+    torch_state: TorchState  # as it was when the run began
     num_pendings: int = 0
 
 
@@ -62,6 +62,6 @@ current: ContextVar[Lane | None] = ContextVar("antiphon_lane", default=None)
 
 
 def running_lane() -> Lane | None:
-    """The lane that is running. A copy of its context, as a task of asyncio keeps one, may outlive the lane."""
+    """The running lane; `None` outside lanes. A copied context, such as an asyncio task's, may outlive its lane."""
     lane = current.get()
     return None if lane is None or lane.done else lane

@@ -1,7 +1,7 @@
-"""Run functions on lanes: round robin from lane 0, in one host thread.
+"""Runs functions on lanes, round-robin from lane 0, in one host thread.
 
 The caller is the hub. It resumes lane 0 until that lane switches, then lane 1, and so on, skipping lanes that have
-ended. The functions alone fix the order of operations, never timing.
+ended. The order of operations depends only on the functions, never on timing.
 
     hub ─► lane 0 ──switch─► hub ─► lane 1 ──switch─► hub ─► lane 0 ...
 """
@@ -34,17 +34,17 @@ def run_lanes(
     streams: Streams | None = None,
     recorder: Recorder | None = None,
 ) -> list[T]:
-    """Run every function on a lane of its own and return their results in order.
+    """Run every function on its own lane and return the results in order.
 
-    functions: any number; none gives an empty list. One function is called directly: no greenlet is made.
-    streams: the compute and comm stream; the CPU's when left out.
+    functions: any number; none gives an empty list. A single function is called directly, without a greenlet.
+    streams: the compute and comm streams; by default the CPU's.
     recorder: receives the events of the run.
 
-    Each lane gets a copy of the caller's context variables. Lanes may switch unequally often and end early.
-    If a lane raises, the other lanes are cancelled at their switch (`LaneCancelled`, a `BaseException`), what is
-    pending is abandoned, and the exception is raised here once, with its own traceback.
-    Raises `LaneError` for a run inside one of several lanes, for a pending that nobody finished, and for torch
-    state that a lane left changed.
+    Each lane gets a copy of the caller's context variables. Lanes may switch a different number of times and end early.
+    If a lane raises, the other lanes are cancelled at their switch (`LaneCancelled`, a `BaseException`), all pendings
+    are abandoned, and the exception is raised here once, with its own traceback.
+    Raises `LaneError` for a run inside one of several lanes, for a pending that was not finished, and for torch state
+    that a lane left changed.
     """
     streams = streams if streams is not None else CpuStreams()
     outer = running_lane()
@@ -54,14 +54,14 @@ def run_lanes(
         num_lanes=len(functions),
         streams=streams,
         hook=Hook(recorder),
-        torch_state=TorchState.read(streams.device_types),
+        torch_state=TorchState.read(streams.owner.autocast_types),
     )
     lanes: list[Lane] = []
     for index in range(len(functions)):
         lanes.append(Lane(index=index, run=run, previous=lanes[-1] if lanes else None))
     try:
         if len(functions) == 1:
-            results = [_run_alone(lanes[0], functions[0])]
+            results = [copy_context().run(_lane_main, lanes[0], functions[0])]
         else:
             results = _run_round_robin(lanes, functions)
     except BaseException as error:
@@ -69,10 +69,6 @@ def run_lanes(
         raise
     streams.join()
     return results
-
-
-def _run_alone(lane: Lane, function: Callable[[], T]) -> T:
-    return copy_context().run(_lane_main, lane, function)
 
 
 def _run_round_robin(lanes: list[Lane], functions: Sequence[Callable[[], T]]) -> list[T]:
@@ -91,14 +87,14 @@ def _run_round_robin(lanes: list[Lane], functions: Sequence[Callable[[], T]]) ->
             for lane, lane_greenlet in zip(lanes, greenlets, strict=True):
                 if not lane.done:
                     ended = lane_greenlet.switch()
-                    if isinstance(ended, GreenletExit):  # greenlet returns this one instead of raising it
+                    if isinstance(ended, GreenletExit):  # greenlet returns this exception instead of raising it
                         raise ended
     except BaseException as error:
         _cancel(lanes, error)
         raise
     finally:
         for lane in lanes:
-            lane.greenlet = None  # its context holds the lane: without this only the garbage collector would free it
+            lane.greenlet = None  # breaks a reference cycle: the greenlet's context holds the lane
     return [results[index] for index in range(len(lanes))]
 
 
@@ -110,7 +106,7 @@ def _lane_main(lane: Lane, function: Callable[[], T]) -> T:
         check_lane_state(lane, "ends")
         if lane.pendings:
             labels = ", ".join(repr(pending.label) for pending in lane.pendings.values())
-            raise LaneError(f"lane {lane.index} ended with pending {labels} not finished", remedy="call finish on it")
+            raise LaneError(f"lane {lane.index} ended without finishing pending {labels}", remedy="call finish on it")
         return result
     finally:
         lane.done = True
@@ -118,7 +114,7 @@ def _lane_main(lane: Lane, function: Callable[[], T]) -> T:
 
 
 def _cancel(lanes: list[Lane], error: BaseException) -> None:
-    """Cancel every lane that has started and not ended. Errors on the way become notes of `error`."""
+    """Cancel every lane that has started and not ended. Errors meanwhile become notes of `error`."""
     for lane in lanes:
         if lane.done or lane.greenlet is None or not lane.greenlet:
             continue  # ended, or never started
@@ -128,7 +124,7 @@ def _cancel(lanes: list[Lane], error: BaseException) -> None:
             except LaneCancelled:
                 break
             except BaseException as second:
-                error.add_note(f"lane {lane.index} failed too, while it was cancelled: {second!r}")
+                error.add_note(f"lane {lane.index} also failed while it was cancelled: {second!r}")
                 break
             if not lane.greenlet:  # it has ended
                 break
@@ -137,10 +133,10 @@ def _cancel(lanes: list[Lane], error: BaseException) -> None:
 
 
 def _release(lanes: list[Lane], streams: Streams, error: BaseException) -> None:
-    """Abandon all pendings and wait for the comm streams. Errors on the way become notes of `error`."""
+    """Abandon all pendings and wait for the comm streams. Errors meanwhile become notes of `error`."""
     pendings = [pending for lane in lanes for pending in lane.pendings.values()]
     for release in (*(pending.abandon for pending in pendings), streams.join):
         try:
             release()
         except Exception as second:
-            error.add_note(f"releasing failed too: {second!r}")
+            error.add_note(f"releasing also failed: {second!r}")

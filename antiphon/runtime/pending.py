@@ -1,4 +1,4 @@
-"""A communication that was sent and not yet waited for."""
+"""A communication that was sent but not yet waited for."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ T = TypeVar("T")
 
 
 class Pending(Generic[T]):
-    """The promise of a result that is on its way.
+    """The result of a communication in flight.
 
-    wait: brings the result; on a GPU it puts the wait on the compute stream, on the CPU it blocks the host.
-    label: what is on its way ("dispatch layer 3"); it names the switch in recordings and errors.
-    launch: starts what needs the host to wait first (late launch). `finish` calls it after its switch, so that the
-        other lane's work is queued by then.
+    wait: returns the result. On a GPU the compute stream waits for the arrival; on the CPU the host blocks.
+    label: what is in flight ("dispatch layer 3"); it names the switch in recordings and errors.
+    launch: starts a communication for which the host must wait first (late launch). `finish` calls it after its switch,
+        so that the other lane's work is already queued.
     abandon: releases what the pending holds when its lane is cancelled; it must not block for long.
-    ready_ns: after `wait`, when the data was there (`time.perf_counter_ns`), or `None` if that is not known.
-    num_bytes, num_messages: what goes over the link to or from other ranks, whichever direction has more.
+    ready_ns: called after `wait`; when the data was complete (`time.perf_counter_ns`), or `None` if that is unknown.
+    num_bytes, num_messages: traffic to or from other ranks, whichever direction has more.
 
-    A pending belongs to the lane that made it, is waited for exactly once, by `finish`, and must not outlive its
-    lane: a lane that returns without finishing it is an error, because its buffers may still be written.
+    A pending belongs to the lane that created it and is finished exactly once, by `finish`. It must not outlive its
+    lane: a lane that returns without finishing it raises an error, because its buffers may still be written.
     """
 
     __slots__ = ("_abandon", "_lane", "_launch", "_number", "_ready_ns", "_wait", "label", "num_bytes", "num_messages")
@@ -55,11 +55,11 @@ class Pending(Generic[T]):
 
     @staticmethod
     def done(value: T, *, label: str) -> Pending[T]:
-        """A pending whose result is available already, without communication."""
+        """A pending whose result is already available, without communication."""
         return Pending(lambda: value, label=label, num_messages=0)
 
     def wait(self) -> T:
-        """The result. Model code calls `finish`, which switches first; this alone never switches."""
+        """Wait for the result and return it. Never switches; model code calls `finish`, which switches first."""
         lane = running_lane()
         if lane is not self._lane:
             raise LaneError(
@@ -78,7 +78,7 @@ class Pending(Generic[T]):
             try:
                 self.abandon()
             except Exception as second:
-                error.add_note(f"abandoning {self.label!r} failed too: {second!r}")
+                error.add_note(f"abandoning {self.label!r} also failed: {second!r}")
             raise
         self._close()
         if self._lane is not None:
@@ -86,7 +86,7 @@ class Pending(Generic[T]):
         return result
 
     def abandon(self) -> None:
-        """Give the pending up without its result; called by the runtime for cancelled lanes."""
+        """Give up the pending without its result. The runtime calls it for cancelled lanes."""
         self._wait = self._launch = None
         self._close()
         if self._abandon is not None:
@@ -94,7 +94,7 @@ class Pending(Generic[T]):
 
     def _take_wait(self) -> Callable[[], T]:
         if self._wait is None:
-            raise LaneError(f"pending {self.label!r} was finished before", limit="a pending is finished exactly once")
+            raise LaneError(f"pending {self.label!r} was already finished", limit="a pending is finished exactly once")
         wait, self._wait = self._wait, None
         return wait
 

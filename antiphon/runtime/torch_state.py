@@ -1,4 +1,4 @@
-"""PyTorch's thread-wide switches that a lane must leave as it found them.
+"""PyTorch's thread-wide settings, which a lane must leave as it found them.
 
 Grad mode, inference mode, autocast, the default dtype and device belong to the host thread, not to a lane: a lane that
 enters `torch.no_grad()` and switches inside it changes them for the other lanes. Set them once, outside `run_lanes`.
@@ -12,7 +12,7 @@ import torch
 
 
 class TorchState(NamedTuple):
-    """A reading of the thread-wide switches."""
+    """A snapshot of the thread-wide settings."""
 
     grad_mode: bool
     inference_mode: bool
@@ -36,7 +36,7 @@ class TorchState(NamedTuple):
         )
 
     def changes(self, now: TorchState) -> str:
-        """What differs between this reading and a later one, in words; empty if nothing."""
+        """What differs between this snapshot and a later one, in words; empty if nothing does."""
         return ", ".join(
             f"{name.replace('_', ' ')} {before} -> {after}"
             for name, before, after in zip(self._fields, self, now, strict=True)

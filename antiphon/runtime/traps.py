@@ -1,6 +1,6 @@
-"""The traps: the only file whose functions hand the host thread from one lane to another.
+"""The traps: the only functions that hand the host thread from one lane to another.
 
-Whoever reads a model looks for `finish` and `switch`; between two of them no other lane runs.
+In model code look for `finish` and `switch`: between two of them no other lane runs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 def switch(label: str = "") -> None:
-    """Hand the host thread to the next lane; returns when it is this lane's turn again.
+    """Hand the host thread to the next lane. Returns when it is this lane's turn again.
 
-    Outside lanes, and in a run of one lane, it returns at once. `label` names the switch in recordings and errors.
+    Outside lanes and in a run of one lane it returns at once. `label` names the switch in recordings and errors.
     Raises `LaneError` if the lane left torch's thread-wide state changed or is not on the compute stream.
     """
     lane = running_lane()
@@ -31,7 +31,7 @@ def switch(label: str = "") -> None:
     check_lane_state(lane, f"switches at {label!r}")
     if getcurrent() is not lane.greenlet:
         raise LaneError(
-            f"switch({label!r}) was called in a greenlet inside lane {lane.index}", remedy="call it in the lane"
+            f"switch({label!r}) was called in a greenlet inside lane {lane.index}", remedy="call it in the lane itself"
         )
     lane.hook.emit(EventKind.SWITCH_OUT, lane.index, label)
     lane.greenlet.parent.switch()
@@ -45,22 +45,22 @@ def finish(pending: Pending[T]) -> T:
 
 
 def current_lane() -> int:
-    """The index of the lane that is running; 0 outside lanes."""
+    """Index of the running lane; 0 outside lanes."""
     lane = running_lane()
     return 0 if lane is None else lane.index
 
 
 def num_lanes() -> int:
-    """How many lanes the current run has; 1 outside lanes."""
+    """Number of lanes in the current run; 1 outside lanes."""
     lane = running_lane()
     return 1 if lane is None else lane.run.num_lanes
 
 
 def order_point(key: Hashable) -> None:
-    """Assert that the lane before this one has passed `key` as often as this one, or has ended; then pass it.
+    """Pass `key`, after asserting that the previous lane has passed it as many times as this lane now, or has ended.
 
-    Attention calls it after it has queued its key and value writes of a layer: a request that straddles the cut
-    reads in lane i what lane i-1 wrote in the same step.
+    Attention calls it once it has queued its key and value writes of a layer: a request that straddles the cut reads
+    in lane i what lane i-1 wrote in the same step.
     """
     lane = running_lane()
     if lane is None:
@@ -77,15 +77,16 @@ def order_point(key: Hashable) -> None:
 
 
 def check_lane_state(lane: Lane, doing: str) -> None:
-    """Raise `LaneError` if torch's state is not what it was at the start, or another stream is current."""
-    changes = lane.run.torch_state.changes(TorchState.read(lane.run.streams.device_types))
+    """Raise `LaneError` if torch's state has changed since the start, or if another stream is current."""
+    changes = lane.run.torch_state.changes(TorchState.read(lane.run.streams.owner.autocast_types))
     if changes:
         raise LaneError(
             f"lane {lane.index} {doing} with torch state changed ({changes})",
-            limit="this state holds for all lanes of the thread",
+            limit="all lanes of the thread share this state",
             remedy="set it once, outside run_lanes",
         )
     if not lane.run.streams.on_compute_stream():
         raise LaneError(
-            f"lane {lane.index} {doing} away from the compute stream", remedy="leave the stream context first"
+            f"lane {lane.index} {doing} on a stream other than the compute stream",
+            remedy="leave the stream context first",
         )

@@ -1,7 +1,7 @@
-"""Cuts batches and joins the parts: `find_cut`, `split` and `join`. Pure functions, no streams.
+"""Pure functions that cut batches and join the parts: `find_cut`, `split` and `join`.
 
 request_boundary([127, 129], num_tokens=256)   # -> (127, 1): after the first request
-token_slices([8, 8], cuts=[12])                # the second request straddles: it is in both parts
+token_slices([8, 8], cuts=[12])                # the second request straddles the cut and is in both parts
 """
 
 from antiphon.splitting.cut_points import Cut, find_cut, request_boundary

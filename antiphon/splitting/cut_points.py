@@ -1,8 +1,8 @@
 """Where to cut a batch: the rules `token` and `request-boundary`.
 
-`token` cuts anywhere, so that the parts differ by one token at most; a request that straddles a cut becomes two
-slices. `request-boundary` cuts between requests only, where a boundary is near enough to the even cut. A decode-only
-batch, one token a request, is cut evenly by both.
+`token` cuts anywhere, so the parts differ by at most one token; a request that straddles a cut becomes two slices.
+`request-boundary` cuts only between requests, and only if a boundary is close enough to the even cut. Both rules cut a
+decode-only batch, which has one token per request, evenly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEFAULT_IMBALANCE_RATIO = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Tokens of each part; a single part, and why, if the batch cannot be cut."""
+    """Tokens of each part. If the batch cannot be cut, there is one part, and `refusal` says why."""
 
     part_tokens: tuple[int, ...]
     refusal: SerialReason = SerialReason.NONE
@@ -33,11 +33,11 @@ def request_boundary(
     decode_only: bool = False,
     imbalance_ratio: float = DEFAULT_IMBALANCE_RATIO,
 ) -> tuple[int, int]:
-    """The boundary between requests at which to cut a batch in two: (token index, request index).
+    """Find the boundary between requests at which to cut a batch in two: (token index, request index).
 
-    query_lens: tokens of each request. num_tokens: tokens of the batch, used if `decode_only` (one token a request:
-    cut in the middle); else the tokens are the sum of `query_lens`.
-    Returns (0, 0) if no boundary leaves both parts within `imbalance_ratio` (strictly) of the even cut and not empty.
+    query_lens: tokens of each request. num_tokens: tokens of the batch; used only if `decode_only`, where every request
+        has one token and the cut is in the middle. Otherwise the sum of `query_lens` counts.
+    Returns (0, 0) if no boundary leaves both parts non-empty and (strictly) within `imbalance_ratio` of the even cut.
     Raises `OptionError` (a `ValueError`) for a ratio outside [0, 1] and for negative lengths.
     Source of the rule: vLLM-Ascend's dual-batch overlap (pull request 941).
     """
@@ -88,7 +88,7 @@ def find_cut(
 def _boundary_near(
     query_lens: Sequence[int], target: int, total: int, imbalance_ratio: float, *, nearest: bool = False
 ) -> tuple[int, int]:
-    """The boundary at or after `target` if it is near enough, else the one before; with `nearest` the nearer first."""
+    """The boundary at or after `target` if it is close enough, else the one before; with `nearest` the closer first."""
     tolerance = total * imbalance_ratio
     tokens = 0
     for index, length in enumerate(query_lens):

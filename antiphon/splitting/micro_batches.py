@@ -1,6 +1,6 @@
-"""Splits a batch into the micro-batches of a plan, and joins what comes of them.
+"""Splits a batch into the micro-batches of a plan, and joins their results.
 
-Each part's metadata is built from its requests; nothing that is finished is ever sliced.
+The metadata of each part is built from its requests; finished metadata is never sliced.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from antiphon.splitting.tensors import join_tensors
 
 
 def split(batch: Batch, plan: Plan, *, block_size: int) -> list[MicroBatch]:
-    """One micro-batch for each lane of the plan; a lane that gets no token of this rank is a dummy."""
+    """One micro-batch for each lane of the plan. A lane without tokens of this rank gets a dummy."""
     part_tokens = plan.part_tokens[batch.rank]
-    assert sum(part_tokens) == batch.num_tokens, f"plan {plan.part_tokens} is not for {batch.num_tokens} tokens"
+    assert sum(part_tokens) == batch.num_tokens, f"plan {plan.part_tokens} does not fit {batch.num_tokens} tokens"
     filled = [lane for lane, tokens in enumerate(part_tokens) if tokens > 0]
     slices: dict[int, MicroSlice] = {}
     if filled:
@@ -45,7 +45,7 @@ def join(hidden_parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _requests_of(requests: Sequence[RequestSlice], part: MicroSlice) -> tuple[RequestSlice, ...]:
-    """The requests of one part; a request that straddles a cut is shortened to the tokens inside."""
+    """The requests of one part. A request that straddles a cut is shortened to its tokens in the part."""
     position = sum(request.query_len for request in requests[: part.request_slice.start])
     chosen = []
     for request in requests[part.request_slice]:
@@ -64,13 +64,13 @@ def build_micro_batch(
     block_size: int,
     padded_to: int = 0,
 ) -> MicroBatch:
-    """Tokens, positions and attention metadata of the given slices. Tensors are on the CPU.
+    """Build a micro-batch from slices of requests. Its tensors are on the CPU.
 
-    padded_to: rows of a padded step, those behind the tokens being padding (`MicroBatch`); 0 for an eager step.
+    padded_to: rows of a padded step; rows after the tokens are padding (see `MicroBatch`). 0 for an eager step.
     """
-    # Growing these by ranges keeps the host fast: a step has thousands of tokens, and the device may be waiting.
+    # Extending arrays by ranges is fast, which matters: a step has thousands of tokens, and the device may be waiting.
     token_ids, positions, slots = array("q"), array("q"), array("q")
-    decodes: list[tuple[int, tuple[int, ...], int]] = []  # row, blocks, length of the text
+    decodes: list[tuple[int, tuple[int, ...], int]] = []  # row, blocks, sequence length
     prefills: list[PrefillSlice] = []
     for request in requests:
         start = len(token_ids)
@@ -122,7 +122,7 @@ def _add_slots(slots: array[int], request: RequestSlice, block_size: int) -> Non
 
 
 def _int64(numbers: Iterable[int]) -> torch.Tensor:
-    """A new tensor; through an array, several times faster than `torch.tensor` of many numbers."""
+    """A new int64 tensor, made through an array: for many numbers several times faster than `torch.tensor`."""
     numbers = numbers if isinstance(numbers, array) else array("q", numbers)
     return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
 
@@ -133,7 +133,7 @@ def _used_blocks(request: RequestSlice, block_size: int) -> tuple[int, ...]:
 
 
 def _decode_group(decodes: Sequence[tuple[int, tuple[int, ...], int]]) -> DecodeGroup:
-    """decodes: of each request its row, its blocks and the length of its text."""
+    """decodes: row, blocks and sequence length of each request."""
     width = max(1, *(len(table) for _, table, _ in decodes))
     padded = array("q")
     for _, table, _ in decodes:

@@ -18,7 +18,7 @@ class MicroSlice:
 
 
 def token_slices(query_lens: Sequence[int], cuts: Sequence[int]) -> list[MicroSlice]:
-    """The parts of a batch that is cut before the tokens `cuts`.
+    """The parts of a batch that is cut before each of the tokens `cuts`.
 
     query_lens: tokens of each request, each at least 1. cuts: strictly increasing, inside (0, number of tokens).
     A request that straddles a cut is in the `request_slice` of both parts.
@@ -31,7 +31,7 @@ def token_slices(query_lens: Sequence[int], cuts: Sequence[int]) -> list[MicroSl
         if length < 1:
             raise OptionError(
                 f"query_lens[{index}]={length} is less than 1",
-                remedy="leave requests without tokens out",
+                remedy="leave out requests without tokens",
                 option=f"query_lens[{index}]",
                 value=length,
             )

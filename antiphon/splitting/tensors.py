@@ -1,4 +1,4 @@
-"""Cut and join what is laid out by tokens: `None`, tensors, and lists and dicts of them. One pair of inverses."""
+"""Cut and join values with a token dimension: `None`, tensors, and lists and dicts of them. The two are inverses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from antiphon.core.errors import OptionError
 def cut_tensors(value: Any, part_tokens: Sequence[int], *, dim: int = 0) -> list[Any]:
     """Cut `value` along its token dimension into parts of `part_tokens` tokens.
 
-    value: `None`, a tensor, or a list, tuple or dict (by keys) of these, nested or not. `None` is cut into `None`s.
+    value: `None`, a tensor, or a list, tuple or dict (cut by key) of these, nested or not. `None` is cut into `None`s.
     dim: the token dimension; -1 for positions with a leading dimension, such as `[3, T]` of multi-axis rope.
     Tensors come back as views. Raises `TypeError` naming any other type, `OptionError` if the sizes do not add up.
     """
@@ -25,8 +25,8 @@ def cut_tensors(value: Any, part_tokens: Sequence[int], *, dim: int = 0) -> list
         if sum(part_tokens) != value.shape[dim] or min(part_tokens, default=0) < 0:
             raise OptionError(
                 f"parts of {list(part_tokens)} tokens do not add up to {value.shape[dim]}",
-                limit=f"the tensor has the shape {tuple(value.shape)}, and its tokens are dimension {dim}",
-                remedy="pass the counts of this tensor, or another dim",
+                limit=f"the tensor has the shape {tuple(value.shape)}, and its token dimension is {dim}",
+                remedy="pass part_tokens that add up, or another dim",
                 option="part_tokens",
                 value=list(part_tokens),
             )
@@ -67,7 +67,10 @@ def join_tensors(parts: Sequence[Any], *, dim: int = 0) -> Any:
 
 def _unlike(what: str, found: str) -> OptionError:
     return OptionError(
-        f"the parts have different {what}", limit=found, remedy="join what one call of cut_tensors gave", option="parts"
+        f"the parts have different {what}",
+        limit=found,
+        remedy="join the parts that one call of cut_tensors returned",
+        option="parts",
     )
 
 

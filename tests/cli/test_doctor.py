@@ -110,7 +110,7 @@ def test_two_gpus_in_a_container() -> None:
         "remedy: unset that variable, or use host-staged",
         "remedy: docker: --shm-size=1g or --ipc=host",
         "advice",
-        "remedy: start it by `numactl --cpunodebind=0` (docker: --cpuset-cpus=0-3,8)",
+        "remedy: start it with `numactl --cpunodebind=0` (docker: --cpuset-cpus=0-3,8)",
     ):
         assert line in lines, line
     assert any(line.startswith("host-staged yes ") for line in lines)
@@ -124,7 +124,7 @@ def test_launches_through_triton_are_said_with_their_cost() -> None:
     said = " ".join(text.split())
     assert code == 0
     assert "kernels direct launches: no (the launcher of Triton 3.99.0 is not known, only those of 3.6)" in said
-    assert "kernels are launched by Triton's own call, because the launcher of Triton 3.99.0 is not known" in said
+    assert "through Triton's own launcher, because the launcher of Triton 3.99.0 is not known" in said
     assert "16 to 45 us of the host" in said and "remedy: use torch 2.11 to 2.14 with the Triton" in said
 
 

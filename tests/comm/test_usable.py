@@ -423,8 +423,8 @@ def test_a_process_bound_away_from_its_gpu(
     advice = advise(known, ranks=2, device_kind="cuda")
     assert len(advice) == num_found
     if advice:
-        assert "no CPU of NUMA node 0, where GPU 0 is" in advice[0].fact
-        assert advice[0].remedy == "start it by `numactl --cpunodebind=0` (docker: --cpuset-cpus=0-3)"
+        assert "not run on any CPU of NUMA node 0, which GPU 0 is" in advice[0].fact
+        assert advice[0].remedy == "start it with `numactl --cpunodebind=0` (docker: --cpuset-cpus=0-3)"
     assert advise(known, ranks=2, device_kind="cpu") == []
 
 
@@ -440,7 +440,7 @@ def test_expandable_segments_need_pidfd_getfd() -> None:
 def test_launches_through_triton_are_advised_against() -> None:
     unknown = gpus(direct_launches=Check(ok=False, detail="the launcher of Triton 3.99.0 is not known"))
     (advice,) = advise(facts(gpus=unknown), ranks=2, device_kind="cuda")
-    assert "by Triton's own call, because the launcher of Triton 3.99.0 is not known: " in advice.fact
+    assert "through Triton's own launcher, because the launcher of Triton 3.99.0 is not known: " in advice.fact
     assert "16 to 45 us" in advice.fact and "torch 2.11 to 2.14" in advice.remedy
     assert advise(facts(gpus=unknown), ranks=2, device_kind="cpu") == []
     for check in (Check(ok=None, detail="Triton cannot be asked"), Check(ok=True)):

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from antiphon.core.errors import LaneError
+from antiphon.device.cpu import CpuDevice
 from antiphon.runtime import CpuStreams, Pending, current_lane, finish, run_lanes, switch
 from tests.support.errors import raises
 
@@ -13,7 +14,7 @@ from tests.support.errors import raises
 class RecordedStreams:
     """Streams as vector clocks: an event is what has happened before it on either stream."""
 
-    device_types = ("cpu",)
+    owner = CpuDevice("cpu")
 
     def __init__(self) -> None:
         self.current = "compute"
@@ -186,7 +187,6 @@ def test_launching_on_the_comm_stream_between_switches_is_fine():
 def test_cpu_streams_order_everything_by_the_calling_thread():
     streams = CpuStreams()
     assert streams.on_compute_stream()
-    assert streams.device_types == ("cpu",)
     with streams.comm(after=streams.record()):
         event = streams.record()
         assert streams.on_compute_stream()

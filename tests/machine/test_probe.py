@@ -253,11 +253,11 @@ def test_the_driver_is_asked_in_another_process(monkeypatch: pytest.MonkeyPatch)
     """Here with a torch that only pretends to have CUDA: the process that is asked runs the real one."""
     if torch.version.cuda is not None:
         pytest.skip("shown by the real run where torch has CUDA")
-    assert machine.probe_gpus_apart(MIB, 60) == Gpus(problem="this torch is built without CUDA")
+    assert machine.probe_gpus_apart(MIB, 60) == Gpus(problem="this torch build has no CUDA support")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     calls = []
     monkeypatch.setattr(machine, "run_limited", lambda *args: calls.append(args) or machine_host.run_limited(*args))
-    assert machine.probe_gpus_apart(MIB, 60) == Gpus(problem="this torch is built without CUDA")
+    assert machine.probe_gpus_apart(MIB, 60) == Gpus(problem="this torch build has no CUDA support")
     assert len(calls) == 1
 
 
@@ -265,7 +265,7 @@ def test_the_driver_is_asked_in_another_process(monkeypatch: pytest.MonkeyPatch)
     ("answer", "problem"),
     [
         ((None, "did not end within 60 s"), "unknown: asking the CUDA driver did not end within 60 s"),
-        (("no JSON\n", ""), "unknown: the CUDA driver's answer cannot be read"),
+        (("no JSON\n", ""), "unknown: the CUDA driver's answer cannot be parsed"),
     ],
 )
 def test_a_driver_that_does_not_answer_is_a_fact(
