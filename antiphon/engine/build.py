@@ -30,6 +30,7 @@ from antiphon.engine.sampling.sampler import Sampler
 from antiphon.engine.scheduling.scheduler import Scheduler
 from antiphon.engine.stats import ExpertLoad, StepStats
 from antiphon.engine.step import StepEngine
+from antiphon.machine.advice import format_bytes
 from antiphon.machine.probe import examine_machine
 from antiphon.models import (
     CausalLM,
@@ -201,9 +202,9 @@ def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starti
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        gib = weight_bytes(config.model, config.dtype, options.mesh.ep) / 2**30
+        size = format_bytes(weight_bytes(config.model, config.dtype, options.mesh.ep))
         raise OptionError(
-            f"the weights of each of {options.ranks} ranks take {gib:.1f} GiB and do not fit into the memory of "
+            f"the weights of each of {options.ranks} ranks take {size} and do not fit into the memory of "
             f"{transport.streams.device}",
             limit=first_line(error),
             remedy="use more ranks or a lower num_layers",

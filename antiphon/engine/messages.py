@@ -57,10 +57,10 @@ class Throttle:
 
 def describe_start(by_rank: Mapping[int, Starting], rank: int) -> str:
     """The progress line after a report of `rank`: the bytes read by all ranks while any loads, else this report."""
-    loading = [said for said in by_rank.values() if said.num_bytes]
-    if loading:
-        done, total = sum(said.bytes_read for said in loading), sum(said.num_bytes for said in loading)
-        return str(Starting(what=LOADING, bytes_read=done, num_bytes=total))
+    bytes_read = sum(starting.bytes_read for starting in by_rank.values())
+    num_bytes = sum(starting.num_bytes for starting in by_rank.values())
+    if num_bytes:
+        return str(Starting(what=LOADING, bytes_read=bytes_read, num_bytes=num_bytes))
     return str(by_rank[rank])
 
 

@@ -11,7 +11,7 @@ from antiphon.config.engine_config import ResolvedConfig
 from antiphon.core.errors import EngineError
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.build import build_engine, ready_message
-from antiphon.engine.messages import Ready, Starting
+from antiphon.engine.messages import Ready
 from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.engine.step import StepEngine
 from antiphon.timeline import StepTimeline
@@ -63,12 +63,8 @@ class InProcessClient:
 
     def __init__(self, config: ResolvedConfig, on_start: Callable[[str], None] | None = None) -> None:
         """on_start: called at every stage of the start."""
-
-        def report(starting: Starting) -> None:
-            if on_start is not None:
-                on_start(str(starting))
-
-        engine = build_engine(config, RankGroup(rank=0, size=1), report=report)
+        say = on_start or (lambda what: None)
+        engine = build_engine(config, RankGroup(rank=0, size=1), report=lambda starting: say(str(starting)))
         self.ready = ready_message(engine)
         self._engine: StepEngine | None = engine
         self._ended = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections import Counter
@@ -24,8 +23,6 @@ from antiphon.frontend.stats import EngineStats
 from antiphon.frontend.worker_client import WorkerClient
 from antiphon.launch import Launcher
 from antiphon.timeline import StepTimeline
-
-logger = logging.getLogger("antiphon")
 
 
 class LLM:
@@ -154,7 +151,7 @@ class LLM:
         chats = [messages] if one else messages
         prompts = [
             self.chat_prompt(
-                chat,  # type: ignore[arg-type]  # the first item has told which type it is
+                chat,  # type: ignore[arg-type]  # the type of the first item decides
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 chat_template_kwargs=chat_template_kwargs,

@@ -39,7 +39,6 @@ class OpenRequest:
         self._forget = forget
         self._by_id = collectors
         self._index = {request_id: index for index, request_id in enumerate(collectors)}
-        self._num_unfinished = len(collectors)
         self._arrived: deque[tuple[float, TokenOutput] | EngineError] = deque()
         self._waiter: asyncio.Future[None] | None = None  # the iterator, while nothing has arrived
 
@@ -63,7 +62,7 @@ class OpenRequest:
 
     async def __aiter__(self) -> AsyncIterator[StreamItem]:
         """Yield pieces as they arrive. Raises `EngineError` if the engine ends before all results have finished."""
-        while self._num_unfinished:
+        while not self.finished:
             if not self._arrived:
                 self._waiter = asyncio.get_running_loop().create_future()
                 try:
@@ -79,7 +78,6 @@ class OpenRequest:
                 continue
             delta = collector.take(output)
             self.num_tokens += len(delta.token_ids)
-            self._num_unfinished -= collector.finished
             if collector.must_cancel:
                 self._forget([output.request_id])
             yield StreamItem(self._index[output.request_id], delta, at_s)
