@@ -51,12 +51,12 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, max_bytes=max_bytes)
-        return _generation(CompletionJob(body, service), service, request)
+        return Generation(CompletionJob(body, service))
 
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatRequest, max_bytes=max_bytes)
-        return _generation(ChatJob(body, service), service, request)
+        return Generation(ChatJob(body, service))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -99,10 +99,6 @@ def make_app(service: Service) -> FastAPI:
 
     _document_bodies(app)
     return app
-
-
-def _generation(job: CompletionJob | ChatJob, service: Service, request: Request) -> Response:
-    return Generation(job, service, arrived_s=request.state.arrived_s, log=request.state.log)
 
 
 def _phase(service: Service, *good: Phase) -> Response:

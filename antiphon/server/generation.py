@@ -36,18 +36,18 @@ _EVENTS = [
 
 
 class Generation(Response):
-    """The answer to one request. arrived_s: its arrival by `time.monotonic`. log: gets the fields of its log line."""
+    """The answer to one request. Takes its arrival and its log line from the state that `Guard` has set."""
 
-    def __init__(self, job: Job, service: Service, *, arrived_s: float, log: dict[str, Any]) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__()
         self._job = job
-        self._service = service
-        self._arrived_s = arrived_s
-        self._log = log
+        self._service = job.service
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
+        self._arrived_s: float = scope["state"]["arrived_s"]
+        self._log: dict[str, Any] = scope["state"]["log"]
         limit_s = service.options.request_timeout_s
         work = asyncio.create_task(self._work(scope, receive, send))
         gone = asyncio.create_task(_wait_until_gone(receive))

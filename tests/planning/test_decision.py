@@ -107,7 +107,7 @@ def test_the_order_of_the_ranks_does_not_matter(case, chance):
 
 @settings(deadline=None)
 @given(decisions())
-def test_the_busiest_rank_decides_but_where_lanes_are_uneven(case):
+def test_the_busiest_rank_decides_unless_lanes_are_uneven(case):
     proposals, policy = case
     tokens = [proposal.num_tokens for proposal in proposals]
     assume(any(tokens))
@@ -128,7 +128,7 @@ def test_the_busiest_rank_decides_but_where_lanes_are_uneven(case):
 
 
 def lane_tokens(plan: Plan) -> int:
-    """The tokens of the rank that has most in a lane, over all lanes: what a split step does one after another."""
+    """The tokens of the busiest rank of each lane, summed: what a split step computes, one lane after another."""
     return sum(max(plan.rows_by_rank(lane)) for lane in range(plan.num_lanes))
 
 
@@ -175,9 +175,9 @@ def test_thresholds(policy, tokens, decode_only, kind):
     ],
 )
 def test_the_smallest_step_to_split(options, tokens, num_prefill, reason):
-    mine = replace(offer(tokens // 2, tokens // 2, decode_only=num_prefill == 0), num_prefill_tokens=num_prefill)
+    busiest = replace(offer(tokens // 2, tokens // 2, decode_only=num_prefill == 0), num_prefill_tokens=num_prefill)
     other = replace(offer(10, 10), num_prefill_tokens=20)
-    for proposals in ([mine, other], [other, mine]):
+    for proposals in ([busiest, other], [other, busiest]):
         plan = decide(proposals, replace(ON, **options))
         assert plan.reason == reason
         assert (plan.num_lanes > 1) is (reason == "dual allowed")
@@ -283,7 +283,7 @@ def test_of_equally_busy_ranks_the_first_decides():
 @pytest.mark.parametrize("policy", [ON, AUTO])
 @pytest.mark.parametrize("order", [1, -1])
 def test_lanes_that_are_longer_than_the_serial_step_are_not_run(policy, order):
-    """(4096, 4096) beside (8000, 0): every lane waits for the rank that has most in it."""
+    """(4096, 4096) beside (8000, 0): every lane waits for the rank with the most tokens in it."""
     plan = decide([offer(4096, 4096), refused(8000)][::order], policy)
     assert plan.part_tokens == ((8192,), (8000,))[::order]
     assert plan.reason == "lanes are uneven across ranks"
@@ -319,7 +319,7 @@ def test_what_cannot_be_cut_runs_whole_in_the_longest_lane(parts, place):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 500), min_size=2, max_size=MAX_LANES), st.data())
 def test_idle_and_small_ranks_never_switch_overlap_off(parts, data):
-    """Small: what fits into the longest lane whole."""
+    """The batch of a small rank fits into the longest lane whole."""
     busiest = offer(*parts)
     others = data.draw(st.lists(st.integers(0, max(parts)).map(refused), max_size=5))
     place = data.draw(st.integers(0, len(others)))

@@ -1,4 +1,4 @@
-"""One rank's offer, and the way from batches on several ranks to one plan."""
+"""One rank's proposal, and the way from the batches of several ranks to one plan."""
 
 import pytest
 from hypothesis import given, settings

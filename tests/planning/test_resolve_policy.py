@@ -1,4 +1,4 @@
-"""What `auto` chooses, under all conditions and for every step that was ever measured serial and split."""
+"""What `auto` chooses, under all conditions and for every step that was measured both serial and split."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def kind_of_step(policy: OverlapPolicy, num_tokens: int, *, decode_only: bool = 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of tokens over one transport, as one result has it; S and D in any one unit."""
+    """One number of tokens over one transport in one result. S and D are in the same unit."""
 
     result: str
     transport: str
@@ -169,7 +169,7 @@ class Cell:
     D: float
 
     def loss(self, policy: OverlapPolicy) -> float:
-        """What this policy's choice takes longer than the better one, as a share."""
+        """How much longer this policy's choice takes than the better one, as a share."""
         resolved = resolve_policy(policy, self.conditions).policy
         chosen = self.S if kind_of_step(resolved, self.tokens, ranks=self.ranks) == "serial" else self.D
         return chosen / min(self.S, self.D) - 1
@@ -182,7 +182,7 @@ def cells() -> list[Cell]:
 
 
 def cells_of(name: str, result: dict[str, Any]) -> Iterator[Cell]:
-    """None if the result has no serial and split step times."""
+    """The cells of a result: none if it has no serial and split step times."""
     if result.get("bench") == "overlap":
         options = result["options"]
         for step in result["results"]:
@@ -198,9 +198,9 @@ def cells_of(name: str, result: dict[str, Any]) -> Iterator[Cell]:
 
 
 def conditions_of(transport: str, device: str, *, peer_access: bool) -> Conditions:
-    """Devices with peer access in these results reach each other: all of them are over NVLink."""
+    """The conditions of a result. All devices with peer access in these results are connected by NVLink."""
     spec = parse_transport(transport)
-    assert not (spec.name == "host-staged" and peer_access), "data goes through the host all the same: say so here"
+    assert not (spec.name == "host-staged" and peer_access), "host-staged goes through the host even so"
     path = DataPath.PEERS if device == "cuda" and peer_access else DataPath.HOST
     return Conditions(device_kind=device, data_path=DataPath.SIMULATED if spec.link is not None else path)
 
@@ -222,8 +222,8 @@ def test_all_results_with_step_times_are_read() -> None:
 
 
 def test_over_two_ranks_auto_loses_a_third_of_a_percent() -> None:
-    """Thresholds by the transport's name (4,096 tokens, 8,192 over copy-engine and nccl-zero-cta) lost 2.5 %, and
-    47 % of one step.
+    """Thresholds chosen by the transport's name (4,096 tokens, 8,192 over copy-engine and nccl-zero-cta) lost 2.5 % in
+    all, and 47 % of one step.
     """
     two_ranks = [cell for cell in cells() if cell.ranks == 2]
     assert mean_loss(two_ranks, AUTO) < 0.0032, worst(two_ranks, AUTO)
@@ -233,8 +233,8 @@ def test_over_two_ranks_auto_loses_a_third_of_a_percent() -> None:
 
 
 def test_over_all_results_auto_loses_about_one_percent() -> None:
-    """Four GPUs gain by overlap over NVLink, with copy-engine from 8,192 tokens on and up to 15 % of a step, which
-    `auto` leaves there. Thresholds by the transport's name lost 4.0 %.
+    """`auto` forgoes what overlap gains on four GPUs over NVLink: up to 15 % of a step, with copy-engine from 8,192
+    tokens on. Thresholds chosen by the transport's name lost 4.0 %.
     """
     found = cells()
     assert mean_loss(found, AUTO) < 0.011, worst(found, AUTO)

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` and the small endpoints, by the openai client where it knows them."""
+"""`/v1/chat/completions` and the small endpoints, through the openai client where it supports them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_chat_gives_what_generate_gives(server: ServerProcess, two_ranks: LLM,
 
 
 def test_a_reply_can_be_sent_back(server: ServerProcess) -> None:
-    """As the openai client has it, with all the fields that say nothing; and as other servers write them."""
+    """As the openai client returns it, with all its empty fields, and as other servers write it."""
     client = server.client()
     reply = client.chat.completions.create(model=MODEL, messages=PLAIN, max_tokens=4, temperature=0).choices[0].message
     dumped = reply.model_dump()
@@ -105,7 +105,7 @@ def test_a_reply_can_be_sent_back(server: ServerProcess) -> None:
 
 
 def test_bytes_of_tokens_are_those_of_the_vocabulary(server: ServerProcess, two_ranks: LLM) -> None:
-    """Also of the parts of a character, which have no text of their own."""
+    """Including the bytes of parts of a character, which have no text of their own."""
     smile = [token_id for token_id in two_ranks._core.tokenizer.encode("😊", add_special_tokens=False) if token_id > 5]
     found = b""
     for token_id in smile:

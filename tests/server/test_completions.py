@@ -1,4 +1,4 @@
-"""`/v1/completions` by the openai client: every parameter, whole and streamed, gives what `LLM.generate` gives."""
+"""`/v1/completions` through the openai client: every parameter, whole and streamed, gives what `LLM.generate` gives."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def for_client(params: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(two_ranks: LLM) -> dict[str, GeneratedOutput]:
-    """What `LLM.generate` says to the cases."""
+    """The outputs of `LLM.generate` for all cases."""
     two_ranks.reconfigure(dbo="on")
     both = [asked(name) for name in CASES]
     outputs = two_ranks.generate([prompt for prompt, _ in both], [SamplingParams(**params) for _, params in both])
@@ -101,7 +101,7 @@ def assert_logprobs_equal(choice: Any, result: Any) -> None:
 
 
 async def read_stream(stream: openai.AsyncStream[Completion]) -> Completion:
-    """The chunks of a stream, put together as a whole answer; checks the order of things."""
+    """Assemble the chunks of a stream into a whole answer, and check their order."""
     choices: dict[int, Any] = {}
     usage, last = None, None
     async for chunk in stream:
@@ -183,7 +183,7 @@ def test_prompts_of_every_kind(server: ServerProcess, two_ranks: LLM, stream: bo
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("n", "times"), [(1, 1), (2, 1), (2, 160)])
 def test_echo_with_logprobs(server: ServerProcess, two_ranks: LLM, stream: bool, n: int, times: int) -> None:
-    """times: a long prompt's are written beside the event loop."""
+    """times: the logprobs of a long prompt are encoded off the event loop."""
     prompt = " ".join(["Once upon a time there was a king"] * times)
     params = SamplingParams(max_tokens=3, logprobs=1, prompt_logprobs=1, n=n)
     (output,) = two_ranks.generate([prompt], params)
@@ -212,7 +212,7 @@ CHARACTERS = "Hi 😊 né 中 ok end"
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_offsets_of_tokens_that_are_parts_of_characters(server: ServerProcess, stream: bool) -> None:
-    """A part of a character is where the character begins, and what follows it is where the text has it."""
+    """Part of a character is placed where the character begins, and what follows it where the text has it."""
     params = {"prompt": CHARACTERS, "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 0}
 
     async def ask() -> Completion:
@@ -235,7 +235,7 @@ def test_offsets_of_tokens_that_are_parts_of_characters(server: ServerProcess, s
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompt_ids_that_end_inside_a_character(server: ServerProcess, two_ranks: LLM, stream: bool) -> None:
-    """The output brings the rest of the character, so it is the output's, whole."""
+    """The output completes the character, so all of it belongs to the output."""
     whole = two_ranks._core.tokenizer.encode("Hello world 😊")
     params = {"max_tokens": 1, "temperature": 0, "logit_bias": {str(whole[-1]): 100}, "logprobs": 0}
 
@@ -267,7 +267,7 @@ def test_special_tokens_are_shown_if_they_are_wanted(server: ServerProcess) -> N
     assert answers[True, True] == (letter, [1, 1]) and answers[True, False] == ("", [1, 1])
     assert answers[False, True] == (f"<|bos|><|user|>{letter}<|user|><|user|>", [16, 24])
     assert answers[False, False] == ("<|user|><|user|>", [16, 24])
-    # A text is told as its tokens then, so that they are where the offsets say.
+    # Then a text is echoed as its tokens, so that they are where the offsets say.
     extra = {"skip_special_tokens": False}
     texts = options | {"prompt": "Hello there", "echo": True}
     (choice,) = server.client().completions.create(model=MODEL, extra_body=extra, **texts).choices

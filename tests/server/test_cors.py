@@ -32,7 +32,7 @@ def opened() -> Iterator[ServerProcess]:
 
 
 def preflight(server: ServerProcess, origin: str) -> httpx.Response:
-    """What a browser asks before it sends a request with a key and JSON; it sends no key with it."""
+    """The preflight request that a browser sends, without a key, before one with a key and JSON."""
     asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
     return httpx.options(server.url + PATH, headers={"origin": origin, **asked}, timeout=60)
 

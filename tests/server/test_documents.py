@@ -1,4 +1,4 @@
-"""The server and the clients in the documents work as they are written."""
+"""The server and the clients in the docs work as written."""
 
 from __future__ import annotations
 

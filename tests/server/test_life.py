@@ -1,4 +1,4 @@
-"""From the start to the end: starting, draining, signals, and ranks that die."""
+"""The life of a server: starting, draining, signals, and ranks that die."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_it_starts_and_drains() -> None:
         workers = worker_pids(server.process.pid)
         assert len(workers) == 1
         options = {**LONG, "max_tokens": 400}
-        client, other = server.client(), server.client()  # now: a context for TLS takes long
+        client, other = server.client(), server.client()  # created now, because a TLS context takes long
         stream = client.completions.create(stream=True, **options)
         texts = [next(iter(stream)).choices[0].text]
         with ThreadPoolExecutor(1) as pool:
@@ -81,11 +81,11 @@ def test_two_signals_end_it_at_once() -> None:
         stream = iter(server.client().completions.create(stream=True, **LONG))
         next(stream)
         server.process.send_signal(signal.SIGINT)
-        server.process.send_signal(signal.SIGTERM)  # as a program passes it on that got it too
+        server.process.send_signal(signal.SIGTERM)  # as a program does that passes on its own signal
         while server.get("/ready").status_code == 200:
             time.sleep(0.01)
         time.sleep(1)
-        assert next(stream), "it drains: both signals were one"
+        assert next(stream), "both signals counted as one, so it drains"
         start_s = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         with pytest.raises(openai.APIError) as caught:

@@ -1,4 +1,4 @@
-"""Keys, names, limits, and clients that go: on a server of one rank that allows little."""
+"""API keys, model names, limits and clients that disconnect, on a server of one rank with low limits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def status_in_log(server: ServerProcess, request_id: str) -> int:
 
 
 def wait_until_free(server: ServerProcess, *, within_s: float = 10.0) -> None:
-    """Nothing is open any more, neither here nor on the ranks, and no KV block is taken."""
+    """Wait until no request is open, here or on the ranks, and no KV block is in use."""
     deadline = time.monotonic() + within_s
     while True:
         left = [
@@ -106,7 +106,7 @@ def test_a_body_that_is_too_long_is_refused(strict: ServerProcess) -> None:
 
 
 def raw_answer(server: ServerProcess, head: str, parts: Iterable[bytes]) -> bytes:
-    """Of a client that sends slowly, and reads when it has sent everything."""
+    """The answer to a client that sends slowly, and reads only after it has sent everything."""
     host, _, port = server.url.rpartition("/")[2].partition(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         lines = ["POST /v1/completions HTTP/1.1", f"Host: {host}", f"Authorization: Bearer {KEY}"]
@@ -134,7 +134,7 @@ def chunks(count: int) -> list[bytes]:
     ],
 )
 def test_a_slow_client_is_told_that_its_body_is_too_long(strict: ServerProcess, head: str, parts: list[bytes]) -> None:
-    """It is still sending when the server knows, and must not be cut off before it has read; one that asks need not."""
+    """A client that is still sending must be able to read the answer; one that asks first need not send its body."""
     answer = raw_answer(strict, head, parts)
     assert answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 413 "), answer
     assert str(MOST_BYTES).encode() in answer
@@ -172,7 +172,7 @@ def test_a_full_queue_and_clients_that_go(strict: ServerProcess) -> None:
         assert strict.metric("antiphon:kv_cache_usage_perc") > 0
     wait_until_free(strict)
     ends = [status_in_log(strict, f"one-of-four-{number}") for number in range(4)]
-    assert ends == [499] * 4, "the time limit ended them, not their clients' going"
+    assert ends == [499] * 4, "the time limit ended them, not the disconnects"
     assert strict.metric("antiphon:requests_rejected_total", status="429") == 1
     assert strict.metric("antiphon:requests_rejected_total", status="400") == rejected
     assert client.completions.create(model="first", prompt="a", max_tokens=1).usage.completion_tokens == 1
@@ -193,7 +193,7 @@ def test_a_client_that_goes_early_leaves_nothing(strict: ServerProcess, stream: 
         while strict.metric("antiphon:kv_cache_usage_perc") == 0:
             assert time.monotonic() < deadline
     wait_until_free(strict)
-    assert status_in_log(strict, f"gone-{stream}") == 499, "the time limit ended it, not its client's going"
+    assert status_in_log(strict, f"gone-{stream}") == 499, "the time limit ended it, not the disconnect"
     assert strict.metric("antiphon:request_success_total", finished_reason="abort") == aborted + 1
     with socket.create_connection((host, int(port))) as plain:  # half a body
         plain.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:20])

@@ -1,4 +1,4 @@
-"""What the server writes is one line for every client, also one that ends lines at U+2028, and means the same."""
+"""What the server writes is one line for every client, even one that splits lines at U+2028, and keeps its meaning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ECHO = {"model": "tiny-deepseek", "prompt": ODD, "max_tokens": 2, "temperature":
 
 
 def lines_for_everybody(text: str) -> list[str]:
-    """As the least careful reader splits it."""
+    """The lines as the least careful reader splits them."""
     return [line for line in text.splitlines() if line]
 
 

@@ -1,4 +1,4 @@
-"""Metrics of the server: right, monotonic, complete in the documents; logs that hold no prompt and no key."""
+"""The server's metrics are right, monotonic and all in the docs; its logs hold no prompt and no key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def stats_of_rank(factor: int = 1) -> dict[str, Any]:
-    """As `StepEngine.statistics` has them."""
+    """The statistics as `StepEngine.statistics` returns them."""
     sums = {"time_s": 4.0, "communication_s": 3.0, "exposed_s": 1.0, "hidden_s": 2.0, "num_bytes": 100}
     return {
         "steps": 10 * factor,
@@ -46,7 +46,7 @@ def stats_of_rank(factor: int = 1) -> dict[str, Any]:
 
 
 def values(text: bytes) -> dict[tuple[str, tuple[str, ...]], float]:
-    """(name without prefix, values of the labels in order of their names, but for the model's) -> value."""
+    """(name without prefix, values of the labels in order of their names, without the model's) -> value."""
     found = {}
     for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:
@@ -97,7 +97,7 @@ def test_what_the_ranks_count_is_mirrored() -> None:
     assert [found["num_preemptions_total", (rank,)] for rank in "01"] == [2, 9]
     assert found["prefix_cache_queries_total", ("1",)] == 50
     assert found["prefix_cache_hits_total", ("1",)] == 20
-    assert found["steps_total", ("dual",)] == 7  # of one rank: all run the same steps
+    assert found["steps_total", ("dual",)] == 7  # from one rank: all run the same steps
     assert found["serial_steps_total", ("below the decode threshold",)] == 3
     assert found["communication_seconds_total", ("dual", "1", "hidden")] == 2
     assert found["communication_seconds_total", ("dual", "1", "exposed")] == 1
@@ -123,7 +123,7 @@ def test_counts_never_fall_and_gauges_are_of_now() -> None:
     assert before["steps_total", ("dual",)] == 21
     silent = values(metrics.render(None))  # the engine has died
     assert ("num_requests_running", ("0",)) not in silent
-    again = values(metrics.render([stats_of_rank(factor=1)]))  # an engine that began anew
+    again = values(metrics.render([stats_of_rank(factor=1)]))  # a restarted engine
     assert again["steps_total", ("dual",)] == 28
     assert values(metrics.render([stats_of_rank(factor=2)]))["steps_total", ("dual",)] == 35
     for name, labels in before:
@@ -183,7 +183,7 @@ def test_the_server_counts_what_a_serving_benchmark_asks_of_it(server: ServerPro
     assert grown("request_generation_tokens_sum") == asked
     assert grown("time_to_first_token_seconds_count") == grown("e2e_request_latency_seconds_count") == 12
     assert grown("inter_token_latency_seconds_count") == asked - 12
-    # What the server saw is what the client saw, less the way there and back.
+    # The server measures what the client measures, less the round trip.
     assert 0 < grown("time_to_first_token_seconds_sum") / 12 * 1e3 < result["mean_ttft_ms"]
     assert grown("steps_total", "dual") > 0 and grown("communication_bytes_total", "dual", "0") > 0
     assert sum(grown("prefix_cache_queries_total", rank) for rank in "01") == result["total_input_tokens"]
@@ -237,7 +237,7 @@ ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 @pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize("end", ENDS)
 def test_no_value_ends_the_line(log_format: str, end: str) -> None:
-    """`lines_of` ends lines where Python does, which is everywhere that somebody might."""
+    """`lines_of` splits lines as Python does: wherever any reader might."""
 
     def work() -> None:
         log_event(f"a{end}b", request_id=f"c{end}d", path=f"/{end}", error=EngineError(f"e{end}f"))

@@ -1,4 +1,4 @@
-"""Reasoning told apart from the answer: in pieces of any size, in whole answers and streams, and what templates say."""
+"""Reasoning is separated from the answer: in pieces of any size, in whole answers and in streams."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_whole_answer(text: str, inside: bool, reasoning: str, content: str) -
     data=st.data(),
 )
 def test_pieces_add_up_to_the_whole(text: list[str], inside: bool, data: st.DataObject) -> None:
-    """However the text is cut; and neither part ever has to be taken back."""
+    """However the text is cut, and nothing ever has to be taken back."""
     whole = "".join(text)
     expected = ReasoningSplitter(TAGS, inside=inside).add(whole, last=True)
     splitter, reasoning, content, left = ReasoningSplitter(TAGS, inside=inside), "", "", whole
@@ -200,7 +200,7 @@ OPENS = THINKING.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|><think>\n' }
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_prompt_says_where_the_answer_begins(tmp_path: Path, thinking: Tokenizer, stream: bool) -> None:
-    """As DeepSeek-R1's template opens the reasoning, and Qwen3's closes it at once; users may write tags too."""
+    """DeepSeek-R1's template opens the reasoning, and Qwen3's closes it at once. Users may write tags, too."""
     user = [{"role": "user", "content": "What is <think>"}]
     opens = Tokenizer(str(copy_bundled(tmp_path, chat_template=OPENS)))
     goes_on = [*user, {"role": "assistant", "content": "<think>It is"}]
@@ -221,8 +221,8 @@ def test_the_prompt_says_where_the_answer_begins(tmp_path: Path, thinking: Token
         assert {name: found[name] for name in ("reasoning_content", "content") if name in found} == expected
 
 
-def test_what_variables_make_a_template_do_happens_beside_the_event_loop(thinking: Tokenizer) -> None:
-    """Their effect cannot be told from their length: all other requests would wait for it."""
+def test_a_template_with_variables_runs_off_the_event_loop(thinking: Tokenizer) -> None:
+    """Their cost does not show in their length, and all other requests would wait."""
     threads: list[str] = []
 
     class Watched:
@@ -265,7 +265,7 @@ def reasoning_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
 @pytest.mark.processes
 @pytest.mark.timeout(240)
 def test_a_reasoning_model_served(reasoning_server: ServerProcess) -> None:
-    """Reasoning in replies and streams, the reply sent back as it is, and variables of the template."""
+    """Reasoning in replies and streams, the reply sent back unchanged, and variables of the template."""
     client = reasoning_server.client()
     open_thought = [
         {"role": "user", "content": "Tell me a story."},

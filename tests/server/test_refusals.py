@@ -1,4 +1,4 @@
-"""What the server refuses: always in OpenAI's shape, with the field that is to blame, and never with a 5xx."""
+"""What the server refuses: always in OpenAI's shape, with the field at fault, and never with a 5xx."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.server import ServerProcess
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 
-def test_numbers_that_json_has_not_are_null() -> None:
+def test_infinity_becomes_null() -> None:
     assert to_json({"logprob": -math.inf, "text": "é\n"}) == '{"logprob":null,"text":"é\\n"}'.encode()
 
 

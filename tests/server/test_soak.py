@@ -1,6 +1,6 @@
-"""Many streams for minutes, some of which break off: every answer right, memory flat, every block free at the end.
+"""Many streams for minutes, some of them cancelled: every answer right, memory flat, every block free at the end.
 
-`ANTIPHON_SOAK_S` is for how long; the default is 300 s. The numbers are printed as one JSON object (`pytest -s`).
+`ANTIPHON_SOAK_S` is the duration; the default is 300 s. The numbers are printed as one JSON object (`pytest -s`).
 """
 
 from __future__ import annotations

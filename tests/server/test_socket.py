@@ -1,4 +1,4 @@
-"""The listening socket: what is accepted from it sends small answers at once, whatever address it is bound to."""
+"""The listening socket: accepted connections send small answers at once, whatever address it is bound to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server against `LLM.generate`: the same prompts, 64 at once, by turns; and /health meanwhile.
+"""The server compared with `LLM.generate`: the same 64 prompts at once, in turns, while /health is probed.
 
 The numbers are printed as one JSON object (`pytest -s`).
 """
@@ -36,7 +36,7 @@ async def ask_all(port: int, prompts: list[str], health_s: list[float], *, strea
             start_s = time.monotonic()
             await get(port, "/health")
             health_s.append(time.monotonic() - start_s)
-            await asyncio.sleep(0.1)  # probes, too, take time from the ranks
+            await asyncio.sleep(0.1)  # probes take time from the ranks, too
 
     async def ask(prompt: str) -> None:
         content = {"prompt": prompt, **PARAMS}
@@ -55,10 +55,10 @@ async def ask_all(port: int, prompts: list[str], health_s: list[float], *, strea
             await probing
 
 
-def cpu_s(front: int) -> float:
-    """Of a front process and its ranks, so far: what other programs of the machine do is not in it."""
+def cpu_s(frontend: int) -> float:
+    """CPU time so far of a frontend process and its ranks, without other programs of the machine."""
     ticks = 0
-    for pid in (front, *worker_pids(front)):
+    for pid in (frontend, *worker_pids(frontend)):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -75,15 +75,15 @@ def test_the_server_is_nearly_as_fast_as_generate() -> None:
         for repeat in range(NUM_REPEATS + 1):
             batch = prompts[NUM_REQUESTS * repeat : NUM_REQUESTS * (repeat + 1)]
             for arm in ("generate", "whole", "stream"):
-                front = os.getpid() if arm == "generate" else server.process.pid
-                start_s, start_cpu_s = time.monotonic(), cpu_s(front)
+                frontend = os.getpid() if arm == "generate" else server.process.pid
+                start_s, start_cpu_s = time.monotonic(), cpu_s(frontend)
                 if arm == "generate":
                     llm.generate(batch, SamplingParams(**PARAMS))
                 else:
                     asyncio.run(ask_all(port, batch, health_s[arm], stream=arm == "stream"))
-                if repeat:  # the first one warms up
+                if repeat:  # the first repeat warms up
                     seconds[arm].append(time.monotonic() - start_s)
-                    used_s[arm].append(cpu_s(front) - start_cpu_s)
+                    used_s[arm].append(cpu_s(frontend) - start_cpu_s)
     medians = {arm: statistics.median(taken) for arm, taken in seconds.items()}
     num_tokens = NUM_REQUESTS * NUM_TOKENS
     ratios = {arm: [a / b for a, b in zip(seconds["generate"], seconds[arm], strict=True)] for arm in health_s}

@@ -1,4 +1,4 @@
-"""The overlap report against hand-built steps whose answers are known."""
+"""Measured overlap of hand-built steps, compared with the known answers."""
 
 from types import SimpleNamespace
 
@@ -109,12 +109,12 @@ def test_a_transport_that_sends_nothing_counts_nothing():
 
 
 def unobserved(pending: int, **times: int) -> list[LaneEvent]:
-    """As over a GPU's transport: messages whose arrival the host does not see."""
+    """Messages whose arrival the host does not see, as over a GPU's transport."""
     return communication(pending, **times, ready=None, num_bytes=4096, num_messages=1)
 
 
 def test_what_the_host_cannot_see_is_not_called_zero():
-    """A GPU's stream waits for the data: whether it was hidden is not known. The counts of `alltoall` are seen."""
+    """A GPU's stream waits for the data, so whether it was hidden is unknown. The counts of `alltoall` are observed."""
     counts = communication(0, sent=100, wait=100, ready=200, arrived=200, num_bytes=64)
     step = step_of(
         counts, unobserved(1, sent=200, wait=300, arrived=301), unobserved(2, sent=400, wait=400, arrived=401)
@@ -124,7 +124,7 @@ def test_what_the_host_cannot_see_is_not_called_zero():
     )
 
 
-def test_one_arrival_that_was_missed_hides_not_the_others():
+def test_one_missed_arrival_does_not_hide_the_others():
     step = step_of(
         communication(0, sent=100, wait=100, ready=300, arrived=300, num_messages=1),
         unobserved(1, sent=400, wait=500, arrived=501),
@@ -200,7 +200,7 @@ def test_any_step_is_measured_as_counting_ticks_does(step):
 
 
 class Clock:
-    """Time that passes only when told to."""
+    """A clock that advances only on request."""
 
     def __init__(self) -> None:
         self.now = 0
