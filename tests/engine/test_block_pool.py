@@ -45,7 +45,7 @@ def test_a_small_pool(num_blocks: int) -> None:
     assert pool.take(0) == ()
 
 
-def test_what_is_published_is_found_as_far_as_it_is_known() -> None:
+def test_published_blocks_are_found_up_to_the_first_unknown_one() -> None:
     pool = BlockPool(6, 16)
     blocks = pool.take(3)
     assert blocks is not None

@@ -33,7 +33,7 @@ GIB = 2**30
         (140 * GIB, 60 * GIB, 0.9, 3 * 2**20, 22528),
     ],
 )
-def test_blocks_beside_what_is_used(
+def test_blocks_next_to_the_memory_in_use(
     total_bytes: int, used_bytes: int, utilization: float, bytes_per_block: int, expected: int
 ) -> None:
     fit = blocks_that_fit(
@@ -76,7 +76,7 @@ def measure(engine: StepEngine, config: ResolvedConfig) -> CacheSize:
     return measured_cache(config, runner.model, streams=engine.transport.streams, group=engine.group)
 
 
-def test_the_largest_step_is_run_and_what_it_leaves_is_taken(
+def test_the_largest_step_is_run_and_the_cache_takes_the_rest(
     engine: StepEngine, config: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -112,7 +112,7 @@ def test_the_largest_step_is_run_and_what_it_leaves_is_taken(
 
 
 @pytest.mark.parametrize(("used", "fits"), [(88, True), (89, False), (95, False)])
-def test_no_room_is_an_error_that_says_what_there_is(
+def test_no_room_is_an_error_with_the_sizes(
     used: int, fits: bool, engine: StepEngine, config: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)

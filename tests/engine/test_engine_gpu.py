@@ -154,7 +154,7 @@ def llm() -> Iterator[LLM]:
 @pytest.mark.skipif(NUM_DEVICES < 1, reason="needs a CUDA device")
 def test_drawn_and_greedy_requests_in_one_batch(llm: LLM) -> None:
     prompts = mixed_prompts(6)
-    # Hot: this model is so sure of these texts that at 1.5 it still writes what it would write greedily.
+    # A high temperature: the model is so sure of these texts that at 1.5 it still generates the greedy ones.
     drawn = SamplingParams(max_tokens=12, ignore_eos=True, temperature=3.0, top_p=0.95, seed=3)
     greedy = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.0)
     first = llm.generate(prompts, [drawn, greedy] * 3)
@@ -229,7 +229,7 @@ def test_the_cache_takes_its_share_of_the_device_and_the_largest_step_still_fits
         free_after, _ = torch.cuda.mem_get_info(0)
         assert 1 - free_after / total_bytes < 0.55
     free_at_last, _ = torch.cuda.mem_get_info(0)
-    assert free_at_last - free_after > 0.4 * total_bytes  # closing gives it back, though this process goes on
+    assert free_at_last - free_after > 0.4 * total_bytes  # closing frees it, although this process continues
 
 
 @pytest.mark.multigpu

@@ -1,4 +1,4 @@
-"""Overlap of the engine on two GPUs: what `auto` chooses there, that it is faster, and what the statistics may say."""
+"""Overlap of the engine on two GPUs: what `auto` chooses there, its gain, and what the statistics leave out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prompts_of(num_prompts: int, length: int) -> list[list[int]]:
         ("alltoall", False, THROUGH_HOST),
     ],
 )
-def test_auto_goes_by_the_way_of_the_data(transport: str, peer_access: bool, reason: str) -> None:
+def test_auto_follows_the_data_path(transport: str, peer_access: bool, reason: str) -> None:
     """On cards that reach each other, as those with NVLink do. All ranks have the same policy, or a step would fail."""
     with LLM(ranks=2, device="cuda", transport=transport, peer_access=peer_access, prefix_caching=False) as llm:
         assert llm.stats()["dbo_reason"] == reason

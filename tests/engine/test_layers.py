@@ -65,7 +65,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_one_rank_computes_what_it_computes_unsplit(folder: Path, dtype: torch.dtype) -> None:
+def test_one_rank_equals_the_unsplit_step(folder: Path, dtype: torch.dtype) -> None:
     results = results_of_rank(RankGroup(rank=0, size=1), folder, "auto", dtype, ONE_RANK)
     for of_case in results:
         assert_equal_to_the_first(of_case, LIMITS[dtype])
@@ -79,9 +79,7 @@ def test_one_rank_computes_what_it_computes_unsplit(folder: Path, dtype: torch.d
         pytest.param([("alltoall", torch.float32), ("allgather", torch.float64)], marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks_compute_what_they_compute_unsplit(
-    folders: dict[str, Path], ways: list[tuple[str, torch.dtype]]
-) -> None:
+def test_two_ranks_equal_the_unsplit_step(folders: dict[str, Path], ways: list[tuple[str, torch.dtype]]) -> None:
     jobs = [(folder, *way) for folder in folders.values() for way in ways]
     for rank, results_of_jobs in enumerate(run_ranks("tests.engine.layer_checks:results_of_jobs", 2, jobs)):
         for (_, _, dtype), results in zip(jobs, results_of_jobs, strict=True):

@@ -96,13 +96,13 @@ def assert_alike(of_case: list[Outcome]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_rank_computes_what_it_computes_without_padding(folders: dict[str, Path], kind: str) -> None:
+def test_one_rank_equals_the_eager_step(folders: dict[str, Path], kind: str) -> None:
     for of_case in outcomes_of_rank(RankGroup(rank=0, size=1), folders[kind], "auto", ONE_RANK):
         assert_alike(of_case)
 
 
 @pytest.mark.processes
-def test_two_ranks_compute_what_they_compute_without_padding(folders: dict[str, Path]) -> None:
+def test_two_ranks_equal_the_eager_step(folders: dict[str, Path]) -> None:
     jobs = [(folder, transport) for folder in folders.values() for transport in ("alltoall", "shared-memory")]
     jobs.append((folders["qwen3-moe"], "allgather"))
     for outcomes_of_jobs in run_ranks("tests.engine.padding_checks:outcomes_of_jobs", 2, jobs):

@@ -133,14 +133,14 @@ def test_three_lanes_equal_one(two_ranks: LLM) -> None:
 
 
 def prompts_of(*sizes: int) -> list[list[int]]:
-    """Token ids; the first goes to rank 0, then each to the rank that has fewer tokens to come."""
+    """Make prompts of token ids. The first goes to rank 0, each other one to the least loaded rank."""
     numbers = random.Random(5)
     return [[numbers.randrange(300, 2000) for _ in range(size)] for size in sizes]
 
 
 @pytest.mark.processes
 def test_cut_between_requests_lanes_follow_all_ranks() -> None:
-    """490 tokens of one prompt beside 16 prompts of 31: 490 + 248 in two lanes, where a serial step has 496."""
+    """A prompt of 490 tokens and 16 prompts of 31: 490 + 248 in two lanes, where a serial step has 496."""
     one_token, four_tokens = (SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 4))
     options: dict[str, Any] = {"split": "request-boundary", "imbalance_ratio": 0.24, "debug_order": True}
     with LLM(ranks=2, dbo="on", prefix_caching=False, **options) as llm:
@@ -152,7 +152,7 @@ def test_cut_between_requests_lanes_follow_all_ranks() -> None:
             "serial: 738 tokens in lanes of 490 and 248, one after another, against 496 tokens on rank 1 in a serial "
             "step"
         )
-        # 250 tokens that cannot be cut run in lane 1, beside 300, and lane 0 of their rank is a dummy.
+        # 250 tokens that cannot be cut run in lane 1, like the 300 of the other rank; lane 0 of their rank is a dummy.
         prompts = prompts_of(250, 200, 300)
         dual = [output.token_ids for output in llm.generate(prompts, four_tokens)]
         assert llm.stats()["steps_by_plan"] == {"serial": 1, "dual": 4}

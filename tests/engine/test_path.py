@@ -87,7 +87,7 @@ def test_a_request_enters_each_room_once_on_its_way_down_and_once_on_its_way_up(
     assert tracer.changes[0] == tracer.changes[-1] == "frontend"
 
 
-def test_a_token_more_is_a_step_more() -> None:
+def test_each_token_is_one_more_step() -> None:
     with LLM() as llm:
         one, three = trace(llm, 1), trace(llm, 3)
     assert len(three.changes) - 1 == 3 * (len(one.changes) - 1)

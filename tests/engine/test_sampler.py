@@ -112,7 +112,7 @@ MIXED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("params", MIXED, ids=str)
 def test_draws_do_not_depend_on_what_else_is_in_the_batch(params: dict[str, Any]) -> None:
-    """Alone; and second of four, of which others draw too and one ends early; with torch's generator disturbed."""
+    """Alone, and as one of four requests, of which one ends early, with torch's own generator disturbed."""
     hidden_TD = make_hidden(10)
 
     def alone() -> list[int]:
@@ -141,8 +141,8 @@ def test_draws_do_not_depend_on_what_else_is_in_the_batch(params: dict[str, Any]
 
 
 @pytest.mark.parametrize("params", MIXED, ids=str)
-def test_a_request_that_is_computed_again_goes_on_as_if_nothing_had_been(params: dict[str, Any]) -> None:
-    """After a preemption prompt and output come as one prefill, on a sampler that knows nothing of it."""
+def test_a_request_that_is_computed_again_continues_unchanged(params: dict[str, Any]) -> None:
+    """After a preemption, prompt and output come as one prefill, to a sampler without any state of the request."""
     hidden_TD = make_hidden(8)
 
     def run(preempt_at: int) -> list[int]:
@@ -223,7 +223,7 @@ def test_equal_tokens_have_one_rank_and_the_lower_id_first() -> None:
 # ---- prompts in chunks
 
 
-def tell_prompt(cuts: Sequence[tuple[int, int]], **options: Any) -> list[PromptPart | None]:
+def prompt_parts(cuts: Sequence[tuple[int, int]], **options: Any) -> list[PromptPart | None]:
     """One request computed in these slices."""
     request = make_request(prompt_ids=range(5, 12), return_prompt_logits=True, prompt_logprobs=2)
     hidden_TD = make_hidden(9)
@@ -251,9 +251,9 @@ def tell_prompt(cuts: Sequence[tuple[int, int]], **options: Any) -> list[PromptP
     ids=str,
 )
 @pytest.mark.parametrize("most_elements", [1, 2 * VOCAB, 2**20])
-def test_every_position_of_a_prompt_is_told_once(cuts: list[tuple[int, int]], most_elements: int) -> None:
+def test_every_position_of_a_prompt_is_reported_once(cuts: list[tuple[int, int]], most_elements: int) -> None:
     """In one piece, in chunks, computed again in the middle of the prompt or later."""
-    parts = [part for part in tell_prompt(cuts, most_elements=most_elements) if part is not None]
+    parts = [part for part in prompt_parts(cuts, most_elements=most_elements) if part is not None]
     logits_SV = torch.frombuffer(bytearray(b"".join(part.logits or b"" for part in parts)), dtype=torch.float32)
     expected_SV = to_logits(make_hidden(9)[:7])
     assert torch.equal(logits_SV.view(-1, VOCAB), expected_SV)
@@ -267,7 +267,7 @@ def test_every_position_of_a_prompt_is_told_once(cuts: list[tuple[int, int]], mo
 
 def test_a_position_that_was_never_computed_is_noticed() -> None:
     with pytest.raises(AssertionError, match=r"\b0\b.*\b2\b"):
-        tell_prompt([(2, 7)])
+        prompt_parts([(2, 7)])
 
 
 def test_logits_of_a_prompt_alone_and_logprobs_alone() -> None:

@@ -217,7 +217,7 @@ def test_the_bits_are_those_of_the_published_generator() -> None:
 
 
 def test_rounding_seldom_changes_a_token() -> None:
-    """Flat logits, half of which are larger by 1e-5: more than batches of other sizes do."""
+    """Flat logits, half of which are larger by 1e-5, which is more than the rounding in batches of other sizes."""
     logits_V = torch.zeros(4096, dtype=torch.float64)
     other_V = logits_V.clone()
     other_V[:2048] += 1e-5
@@ -271,7 +271,7 @@ def test_every_64_bits_give_a_number_that_can_be_divided_by() -> None:
     assert numbers[4] == max(numbers) and numbers[3] == min(numbers)  # of no bits, and of all bits
 
 
-def test_one_number_a_token_whatever_may_be_drawn() -> None:
+def test_the_random_number_of_a_token_does_not_depend_on_limits() -> None:
     """The token that wins among all also wins among fewer, if it is one of them, so limits change little."""
     logits_V = torch.linspace(6, -6, 128)
     requests = [make_request(i, seed=i, temperature=1.0) for i in range(200)]

@@ -159,7 +159,7 @@ def test_no_more_requests_run_than_can_decode_in_one_step() -> None:
     assert [ids_of(batch) for batch in run(scheduler)] == [[0, 1, 2]] * 3 + [[3, 4]] * 3
 
 
-def test_nobody_overtakes() -> None:
+def test_no_request_overtakes_another() -> None:
     """A small request waits behind a large one for which there are no blocks."""
     scheduler = make_scheduler(num_blocks=1 + 4)
     scheduler.add([make_request(0, 8), make_request(1, 12, max_tokens=1), make_request(2, 1, max_tokens=1)])
@@ -273,7 +273,7 @@ def test_nothing_is_found_without_prefix_caching() -> None:
         commit(scheduler, scheduler.next_batch())
 
 
-def test_whoever_wants_the_prompts_logits_computes_it() -> None:
+def test_a_request_for_prompt_logits_computes_its_whole_prompt() -> None:
     scheduler = make_scheduler()
     text = list(range(50, 70))
     scheduler.add([make_request(0, text, max_tokens=1)])
@@ -297,7 +297,7 @@ def test_the_last_to_arrive_gives_its_blocks_to_the_first() -> None:
     assert scheduler.pool.num_free == scheduler.pool.num_usable
 
 
-def test_whoever_arrived_last_gives_up_itself() -> None:
+def test_the_last_to_arrive_preempts_itself() -> None:
     scheduler = make_scheduler(num_blocks=1 + 5, prefix_caching=False)
     scheduler.add([make_request(0, 8, max_tokens=6), make_request(1, 7, max_tokens=6)])
     batches = run(scheduler)
@@ -305,7 +305,7 @@ def test_whoever_arrived_last_gives_up_itself() -> None:
     assert scheduler.stats.preemptions == 1
 
 
-def test_a_preempted_request_finds_what_nobody_has_taken() -> None:
+def test_a_preempted_request_finds_its_blocks_that_were_not_taken() -> None:
     scheduler = make_scheduler(num_blocks=1 + 6)
     scheduler.add([make_request(0, 7, max_tokens=9), make_request(1, 12, max_tokens=6)])
     batches = run(scheduler)
@@ -314,7 +314,7 @@ def test_a_preempted_request_finds_what_nobody_has_taken() -> None:
     assert scheduler.stats.preemptions == 1
 
 
-def test_a_preempted_request_does_not_run_in_that_step_and_nobody_is_admitted() -> None:
+def test_a_preempted_request_does_not_run_in_that_step_and_none_is_admitted() -> None:
     scheduler = make_scheduler(num_blocks=1 + 5, prefix_caching=False)
     scheduler.add([make_request(0, 7, max_tokens=9), make_request(1, 8, max_tokens=9), make_request(2, 1)])
     while scheduler.stats.preemptions == 0:
@@ -334,7 +334,7 @@ def test_alone_a_request_may_have_the_whole_cache() -> None:
 # ---- decode and ends
 
 
-def test_decode_goes_on_with_the_last_token() -> None:
+def test_decode_continues_with_the_last_token() -> None:
     scheduler = make_scheduler()
     scheduler.add([make_request(1, 5, max_tokens=3)])
     step(scheduler, 70)
@@ -375,7 +375,7 @@ def test_finish_reasons(tokens: list[int], params: dict[str, object], reasons: l
     assert scheduler.next_batch().requests == ()
 
 
-def test_what_was_sampled_goes_to_the_request_at_its_place() -> None:
+def test_sampled_tokens_go_to_the_request_at_their_place() -> None:
     scheduler = make_scheduler()
     scheduler.add([make_request(5, 2), make_request(6, 2)])
     token, prompt = NewToken(token_id=11, logits=b"logits"), PromptPart(logits=b"prompt")
@@ -508,7 +508,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert len(part.block_ids) * self.scheduler.pool.block_size >= stop
 
     def _compute(self, batch: Batch) -> None:
-        """Every slice reads what was there before the step, and writes into blocks that are its own."""
+        """Every slice reads what was there before the step, and writes into its own blocks."""
         size, written = self.scheduler.pool.block_size, {}
         for part in batch.requests:
             request = self.by_id[part.request_id]

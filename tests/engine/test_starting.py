@@ -35,7 +35,7 @@ from tests.support.errors import raises
 from tests.support.hub import LocalHub, local_hub
 
 
-def test_one_rank_says_how_far_it_is() -> None:
+def test_one_rank_reports_its_progress() -> None:
     said: list[str] = []
     with LLM(on_start=said.append):
         pass
@@ -47,7 +47,7 @@ def test_one_rank_says_how_far_it_is() -> None:
 
 
 @pytest.mark.processes
-def test_two_ranks_say_how_far_they_are() -> None:
+def test_two_ranks_report_their_progress() -> None:
     said: list[str] = []
     with LLM(ranks=2, on_start=said.append):
         pass

@@ -29,7 +29,7 @@ def make(monkeypatch: pytest.MonkeyPatch, error: Exception, examine: Callable[[]
     build.make_transport(config, RankGroup(rank=0, size=1), CpuStreams())
 
 
-def test_what_the_machine_lacks_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_machine_lacks_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("memfd_create", "Operation not permitted", "the driver says no")
     with raises(OptionError, *names, option="transport", value="shared-memory", remedy="Linux") as raised:
         make(monkeypatch, RuntimeError("the driver says no\nand more"), lambda: facts(memfd=FAILED))

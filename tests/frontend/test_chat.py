@@ -50,16 +50,16 @@ def test_variables_of_the_template_are_passed_on(thinking: Tokenizer) -> None:
     assert text_of(thinking, HELLO, template_kwargs={"enable_thinking": True, "other": 1}) == text_of(thinking, HELLO)
 
 
-def test_an_answer_begins_or_the_last_message_goes_on(thinking: Tokenizer) -> None:
+def test_an_answer_begins_or_the_last_message_continues(thinking: Tokenizer) -> None:
     assert text_of(thinking, ANSWERED) == "<|user|>Hello<|assistant|>The fox is<|assistant|>"
     for settings in ({"continue_final_message": True}, {"add_generation_prompt": False}):
         assert text_of(thinking, ANSWERED, **settings) == "<|user|>Hello<|assistant|>The fox is"
-    bundled = Tokenizer(str(bundled_model()))  # its template closes what an assistant has said
+    bundled = Tokenizer(str(bundled_model()))  # its template closes an assistant's message
     closed = text_of(bundled, ANSWERED, add_generation_prompt=False)
     assert closed == text_of(bundled, ANSWERED, continue_final_message=True) + "<|eos|>"
 
 
-def test_what_was_thought_before_reaches_the_template(thinking: Tokenizer) -> None:
+def test_earlier_reasoning_reaches_the_template(thinking: Tokenizer) -> None:
     messages = [*HELLO, {"role": "assistant", "content": "Red.", "reasoning_content": "A fox."}]
     told = text_of(thinking, messages, add_generation_prompt=False)
     assert told == "<|user|>Hello<|assistant|><think>A fox.</think>Red."
@@ -92,7 +92,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("messages", "where"), WRONG, ids=lambda value: repr(value)[:40])
-def test_wrong_messages_are_an_error_of_ours(thinking: Tokenizer, messages: Any, where: str) -> None:
+def test_wrong_messages_are_a_request_error(thinking: Tokenizer, messages: Any, where: str) -> None:
     with raises(RequestError, where, option=where):
         thinking.chat(messages)
 
@@ -113,7 +113,7 @@ def test_a_part_of_another_type_is_not_supported(thinking: Tokenizer) -> None:
         "{{ raise_exception('') }}",
     ],
 )
-def test_whatever_a_template_raises_is_an_error_of_ours(tmp_path: Path, template: str) -> None:
+def test_any_error_of_a_template_is_a_request_error(tmp_path: Path, template: str) -> None:
     tokenizer = Tokenizer(str(copy_bundled(tmp_path, chat_template=template)))
     with raises(RequestError, option="messages", remedy="chat_template_kwargs") as refused:
         tokenizer.chat([{"role": "system", "content": "You are a poet."}, *HELLO])
@@ -136,7 +136,7 @@ def test_whatever_a_template_raises_is_an_error_of_ours(tmp_path: Path, template
         ({"template_kwargs": ["enable_thinking"]}, "chat_template_kwargs", ["enable_thinking"]),
     ],
 )
-def test_wrong_settings_are_an_error_of_ours(
+def test_wrong_settings_are_a_request_error(
     thinking: Tokenizer, settings: dict[str, Any], option: str, value: Any
 ) -> None:
     with raises(RequestError, option=option, value=value):
@@ -149,7 +149,7 @@ def test_a_checkpoint_without_a_template_says_so(tmp_path: Path) -> None:
 
 
 def test_a_chat_offline(one_rank: LLM) -> None:
-    """The last message goes on where it ended: the text is that of the same tokens as a prompt."""
+    """The last message continues where it ended: the text is that of the same tokens as a prompt."""
     ids = one_rank.chat_prompt(ANSWERED, continue_final_message=True)
     assert ids[:-3] == one_rank.chat_prompt(ANSWERED)[: len(ids) - 3]
     whole = [

@@ -50,7 +50,7 @@ def test_where_the_files_differ_each_token_ends_a_text(tmp_path: Path, caplog: p
     assert "token 2 (<|eos|>)" in told and "[3]" in told
 
 
-def test_that_no_end_token_is_known_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_end_token_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copy = without_end_token(tmp_path)
     rewrite_json(copy / "tokenizer_config.json", eos_token=None)
     with LLM(str(copy)) as llm:
@@ -62,7 +62,7 @@ def test_that_no_end_token_is_known_is_told(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize("include", [False, True])
 @pytest.mark.parametrize("min_tokens", [0, 3])
 def test_a_special_token_as_a_stop_string(one_rank: LLM, include: bool, min_tokens: int) -> None:
-    """It has no text in which to look for it, but ends the output where it comes."""
+    """It has no text to be found in, but ends the output where it appears."""
     params = SamplingParams(
         max_tokens=8,
         logit_bias={USER: 100},
@@ -88,4 +88,4 @@ def test_special_tokens_in_the_text(one_rank: LLM) -> None:
     (ended,) = one_rank.generate(
         [one_rank.chat_prompt(QUESTION)], SamplingParams(max_tokens=400, temperature=0.0, skip_special_tokens=False)
     )
-    assert ended.finish_reason == "stop" and "<|eos|>" not in ended.text  # what ends a text is no part of it
+    assert ended.finish_reason == "stop" and "<|eos|>" not in ended.text  # the token that ends a text is not part of it

@@ -38,7 +38,7 @@ def test_a_chat_is_its_prompt_continued(one_rank: LLM) -> None:
 
 
 @pytest.mark.parametrize("messages", [[], "Hello", 5, None, [[]], [{"role": "user"}]])
-def test_what_is_no_chat(one_rank: LLM, messages: Any) -> None:
+def test_wrong_chats_are_refused(one_rank: LLM, messages: Any) -> None:
     with pytest.raises(antiphon.AntiphonError):
         one_rank.chat(messages, FEW)
 

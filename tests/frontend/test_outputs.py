@@ -175,7 +175,7 @@ def test_no_texts_with_dummy_weights() -> None:
 
 @pytest.mark.parametrize("text", ["a 😊😊 b", "你你", "é😊 你a"])
 def test_a_prompt_may_end_anywhere_in_a_character(pieces: Tokenizer, text: str) -> None:
-    """What comes before and what follows add up, with tokens of bytes and with pieces of bytes."""
+    """The texts of prompt and output add up, with byte-level tokens and with pieces of bytes."""
     for tokenizer in (bundled(), pieces):
         token_ids = tokenizer.encode(text)
         for cut in range(1, len(token_ids) + 1):
@@ -244,7 +244,7 @@ def naive_stop(
 def test_stop_strings_are_those_of_a_naive_search(
     token_ids: list[int], stops: list[str], include: bool, min_tokens: int, streaming: bool
 ) -> None:
-    """Across tokens, overlapping, one in another; what was given out never has to be taken back."""
+    """Across tokens, overlapping, one inside another. Text that was returned never has to be taken back."""
     tokenizer = Letters()
     params = {"stop": stops, "include_stop_str_in_output": include, "min_tokens": min_tokens}
     collector, texts = collect(tokenizer, token_ids, streaming=streaming, max_tokens=99, **params)
@@ -281,7 +281,7 @@ def test_of_several_stop_strings_the_one_that_is_complete_first_is_found() -> No
         assert (completion.stop_reason, completion.text) == (stop, text)
 
 
-def test_what_could_become_a_stop_string_is_held_back() -> None:
+def test_a_possible_beginning_of_a_stop_string_is_held_back() -> None:
     finder = StopFinder(["xyz"], include=False)
     pieces = [finder.add(new, search=True, last=False) for new in ("ax", "y", "b", "xy")]
     assert pieces == ["a", "", "xyb", ""]
@@ -332,7 +332,7 @@ def test_logprobs_of_tokens_and_of_the_prompt() -> None:
     assert collector.num_cached == 2
 
 
-def test_what_was_not_asked_for_is_none() -> None:
+def test_results_that_were_not_requested_are_none() -> None:
     collector, _ = collect(Letters(), [1, 2])
     completion = collector.completion()
     assert (completion.logprobs, completion.cumulative_logprob, completion.logits) == (None, None, None)

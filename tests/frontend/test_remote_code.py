@@ -99,7 +99,7 @@ def by_lm_eval(checkpoint: Path) -> object:
 
 @pytest.mark.parametrize("start", [by_llm, by_the_server, by_lm_eval])
 @pytest.mark.parametrize("whole", [True, False], ids=["with tokenizer.json", "without"])
-def test_whoever_starts_an_engine_executes_nothing(
+def test_starting_an_engine_executes_nothing(
     checkpoint: Path, marker: Path, start: Callable[[Path], object], whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
@@ -146,7 +146,7 @@ def test_a_tokenizer_json_is_loaded_as_it_is(tmp_path: Path) -> None:
         assert other.eos_token_id == 2
 
 
-def test_every_call_that_loads_by_transformers_says_no() -> None:
+def test_every_call_that_loads_with_transformers_forbids_code() -> None:
     """The product calls `from_pretrained` in one place, which forbids downloads and code."""
     calls = []
     for path in sorted(Path(antiphon.__file__).parent.rglob("*.py")):

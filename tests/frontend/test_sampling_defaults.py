@@ -40,19 +40,21 @@ def folder_that_says(folder: Path, values: dict[str, Any] | None) -> Path:
         ({"temperature": None, "top_k": 50}, {"top_k": 50}),
     ],
 )
-def test_what_generation_config_says(tmp_path: Path, values: dict[str, Any] | None, expected: dict[str, float]) -> None:
+def test_defaults_from_generation_config(
+    tmp_path: Path, values: dict[str, Any] | None, expected: dict[str, float]
+) -> None:
     folder = folder_that_says(tmp_path / "model", values)
     assert dict(read_config(folder).sampling_defaults) == expected
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("temperature", -1), ("top_p", 2), ("top_k", 1.5)])
-def test_what_it_cannot_say(tmp_path: Path, name: str, value: Any) -> None:
+def test_wrong_defaults_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     folder = folder_that_says(tmp_path / "model", {name: value})
     with raises(ModelError, "generation_config.json", name):
         LLM(str(folder))
 
 
-def test_what_is_left_open_comes_from_the_model_else_it_is_neutral() -> None:
+def test_open_parameters_come_from_the_model_or_are_neutral() -> None:
     given = SamplingParams(max_tokens=5, top_p=0.5, seed=3)
     assert given.resolve({}) == ResolvedParams(max_tokens=5, seed=3, **NEUTRAL_SAMPLING | {"top_p": 0.5})
     found = given.resolve({"temperature": 0.6, "top_p": 0.9, "top_k": 20})

@@ -27,7 +27,7 @@ def one(llm: LLM, prompt: str = PROMPT, **params: Any) -> CompletionOutput:
 
 
 def assert_logprobs_of_transformers(outputs: list[GeneratedOutput], top: int) -> None:
-    """Those of the tokens and of the likeliest ones, within 1e-4; the model's own, though the tokens were drawn."""
+    """Compare with transformers, within 1e-4: the model's own logprobs, although the tokens were drawn."""
     for output in outputs:
         num_prompt = len(output.prompt_token_ids)
         logprobs_SV = reference_logits((*output.prompt_token_ids, *output.token_ids)).log_softmax(-1)
@@ -59,7 +59,7 @@ def test_logprobs_are_those_of_transformers(one_rank: LLM) -> None:
 
 @pytest.mark.processes
 def test_logprobs_of_prompts_in_chunks(two_ranks: LLM) -> None:
-    """A few tokens a step; some prompts begin alike, but none is taken from the prefix cache before it was told."""
+    """A few tokens per step. Some prompts begin alike, but none is taken from the prefix cache unreported."""
     prompts = [*mixed_prompts(4), *(f"{PROMPT} {animal}" for animal in ("dog", "hen")), PROMPT]
     with LLM(max_num_batched_tokens=11, block_size=4, max_num_seqs=4) as llm:
         outputs = llm.generate(prompts, LOGPROBS)
@@ -186,7 +186,7 @@ def test_two_ranks_forget_what_stop_strings_have_ended(two_ranks: LLM) -> None:
     for output, cut, stop in zip(plain, two_ranks.generate(prompts, params), stops, strict=True):
         assert (cut.text, cut.outputs[0].stop_reason) == (output.text[: output.text.find(stop)], stop)
     stats = two_ranks.stats()
-    assert stats["unfinished"] == 0 and stats["steps"] - steps < 1500, "the ranks went on for nobody"
+    assert stats["unfinished"] == 0 and stats["steps"] - steps < 1500, "the ranks continued a finished request"
     again = two_ranks.generate(prompts, SamplingParams(max_tokens=40, ignore_eos=True))
     assert [output.token_ids for output in again] == [output.token_ids for output in plain]
 

@@ -72,7 +72,7 @@ class InPython:
         return " ".join(map(str, token_ids))
 
 
-def test_a_tokenizer_in_python_is_used_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_in_python_is_used_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     for _ in range(2):
         assert _plain_decode(InPython())([1, 2], skip_special_tokens=True) == "1 2"

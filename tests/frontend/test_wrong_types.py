@@ -16,7 +16,7 @@ from antiphon.core.errors import AntiphonError
 TEXT, COUNT, NUMBER, FLAG = [5, b"x", ["a"], object()], ["x", 0, -1, 2.5], ["x", [1], float("nan")], ["no", 1, []]
 WRONG: dict[str, list[Any]] = {
     "model": [*TEXT, None, "", Path("/nowhere")],
-    "revision": [],  # without effect on a folder, and said so
+    "revision": [],  # has no effect on a folder, which is warned of
     "load_format": [*TEXT, None],
     "num_layers": [*COUNT, 10**9],
     "routing": [*TEXT, None, "zipf:x", "recorded:/nowhere"],
@@ -82,20 +82,20 @@ PROMPTS: list[Any] = [
 
 
 @pytest.mark.parametrize("prompts", PROMPTS, ids=name_of)
-def test_prompts_that_are_none(one_rank: LLM, prompts: Any) -> None:
+def test_wrong_prompts_are_refused(one_rank: LLM, prompts: Any) -> None:
     with pytest.raises(AntiphonError) as refused:
         one_rank.generate(prompts, SamplingParams(max_tokens=1))
     assert_refused(refused)
 
 
 @pytest.mark.parametrize("params", ["x", 5, {"max_tokens": 1}, [None], [], [SamplingParams()] * 3], ids=name_of)
-def test_sampling_parameters_that_are_none(one_rank: LLM, params: Any) -> None:
+def test_wrong_sampling_parameters_are_refused(one_rank: LLM, params: Any) -> None:
     with pytest.raises(AntiphonError) as refused:
         one_rank.generate("a", params)
     assert_refused(refused)
 
 
-def test_functions_that_are_none_and_wrong_changes(one_rank: LLM) -> None:
+def test_wrong_functions_and_wrong_changes_are_refused(one_rank: LLM) -> None:
     changes: list[dict[str, Any]] = [{"dbo": "x"}, {"split": 5}, {"dbo": 5}]
     for change in changes:
         with pytest.raises(AntiphonError) as refused:
