@@ -1,6 +1,6 @@
 """Process groups, and the transports that move tokens to experts and back.
 
-It works on the streams that it is given, never switches lanes, and is the only room that calls `torch.distributed`.
+Works on the streams that it is given, never switches lanes, and is the only room that calls `torch.distributed`.
 Entry points: `RankGroup`, `Mesh`, `create_transport`.
 
     group = RankGroup.connect(rank=0, size=2, init_method="file:///tmp/meet", timeout_s=60)

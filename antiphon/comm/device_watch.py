@@ -1,9 +1,9 @@
 """A watchdog for waits that a GPU stream cannot abandon.
 
-`cuStreamWaitValue32` and a collective's kernel wait forever. So a stream writes a number into a pinned host word before
-it waits, and 0 afterwards. A thread that makes no driver calls reads the words and writes to the progress board what
-this rank waits for. If a number stays longer than the time limit, the thread reports who is missing and ends the
-process.
+`cuStreamWaitValue32` and the kernels of collectives have no timeout. So each stream writes a code to a word of pinned
+host memory before it waits, and 0 afterwards. A thread that makes no driver calls polls the words and records on the
+progress board what this rank waits for. If a code stays longer than the time limit, the thread reports which rank is
+missing and ends the process.
 """
 
 from __future__ import annotations
@@ -26,33 +26,36 @@ _MAX_WORDS = 64
 _LABELS = 4096
 _PEERS = 64
 ALL_PEERS = _PEERS - 1
-"""Stands for all peers instead of one."""
+"""In place of a peer's rank: the wait is for all peers."""
 
 _PERIOD_S = 0.2
 
 
 @dataclass(slots=True, eq=False)
 class WatchWord:
-    """The word of one stream: `code(label) + peer` while the stream waits, else 0."""
+    """The word of one stream. Its value is `code(label) + peer` while the stream waits, otherwise 0."""
 
     address: int
     _labels: list[str] = field(default_factory=lambda: [""] * _LABELS)
     _number: int = 0
 
     def code(self, label: str) -> int:
-        """The code of a new wait with this label; add the rank that is waited for."""
+        """Return the code for a new wait; the caller adds the rank of the peer, or `ALL_PEERS`."""
         self._number = self._number % (2**24) + 1
         self._labels[self._number % _LABELS] = label
         return self._number * _PEERS
 
     def explain(self, value: int) -> tuple[str, str]:
-        """(label, who is waited for) of a value."""
+        """Decode a value into its label and the peers that the stream waits for."""
         peer = value % _PEERS
         return self._labels[value // _PEERS % _LABELS], "its peers" if peer == ALL_PEERS else f"rank {peer}"
 
 
 class DeviceWatch:
-    """Watches the words of one rank. `on_stuck` gets the report, on the watch's own thread; then the process ends."""
+    """Watches the words of one rank.
+
+    on_stuck: called with the report, on the watch's own thread, before the process ends.
+    """
 
     def __init__(
         self,
@@ -75,10 +78,10 @@ class DeviceWatch:
         self._thread: threading.Thread | None = None
 
     def word(self, stream: str) -> WatchWord:
-        """The word of a stream; the watch starts with the first one."""
+        """Return the word of a stream. The first call starts the thread."""
         if stream in self._words:
             return self._words[stream]
-        assert len(self._words) < _MAX_WORDS, "more streams wait than there are words"
+        assert len(self._words) < _MAX_WORDS, f"at most {_MAX_WORDS} streams can be watched"
         word = self._words[stream] = WatchWord(self._memory.data_ptr() + 4 * len(self._words))
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="device-watch", daemon=True)
@@ -86,12 +89,12 @@ class DeviceWatch:
         return word
 
     def close(self) -> None:
-        """Stop once no stream waits: work that is abandoned at the end may still wait for a peer."""
+        """Stop the thread once no stream waits. Work abandoned at shutdown may still wait for a peer."""
         self._closed.set()
 
     def _watch(self) -> None:
         since: dict[int, tuple[int, float]] = {}
-        told: set[int] = set()
+        reported: set[int] = set()
         while True:
             if self._closed.wait(_PERIOD_S):
                 if not self._values.any():
@@ -101,27 +104,27 @@ class DeviceWatch:
             for place, word in enumerate(list(self._words.values())):
                 value = int(self._values[place])
                 if value == 0:
-                    if since.pop(place, None) is not None and place in told:
-                        told.discard(place)
+                    if since.pop(place, None) is not None and place in reported:
+                        reported.discard(place)
                         self._mark("computing")
                 elif place not in since or since[place][0] != value:
                     since[place] = (value, now)
-                    told.discard(place)
+                    reported.discard(place)
                 elif now - since[place][1] > self._timeout_s:
                     self._report(word, value, now - since[place][1])
                     return
-                elif place not in told and now - since[place][1] > 2 * _PERIOD_S:
-                    told.add(place)  # only once, so that the board keeps the time when it began
-                    label, whom = word.explain(value)
-                    self._mark(f"waiting on its device for {label} from {whom}")
+                elif place not in reported and now - since[place][1] > 2 * _PERIOD_S:
+                    reported.add(place)  # once per wait, so that the board shows when it began
+                    label, peers = word.explain(value)
+                    self._mark(f"waiting on its device for {label} from {peers}")
 
     def _mark(self, where: str) -> None:
         if self._board is not None:
             self._board.mark(self._rank, where)
 
     def _report(self, word: WatchWord, value: int, waited_s: float) -> None:
-        label, whom = word.explain(value)
-        message = f"rank {self._rank} timed out after {waited_s:.1f} s waiting on its device for {label} from {whom}"
+        label, peers = word.explain(value)
+        message = f"rank {self._rank} timed out after {waited_s:.1f} s waiting on its device for {label} from {peers}"
         try:
             if self._board is not None:
                 message += f": {self._board.describe(except_rank=self._rank)}"

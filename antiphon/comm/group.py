@@ -1,7 +1,7 @@
 """One rank's end of a process group: collectives with a time limit, and errors that name the missing peer.
 
-All ranks must issue the same collectives in the same order; with `record_order` the group keeps a fingerprint of
-its own order, which the agreement compares.
+All ranks must issue the same collectives in the same order. With `record_order` the group fingerprints its own order,
+and the agreement compares the fingerprints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LONGEST_NAP_S = 1e-3
 
 
 class Work(Protocol):
-    """A collective under way, on the CPU or on a device."""
+    """A collective in flight, on the CPU or on a device."""
 
     def wait(self) -> None: ...
 
@@ -36,27 +36,28 @@ class Work(Protocol):
 
 
 class Collectives(ABC):
-    """Collectives of some ranks. Every tensor is contiguous, and the outputs may not be read before the wait."""
+    """Collectives among a set of ranks. Tensors must be contiguous, and outputs must not be read before the wait."""
 
     def all_gather(self, out: torch.Tensor, mine: torch.Tensor, label: str) -> Work:
-        """`out` [W * n, ...] gets `mine` [n, ...] of every rank, in order of rank."""
+        """Gather `mine` [n, ...] of every rank into `out` [W * n, ...], in rank order."""
         return self._queue(label, "all-gather", _all_gather, out, mine)
 
     def all_to_all(
         self, out: torch.Tensor, mine: torch.Tensor, label: str, *, out_splits: Sequence[int], in_splits: Sequence[int]
     ) -> Work:
-        """Rows of `mine` go to the ranks by `in_splits`; `out` gets theirs by `out_splits`."""
+        """Send `in_splits[r]` rows of `mine` to each rank r, and receive `out_splits[r]` rows from it into `out`."""
         return self._queue(label, "all-to-all", dist.all_to_all_single, out, mine, list(out_splits), list(in_splits))
 
     @abstractmethod
     def _queue(self, label: str, operation: str, call: Any, *arguments: Any) -> Work:
-        """Start `call`, whose first two arguments are the output and the input."""
+        """Start `call`. Its first two arguments are the output and the input."""
 
 
 class Collective:
-    """A collective under way. It keeps its tensors alive until it is waited for.
+    """A collective in flight. It keeps its tensors alive until it has been waited for.
 
-    queued: on a device's stream, so nothing here tells when its data has arrived. limited: see `RankGroup.wait_for`.
+    queued: it runs on a device's stream, so the host does not see when its data arrives. limited: see
+    `RankGroup.wait_for`.
     """
 
     __slots__ = ("_group", "_label", "_limited", "_ready_ns", "_tensors", "_work")
@@ -84,33 +85,34 @@ class Collective:
         self._ready_ns = time.perf_counter_ns()
 
     def wait(self) -> None:
-        """Block until the data is there, or let the device's current stream wait for it.
+        """Block until the data has arrived, or make the device's current stream wait for it.
 
-        Raises `PeerError` after the group's time limit or if a peer ended.
+        Raises `PeerError` after the group's time limit, or when a peer has ended.
         """
         self._group.wait_for(self._work, self._label, limited=self._limited)
 
     def ready_ns(self) -> int | None:
-        """When this process noticed that the data had arrived; `None` if it did not."""
+        """When this process saw that the data had arrived, or `None` if it did not see it."""
         return self._ready_ns
 
 
 class Closeable(Protocol):
-    """Something that is closed with the group."""
+    """Something that is closed together with the group."""
 
     def close(self) -> None: ...
 
 
 class RankGroup(Collectives):
-    """One rank of a group of `size`. A group of one needs no process group and moves nothing.
+    """One rank of a group of `size`. A group of one needs no process group, and nothing is sent.
 
     process_group: a gloo group of torch.distributed with the same ranks in the same order. The caller owns it and
         destroys it; `connect` makes one.
-    timeout_s: maximum wait for a peer.
-    board: optional; this rank writes there what it waits for.
-    on_stuck: called on another thread with the report of a device wait that exceeded the limit; then the process ends.
+    timeout_s: maximum time to wait for a peer.
+    board: where this rank records what it waits for.
+    on_stuck: called on another thread with the report of a device wait that exceeded the limit, before the process
+        ends.
 
-    Not thread-safe: one host thread issues everything.
+    Not thread-safe: one host thread must issue all collectives.
     """
 
     def __init__(
@@ -129,11 +131,11 @@ class RankGroup(Collectives):
         self.size = size
         self.timeout_s = timeout_s
         self._process_group = process_group
-        self._is_ours = False  # to destroy
+        self._owns_process_group = False
         self._closed = False
         self._board = board
         self._order: list[str] | None = None
-        self.extras: dict[Hashable, Closeable] = {}  # what transports share that use this group
+        self.extras: dict[Hashable, Closeable] = {}  # shared by the transports that use this group
         self._on_stuck = on_stuck
         self._device_watch: DeviceWatch | None = None
 
@@ -149,23 +151,23 @@ class RankGroup(Collectives):
         board: ProgressBoard | None = None,
         on_stuck: Callable[[str], None] | None = None,
     ) -> RankGroup:
-        """Meet the other ranks over gloo; `init_method` as in `torch.distributed.init_process_group`.
+        """Connect to the other ranks over gloo; `init_method` as in `torch.distributed.init_process_group`.
 
-        Only once per process: torch cannot retry a rendezvous.
-        Raises `OptionError` if the process has a process group already, `PeerError` if not all ranks come within
-        `meeting_timeout_s`, by default `timeout_s`.
+        Works once per process, because torch cannot retry a rendezvous.
+        Raises `OptionError` if the process already has a process group, and `PeerError` if not all ranks arrive within
+        `meeting_timeout_s` (default: `timeout_s`).
         """
         if dist.is_initialized():
             raise OptionError(
-                "torch.distributed is initialized in this process already",
-                remedy="make the group from a gloo group of it: RankGroup(rank=..., size=..., "
+                "torch.distributed is already initialized in this process",
+                remedy="wrap a gloo group of it: RankGroup(rank=..., size=..., "
                 "process_group=torch.distributed.new_group(backend='gloo'))",
                 option="init_method",
                 value=init_method,
             )
         meeting_timeout_s = timeout_s if meeting_timeout_s is None else meeting_timeout_s
         if board is not None:
-            board.mark(rank, "waiting to meet its peers")
+            board.mark(rank, "waiting for its peers to connect")
         try:
             dist.init_process_group(
                 "gloo",
@@ -175,7 +177,7 @@ class RankGroup(Collectives):
                 timeout=timedelta(seconds=max(timeout_s, meeting_timeout_s)),
             )
         except (RuntimeError, dist.DistError) as error:
-            raise _peer_error(f"rank {rank} could not meet its peers", rank, board, error) from error
+            raise _peer_error(f"rank {rank} could not connect to its peers", rank, board, error) from error
         group = cls(
             rank=rank,
             size=size,
@@ -184,13 +186,14 @@ class RankGroup(Collectives):
             board=board,
             on_stuck=on_stuck,
         )
-        group._is_ours = True
+        group._owns_process_group = True
         return group
 
     def part(self, ranks: Sequence[int]) -> RankGroup:
-        """The group of some of these ranks, this one among them, in the order given. All of them call it at once.
+        """Make the group of some of these ranks, in the given order. All of them must call it at the same time.
 
-        All ranks are this group itself. The part keeps no progress board, and its ranks are numbered from 0.
+        `ranks` must include this rank. If they are all ranks, the result is this group itself. A new group numbers its
+        ranks from 0 and has no progress board.
         """
         if tuple(ranks) == tuple(range(self.size)):
             return self
@@ -213,7 +216,7 @@ class RankGroup(Collectives):
             timeout_s=self.timeout_s,
             on_stuck=self._on_stuck,
         )
-        part._is_ours = True
+        part._owns_process_group = True
         return part
 
     def __repr__(self) -> str:
@@ -225,19 +228,19 @@ class RankGroup(Collectives):
         return self._process_group
 
     def close(self) -> None:
-        """Destroy the process group if `connect` made it; peers that still wait for this rank get an error."""
+        """Destroy the process group unless the caller owns it. Peers that still wait for this rank get an error."""
         self._closed = True
         for extra in self.extras.values():
             extra.close()
         self.extras.clear()
         if self._device_watch is not None:
             self._device_watch.close()
-        if self._process_group is not None and self._is_ours:
+        if self._process_group is not None and self._owns_process_group:
             dist.destroy_process_group(self._process_group)
         self._process_group = None
 
     def device_watch(self) -> DeviceWatch:
-        """The watch over this rank's device waits, created on first use."""
+        """The watch over this rank's device waits; created on first use."""
         if self._device_watch is None:
             self._device_watch = DeviceWatch(
                 rank=self.rank, timeout_s=self.timeout_s, board=self._board, on_stuck=self._on_stuck
@@ -247,7 +250,7 @@ class RankGroup(Collectives):
     # ---- collectives
 
     def all_gather_object(self, value: object) -> list[Any]:
-        """The `value` of every rank. Slow: for setup and errors."""
+        """Gather the `value` of every rank, by pickle. Slow; meant for setup and errors."""
         if self.size == 1:
             return [value]
         self._check_open()
@@ -265,7 +268,7 @@ class RankGroup(Collectives):
         return Collective(self, self.start(launch, label, operation), label, arguments[:2])
 
     def start(self, launch: Callable[[], Any], label: str, operation: str) -> Any:
-        """Start a collective on any communicator of these ranks. Raises `PeerError` if a peer is known to be gone."""
+        """Start a collective on any communicator of these ranks. Raises `PeerError` if it cannot start."""
         self.note(label, operation)
         try:
             return launch()
@@ -273,13 +276,14 @@ class RankGroup(Collectives):
             raise _peer_error(f"rank {self.rank} could not start {label!r}", self.rank, self._board, error) from error
 
     def _check_open(self) -> None:
-        if self._closed:  # torch would take the default group for none
-            raise PeerError(f"rank {self.rank} has closed its group", remedy="make a new group to exchange anything")
+        if self._closed:  # torch takes group=None for the default group
+            raise PeerError(f"rank {self.rank} has closed its group", remedy="make a new group")
 
     def wait_for(self, work: dist.Work, label: str, *, limited: bool = True) -> None:
-        """Wait for a collective; raises `PeerError` after the time limit.
+        """Wait for a collective. Raises `PeerError` after the time limit.
 
-        limited: False where the wait is a device's, which does not block the host and is limited by its backend.
+        limited: whether the time limit applies. False for a wait on a device's stream, which does not block the host
+            and which the backend limits.
         """
         where = located(label)
         self._mark(f"waiting for {where}")
@@ -288,13 +292,13 @@ class RankGroup(Collectives):
             work.wait(timedelta(seconds=self.timeout_s)) if limited else work.wait()
         except RuntimeError as error:
             waited_s = time.monotonic() - start
-            how = "timed out" if waited_s > 0.99 * self.timeout_s else "failed"  # gloo notices a peer that ends
+            how = "timed out" if waited_s > 0.99 * self.timeout_s else "failed"  # gloo notices when a peer ends
             what = f"rank {self.rank} {how} after {waited_s:.1f} s waiting for {where}"
             raise _peer_error(what, self.rank, self._board, error) from error
         self._mark(f"computing after {where}")
 
     def wait_until(self, done: Callable[[], bool], label: str, *, peer: int) -> None:
-        """Block until `done()`, which `peer` makes true. Raises `PeerError` after the time limit."""
+        """Block until `done()` returns true, which `peer` brings about. Raises `PeerError` after the time limit."""
         if done():
             return
         where = f"{located(label)} from rank {peer}"
@@ -314,23 +318,23 @@ class RankGroup(Collectives):
         if self._board is not None:
             self._board.mark(self.rank, where)
 
-    # ---- the debug mode that compares the order of collectives
+    # ---- debug mode: comparing the order of collectives
 
     def record_order(self) -> None:
         """Start recording all collectives for `order_fingerprint`."""
         self._order = []
 
     def note(self, label: str, operation: str) -> None:
-        """Record that a communication is about to be sent; every transport calls it."""
+        """Record that a communication is about to start. Every transport calls it."""
         if self._order is not None:
             self._order.append(f"{located(label)}: {operation}")
 
     def order_fingerprint(self) -> int:
-        """A checksum of the collectives since the last check; 0 if they are not recorded."""
+        """A checksum of the collectives since the last comparison; 0 if they are not recorded."""
         return 0 if self._order is None else zlib.crc32("\n".join(self._order).encode()) | 1 << 32
 
     def clear_order(self) -> None:
-        """Forget the collectives so far: the ranks have compared them."""
+        """Forget the recorded collectives, which the ranks have compared."""
         if self._order is not None:
             self._order.clear()
 
@@ -340,19 +344,19 @@ class RankGroup(Collectives):
         for number in range(max(map(len, orders))):
             names = [order[number] if number < len(order) else "nothing" for order in orders]
             if len(set(names)) > 1:
-                said = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
-                return f"collective {number} differs: {said}"
+                calls = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+                return f"collective {number} differs: {calls}"
         return "no difference"
 
 
 def _all_gather(out: torch.Tensor, mine: torch.Tensor, **options: Any) -> Any:
-    # torch 2.13 renames the call and warns about the old name, which is the only one that 2.11 has.
+    # torch 2.13 renamed the call and warns about the old name; 2.11 has only the old one.
     call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return call(out, mine, **options)
 
 
 def _peer_error(fact: str, rank: int, board: ProgressBoard | None, error: Exception | None = None) -> PeerError:
-    """The error with what the board knows of the peers, and the library's reason."""
+    """The error, with what the board knows about the peers and the library's own reason."""
     known = [] if board is None else [board.describe(except_rank=rank)]
     if error is not None:
         known.append(f"({_reason(error)})")
@@ -360,10 +364,10 @@ def _peer_error(fact: str, rank: int, board: ProgressBoard | None, error: Except
 
 
 def _reason(error: Exception) -> str:
-    """The fact in gloo's message, without source location and advice."""
+    """The fact in gloo's message, without the source location and the advice."""
     return re.sub(r"^\[\S+\] ", "", first_line(error)).partition(" This is typically")[0].rstrip(".")
 
 
 def located(label: str) -> str:
-    """The label with the lane that is running, if there are several."""
+    """The label, with the running lane if there are several."""
     return f"{label}, lane {current_lane()}" if num_lanes() > 1 else label

@@ -1,4 +1,4 @@
-"""`local`: one rank holds all experts; nothing is sent."""
+"""`local`: a single rank holds all experts, so nothing is sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from antiphon.machine.facts import Facts
 
 
 class LocalTransport(Transport):
-    """Rows are the tokens themselves, and partial sums are the whole sums."""
+    """The rows are the tokens themselves, and the partial sums are the final sums."""
 
     name = "local"
 
@@ -19,16 +19,16 @@ class LocalTransport(Transport):
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
         if world.ranks == 1:
             return None
-        return Refusal("for one rank", "ask for --ranks 1, or use auto", limit=f"there are {world.ranks}")
+        return Refusal("serves a single rank", "use --ranks 1, or transport auto", limit=f"there are {world.ranks}")
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return Way("one rank holds all experts, nothing is sent")
+        return Way("one rank holds all experts, so nothing is sent")
 
     def send_tokens(
         self, lane: int, x_TD: torch.Tensor, routes: Routes, tokens_by_rank: tuple[int, ...] | None, label: str
     ) -> Flight[Rows]:
-        # Copies, as with every other transport: the caller may reuse its tensors when the call has returned.
+        # Copied, as by every other transport, so that the caller may reuse its tensors once the call has returned.
         rows = self.rows(x_TD.clone(), routes.ids_TK.clone(), routes.weights_TK.clone())
         return Flight(wait=lambda: rows, num_messages=0)
 

@@ -1,10 +1,10 @@
-"""The mesh: along which axes the ranks of an engine work together, and the group of each axis.
+"""The mesh: the axes along which the ranks of an engine work together, and the group of each axis.
 
     dp   data parallel      ranks with requests of their own (replicas of the attention)
     tp   tensor parallel    ranks that share the requests and the attention heads of one replica
-    ep   expert parallel    ranks that hold a part of the experts each: all of them
+    ep   expert parallel    all ranks; each holds a share of the experts
 
-A rank is one process with one device. Adjacent ranks share a replica: Mesh(dp=2, tp=2) has
+A rank is one process with one device. Adjacent ranks share a replica. Mesh(dp=2, tp=2) is
 
     rank   0     1     2     3
     dp     0     0     1     1
@@ -24,7 +24,7 @@ Axis = Literal["dp", "tp", "ep"]
 
 
 class Place(NamedTuple):
-    """The place of one rank on every axis."""
+    """The index of one rank on every axis."""
 
     dp: int
     tp: int
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 class MeshGroups(NamedTuple):
-    """One rank's end of the group of every axis."""
+    """The groups of one rank, one per axis."""
 
     dp: RankGroup
     tp: RankGroup
@@ -41,9 +41,9 @@ class MeshGroups(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """Sizes of the axes; `ep` is dp * tp unless it is given, and may be nothing else.
+    """Sizes of the axes. `ep` defaults to dp * tp, the only valid value.
 
-    Raises `OptionError` for sizes below 1, or experts that are not spread over all ranks.
+    Raises `OptionError` for sizes below 1 and for any other `ep`.
     """
 
     dp: int = 1
@@ -74,10 +74,10 @@ class Mesh:
         return self.dp * self.tp
 
     def check_world(self, size: int) -> None:
-        """Raise `OptionError` unless there are as many ranks as the mesh has places."""
+        """Raise `OptionError` unless `size`, the number of ranks, matches the mesh."""
         if size != self.world:
             raise OptionError(
-                f"dp={self.dp} times tp={self.tp} makes {self.world} ranks",
+                f"dp={self.dp} times tp={self.tp} is {self.world} ranks",
                 limit=f"there are {size}",
                 remedy=f"use {self.world} ranks, or dp={size // self.tp}" if size % self.tp == 0 else "change tp",
                 option="dp",
@@ -85,12 +85,12 @@ class Mesh:
             )
 
     def place(self, rank: int) -> Place:
-        """The place of `rank` on every axis."""
+        """The index of `rank` on every axis."""
         assert 0 <= rank < self.world
         return Place(dp=rank // self.tp, tp=rank % self.tp, ep=rank)
 
     def ranks(self, axis: Axis, rank: int) -> tuple[int, ...]:
-        """The ranks that `rank` works with along an axis, itself among them, in their order on it."""
+        """The ranks of the group that `rank` belongs to along an axis, itself included, in ascending order."""
         place = self.place(rank)
         if axis == "dp":
             return tuple(range(place.tp, self.world, self.tp))
@@ -99,9 +99,10 @@ class Mesh:
         return tuple(range(self.world))
 
     def groups(self, world: RankGroup) -> MeshGroups:
-        """The group of every axis. All ranks of `world` call it at once; whoever closes them leaves `world` open.
+        """Make the groups of all axes. Every rank of `world` must call it at the same time.
 
-        An axis of all ranks is `world` itself, so that nothing is connected twice.
+        The group of an axis that spans all ranks is `world` itself, so that nothing is connected twice. Whoever closes
+        the groups must leave `world` open.
         """
         self.check_world(world.size)
         dp, tp, ep = (world.part(self.ranks(axis, world.rank)) for axis in ("dp", "tp", "ep"))

@@ -1,7 +1,7 @@
-"""The progress board: where every rank of one host is, so that an error can say who is missing.
+"""The progress board: what every rank of one host is doing, so that an error can name the missing rank.
 
-A file mapped by all ranks of the host, one fixed row of text a rank. A rank writes its row before it waits for its
-peers; nobody waits for the board itself, and a torn row would only blur an error message.
+It is a file that all ranks of the host map, with one fixed-size row of text per rank. A rank writes its row before it
+waits for its peers. Nothing synchronizes on the board; at worst a torn row garbles an error message.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ROW_BYTES = 256
 
 
 class ProgressBoard:
-    """The board in `path` for `size` ranks. Whoever opens it first creates it."""
+    """The board in the file `path`, for `size` ranks. The first process to open it creates the file."""
 
     def __init__(self, path: Path, *, size: int) -> None:
         self.size = size
@@ -27,12 +27,12 @@ class ProgressBoard:
             os.close(descriptor)
 
     def mark(self, rank: int, where: str) -> None:
-        """Say where `rank`, the calling process, is: "waiting for combine layer 3, lane 1"."""
+        """Record what `rank`, the calling process, is doing, such as "waiting for combine layer 3, lane 1"."""
         row = f"{os.getpid()} {time.monotonic():.3f} {where}".encode()[:_ROW_BYTES]
         self._map[rank * _ROW_BYTES : (rank + 1) * _ROW_BYTES] = row.ljust(_ROW_BYTES, b"\0")
 
     def describe(self, *, except_rank: int | None = None) -> str:
-        """One clause a rank: its process, whether it runs, and where it was last."""
+        """One clause per rank: its process, the state of that process, and what it did last."""
         return "; ".join(self._describe(rank) for rank in range(self.size) if rank != except_rank)
 
     def _describe(self, rank: int) -> str:

@@ -1,10 +1,10 @@
-"""Transports by name: what a user writes, which one `auto` takes and why, and how each is made.
+"""Transports by name: parsing the option, the choice of `auto`, and construction.
 
 auto | local | allgather | alltoall | copy-engine | host-staged | shared-memory
-nccl-zero-cta                               NCCL's own copy-engine collectives, a baseline
-allgather:16ctas, alltoall:16ctas           NCCL limited to 16 blocks; compute of a split step leaves them SMs
+nccl-zero-cta                               NCCL's own copy-engine collectives, as a baseline
+allgather:16ctas, alltoall:16ctas           NCCL limited to 16 blocks, for which the GEMMs of a split step leave SMs
 simulated[:INNER[:BANDWIDTH[:LATENCY]]]     such as simulated:alltoall:200MB/s:1ms
-package.module:Class                        a `Transport` of the user's own
+package.module:Class                        the user's own `Transport`
 """
 
 from __future__ import annotations
@@ -41,34 +41,34 @@ _CLASSES = {
     "shared-memory": ("antiphon.comm.slab.shared_memory:SharedMemoryTransport",),
     "nccl-zero-cta": ("antiphon.comm.collective.nccl_zero_cta:NcclZeroCtaTransport",),
 }
-"""The class of each transport, and that for GPUs where it is another one, by NCCL."""
+"""The class of each transport, followed by the one for devices that queue their work if it is different."""
 
 _BASELINES = ("nccl-zero-cta",)
-"""Transports for measurements only: not among those that `usable_transports` judges."""
+"""Transports for measurements only, which `usable_transports` leaves out."""
 
 _LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 """The shape of DeepSeek-V3, the largest rows in common use."""
 
 _SLABS_OF_GPUS = {
-    "copy-engine": "copies between peers take no SM from compute",
-    "host-staged": "without peer access; copies through host memory take no SM",
+    "copy-engine": "copies between peers take no SMs from compute",
+    "host-staged": "there is no peer access, and copies through host memory take no SMs",
 }
-"""What `auto` takes on GPUs, the first that is not refused, and why."""
+"""The choices of `auto` on GPUs, and why. The first that is not refused is taken."""
 
 _WORTHWHILE_SAVING = 0.25
-"""Share of the bytes that exact routing must save before it is worth the exchange of counts."""
+"""Fraction of the bytes that exact routing must save to be worth exchanging counts."""
 
 _WORTHWHILE_SAVING_OF_SLABS = 0.5
-"""The same before it is worth the SMs of communication kernels, which the slab transports do not need."""
+"""The same, to be worth the SMs of communication kernels, which the slab transports do not need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportSpec:
-    """A parsed transport option. `name` is a known name, `auto` or the path of a class."""
+    """A parsed transport option. `name` is a known name, `auto`, or the path of a class."""
 
     name: str
     link: Link | None = None  # set for a simulated link
-    ctas: int | None = None  # of NCCL, if it may not choose
+    ctas: int | None = None  # limit on the blocks of NCCL's kernels; `None`: NCCL chooses
 
     def __str__(self) -> str:
         if self.link is not None:
@@ -90,7 +90,7 @@ def parse_transport(text: str) -> TransportSpec:
         if len(rest) == 1 and len(_CLASSES.get(first, ())) > 1 and re.fullmatch(r"[1-9]\d{0,2}ctas", rest[0]):
             return TransportSpec(name=first, ctas=int(rest[0].removesuffix("ctas")))
         if rest:
-            raise _wrong(text, "has settings, which only simulated takes", f"use {first!r}")
+            raise _wrong(text, "has settings, which only simulated accepts", f"use {first!r}")
         return TransportSpec(name=first)
     if len(rest) > 3:
         raise _wrong(text, "has too many parts", "use simulated:INNER:BANDWIDTH:LATENCY")
@@ -115,16 +115,16 @@ def choose_transport(
 ) -> tuple[TransportSpec, str]:
     """The transport to use, with `auto` resolved, and why.
 
-    On GPUs `auto` takes a transport that needs no SM: copy-engine with peer access, else host-staged. Both send all
-    tokens to all ranks, so from some number of ranks on exact routing is worth more.
-    A token with K experts reaches W(1 - (1 - 1/W)^K) of W ranks on average; `alltoall` sends one copy to each of
-    these, `allgather` one to all, but without an exchange of counts that the host must wait for.
+    On GPUs `auto` prefers a transport that needs no SMs: copy-engine with peer access, otherwise host-staged. Both
+    send all tokens to all ranks, so with many ranks exact routing is worth more.
+    A token with K experts reaches W(1 - (1 - 1/W)^K) of W ranks on average. `alltoall` sends one copy to each of these;
+    `allgather` sends one to every rank, but without an exchange of counts that the host must wait for.
 
     peer_access: whether peer copies are allowed.
     Raises `OptionError` for a transport that cannot serve these ranks on these devices.
     """
     if num_ranks == 1 and (spec.name == "auto" or spec.name in _CLASSES):
-        return replace(spec, name="local"), "one rank holds all experts, nothing is sent"
+        return replace(spec, name="local"), "one rank holds all experts, so nothing is sent"
     world = World(ranks=num_ranks, device_kind=device_kind, peer_access=peer_access)
     if spec.name in _CLASSES and (refusal := _refusal(spec.name, None, shape, world)):
         raise refused(spec, refusal)
@@ -140,19 +140,19 @@ def choose_transport(
         return spec, "as asked"
     reached = num_ranks * (1 - (1 - 1 / num_ranks) ** shape.top_k)
     saving = 1 - reached / num_ranks
-    fact = f"routed uniformly, a token with {shape.top_k} experts reaches {reached:.1f} of {num_ranks} ranks"
+    fact = f"with uniform routing, a token with {shape.top_k} experts reaches {reached:.1f} of {num_ranks} ranks"
     if world.device.stream_memory_operations and saving < _WORTHWHILE_SAVING_OF_SLABS:
         for name, reason in _SLABS_OF_GPUS.items():
             if _refusal(name, None, shape, world) is None:
                 return replace(spec, name=name), reason
     if saving < _WORTHWHILE_SAVING:
-        limit = f"alltoall is taken from {_WORTHWHILE_SAVING:.0%}"
+        limit = f"alltoall is chosen from {_WORTHWHILE_SAVING:.0%} on"
         return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes, {limit}"
     return replace(spec, name="alltoall"), f"{fact}: exact routing saves {saving:.0%} of the bytes"
 
 
 def refused(spec: TransportSpec, refusal: Refusal, cause: str = "") -> OptionError:
-    """The error for a transport that somebody named and that cannot serve. cause: what failed, in one line."""
+    """The error for an explicitly named transport that cannot serve. cause: what failed, in one line."""
     shown = f" ({cause})" if cause else ""
     return OptionError(
         f"transport {str(spec)!r} cannot be used here",
@@ -169,7 +169,7 @@ def _refusal(name: str, facts: Facts | None, shape: ExpertShape, world: World) -
 
 @dataclass(frozen=True, slots=True)
 class Usability:
-    """Whether a transport can be used, why (not), and what would help; a usable one may have a remedy too."""
+    """Whether a transport can be used, why or why not, and what would help. A usable one may have a remedy too."""
 
     name: str
     usable: bool
@@ -180,13 +180,13 @@ class Usability:
 def usable_transports(
     facts: Facts, *, ranks: int, device_kind: str, peer_access: bool = True, shared_bytes: int | None = None
 ) -> list[Usability]:
-    """One `Usability` for every transport, for `ranks` ranks of one host, each with a device of its own.
+    """One `Usability` per transport, for `ranks` ranks of one host, each with its own device.
 
-    A transport is called usable only where everything that it needs has been shown to work; naming it tries it all the
-    same. device_kind: "cpu" or "cuda". peer_access: False under `--no-peer-access`; `NCCL_P2P_DISABLE` in the facts
-    implies it. shared_bytes: host memory that slabs between processes need, by default that of a large model.
+    A transport is usable only if everything that it needs has been shown to work. Naming it explicitly tries it anyway.
+    device_kind: "cpu" or "cuda". peer_access: False under `--no-peer-access`; `NCCL_P2P_DISABLE` in the facts has the
+    same effect. shared_bytes: host memory that slabs between processes need; by default, that of a large model.
 
-    Raises `OptionError` for no ranks or an unknown kind of device.
+    Raises `OptionError` for fewer than one rank or an unknown kind of device.
     """
     if ranks < 1:
         raise out_of_range("ranks", ranks, "an integer of at least 1")
@@ -196,9 +196,9 @@ def usable_transports(
     judged = [_judge(name, facts, world) for name in _CLASSES if name not in _BASELINES]
     inner = [found.name for found in judged if found.usable]
     if inner:
-        reason = f"around {' or '.join(inner)}, only slower: for tests and planning"
+        reason = f"wraps {' or '.join(inner)} and slows it down, for tests and planning"
         return [*judged, Usability("simulated", True, reason)]
-    return [*judged, Usability("simulated", False, "there is no transport for it to go around", "see those above")]
+    return [*judged, Usability("simulated", False, "there is no usable transport to wrap", "see those above")]
 
 
 def _judge(name: str, facts: Facts, world: World) -> Usability:
@@ -219,10 +219,10 @@ def create_transport(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     peer_access: bool = True,
 ) -> Transport:
-    """Make the transport of this rank. Every rank must make the same one, at the same time: some meet their peers.
+    """Make the transport of this rank. Every rank must make the same one at the same time: some connect to their peers.
 
-    max_tokens: the most tokens that one lane of one rank ever sends; some transports allocate for as many.
-    peer_access: whether GPUs may copy into each other's memory, if they can; the environment variable
+    max_tokens: the most tokens that one lane of one rank ever sends. Some transports allocate buffers of that size.
+    peer_access: whether GPUs may copy into each other's memory if they can. The environment variable
         NCCL_P2P_DISABLE=1 forbids it too.
     Raises `OptionError` for an unknown name, a class that cannot be loaded, or ranks that the transport cannot serve.
     """
@@ -231,7 +231,7 @@ def create_transport(
     device_kind = device.kind
     allowed = peer_access and not peers_forbidden(os.environ)
     reached = _peers_reach(group, device, allowed=allowed)
-    # A transport that was named is tried, whatever the driver says: its error says what the machine lacks.
+    # An explicitly named transport is tried whatever the driver says; its own error says what the machine lacks.
     peer_access = reached if spec.name == "auto" else allowed
     spec, _ = choose_transport(spec, shape, group.size, device_kind=device_kind, peer_access=peer_access)
     kind = load_transport(spec, device_kind)
@@ -240,13 +240,13 @@ def create_transport(
     transport.peers_reach = reached
     if spec.link is None:
         return transport
-    from antiphon.comm.simulated import SimulatedTransport  # only where it is asked for
+    from antiphon.comm.simulated import SimulatedTransport
 
     return SimulatedTransport(transport, spec.link)
 
 
 def _peers_reach(group: RankGroup, device: Device, *, allowed: bool) -> bool:
-    """Whether all devices may and can access each other's memory, asked on every rank: each sees its own side only."""
+    """Whether all devices may and can access each other's memory. All are asked, as each knows only its own side."""
     if not device.peer_access or group.size == 1:
         return False
     devices = group.all_gather_object(device.identity())
@@ -254,7 +254,7 @@ def _peers_reach(group: RankGroup, device: Device, *, allowed: bool) -> bool:
 
 
 def load_transport(spec: TransportSpec, device_kind: str = "cpu") -> type[Transport]:
-    """The class behind a name that is not `auto`. Raises `OptionError` if it cannot be loaded."""
+    """Load the class behind a name other than `auto`. Raises `OptionError` if it cannot be loaded."""
     paths = _CLASSES.get(spec.name, (spec.name,))
     path = paths[-1 if find_device(device_kind).queues else 0]
     module_name, _, class_name = path.partition(":")

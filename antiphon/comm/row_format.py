@@ -1,8 +1,8 @@
-"""How a token travels: one row of bytes with its hidden state, its expert ids and its weights.
+"""The format of a token on the wire: one row of bytes with its hidden state, weights and expert ids.
 
-    | x: D numbers of the model's dtype | weights: K of float32 or float64 | ids: K of int32 | filling |
+    | x: D numbers of the model's dtype | weights: K of float32 or float64 | ids: K of int32 | padding |
 
-Rows are multiples of 16 bytes, so that every part can be viewed in its own dtype without a copy.
+Row sizes are multiples of 16 bytes, so that every part can be viewed in its own dtype without a copy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROW_ALIGNMENT = 16
 
 
 class RowFormat:
-    """Offsets of the parts of a row, for one shape of experts."""
+    """Offsets of the parts of a row, for one `ExpertShape`."""
 
     def __init__(self, shape: ExpertShape) -> None:
         self.shape = shape
@@ -26,7 +26,7 @@ class RowFormat:
         self.row_bytes = aligned(self._ids_end, _ROW_ALIGNMENT)
 
     def pack(self, rows: torch.Tensor, x_TD: torch.Tensor, routes: Routes) -> None:
-        """Write tokens and routes into `rows` [T, row_bytes]; on a GPU on the current stream."""
+        """Write tokens and routes into `rows` [T, row_bytes]; on a GPU, on the current stream."""
         pack_rows(self.x(rows), self.weights(rows), self.ids(rows), x_TD, routes.weights_TK, routes.ids_TK)
 
     def x(self, rows: torch.Tensor) -> torch.Tensor:
@@ -43,9 +43,9 @@ class RowFormat:
 
 
 class LaneBuffers:
-    """Named buffers of one lane that only grow: nothing is allocated once a size has been seen.
+    """Named buffers of one lane. They only grow, so a size that has been seen before allocates nothing.
 
-    A buffer is owned by the transport; `get` returns its first rows, valid until the next `get` of the same name.
+    The transport owns the buffers. `get` returns the first rows of one, valid until the next `get` of the same name.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,10 +53,10 @@ class LaneBuffers:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def get(self, name: str, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous [num_rows, width] of `dtype`, contents undefined."""
+        """A contiguous tensor [num_rows, width] of `dtype` with undefined contents."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[0] < num_rows:
-            with torch.inference_mode(False):  # so that it can be used inside of it and outside
+            with torch.inference_mode(False):  # so that it can be used both inside and outside inference mode
                 buffer = torch.empty(num_rows, width, dtype=dtype, device=self._device)
             self._buffers[name] = buffer
         assert buffer.shape[1] == width and buffer.dtype == dtype, f"buffer {name!r} has another shape"

@@ -1,9 +1,9 @@
-"""`simulated`: wraps another transport and delays completion by a link model, without using the CPU.
+"""`simulated`: wraps another transport and delays completion according to a link model, without using the CPU.
 
-The data really travels by the wrapped transport; it counts as arrived when that is done and the modelled link, which
-carries one communication of this rank after the other, has had its time. Waiting is a sleep, so compute of the other
-lane runs at full speed; on a GPU it would hold up the host, which queues for all lanes, so it is for CPUs. What is
-measured with it is always named as simulated.
+The wrapped transport moves the data. A communication has arrived once that is done and the modelled link, which carries
+this rank's communications one after another, has had its time. Waiting is a sleep, so the other lane computes at full
+speed. It is meant for CPUs: with a GPU it would block the host, which queues for all lanes. Results measured with it
+are always labeled simulated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LATENCY_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A link that carries one communication after the other."""
+    """A link that carries one communication at a time."""
 
     bytes_per_s: float = 1e9
     latency_s: float = 100e-6
@@ -34,12 +34,12 @@ class Link:
         return f"{self.bytes_per_s / 1e6:.4g} MB/s, {self.latency_s * 1e6:.4g} us"
 
     def duration_s(self, num_bytes: int, num_messages: int) -> float:
-        """Time that a communication takes on an idle link."""
+        """Time that a communication takes on an otherwise idle link."""
         return num_messages * self.latency_s + num_bytes / self.bytes_per_s
 
 
 def parse_link(bandwidth: str | None, latency: str | None) -> Link:
-    """`200MB/s` and `1ms`, each optional. Raises `OptionError` naming the units."""
+    """Parse `200MB/s` and `1ms`, each optional. Raises `OptionError` that names the units."""
     default = Link()
     return Link(
         bytes_per_s=default.bytes_per_s if bandwidth is None else _number(bandwidth, _BANDWIDTH_UNITS, "bandwidth"),
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 class SimulatedTransport(Transport):
-    """`inner`, over a slower link."""
+    """`inner` over a slower link."""
 
     name = "simulated"
 

@@ -1,10 +1,10 @@
-"""Transports whose phases are made of steps, each of them either computation or communication.
+"""Transports whose phases consist of steps, each either computation or communication.
 
     dispatch   plan, pack ──send──► rows
     combine    keep ──send_back──► add
 
-Computation: `plan`, `pack`, `keep` and `add`. Communication: `send` and `send_back`, with their waits. The steps are
-called in this order; whoever measures a transport may also call those of one kind alone.
+`plan`, `pack`, `keep` and `add` are computation; `send` and `send_back`, with their waits, are communication. The steps
+are called in this order. A benchmark may also run the steps of one kind alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from antiphon.runtime import Pending
 
 
 class Planned(Protocol):
-    """What every exchange has: the lane, and the number of tokens of this rank."""
+    """What every exchange has: its lane, and this rank's number of tokens."""
 
     @property
     def lane(self) -> int: ...
@@ -35,49 +35,49 @@ ExchangeT = TypeVar("ExchangeT", bound=Planned)
 
 
 class StepwiseTransport(Transport, Generic[ExchangeT]):
-    """Implementations fill in the steps. `ExchangeT` is what they know of a dispatch and of its combine."""
+    """Implementations fill in the steps. An `ExchangeT` holds what they know about a dispatch and its combine."""
 
     wants_counts = True  # whether `plan` must know how many tokens every rank sends
 
     def __init__(self, shape: ExpertShape, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, **made_for)
-        self.exchanges: list[ExchangeT | None] = [None] * self.num_lanes  # the last one of each lane
+        self.exchanges: list[ExchangeT | None] = [None] * self.num_lanes  # the latest of each lane
 
     # ---- the steps
 
     @abstractmethod
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> ExchangeT:
-        """What goes where. tokens_by_rank: `None` only if `wants_counts` is false."""
+        """Decide what goes where. tokens_by_rank: `None` only if `wants_counts` is false."""
 
     @abstractmethod
     def pack(self, exchange: ExchangeT, x_TD: torch.Tensor, routes: Routes) -> None:
-        """Write tokens and routes into the buffer that is sent."""
+        """Write tokens and routes into the send buffer."""
 
     @abstractmethod
     def send(self, exchange: ExchangeT, label: str) -> Flight[None]:
-        """Start the exchange of what was packed."""
+        """Start sending what was packed."""
 
     @abstractmethod
     def rows_of(self, exchange: ExchangeT) -> Rows:
-        """What has arrived."""
+        """The rows that have arrived."""
 
     @abstractmethod
     def partials_of(self, exchange: ExchangeT) -> torch.Tensor:
         """The transport's own memory for the partial sums of these rows [R, D]."""
 
     def keep(self, exchange: ExchangeT, partial_RD: torch.Tensor) -> None:
-        """Copy the caller's sums into the transport's memory, unless they were written there (`Rows.out_RD`)."""
+        """Copy the caller's sums into the transport's memory, unless they are there already (see `Rows.out_RD`)."""
         own_RD = self.partials_of(exchange)
         if partial_RD.data_ptr() != own_RD.data_ptr():
             own_RD.copy_(partial_RD)
 
     @abstractmethod
     def send_back(self, exchange: ExchangeT, label: str) -> Flight[None]:
-        """Start the exchange of the sums that were kept."""
+        """Start sending back the sums that were kept."""
 
     @abstractmethod
     def add(self, exchange: ExchangeT) -> torch.Tensor:
-        """The sums that came back, added: [T, D], new."""
+        """Add the sums that came back into a new tensor [T, D]."""
 
     # ---- the phases
 
@@ -98,9 +98,9 @@ class StepwiseTransport(Transport, Generic[ExchangeT]):
 
 
 def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str) -> tuple[int, ...]:
-    """Exchange the token counts of all ranks, for a caller that does not know them. The host waits.
+    """Exchange the token counts of all ranks for a caller that does not know them. The host waits.
 
-    Raises `LaneError` if a rank is on another lane: counts are matched by their order across lanes.
+    Raises `LaneError` if a rank is on another lane: counts are matched by their order across all lanes.
     """
     found_W2 = torch.empty(group.size, 2, dtype=torch.int64, device="cpu")
     label = f"counts of {label}"
@@ -109,11 +109,11 @@ def exchange_counts(group: RankGroup, num_tokens: int, *, lane: int, label: str)
 
 
 def arrived_counts(work: Work, found_W2: torch.Tensor, lane: int, label: str) -> list[int]:
-    """Wait for every rank's (count, lane) inside a dispatch, recorded as exposed communication. Give the counts.
+    """Wait inside a dispatch for every rank's (count, lane), and return the counts.
 
-    It is a pending with no messages, because the messages of the counts are added to those of the rows.
     Raises `LaneError` if a rank is on another lane.
     """
+    # A pending, so that the wait is recorded as exposed communication. Its messages are counted with those of the rows.
     Pending(work.wait, label=label, ready_ns=work.ready_ns, num_messages=0).wait()
     counts: list[int] = found_W2[:, 0].tolist()
     for rank, other in enumerate(found_W2[:, 1].tolist()):
@@ -127,7 +127,7 @@ def arrived_counts(work: Work, found_W2: torch.Tensor, lane: int, label: str) ->
 
 
 def flight_of(work: Work | None, *, num_bytes: int, num_messages: int = 1) -> Flight[None]:
-    """The flight of one collective; of none if there was nothing to send."""
+    """The flight of a collective, or of nothing if `work` is `None`."""
     if work is None:
         return Flight(wait=lambda: None, num_bytes=num_bytes, num_messages=num_messages)
     return Flight(wait=work.wait, ready_ns=work.ready_ns, num_bytes=num_bytes, num_messages=num_messages)

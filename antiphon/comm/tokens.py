@@ -1,4 +1,4 @@
-"""What a transport is made for, what a dispatch takes and what it gives.
+"""The types that transports work with: the shape of the experts, the routes of tokens, and the rows received.
 
 Shapes: `T` tokens of this rank, `D` hidden size, `K` experts per token, `R` rows received, `W` ranks.
 """
@@ -14,7 +14,7 @@ from antiphon.core.errors import OptionError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertShape:
-    """The experts of one model, as a transport needs to know them. Rank r of W holds experts r*E/W to (r+1)*E/W."""
+    """What a transport needs to know about a model's experts. Rank r of W holds experts r*E/W to (r+1)*E/W - 1."""
 
     num_experts: int
     top_k: int
@@ -27,7 +27,7 @@ class ExpertShape:
         return torch.promote_types(self.dtype, torch.float32)
 
     def experts_per_rank(self, num_ranks: int) -> int:
-        """The number of experts of each rank. Raises `OptionError` if the ranks do not divide them evenly."""
+        """The number of experts on each rank. Raises `OptionError` if they cannot be divided evenly."""
         if num_ranks < 1 or self.num_experts % num_ranks:
             fitting = ", ".join(str(n) for n in range(1, self.num_experts + 1) if self.num_experts % n == 0)
             raise OptionError(
@@ -43,7 +43,7 @@ class ExpertShape:
 class Routes:
     """The experts that a router chose for each token: expert ids [T, K] (int64) and weights [T, K].
 
-    The ids of a row are all different, or all -1 for a row that is padding: no expert computes it, its sum is zero.
+    The ids of a row are distinct, or all -1 for a padding row, which no expert computes and whose sum is zero.
     """
 
     ids_TK: torch.Tensor
@@ -51,11 +51,11 @@ class Routes:
 
 
 class Rows:
-    """What a rank received: tokens, their experts, their weights. Tensors may have gaps between their rows.
+    """What a rank received: tokens, their experts and weights. The tensors may be strided, with gaps between rows.
 
-    global_ids_RK: expert ids of the whole model, or -1; this rank holds `num_experts` of them from `first_expert` on.
-    ids_RK: the same as indices on this rank, int64, -1 for other ranks' experts; computed when it is first asked for.
-    out_RD: where the partial sums may be written, so that `combine` need not copy them; `None` if it does not matter.
+    global_ids_RK: model-wide expert ids, or -1; this rank holds the `num_experts` from `first_expert` on.
+    ids_RK: the same as indices on this rank (int64), -1 for other ranks' experts; computed on first access.
+    out_RD: where the partial sums may be written to save `combine` a copy; `None` if there is no such place.
     """
 
     __slots__ = ("_ids_RK", "first_expert", "global_ids_RK", "num_experts", "out_RD", "weights_RK", "x_RD")

@@ -1,18 +1,18 @@
-"""The contract of every transport, and what all transports share.
+"""The contract of all transports, and what they share.
 
     dispatch   sends each token to the ranks that hold its experts
     combine    brings the partial sums home and adds them
 
-Contract, for every implementation and tested for each:
+The contract, which the tests check for every implementation:
 
-- Lanes: each lane has buffers of its own, and a call belongs to the lane that runs. Lanes may be in different phases.
-- Order: on a lane, dispatch and combine alternate, each finished before the next. All ranks call them in the same
-  order over all lanes together, ranks without tokens too.
-- Sources: `x_TD` is read before `dispatch` returns, or after an event on the compute stream that it records.
-- Results: `Rows` belong to the transport and are valid until their combine is sent; the result of `combine`
-  [T, D] is new and the caller's. Both are safe on the compute stream once finished.
-- Path: `through_host` says whether data goes through host memory even where devices reach each other.
-- Sums: over experts of one rank in float32 at least (by the caller), over ranks as the transport says.
+- Lanes: each lane has its own buffers, and a call belongs to the running lane. Lanes may be in different phases.
+- Order: on a lane, dispatch and combine alternate, each finished before the next. All ranks, including those without
+  tokens, call them in the same order over all lanes together.
+- Sources: `x_TD` is read before `dispatch` returns, or on a stream that waits for the compute stream's work so far.
+- Results: `Rows` belong to the transport and are valid until their combine is sent. The result of `combine` [T, D] is
+  new and belongs to the caller. Both are safe to use on the compute stream once finished.
+- Path: `through_host` says whether data goes through host memory even where devices can access each other.
+- Sums: the caller adds over the experts of one rank, in float32 at least; the transport defines how it adds over ranks.
 
 Shapes: `T` tokens of this rank, `D` hidden size, `K` experts per token, `R` rows received, `W` ranks.
 """
@@ -38,14 +38,14 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 DEFAULT_MAX_TOKENS = 8192
-"""Maximum number of tokens per lane and rank, unless the caller sets it."""
+"""Default for the maximum number of tokens per lane and rank."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Flight(Generic[T]):
-    """A communication under way, as an implementation returns it; the fields are those of `Pending`.
+    """A communication in flight, as an implementation returns it. The fields are those of `Pending`.
 
-    A late launch sets the sizes if they are unknown before it.
+    A late launch sets `num_bytes` and `num_messages` if they are unknown before it.
     """
 
     wait: Callable[[], T]
@@ -55,7 +55,7 @@ class Flight(Generic[T]):
     num_messages: int = 1
 
     def then(self, result: Callable[[T], U], *, launched: Callable[[], None] | None = None) -> Flight[U]:
-        """The same flight, with a result made of what has arrived. launched: called behind a late launch."""
+        """The same flight with its result mapped by `result`. launched: called after a late launch."""
 
         def launch() -> None:
             assert self.launch is not None
@@ -75,7 +75,7 @@ class Flight(Generic[T]):
 
 
 class MadeFor(TypedDict):
-    """What a transport is made for beside the shape: the arguments of `Transport`, for those that pass them on."""
+    """The keyword arguments of `Transport`, for subclasses and wrappers that pass them on."""
 
     group: RankGroup
     streams: Streams
@@ -84,11 +84,11 @@ class MadeFor(TypedDict):
 
 
 class DataPath(Enum):
-    """How a transport's data gets from the device of one rank to that of another."""
+    """How a transport's data gets from one rank's device to another's."""
 
     NONE = "none"  # one rank: nothing is sent
-    PEERS = "peers"  # straight into a peer's memory, by peer access: NVLink, or PCIe with it
-    HOST = "host"  # through host memory; on CPUs always
+    PEERS = "peers"  # directly into a peer's memory, by peer access over NVLink or PCIe
+    HOST = "host"  # through host memory; always on CPUs
     SIMULATED = "simulated"  # over a simulated link
 
 
@@ -103,8 +103,8 @@ class Transport(ABC):
     """Dispatch and combine. Implementations fill in `send_tokens` and `send_partials`."""
 
     name: ClassVar[str]
-    num_sms: int = 0  # SMs that computation should leave to the transport's kernels, if that is known
-    through_host: ClassVar[bool] = False  # whether data goes through host memory even where devices reach each other
+    num_sms: int = 0  # SMs that computation should leave to the transport's kernels; 0 if unknown or none
+    through_host: ClassVar[bool] = False  # data goes through host memory even where devices can access each other
     peers_reach: bool = False  # whether all devices may and can access each other's memory; set by `create_transport`
 
     def __init__(
@@ -123,11 +123,11 @@ class Transport(ABC):
         self.max_tokens = max_tokens
         self.experts_per_rank = shape.experts_per_rank(group.size)
         self._phases = [_Phase.IDLE] * num_lanes
-        self._num_rows = [0] * num_lanes  # received last
+        self._num_rows = [0] * num_lanes  # of the last dispatch
 
     @property
     def made_for(self) -> MadeFor:
-        """The arguments to make another transport beside or around this one."""
+        """The arguments for making another transport like this one, or a wrapper around it."""
         return {
             "group": self.group,
             "streams": self.streams,
@@ -137,15 +137,15 @@ class Transport(ABC):
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        """Why this transport cannot serve `world` with experts of `shape`; `None` if nothing speaks against it.
+        """Why this transport cannot serve `world` with experts of `shape`; `None` if it can.
 
-        facts: what is known of the machine; `None` before it has been examined, when only the request can be judged.
+        facts: what is known about the machine; `None` before it has been examined, when only the request is checked.
         """
         return None
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        """How its data would travel in a world that is not refused."""
+        """How the data would travel in a world that `refusal` accepts."""
         return Way("")
 
     @property
@@ -172,11 +172,12 @@ class Transport(ABC):
         """Send each token to the ranks of its experts.
 
         x_TD: [T, D] in the shape's dtype; T may be 0.
-        tokens_by_rank: T of every rank if the caller knows it (an engine does), which saves some transports an
-            exchange; the same tuple on all ranks, or `None` on all.
+        tokens_by_rank: T of every rank, if the caller knows it as an engine does, which saves some transports an
+            exchange of counts. The same tuple on all ranks, or `None` on all.
         label: the place in the model, such as "layer 3", for recordings and errors.
 
-        Raises `LaneError` out of order, `OptionError` for tensors that do not fit the shape or require a gradient.
+        Raises `LaneError` if called out of order, and `OptionError` for tensors that do not fit the shape or that
+        require a gradient.
         """
         self._check(x_TD, routes)
         if tokens_by_rank is not None:
@@ -193,9 +194,9 @@ class Transport(ABC):
         return _pending(flight, label, received)
 
     def combine(self, partial_RD: torch.Tensor, *, label: str = "") -> Pending[torch.Tensor]:
-        """Send the partial sums of the rows received last back to their owners; the result is [T, D], in order.
+        """Send the partial sums of the last received rows back to their owners. The result is [T, D], in token order.
 
-        partial_RD: [R, D] in the shape's dtype, rows in the order of `Rows`. Raises as `dispatch` does.
+        partial_RD: [R, D] in the shape's dtype, rows in the order of `Rows`. Raises the same errors as `dispatch`.
         """
         lane = self._lane_in(_Phase.RECEIVED, "combine")
         expected = (self._num_rows[lane], self.shape.hidden_size)
@@ -218,8 +219,8 @@ class Transport(ABC):
     def reset(self) -> None:
         """Return all lanes to idle after a failed run.
 
-        Safe only if nothing is under way: on one rank, or if every rank failed after the same call. If one rank failed
-        alone, its peers are inside an exchange and the group must end.
+        Safe only if nothing is in flight: with one rank, or if every rank failed after the same call. If one rank
+        failed alone, its peers are in the middle of an exchange and the group must end.
         """
         self._phases = [_Phase.IDLE] * self.num_lanes
 
@@ -317,7 +318,7 @@ class Transport(ABC):
         if len(counts) != size or counts[rank] != num_tokens or not 0 <= min(counts) <= max(counts) <= self.max_tokens:
             raise OptionError(
                 f"tokens_by_rank={counts} does not fit",
-                limit=f"{size} ranks, rank {rank} sends {num_tokens} tokens, and none may send over {self.max_tokens}",
+                limit=f"{size} ranks; rank {rank} sends {num_tokens} tokens, and none may send over {self.max_tokens}",
                 remedy="pass the same counts on all ranks",
                 option="tokens_by_rank",
                 value=counts,
@@ -326,7 +327,7 @@ class Transport(ABC):
 
 
 def _check_forward_only(*tensors: torch.Tensor) -> None:
-    """Refuse gradients: the buffers outlive the call, and so would an autograd graph through them."""
+    """Refuse gradients: the buffers outlive the call, and so would an autograd graph that holds them."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise OptionError(
             "a tensor requires a gradient",
@@ -336,7 +337,7 @@ def _check_forward_only(*tensors: torch.Tensor) -> None:
 
 
 def _pending(flight: Flight[T], label: str, arrived: Callable[[T], None]) -> Pending[T]:
-    """The flight as a pending that calls `arrived` with its result."""
+    """Wrap the flight in a pending that calls `arrived` with its result."""
 
     def launch() -> None:
         assert flight.launch is not None

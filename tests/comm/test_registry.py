@@ -309,7 +309,7 @@ def test_an_nccl_without_copy_engines_is_no_silent_baseline(
             del sys.modules[name]
     assert len(caplog.messages) == warned
     if warned:
-        assert "NCCL 2.27.5 has no collectives by copy engines" in caplog.text and "NCCL 2.28 or later" in caplog.text
+        assert "NCCL 2.27.5 has no copy-engine collectives" in caplog.text and "NCCL 2.28 or later" in caplog.text
 
 
 # ---- the way of the data

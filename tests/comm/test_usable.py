@@ -95,9 +95,9 @@ GPU_CASES: list[tuple[str, Facts, tuple[str, ...], bool, str, str]] = [
     ("all is well", facts(), NCCL, True, "over NCCL 2.28.9, by peer access (NV18)", ""),
     ("all is well", facts(), ("copy-engine",), True, "peer access between all 2 GPUs (NV18), no SMs", ""),
     ("all is well", facts(), ("host-staged",), True, "GiB of pinned host memory, no SMs", ""),
-    ("all is well", facts(), ("shared-memory",), False, "between CPUs, and the ranks run on GPUs", "use host-staged"),
-    ("all is well", facts(), ("local",), False, "for one rank: there are 2", "--ranks 1"),
-    ("all is well", facts(), ("simulated",), True, "around allgather or alltoall or copy-engine or host-staged", ""),
+    ("all is well", facts(), ("shared-memory",), False, "needs CPUs, and the ranks run on GPUs", "use host-staged"),
+    ("all is well", facts(), ("local",), False, "serves a single rank: there are 2", "--ranks 1"),
+    ("all is well", facts(), ("simulated",), True, "wraps allgather or alltoall or copy-engine or host-staged", ""),
     (
         "one GPU",
         facts(gpus=gpus(1)),
@@ -106,7 +106,7 @@ GPU_CASES: list[tuple[str, Facts, tuple[str, ...], bool, str, str]] = [
         "2 ranks need 2 GPUs: there are 1",
         "check CUDA_VISIBLE_DEVICES (docker: --gpus all)",
     ),
-    ("one GPU", facts(gpus=gpus(1)), ("simulated",), False, "no transport for it to go around", "see those above"),
+    ("one GPU", facts(gpus=gpus(1)), ("simulated",), False, "no usable transport to wrap", "see those above"),
     (
         "driver",
         facts(gpus=Gpus(problem="unknown: it hung")),
@@ -199,7 +199,7 @@ GPU_CASES: list[tuple[str, Facts, tuple[str, ...], bool, str, str]] = [
         facts(gpus=without_peers(), environment={"NCCL_SHM_DISABLE": "1"}),
         NCCL,
         True,
-        "by sockets, which is slow",
+        "over sockets, which is slow",
         "unset NCCL_SHM_DISABLE",
     ),
     # flags
@@ -260,7 +260,7 @@ GPU_CASES: list[tuple[str, Facts, tuple[str, ...], bool, str, str]] = [
         facts(gpus=gpus(pinned_bytes=256 * MIB), locked_memory_bytes=512 * MIB),
         ("host-staged",),
         True,
-        "tried with 256 MiB, within the limit on locked memory, which may bind",
+        "tested with 256 MiB, but the limit on locked memory may be too low",
         "raise the limit on locked memory (512 MiB)",
     ),
     (
@@ -277,16 +277,16 @@ GPU_CASES: list[tuple[str, Facts, tuple[str, ...], bool, str, str]] = [
         facts(memory_available_bytes=GIB),
         ("host-staged",),
         False,
-        "of host memory, 1 GiB are free",
-        "use fewer tokens a step",
+        "of host memory, and 1 GiB is free",
+        "use fewer tokens per step",
     ),
     (
         "small group",
         facts(cgroup_limit_bytes=2 * GIB, cgroup_free_bytes=256 * MIB),
         ("host-staged",),
         False,
-        "of host memory, 256 MiB are free",
-        "use fewer tokens a step, or raise the limit of 2 GiB (docker: --memory)",
+        "of host memory, and 256 MiB is free",
+        "use fewer tokens per step, or raise the limit of 2 GiB (docker: --memory)",
     ),
     (
         "nothing known of memory",
@@ -325,7 +325,7 @@ def test_peer_access_can_be_forbidden() -> None:
     found = usable_transports(facts(), ranks=2, device_kind="cuda", peer_access=False)
     one = find("copy-engine", found)
     assert (one.usable, one.reason) == (False, "peer access is forbidden by --no-peer-access")
-    assert "leave that option out" in one.remedy and "host-staged" in one.remedy
+    assert "drop that option" in one.remedy and "host-staged" in one.remedy
     assert find("host-staged", found).usable
     assert "through host memory" in find("alltoall", found).reason
 
@@ -342,20 +342,20 @@ def test_only_the_gpus_of_the_ranks_count() -> None:
 
 def test_more_ranks_than_gpus_name_the_most_that_can_be_had() -> None:
     found = find("alltoall", usable_transports(facts(), ranks=3, device_kind="cuda"))
-    assert found.remedy == "ask for --ranks 2, or check CUDA_VISIBLE_DEVICES (docker: --gpus all)"
+    assert found.remedy == "use --ranks 2, or check CUDA_VISIBLE_DEVICES (docker: --gpus all)"
 
 
 CPU_CASES: list[tuple[Facts, str, bool, str, str]] = [
     (facts(), "allgather", True, "over gloo", ""),
     (facts(), "alltoall", True, "over gloo", ""),
     (facts(versions={"backends": ()}), "alltoall", False, "built without gloo", "another build"),
-    (facts(), "copy-engine", False, "between GPUs, and the ranks run on CPUs", "use shared-memory"),
-    (facts(), "host-staged", False, "between GPUs, and the ranks run on CPUs", "use shared-memory"),
+    (facts(), "copy-engine", False, "needs GPUs, and the ranks run on CPUs", "use shared-memory"),
+    (facts(), "host-staged", False, "needs GPUs, and the ranks run on CPUs", "use shared-memory"),
     (facts(), "shared-memory", True, "memory that the processes of this host share", ""),
     (facts(memfd=FAILED), "shared-memory", False, "no shared memory by memfd_create", "Linux"),
     (facts(socket_descriptors=UNKNOWN), "shared-memory", False, "unknown: descriptors over Unix", "sandbox"),
     (facts(memory_available_bytes=MIB), "shared-memory", True, "memory that the processes", ""),
-    (facts(), "simulated", True, "around allgather or alltoall or shared-memory", ""),
+    (facts(), "simulated", True, "wraps allgather or alltoall or shared-memory", ""),
 ]
 
 
@@ -378,8 +378,8 @@ def test_the_size_of_the_slabs_may_be_given() -> None:
 def test_one_rank_is_local(device_kind: str) -> None:
     found = usable_transports(facts(gpus=gpus(1)), ranks=1, device_kind=device_kind)
     assert [usability.name for usability in found if usability.usable] == ["local", "simulated"]
-    assert find("alltoall", found).reason == "one rank sends nothing, local is used"
-    assert find("simulated", found).reason.startswith("around local")
+    assert find("alltoall", found).reason == "a single rank sends nothing and uses local"
+    assert find("simulated", found).reason.startswith("wraps local")
 
 
 @pytest.mark.parametrize(

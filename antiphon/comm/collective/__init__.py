@@ -1,1 +1,1 @@
-"""Transports over collectives: `allgather`, `alltoall` (gloo and NCCL) and the baseline `nccl-zero-cta`."""
+"""Transports over collectives: `allgather` and `alltoall` over gloo or NCCL, and the baseline `nccl-zero-cta`."""

@@ -1,11 +1,11 @@
 """`allgather`: every rank gets all tokens, and the partial sums come home by reduce-scatter.
 
-Portable and without counts: only the largest number of tokens of a rank is needed, which the agreement knows. Every
-rank pads to it; padding rows carry the expert id -1.
+It is portable and exchanges no counts. Every rank pads to the largest number of tokens of any rank, which the agreement
+knows; padding rows carry the expert id -1.
 
-On the CPU the reduce-scatter is an all-to-all of equal parts, whose receiver adds in float32 at least, in order of
-rank: as many bytes, a sum that does not depend on timing, and on gloo faster than its own reduce-scatter (docs/log.md).
-On GPUs it is NCCL's, which adds in the model's dtype.
+On the CPU the reduce-scatter is an all-to-all of equal parts. The receiver adds in float32 at least, in rank order: the
+number of bytes is the same, the sum does not depend on timing, and it is faster than gloo's own reduce-scatter
+(docs/log.md). On GPUs it is NCCL's, which adds in the model's dtype.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from antiphon.kernels.pack import add_in_rank_order
 
 @dataclass(slots=True, kw_only=True)
 class PaddedExchange:
-    """An exchange in which every rank sends as many rows as the one with the most tokens."""
+    """An exchange in which every rank sends as many rows as the rank with the most tokens."""
 
     lane: int
     num_tokens: int  # of this rank
-    padded: int  # rows of every rank
-    out_TD: torch.Tensor | None = None  # the result of a reduce-scatter, the caller's once it has been handed over
+    padded: int  # rows that every rank sends
+    out_TD: torch.Tensor | None = None  # the result of a reduce-scatter, until the caller gets it
 
 
 class AllGatherTransport(CollectiveTransport[PaddedExchange]):
@@ -59,7 +59,7 @@ class AllGatherTransport(CollectiveTransport[PaddedExchange]):
         return self.rows(row.x(gathered), row.ids(gathered), row.weights(gathered), self.partials_of(exchange))
 
     def partials_of(self, exchange: PaddedExchange) -> torch.Tensor:
-        """The sums for the tokens of all ranks [W * padded, D]."""
+        """The partial sums for the tokens of all ranks [W * padded, D]."""
         return self._sums("partials", exchange.lane, self.group.size * exchange.padded)
 
     def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
@@ -75,7 +75,7 @@ class AllGatherTransport(CollectiveTransport[PaddedExchange]):
         return add_in_rank_order([part[: exchange.num_tokens] for part in home_WTD])
 
     def _packed(self, exchange: PaddedExchange) -> torch.Tensor:
-        """My rows [padded, row_bytes], to be sent."""
+        """This rank's rows to send [padded, row_bytes]."""
         return self._rows("packed", exchange.lane, exchange.padded)
 
     def _gathered(self, exchange: PaddedExchange) -> torch.Tensor:
@@ -83,7 +83,7 @@ class AllGatherTransport(CollectiveTransport[PaddedExchange]):
         return self._rows("gathered", exchange.lane, self.group.size * exchange.padded)
 
     def _home(self, exchange: PaddedExchange) -> torch.Tensor:
-        """The partial sums of my tokens by all ranks [W * padded, D]."""
+        """The partial sums of this rank's tokens from all ranks [W * padded, D]."""
         return self._sums("home", exchange.lane, self.group.size * exchange.padded)
 
     def _combine_bytes(self, exchange: PaddedExchange) -> int:
@@ -95,13 +95,13 @@ class QueuedAllGatherTransport(AllGatherTransport):
 
     def __init__(self, shape: ExpertShape, *, max_ctas: int | None = None, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, max_ctas=max_ctas, **made_for)
-        for lane in range(self.num_lanes):  # at once, so that the memory that is left can be measured
+        for lane in range(self.num_lanes):  # allocated now, so that the remaining memory can be measured
             largest = PaddedExchange(lane=lane, num_tokens=self.max_tokens, padded=self.max_tokens)
             self._packed(largest), self._gathered(largest), self.partials_of(largest)
 
     def send_back(self, exchange: PaddedExchange, label: str) -> Flight[None]:
-        # New, the caller's; made on the compute stream, so nothing queued there still uses its memory when the comm
-        # stream begins to write.
+        # The caller will own it. It is allocated on the compute stream, so that no work queued there still uses this
+        # memory when the comm stream begins to write.
         exchange.out_TD = self._new_out(exchange)
         assert isinstance(self._link, QueuedGroup)
         with self.streams.comm(after=self.streams.record()):
@@ -109,7 +109,7 @@ class QueuedAllGatherTransport(AllGatherTransport):
         return flight_of(work, num_bytes=self._combine_bytes(exchange))
 
     def add(self, exchange: PaddedExchange) -> torch.Tensor:
-        """Return the sums as they are: the reduce-scatter has added them."""
+        """Return the sums, which the reduce-scatter has already added."""
         out_TD, exchange.out_TD = exchange.out_TD, None
         return (self._new_out(exchange) if out_TD is None else out_TD)[: exchange.num_tokens]
 

@@ -1,10 +1,10 @@
-"""`alltoall`: counts, then a variable all-to-all with one copy of a token for each destination rank.
+"""`alltoall`: an exchange of counts, then a variable all-to-all with one copy of a token per destination rank.
 
     dispatch   tokens ordered by destination rank ──counts──► ──rows──►  rows ordered by source rank
-    combine    partial sums go back the same way; the owner adds them in float32 at least, in order of rank
+    combine    partial sums go back the same way; the owner adds them in float32 at least, in rank order
 
-The counts must be on the host before the rows can be sent. On the CPU, where compute blocks the host anyway, both are
-sent in `dispatch`.
+The host needs the counts before it can send the rows. On the CPU, where compute blocks the host anyway, `dispatch`
+sends both.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ from antiphon.runtime import Event
 
 
 def reached_ranks(ids_TK: torch.Tensor, experts_per_rank: int, num_ranks: int) -> torch.Tensor:
-    """Which token goes to which rank: bool [T, W]. Padding, whose ids are -1, goes nowhere."""
-    ranks_TK = (ids_TK // experts_per_rank).to(torch.int64) % (num_ranks + 1)  # -1 becomes a rank behind the last
+    """Which ranks each token goes to: bool [T, W]. Padding, whose ids are -1, goes nowhere."""
+    ranks_TK = (ids_TK // experts_per_rank).to(torch.int64) % (num_ranks + 1)  # -1 becomes a rank past the last one
     reached_TW = torch.zeros(ids_TK.shape[0], num_ranks + 1, dtype=torch.bool, device=ids_TK.device)
     return reached_TW.scatter_(1, ranks_TK, True)[:, :num_ranks]
 
 
 @dataclass(slots=True, kw_only=True)
 class RoutedExchange:
-    """Rows by destination and source rank. `received`, on devices `sent` too, is filled in when counts have come."""
+    """Rows by destination and source rank.
+
+    `received` is filled in once the counts have arrived; on devices that queue their work, `sent` is too.
+    """
 
     lane: int
     num_tokens: int
-    tokens_N: torch.Tensor  # token of every row sent, ordered by destination rank; the first sum(sent) count
-    sent_W: torch.Tensor  # rows sent to each rank, where the routes are
+    tokens_N: torch.Tensor  # token of every row, ordered by destination rank; only the first sum(sent) are sent
+    sent_W: torch.Tensor  # rows sent to each rank, on the device of the routes
     sent: list[int] = field(default_factory=list)  # the same on the host
     received: list[int] = field(default_factory=list)  # rows received from each rank
 
     def remote_rows(self, rank: int) -> int:
-        """Rows to or from other ranks than `rank`, whichever are more."""
+        """Rows sent to ranks other than `rank`, or received from them, whichever is more."""
         return max(sum(rows) - rows[rank] for rows in (self.sent, self.received))
 
 
@@ -48,7 +51,7 @@ class AllToAllTransport(CollectiveTransport[RoutedExchange]):
     """Exact routing over the process group's variable all-to-all."""
 
     name = "alltoall"
-    wants_counts = False  # it counts the rows between any two ranks itself
+    wants_counts = False  # it exchanges its own counts of rows
 
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> RoutedExchange:
         reached_TW = reached_ranks(routes.ids_TK, self.experts_per_rank, self.group.size)
@@ -87,7 +90,7 @@ class AllToAllTransport(CollectiveTransport[RoutedExchange]):
         return flight_of(work, num_bytes=exchange.remote_rows(self.group.rank) * self._sum_bytes)
 
     def add(self, exchange: RoutedExchange) -> torch.Tensor:
-        """Add the sums in order of rank, in float32 at least."""
+        """Add the sums in rank order, in float32 at least."""
         home_ND = self._sums("home", exchange.lane, sum(exchange.sent))
         wide = self.shape.weight_dtype
         out_TD = torch.zeros(exchange.num_tokens, self.shape.hidden_size, dtype=wide, device=home_ND.device)
@@ -101,7 +104,7 @@ class AllToAllTransport(CollectiveTransport[RoutedExchange]):
         return reached_TW.t().nonzero()[:, 1]
 
     def _count(self, exchange: RoutedExchange, label: str) -> None:
-        """Exchange the numbers of rows; the host waits."""
+        """Exchange the numbers of rows. The host waits."""
         sent_W2 = torch.stack([exchange.sent_W, torch.full_like(exchange.sent_W, exchange.lane)], dim=1)
         received_W2 = torch.empty_like(sent_W2)
         ones = [1] * self.group.size

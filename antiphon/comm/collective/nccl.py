@@ -1,6 +1,6 @@
-"""NCCL beside the CPU group: collectives on the current stream, watched, on a communicator of their own.
+"""NCCL collectives on the current stream, on their own communicator and under the device watch.
 
-Used inside `streams.comm(...)`. The host never waits here; what a collective brings may be read behind `wait`.
+Used inside `streams.comm(...)`. The host never waits here. Work queued after `wait` may read what a collective brings.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _CTA_POLICY_ZERO = 2
 
 
 class NcclCollective:
-    """A collective that has been queued; the same calls as `Collective`."""
+    """A queued collective, with the interface of `Collective`."""
 
     __slots__ = ("_arrived", "_streams", "_tensors")
 
     def __init__(self, streams: Streams, arrived: Event, tensors: tuple[torch.Tensor, ...]) -> None:
         self._streams = streams
         self._arrived = arrived
-        self._tensors = tensors  # kept until it is waited for
+        self._tensors = tensors  # kept alive until the wait
 
     def wait(self) -> None:
-        """Let the current stream wait for it."""
+        """Make the current stream wait for it."""
         self._streams.wait(self._arrived)
 
     def ready_ns(self) -> int | None:
@@ -40,10 +40,10 @@ class NcclCollective:
 
 
 class NcclGroup(QueuedGroup):
-    """A communicator of all ranks of `group`. All ranks make it at once.
+    """A communicator among all ranks of `group`. All ranks must make it at the same time.
 
-    max_ctas: blocks that a collective may occupy; NCCL's choice when left out. zero_cta: collectives by copy engines,
-    where NCCL can, of buffers that `symmetric_buffers` made.
+    max_ctas: blocks that a collective may occupy; by default NCCL chooses. zero_cta: use copy engines where NCCL can,
+    for buffers from `symmetric_buffers`.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class NcclGroup(QueuedGroup):
             options.config.min_ctas = options.config.max_ctas = self._max_ctas
         if self._zero_cta:
             options.config.cta_policy = _CTA_POLICY_ZERO  # type: ignore[attr-defined]
-        timeout_s = 2 * self._group.timeout_s  # the device watch speaks first
+        timeout_s = 2 * self._group.timeout_s  # so that the device watch reports first
         options._timeout = timedelta(seconds=timeout_s)
         return self._new_group(timeout_s=timeout_s, options=options)
 
     def symmetric_buffers(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Buffers of these sizes in windows that all ranks have registered; all ranks call it at once."""
+        """Allocate buffers of these sizes (bytes) in windows that all ranks register. All must call it at once."""
         device = self._streams.device
-        # Windows need a communicator that has been used.
+        # Registering a window needs a communicator that has been used.
         dist.all_reduce(torch.zeros(1, device=device), group=self._process_group)
         backend: Any = self._process_group._get_backend(device)
         pool = torch.cuda.MemPool(backend.mem_allocator)
@@ -84,7 +84,7 @@ class NcclGroup(QueuedGroup):
         return buffers
 
     def close(self) -> None:
-        """Deregister the windows; the communicator itself ends with the group's process groups."""
+        """Deregister the windows. The communicator itself ends with the group's process groups."""
         backend: Any = self._process_group._get_backend(self._streams.device)
         for pool in self._pools:
             backend.deregister_mem_pool(pool)

@@ -2,10 +2,11 @@
 
 NCCL moves a collective by copy engines, without a kernel, if the communicator's CTA policy is ZERO, the buffers lie in
 a registered symmetric window, and the stream is not the legacy default one (NCCL 2.28 and newer; docs/facts.md). There
-is no such reduce-scatter, so partial sums travel as they are, and their owner adds them in order of rank.
+is no such reduce-scatter, so partial sums travel as they are, and their owner adds them in rank order.
 
-    dispatch   tokens packed into my own part of the gathered rows ── all-gather in place
-    combine    two ranks: what the other one gets, copied into my part ── all-gather in place; more: all-to-all
+    dispatch               tokens packed into this rank's part of the gathered rows ── all-gather in place
+    combine, two ranks     the peer's sums copied into this rank's part ── all-gather in place
+    combine, more ranks    all-to-all
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _COPY_ENGINES_SINCE = (2, 28)
 
 
 class NcclZeroCtaTransport(AllGatherTransport):
-    """Every rank gets all tokens; needs NVLink between all ranks."""
+    """Every rank gets all tokens. Needs NVLink between all ranks."""
 
     name = "nccl-zero-cta"
 
@@ -41,7 +42,7 @@ class NcclZeroCtaTransport(AllGatherTransport):
         return (
             needs.gpus(world)
             or needs.library(facts, world, "nccl")
-            or needs.refusal_of(needs.lacks_of_peer_access(facts, world))
+            or needs.refusal_for(needs.missing_peer_access(facts, world))
         )
 
     def __init__(self, shape: ExpertShape, **made_for: Unpack[MadeFor]) -> None:
@@ -94,7 +95,7 @@ class NcclZeroCtaTransport(AllGatherTransport):
         return add_in_rank_order([sum_TD[: exchange.num_tokens] for sum_TD in sums])
 
     def _packed(self, exchange: PaddedExchange) -> torch.Tensor:
-        """My own part of the gathered rows."""
+        """This rank's part of the gathered rows."""
         rows = self._gathered(exchange)
         return rows[self.group.rank * exchange.padded :][: exchange.padded]
 
@@ -114,7 +115,7 @@ def warn_of_kernels(nccl: tuple[int, ...]) -> None:
     """Warn if this NCCL has no copy-engine collectives and silently launches kernels instead."""
     if nccl < _COPY_ENGINES_SINCE:
         warn_once(
-            f"NCCL {'.'.join(map(str, nccl))} has no collectives by copy engines, so nccl-zero-cta launches kernels",
-            cost="it takes SMs from compute, and is not a baseline for copy-engine",
+            f"NCCL {'.'.join(map(str, nccl))} has no copy-engine collectives, so nccl-zero-cta launches kernels",
+            cost="it takes SMs from compute and is no baseline for copy-engine",
             remedy=f"use a torch with NCCL {'.'.join(map(str, _COPY_ENGINES_SINCE))} or later",
         )

@@ -1,7 +1,7 @@
-"""Collectives that a device queues, beside the CPU group: the backend is the one that torch has for the device.
+"""Collectives for devices that queue their work, over torch's backend for the device.
 
-Used inside `streams.comm(...)`. Where work is queued the host never waits here; what a collective brings may be read
-behind `wait`. `nccl.NcclGroup` is the same for CUDA devices, with a watch over waits that never end.
+Used inside `streams.comm(...)`. The host never waits here. Work queued after `wait` may read what a collective brings.
+`nccl.NcclGroup` does the same for CUDA devices, under the device watch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from antiphon.runtime import Streams
 
 
 class QueuedGroup(Collectives):
-    """A communicator of all ranks of `group` for the devices of `streams`. All ranks make it at once.
+    """A communicator among all ranks of `group` for the devices of `streams`. All ranks must make it at the same time.
 
-    A peer that never comes is noticed by the backend, after the group's time limit.
+    If a peer never arrives, the backend notices after the group's time limit.
     """
 
     def __init__(self, group: RankGroup, streams: Streams) -> None:
@@ -32,12 +32,12 @@ class QueuedGroup(Collectives):
 
     @classmethod
     def of(cls, group: RankGroup, streams: Streams, *, max_ctas: int | None = None) -> QueuedGroup:
-        """The group's communicator for these devices: transports share it, because it takes a second to make.
+        """The group's communicator for these devices. Transports share it, because making one takes a second.
 
-        max_ctas: SMs that a collective may occupy, on CUDA devices; NCCL's choice when left out.
+        max_ctas: blocks, each on one SM, that a collective may occupy on CUDA devices; by default NCCL chooses.
         """
         if streams.owner.stream_memory_operations:
-            from antiphon.comm.collective.nccl import NcclGroup  # only where there are such devices
+            from antiphon.comm.collective.nccl import NcclGroup
 
             return NcclGroup.shared(group, streams, max_ctas=max_ctas)
         assert max_ctas is None, "only NCCL's kernels can be limited"
@@ -45,7 +45,7 @@ class QueuedGroup(Collectives):
 
     @classmethod
     def shared(cls, group: RankGroup, streams: Any, **settings: Any) -> Self:
-        """The communicator with these settings, created on first use."""
+        """The communicator with these settings; created on first use."""
         key = (cls, *settings.items())
         found = group.extras.get(key)
         if found is None:
@@ -57,9 +57,9 @@ class QueuedGroup(Collectives):
         return self._new_group(timeout_s=self._group.timeout_s)
 
     def _new_group(self, *, timeout_s: float, options: Any = None) -> dist.ProcessGroup:
-        # A program that uses NVLink multicast can disturb others on a shared host, and nothing here needs it.
+        # NVLink multicast can disturb other programs on a shared host, and nothing here needs it.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        # Of the same ranks, should they not be all of the program's.
+        # The group may be only some of the program's ranks.
         process_group = self._group.process_group
         whole = process_group is None or process_group == dist.group.WORLD
         made: dist.ProcessGroup = dist.new_group(
@@ -73,7 +73,7 @@ class QueuedGroup(Collectives):
         return made
 
     def reduce_scatter(self, out: torch.Tensor, parts: torch.Tensor, label: str) -> Work:
-        """`out` [n, ...] gets the sum over ranks of their part for this rank, in the backend's order, parts' dtype."""
+        """Sum every rank's part for this rank into `out` [n, ...], in the backend's order and the dtype of `parts`."""
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return self._queue(label, "reduce-scatter", call, out, parts)
 
@@ -84,4 +84,4 @@ class QueuedGroup(Collectives):
         return Collective(self._group, work, label, arguments[:2], queued=True, limited=limited)
 
     def close(self) -> None:
-        """The communicator ends with the group's process groups."""
+        """Do nothing: the communicator ends with the group's process groups."""

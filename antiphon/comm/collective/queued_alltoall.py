@@ -1,11 +1,11 @@
-"""`alltoall` where a device queues its work: exact routing, with the counts on the host one switch later.
+"""`alltoall` for devices that queue their work: exact routing, where the host gets the counts one switch later.
 
-    dispatch   tokens packed by destination rank; counts exchanged and copied to the host   (comm stream)
-    launch     behind the lane's switch: the host waits for the counts, then the rows go    (late launch)
-    combine    sums go back the same way; the owner adds them in float32 at least, in order of rank
+    dispatch   tokens packed by destination rank; counts exchanged and copied to the host       (comm stream)
+    launch     after the lane's switch, the host waits for the counts and sends the rows        (late launch)
+    combine    sums go back the same way; the owner adds them in float32 at least, in rank order
 
-What is packed is for the worst case, because the host does not know the counts yet: a row for every token and rank,
-those that go somewhere in front.
+As the host does not know the counts yet, tokens are packed for the worst case: one row for every token and rank, with
+the rows to send in front.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from antiphon.comm.transport import Flight, MadeFor
 
 
 class QueuedAllToAllTransport(AllToAllTransport):
-    """Exact routing over the variable all-to-all of the device's backend."""
+    """Exact routing over the variable all-to-all of the device's collective backend."""
 
     def __init__(self, shape: ExpertShape, *, max_ctas: int | None = None, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, max_ctas=max_ctas, **made_for)
         num_ranks = self.group.size
         most_rows = num_ranks * self.max_tokens
-        for lane in range(self.num_lanes):  # at once, so that the memory that is left can be measured
+        for lane in range(self.num_lanes):  # allocated now, so that the remaining memory can be measured
             for name in ("packed", "received"):
                 self._rows(name, lane, most_rows)
             for name in ("partials", "home"):
@@ -58,10 +58,10 @@ class QueuedAllToAllTransport(AllToAllTransport):
 
         def launch() -> None:
             nonlocal work
-            counted.synchronize()  # type: ignore[attr-defined]  # limited by the device watch or the backend
+            counted.synchronize()  # type: ignore[attr-defined]  # the device watch or the backend limits the wait
             exchange.sent, exchange.received = counts.tolist()
             flight.num_bytes = exchange.remote_rows(self.group.rank) * self._format.row_bytes
-            work = self._send_rows(exchange, label, after=ready)  # not behind what the other lane has queued since
+            work = self._send_rows(exchange, label, after=ready)  # not after what the other lane has queued since
 
         def wait() -> None:
             assert work is not None
@@ -71,6 +71,6 @@ class QueuedAllToAllTransport(AllToAllTransport):
         return flight
 
     def _by_destination(self, reached_TW: torch.Tensor) -> torch.Tensor:
-        """The order of rows in the worst case: one for every token and rank, those that are sent in front."""
+        """The token of every row in the worst case, one for every token and rank, with the rows to send in front."""
         missed_N = ~reached_TW.t().flatten()
         return missed_N.to(torch.uint8).argsort(stable=True) % reached_TW.shape[0]

@@ -1,6 +1,6 @@
-"""What the transports over collectives share: rows and sums in buffers of each lane, and the backend that moves them.
+"""What the transports over collectives share: buffers of rows and sums per lane, and the backend that moves them.
 
-That is gloo between CPUs, and where devices queue their work the backend that torch has for them (`queued`).
+The backend is gloo between CPUs, and torch's backend for the device where devices queue their work (`queued`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from antiphon.machine.facts import Facts
 
 
 class CollectiveTransport(StepwiseTransport[ExchangeT]):
-    """Steps over the collectives of one backend. max_ctas: see `QueuedGroup.of`."""
+    """A stepwise transport over the collectives of one backend. max_ctas: see `QueuedGroup.of`."""
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
@@ -29,7 +29,7 @@ class CollectiveTransport(StepwiseTransport[ExchangeT]):
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
-        return needs.way_of_collectives(facts, world)
+        return needs.collectives_way(facts, world)
 
     def __init__(self, shape: ExpertShape, *, max_ctas: int | None = None, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, **made_for)
@@ -40,7 +40,7 @@ class CollectiveTransport(StepwiseTransport[ExchangeT]):
         self._link = self._connect(max_ctas)
 
     def _connect(self, max_ctas: int | None) -> Collectives:
-        """The communicator that the steps use."""
+        """Make the communicator that the steps use."""
         if not self.streams.owner.queues:
             return self.group
         return QueuedGroup.of(self.group, self.streams, max_ctas=max_ctas)

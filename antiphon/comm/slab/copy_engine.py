@@ -1,4 +1,4 @@
-"""`copy-engine`: the slab protocol by peer copies. Needs peer access (NVLink, or PCIe with it); takes no SM.
+"""`copy-engine`: the slab protocol over peer copies. Needs peer access, over NVLink or PCIe; takes no SMs.
 
     comm stream      ── after the compute so far ── copies to every peer ── flag 1 in every peer's memory
     compute stream   ── wait for every peer's flag ── flags to 0 ── experts, or the local sum
@@ -30,7 +30,7 @@ _SET, _CLEAR = 1, 0
 
 
 class PeerCopyMailbox(Mailbox):
-    """A mailbox in device memory that every rank has mapped."""
+    """A mailbox in device memory that every rank maps."""
 
     def __init__(
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
@@ -39,7 +39,7 @@ class PeerCopyMailbox(Mailbox):
         self.streams: CommStreams = streams
         self.memory = StreamMemory()
         flush = check_stream_memory_operations(streams.device, "transport copy-engine")
-        # Multicast over NVLink needs rights that a shared host does not give, and nothing here uses it.
+        # NVLink multicast needs permissions that a shared host does not grant, and nothing here uses it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         flags_end = aligned(num_lanes * len(Phase) * group.size * 4, _ALIGNMENT)
         lane_bytes = aligned(dispatch_bytes, _ALIGNMENT) + aligned(combine_bytes, _ALIGNMENT)
@@ -96,9 +96,9 @@ class PeerCopyMailbox(Mailbox):
         return self._bases[rank] + 4 * ((lane * len(Phase) + phase) * self._group.size + source)
 
     def _flags_of(self, lane: int, phase: Phase) -> dict[int, int]:
-        """My flag for every peer."""
-        mine = self._group.rank
-        return {peer: self._flag(mine, lane, phase, peer) for peer in range(self._group.size) if peer != mine}
+        """The address of this rank's flag for every peer."""
+        rank = self._group.rank
+        return {peer: self._flag(rank, lane, phase, peer) for peer in range(self._group.size) if peer != rank}
 
     def _make_signal(self, lane: int, phase: Phase, *, flush: bool) -> StreamOperations:
         operations = StreamOperations(flush=flush)
@@ -109,7 +109,7 @@ class PeerCopyMailbox(Mailbox):
 
 
 class _Wait:
-    """One batch of operations: wait for every peer's flag, then clear all of them."""
+    """One batch of operations that waits for every peer's flag and then clears all of them."""
 
     def __init__(self, flag_by_peer: dict[int, int], word: WatchWord, *, flush: bool) -> None:
         self._word = word
@@ -123,26 +123,26 @@ class _Wait:
         self.operations.write(word.address, 0)
 
     def announce(self, label: str) -> None:
-        """Tell the watch what is waited for."""
+        """Set the codes by which the batch tells the device watch what it waits for."""
         code = self._word.code(label)
         for number, peer in self._codes:
             self.operations.set_value(number, code + peer)
 
 
 class CopyEngineTransport(SlabTransport):
-    """The slab protocol by peer copies of copy engines."""
+    """The slab protocol over peer copies by copy engines."""
 
     name = "copy-engine"
     medium = PeerCopyMailbox
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        lacks = (
-            *needs.lacks_of_peer_access(facts, world),
-            *needs.lacks_of_flags(facts, world),
-            *needs.lacks_of_descriptors(facts),
+        missing = (
+            *needs.missing_peer_access(facts, world),
+            *needs.missing_flags(facts, world),
+            *needs.missing_descriptors(facts),
         )
-        return needs.gpus(world) or needs.peers_to_talk_to(facts, world) or needs.refusal_of(lacks)
+        return needs.gpus(world) or needs.peers(facts, world) or needs.refusal_for(missing)
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:

@@ -1,7 +1,7 @@
-"""Host memory that the ranks of one host share: a memfd each, passed by descriptor.
+"""Host memory that the ranks of one host share: one memfd per rank, passed by file descriptor.
 
-Nothing has a name in a file system, so nothing stale is left behind, and a container's limit on /dev/shm does not
-bind. Descriptors travel over Unix sockets in a private folder, which is gone when the call returns.
+The memory has no name in a file system, so nothing stale is left behind, and a container's limit on /dev/shm does not
+apply. Descriptors travel over Unix sockets in a private folder, which is removed before the call returns.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _ALIGNMENT = 4096
 
 
 def share_host_memory(group: RankGroup, num_bytes: int, *, what: str) -> list[torch.Tensor]:
-    """Make `num_bytes` on this rank and map every rank's, in order of rank. All ranks call it at once.
+    """Allocate memory on this rank and map every rank's, in rank order. All ranks must call it at the same time.
 
-    The results are uint8 [num_bytes], zeros at the start; a mapping lives as long as its tensor. num_bytes is rounded
-    up to whole pages. what: for errors.
-    Raises `OptionError` if there is no such memory, `PeerError` if a rank does not come.
+    The results are uint8 [num_bytes], initially zero, with num_bytes rounded up to whole pages. A mapping lives as long
+    as its tensor. what: the user of the memory, for errors.
+    Raises `OptionError` if the memory cannot be allocated, and `PeerError` if a rank does not arrive.
     """
     num_bytes = max(aligned(num_bytes, _ALIGNMENT), _ALIGNMENT)
     folder = socket_folder("antiphon-fd-")
@@ -62,7 +62,7 @@ def _make_memfd(num_bytes: int, what: str) -> int:
         os.ftruncate(descriptor, num_bytes)
     except (AttributeError, OSError) as error:
         raise OptionError(
-            f"{what} cannot have {num_bytes / 2**20:.0f} MiB of memory that processes share (memfd)",
+            f"{what} cannot allocate {num_bytes / 2**20:.0f} MiB of shared memory (memfd)",
             limit=first_line(error),
             remedy="use the transport alltoall",
             option="transport",
@@ -71,7 +71,10 @@ def _make_memfd(num_bytes: int, what: str) -> int:
 
 
 def _exchange(group: RankGroup, listener: socket.socket, paths: list[str], mine: int, what: str) -> list[int]:
-    """Every rank's descriptor. Connecting needs no accept, so all connect first and nobody waits in a ring."""
+    """Exchange the descriptors of all ranks.
+
+    All connect before any accepts: connecting does not wait for the accept, so the ranks cannot deadlock in a ring.
+    """
     descriptors = {group.rank: mine}
     with contextlib.ExitStack() as stack:
         try:

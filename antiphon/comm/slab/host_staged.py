@@ -1,14 +1,15 @@
-"""`host-staged`: the slab protocol through pinned host memory, for servers without peer access. Takes no SM.
+"""`host-staged`: the slab protocol through pinned host memory, for servers without peer access. Takes no SMs.
 
-Each rank has a memory that all ranks have mapped: | flags | its outgoing slabs, lane by lane |. Slabs go in chunks, so
-that a peer downloads the first while the next is still on its way up; copy engines work both ways at once.
+Each rank has memory that all ranks map: | flags | its outgoing slabs, lane by lane |. Slabs travel in chunks, so that a
+peer downloads the first one while the next is still being uploaded; copy engines work in both directions at once.
 
-    up stream        ── chunk 0 to my memory ── flag at every peer ── chunk 1 ── flag ── ...
-    down stream      ── wait for a peer's chunk 0, flag to 0 ── chunk 0 to my box ── ...   (posted at once, not after
-                                                                                            my own compute)
+    up stream        ── chunk 0 to own memory ── flag at every peer ── chunk 1 ── flag ── ...
+    down stream      ── wait for a peer's chunk 0, flag to 0 ── chunk 0 to own box ── ...   (queued at once, not after
+                                                                                             this rank's compute)
     compute stream   ── waits for the down stream
 
-A slab that all peers get (dispatch) is uploaded once. A chunk's flag lies in the memory of the rank that waits for it.
+A slab that goes to all peers (dispatch) is uploaded once. A chunk's flag lies in the memory of the rank that waits for
+it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(num_bytes: int) -> list[Chunk]:
-    """How a slab is cut, on both sides of the link: at most 8 chunks; one, which may be empty, below 2 MiB."""
+    """Cut a slab, the same way on both ends: at most 8 chunks; below 2 MiB a single one, which may be empty."""
     count = max(1, min(_MAX_CHUNKS, num_bytes // _SMALLEST_CHUNK))
     size = aligned(-(-num_bytes // count), _CHUNK_ALIGNMENT) or 1
     starts = range(0, num_bytes, size) if num_bytes else (0,)
@@ -64,7 +65,7 @@ def chunks_of(num_bytes: int) -> list[Chunk]:
 
 
 class HostStagedMailbox(Mailbox):
-    """A mailbox in host memory that every rank has mapped and pinned."""
+    """A mailbox in host memory that every rank maps and pins."""
 
     def __init__(
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
@@ -74,7 +75,7 @@ class HostStagedMailbox(Mailbox):
         self.memory = StreamMemory()
         flush = check_stream_memory_operations(streams.device, "transport host-staged")
         flags_end = aligned(num_lanes * len(Phase) * group.size * _MAX_CHUNKS * 4, _ALIGNMENT)
-        # Outgoing: one slab for all in dispatch, one for each peer in combine.
+        # Outgoing slabs: in dispatch one for all peers, in combine one for each.
         dispatch_slab, combine_slab = dispatch_bytes // group.size, combine_bytes // group.size
         self._slab_bytes = (aligned(dispatch_slab, _ALIGNMENT), aligned(combine_slab, _ALIGNMENT))
         lane_bytes = self._slab_bytes[0] + group.size * self._slab_bytes[1]
@@ -82,11 +83,11 @@ class HostStagedMailbox(Mailbox):
         self._memories = share_host_memory(group, flags_end + num_lanes * lane_bytes, what=what)
         self._bases = [0] * group.size
         self._bases[group.rank] = register_host_memory(self._memories[group.rank], what)
-        group.all_gather_object("own memory is pinned")  # its owner touches memory first
+        group.all_gather_object("own memory is pinned")  # so that the owner touches its memory first
         for peer in range(group.size):
             if peer != group.rank:
                 self._bases[peer] = register_host_memory(self._memories[peer], what)
-        # Unpinned before the mappings go; not at the end of the process, when a stream may wait forever.
+        # Unpin before the mappings go, but not at exit, when a stream may still wait forever.
         weakref.finalize(self, unregister_host_memory, self._memories).atexit = False
         self._lane_starts = [flags_end + lane * lane_bytes for lane in range(num_lanes)]
         with torch.inference_mode(False):
@@ -97,7 +98,7 @@ class HostStagedMailbox(Mailbox):
                 ]
                 for _ in range(num_lanes)
             ]
-        torch.cuda.synchronize(streams.device)  # earlier users of the boxes' memory are done with it
+        torch.cuda.synchronize(streams.device)  # until earlier users of the boxes' memory are done with it
         group.all_gather_object("boxes are ready")
         self._word = group.device_watch().word("down")
         self._arrived: list[list[Event | None]] = [[None, None] for _ in range(num_lanes)]
@@ -113,8 +114,8 @@ class HostStagedMailbox(Mailbox):
 
     def put(self, exchange: Exchange) -> None:
         up = self.streams.queue_on("up", after=self.streams.record())
-        # Not after the compute so far: a peer sends only what this rank's last signal has allowed, and that one was
-        # behind this rank's last use of the box. So the peers' slabs come in while the compute of this one goes on.
+        # Not after the compute so far. A peer sends only after this rank's last signal, which came after this rank's
+        # last use of the box. So the peers' slabs can arrive while this rank still computes.
         down = self.streams.queue_on("down")
         self._announce(exchange, down)
         prepared = self._prepare(exchange, up, down)
@@ -127,9 +128,9 @@ class HostStagedMailbox(Mailbox):
         self._arrived[exchange.lane][exchange.phase] = self.streams.record_on("down")
 
     def _prepare(self, exchange: Exchange, up: int, down: int) -> _Prepared | None:
-        """One replay per stream for an exchange from its third use on: dozens of driver calls become two.
+        """Return one replay per stream for an exchange from its third use on, so dozens of driver calls become two.
 
-        Not for slabs of a single chunk, which save few calls; and in decode a layout is rarely used again.
+        `None` for slabs of a single chunk: they save few calls, and in decode a layout is rarely reused.
         """
         if isinstance(exchange.prepared, _Prepared):
             return exchange.prepared
@@ -148,7 +149,7 @@ class HostStagedMailbox(Mailbox):
         return prepared
 
     def signal(self, exchange: Exchange) -> None:
-        """Set the flags of the last chunks; earlier ones follow their copies. A replay contains them all."""
+        """Set the flags of the last chunks. Earlier ones directly follow their copies; a replay contains all flags."""
         if not isinstance(exchange.prepared, _Prepared):
             self._signal_last(exchange, self.streams.queue_on("up"))
 
@@ -166,14 +167,14 @@ class HostStagedMailbox(Mailbox):
                         self._name_way(names, lane, phase, rank, peer)
 
     def _name_way(self, names: MemoryNames, lane: int, phase: Phase, source: int, reader: int) -> None:
-        whom = f"rank {reader}" if phase is Phase.COMBINE else "all"
-        name = f"outgoing {phase.name.lower()} slab of rank {source} for {whom}, lane {lane}"
+        peers = f"rank {reader}" if phase is Phase.COMBINE else "all"
+        name = f"outgoing {phase.name.lower()} slab of rank {source} for {peers}, lane {lane}"
         names.name_memory(self._slab_at(source, lane, phase, reader), self._slab_bytes[phase], name)
         for chunk in range(_MAX_CHUNKS):
             names.name_flag(self._flag(reader, lane, phase, source, chunk), reader, lane, phase, source, chunk)
 
     def _upload(self, exchange: Exchange, stream: int) -> None:
-        """Copy chunk by chunk to my memory, each followed by its flags; the last ones are left to `signal`."""
+        """Copy chunk by chunk to this rank's memory, each followed by its flags; `signal` sets the last flags."""
         if not exchange.puts:
             return
         plans = {put.peer: chunks_of(put.source.numel()) for put in exchange.puts}
@@ -196,7 +197,7 @@ class HostStagedMailbox(Mailbox):
                 self._signal(exchange, tuple(flags), stream)
 
     def _download(self, exchange: Exchange, stream: int) -> None:
-        """Copy chunk by chunk from the peers' memories to my box, each behind its flag."""
+        """Copy chunk by chunk from the peers' memory to this rank's box, each after waiting for its flag."""
         box = self._boxes[exchange.lane][exchange.phase].data_ptr()
         plans = {arrival.peer: chunks_of(arrival.num_bytes) for arrival in exchange.arrivals}
         for number in range(max(map(len, plans.values()), default=0)):
@@ -212,7 +213,7 @@ class HostStagedMailbox(Mailbox):
         self.memory.run(self._done, stream)
 
     def _slab(self, owner: int, exchange: Exchange, reader: int) -> int:
-        """Address of the slab that `owner` has for `reader`."""
+        """The address of the slab that `owner` holds for `reader`."""
         return self._slab_at(owner, exchange.lane, exchange.phase, reader)
 
     def _slab_at(self, owner: int, lane: int, phase: Phase, reader: int) -> int:
@@ -230,7 +231,7 @@ class HostStagedMailbox(Mailbox):
         self._signal(exchange, last, stream)
 
     def _signal(self, exchange: Exchange, flags: tuple[tuple[int, int], ...], stream: int) -> None:
-        """Raise the flags of (peer, chunk), in one batch that is built when it is first needed."""
+        """Set the flags of each (peer, chunk) in one batch, which is built on first use."""
         key = (exchange.lane, exchange.phase, *(number for flag in flags for number in flag))
         operations = self._signals.get(key)
         if operations is None:
@@ -241,7 +242,7 @@ class HostStagedMailbox(Mailbox):
         self.memory.run(operations, stream)
 
     def _wait_for(self, exchange: Exchange, peer: int, chunk: int) -> StreamOperations:
-        """Wait for the flag of a chunk, then take it down."""
+        """The operations that wait for the flag of a chunk and clear it, built on first use."""
         key = (exchange.lane, exchange.phase, peer, chunk)
         operations = self._waits.get(key)
         if operations is None:
@@ -252,15 +253,15 @@ class HostStagedMailbox(Mailbox):
         return operations
 
     def _announce(self, exchange: Exchange, stream: int) -> None:
-        """Tell the watch what the down stream is about to wait for."""
-        whom = exchange.arrivals[0].peer if len(exchange.arrivals) == 1 else ALL_PEERS
-        self._waiting.set_value(self._code, self._word.code(located(exchange.label)) + whom)
+        """Tell the device watch what the down stream is about to wait for."""
+        peer = exchange.arrivals[0].peer if len(exchange.arrivals) == 1 else ALL_PEERS
+        self._waiting.set_value(self._code, self._word.code(located(exchange.label)) + peer)
         self.memory.run(self._waiting, stream)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """An exchange that has been used before."""
+    """The replays of an exchange that has been used before."""
 
     upload: Replay
     download: Replay
@@ -280,12 +281,12 @@ class HostStagedTransport(SlabTransport):
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
-        lacks = [*needs.lacks_of_flags(facts, world)]
+        missing = [*needs.missing_flags(facts, world)]
         if facts is not None:
             need, pinned = "pinning of shared host memory", facts.gpus.pinned_memory
-            lacks += needs.lacks_of_shared_memory(facts, slab_bytes(shape, world))
-            lacks += needs.lack_of(pinned, need, _raise_limit(facts))
-        return needs.gpus(world) or needs.peers_to_talk_to(facts, world) or needs.refusal_of(lacks)
+            missing += needs.missing_shared_memory(facts, slab_bytes(shape, world))
+            missing += needs.missing(pinned, need, _raise_limit(facts))
+        return needs.gpus(world) or needs.peers(facts, world) or needs.refusal_for(missing)
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
@@ -294,7 +295,7 @@ class HostStagedTransport(SlabTransport):
         tried, limit = facts.gpus.pinned_bytes, facts.host.locked_memory_bytes
         if limit is None or not tried <= limit < needed:
             return Way(description)
-        doubt = f"tried with {format_bytes(tried)}, within the limit on locked memory, which may bind"
+        doubt = f"tested with {format_bytes(tried)}, but the limit on locked memory may be too low for all of it"
         return Way(f"{description}; {doubt}", _raise_limit(facts))
 
 

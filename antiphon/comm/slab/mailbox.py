@@ -1,30 +1,29 @@
-"""The mailbox: four calls under the slab transports, and what one exchange is.
+"""The mailbox: the four calls underneath the slab transports, and the description of one exchange.
 
-    put     copy my slabs to where my peers find them        on a comm stream, after the compute so far
-    signal  tell every peer that its slab is complete        behind the puts
-    wait    until every peer's slab is here                  on the compute stream; the host does not wait on a GPU
-    reset   take every peer's signal down again              behind the wait
+    put     copy this rank's slabs to where its peers read them    comm stream, after the compute queued so far
+    signal  tell every peer that its slab is complete              comm stream, after the puts
+    wait    wait until every peer's slab has arrived               compute stream; on a GPU the host does not block
+    reset   clear the flags of the peers                           compute stream, after the wait
 
-A medium implements them over peer copies, pinned host memory or shared memory. Every rank has a box for each lane and
-phase, in which its peers' slabs land; a flag for each lane, phase and peer says that one is complete.
+A medium implements them over peer copies, pinned host memory or shared memory. Each rank has a box per lane and phase,
+in which its peers' slabs land, and a flag per lane, phase and peer, which says that a slab is complete.
 
-Why no barrier is needed. Let a and b be any two ranks, on one lane. Every rank signals every peer in both phases, with
-nothing to send too; `wait` waits for all peers; dispatch n, combine n, dispatch n+1 ... alternate.
+Why no barrier is needed: let a and b be any two ranks, on one lane. Every rank signals every peer in both phases, even
+with nothing to send. `wait` waits for all peers. Phases alternate: dispatch n, combine n, dispatch n+1, and so on.
 
-- b's dispatch box. a puts dispatch n+1 there after it has waited for b's combine n. b signalled that after its experts
-  had read dispatch n, from every peer, not only from a. So nobody's slab n is overwritten before it was read, though
-  the offsets of the slabs change with the numbers of tokens.
-- b's combine box. a puts combine n+1 after it has waited for b's dispatch n+1, which b sent after it had added up
-  combine n.
-- a's own sources. a packs dispatch n+1, and its experts write the sums of combine n+1, into memory from which the last
-  put of the same phase has been read: b signals the phase in between after it has waited for that put.
-- Flags. b's flag for a is 1 only between a's signal and b's reset. a signals dispatch n+1 after it has waited for b's
-  combine n, which b signalled behind its reset of dispatch n; the same with the phases exchanged. So a flag never
-  needs more than 0 and 1, and what a captured graph writes and waits for are constants.
+- b's dispatch box: a puts dispatch n+1 there after waiting for b's combine n. b signaled that combine after its experts
+  had read dispatch n from every peer, not only from a. So no rank's slab n is overwritten before it has been read, even
+  though the offsets of the slabs change with the numbers of tokens.
+- b's combine box: a puts combine n+1 there after waiting for b's dispatch n+1, which b sent after adding up combine n.
+- a's source memory: a packs dispatch n+1, and its experts write the sums of combine n+1, into memory that the previous
+  put of the same phase has finished reading, because b signals the phase in between only after waiting for that put.
+- Flags: b's flag for a is 1 only between a's signal and b's reset. a signals dispatch n+1 after waiting for b's
+  combine n, which b signaled after its reset of dispatch n. The same holds with the phases swapped. So the values 0 and
+  1 suffice, and a captured graph writes and waits for constants.
 
-"After" is program order on the host, the order of a stream, an event between two streams, or a flag. A medium must
-keep: puts before their signal, as seen by whoever waits for the signal; a wait before what follows it on the compute
-stream; `wait` before `reset`.
+"After" means program order on the host, the order of a stream, an event between two streams, or a flag. A medium must
+guarantee that whoever waits for a signal sees the puts before it, that work queued on the compute stream after a wait
+runs after it, and that `reset` comes after `wait`.
 """
 
 from __future__ import annotations
@@ -49,27 +48,28 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A slab of mine for a peer: contiguous, and mine until the opposite phase has been waited for."""
+    """A slab that this rank sends to a peer. It is contiguous, and reserved until the wait of the next phase."""
 
     peer: int
     source: torch.Tensor  # uint8 [num_bytes]
-    offset: int  # bytes, in the peer's box
+    offset: int  # in bytes, in the peer's box
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A peer's slab for me."""
+    """A slab that this rank receives from a peer."""
 
     peer: int
-    offset: int  # bytes, in my box
+    offset: int  # in bytes, in this rank's box
     num_bytes: int
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Exchange:
-    """One phase on one lane, as one rank sees it. Puts and arrivals are in the same order of peers on every call.
+    """One phase on one lane, as one rank sees it.
 
-    Used again for every layer with the same numbers of tokens; only the label changes.
+    It is reused for every layer with the same numbers of tokens; only the label changes. Puts and arrivals name the
+    peers in the same order.
     """
 
     lane: int
@@ -78,8 +78,8 @@ class Exchange:
     arrivals: tuple[Arrival, ...]
     same_source: bool  # every peer gets the same slab at the same offset
     label: str = ""  # for recordings and errors: "dispatch layer 3"
-    num_bytes: int = field(init=False)  # to or from the peers, whichever is more
-    prepared: Any = None  # what the medium has prepared for repeated use
+    num_bytes: int = field(init=False)  # sent to the peers or received from them, whichever is more
+    prepared: Any = None  # owned by the medium: its preparations for repeated use
 
     def __post_init__(self) -> None:
         sent = sum(put.source.numel() for put in self.puts)
@@ -87,38 +87,38 @@ class Exchange:
 
 
 class Mailbox(ABC):
-    """One rank's end. Ranks make theirs together, and call put, signal, wait, reset once each for every exchange."""
+    """One rank's end. All ranks make theirs together, then call put, signal, wait and reset once for each exchange."""
 
     @abstractmethod
     def box(self, lane: int, phase: Phase) -> torch.Tensor:
-        """My box: uint8 [box_bytes], on the device. Between the slabs of the peers it is mine to use."""
+        """This rank's box, uint8 [box_bytes] on the device. The rank may write where no peer's slab lands."""
 
     @abstractmethod
     def put(self, exchange: Exchange) -> None:
-        """Start my copies."""
+        """Start copying this rank's slabs."""
 
     @abstractmethod
     def signal(self, exchange: Exchange) -> None:
-        """Set my flags at the peers."""
+        """Set this rank's flags at the peers."""
 
     @abstractmethod
     def wait(self, exchange: Exchange) -> None:
-        """Wait for the slabs; on the CPU it blocks. Raises `PeerError` after the group's time limit."""
+        """Wait for the peers' slabs. On the CPU it blocks and raises `PeerError` after the group's time limit."""
 
-    def reset(self, exchange: Exchange) -> None:  # noqa: B027 (an answer, not a gap)
-        """Clear the flags; nothing to do where a stream's wait for a flag also clears it."""
+    def reset(self, exchange: Exchange) -> None:  # noqa: B027 (a default, not a gap)
+        """Clear the flags. By default nothing happens: on a GPU, the stream clears each flag after waiting for it."""
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
-        """When the last slab of the exchange was there, for `Pending.ready_ns`; `None` if the medium cannot tell."""
+        """A function that gives the last slab's time of arrival, as in `Pending`; `None` if the medium cannot tell."""
         return None
 
     @abstractmethod
     def describe(self, names: MemoryNames) -> None:
-        """Say what lies at which address: boxes, flags, and what else slabs pass through."""
+        """Report the addresses of boxes, flags, and any other memory that slabs pass through."""
 
 
 class MemoryNames(Protocol):
-    """Takes the names of memories and flags; of two names for the same address the first one holds."""
+    """Collects the names of memory and flags. The first name for an address wins."""
 
     def name_memory(self, address: int, num_bytes: int, name: str) -> None: ...
 
@@ -130,7 +130,7 @@ class MemoryNames(Protocol):
 
 
 class CommStreams(Protocol):
-    """What the media of CUDA devices use of `CudaStreams`."""
+    """The part of `CudaStreams` that the media of CUDA devices use."""
 
     @property
     def compute_handle(self) -> int: ...

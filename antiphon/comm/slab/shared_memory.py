@@ -1,12 +1,12 @@
-"""`shared-memory`: the slab protocol on CPUs of one host; a rank writes into its peers' boxes.
+"""`shared-memory`: the slab protocol on the CPUs of one host. Each rank writes into its peers' boxes.
 
 It runs the protocol of the GPU transports between real processes, on any machine. The calling thread does the copies,
-so only waits for late peers are hidden.
+so only waits for late peers can be hidden.
 
 Memory of a rank: | flags | dispatch box, combine box of lane 0 | of lane 1 | ...
-A flag is two words of 64 bits: 1 when the slab is complete, and when that was. The copy, the time and the flag are
-stores of one thread in this order, and a processor with total store order (x86-64) shows them to others in it; on
-others the interpreter's own locks stand between them.
+A flag is two 64-bit words: 1 once the slab is complete, and the time at which it was. One thread stores the copy, the
+time and the flag in this order. A processor with total store order (x86-64) shows them to others in the same order; on
+other processors the interpreter's own locks stand between the stores.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _ALIGNMENT = 256
 
 
 Words = np.ndarray[Any, Any]
-"""The flag words of one rank, of 64 bits."""
+"""The 64-bit flag words of one rank."""
 
 
 class FlaggedMemory:
-    """What a rank does to memory that others have mapped. A recorder may take its place."""
+    """A rank's operations on memory that others map. A recorder may take its place."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
@@ -49,7 +49,7 @@ class FlaggedMemory:
         words[number] = 1
 
     def arrival_ns(self, words: Words, number: int) -> int:
-        """When a flag was set; valid only after a wait for it."""
+        """When a flag was set. Valid only after waiting for it."""
         return int(words[number + 1])
 
     def clear_flag(self, words: Words, number: int) -> None:
@@ -57,12 +57,11 @@ class FlaggedMemory:
 
 
 class SharedMemoryMailbox(Mailbox):
-    """A mailbox in host memory that all ranks have mapped."""
+    """A mailbox in host memory that every rank maps."""
 
     def __init__(
         self, group: RankGroup, streams: Streams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
     ) -> None:
-        """The calling thread does everything, on no stream."""
         self._group = group
         sizes = (dispatch_bytes, combine_bytes)
         flag_words = num_lanes * len(Phase) * group.size * _FLAG_WORDS
@@ -112,9 +111,9 @@ class SharedMemoryMailbox(Mailbox):
 
     def describe(self, names: MemoryNames) -> None:
         for rank, boxes in enumerate(self._boxes):
-            for lane, of_lane in enumerate(boxes):
+            for lane, lane_boxes in enumerate(boxes):
                 for phase in Phase:
-                    names.name_box(of_lane[phase].data_ptr(), of_lane[phase].numel(), rank, lane, phase)
+                    names.name_box(lane_boxes[phase].data_ptr(), lane_boxes[phase].numel(), rank, lane, phase)
                     for source in range(self._group.size):
                         address = flag_address(self._flags[rank], self._word(lane, phase, source))
                         names.name_flag(address, rank, lane, phase, source)
@@ -124,7 +123,7 @@ class SharedMemoryMailbox(Mailbox):
 
 
 class SharedMemoryTransport(SlabTransport):
-    """The slab protocol through shared memory of one host, on CPUs."""
+    """The slab protocol through the shared memory of one host, on CPUs."""
 
     name = "shared-memory"
     medium = SharedMemoryMailbox
@@ -132,10 +131,10 @@ class SharedMemoryTransport(SlabTransport):
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
         if world.device.own_memory:
-            return Refusal("between CPUs, and the ranks run on GPUs", "use host-staged")
-        # Only pages that are written count, so no size is required unless the caller names one.
-        lacks = needs.lacks_of_shared_memory(facts, world.host_bytes or 0)
-        return needs.peers_to_talk_to(facts, world) or needs.refusal_of(lacks)
+            return Refusal("needs CPUs, and the ranks run on GPUs", "use host-staged")
+        # Only pages that are written take memory, so no size is required unless the caller names one.
+        missing = needs.missing_shared_memory(facts, world.host_bytes or 0)
+        return needs.peers(facts, world) or needs.refusal_for(missing)
 
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:

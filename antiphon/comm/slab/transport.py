@@ -1,12 +1,12 @@
 """The slab protocol: dense dispatch and combine over a mailbox, the same for every medium.
 
-    dispatch   my tokens, packed into my own slab of my box ──put──► the same place in every peer's box
-    experts    read the whole box: one row for every token of every rank, in order of rank
-    combine    for every peer the sums of its tokens ──put──► my slab in its box; the owner adds up in order of rank
+    dispatch   tokens packed into this rank's slab of its own box ──put──► the same place in every peer's box
+    experts    read the whole box: one row for every token of every rank, in rank order
+    combine    each peer's partial sums ──put──► this rank's slab in that peer's box; the owner adds in rank order
 
-All tokens go to all ranks: with a top-k that is large against the number of ranks exact routing would save little
-(docs/facts.md), and no counts have to be exchanged. Slabs are as long as their rank has tokens, which the agreement
-knows. `mailbox` says why no barrier is needed.
+All tokens go to all ranks, so no counts have to be exchanged; with a top-k that is large compared to the number of
+ranks, exact routing would save little (docs/facts.md). The length of a slab follows from its rank's number of tokens,
+which the agreement knows. `mailbox` explains why no barrier is needed.
 
 Shapes: `T` tokens of this rank, `D` hidden size, `R` tokens of all ranks.
 """
@@ -35,16 +35,16 @@ _KEPT_LAYOUTS = 64
 class Layout:
     """Everything that follows from the token counts of one lane: views of its buffers, and what goes where.
 
-    Made once per set of counts, because making it takes the host longer than sending.
+    It is cached per set of counts, because making it takes the host longer than sending.
     """
 
     lane: int
     num_tokens: int  # of this rank
-    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, weights and ids in my own slab
+    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, weights and ids in this rank's slab
     rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, ids and weights of all ranks
     box: torch.Tensor  # those rows as bytes
     partials_RD: torch.Tensor
-    home: list[torch.Tensor]  # the sums for my tokens [T, D], in order of rank; my own in its place
+    home: list[torch.Tensor]  # the sums [T, D] of this rank's tokens from every rank, in rank order
     dispatch: Exchange
     combine: Exchange
 
@@ -53,7 +53,7 @@ class SlabTransport(StepwiseTransport[Layout]):
     """Dispatch and combine over a mailbox of the class `medium`."""
 
     medium: ClassVar[Callable[..., Mailbox]]
-    """Makes the mailbox, on all ranks at once; the sizes are those of a lane's boxes."""
+    """Makes the mailbox, on all ranks at the same time. Its sizes are those of one lane's boxes."""
 
     def __init__(self, shape: ExpertShape, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, **made_for)
@@ -67,7 +67,7 @@ class SlabTransport(StepwiseTransport[Layout]):
             dispatch_bytes=rows * self._format.row_bytes,
             combine_bytes=rows * self._sum_bytes,
         )
-        with torch.inference_mode(False):  # usable inside and outside of inference mode
+        with torch.inference_mode(False):  # so that it can be used both inside and outside inference mode
             self.partial_sums = [
                 torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=self.streams.device)
                 for _ in range(self.num_lanes)
@@ -83,7 +83,7 @@ class SlabTransport(StepwiseTransport[Layout]):
                 layouts.pop(next(iter(layouts)))  # the least recently used
             with torch.inference_mode(False):
                 layout = self._make_layout(lane, tokens_by_rank)
-        layouts[tokens_by_rank] = layout  # in order of their last use
+        layouts[tokens_by_rank] = layout  # keeps the layouts in order of last use
         return layout
 
     def pack(self, exchange: Layout, x_TD: torch.Tensor, routes: Routes) -> None:
@@ -171,7 +171,7 @@ class SlabTransport(StepwiseTransport[Layout]):
 
 
 def slab_bytes(shape: ExpertShape, world: World) -> int:
-    """Bytes of host memory for all ranks' slabs that go through it: a rank's tokens once, its sums for every rank."""
+    """Bytes of host memory for the slabs of all ranks: each rank's tokens once, and its sums for every rank."""
     if world.host_bytes is not None:
         return world.host_bytes
     row_bytes = RowFormat(shape).row_bytes + world.ranks * shape.hidden_size * shape.dtype.itemsize
