@@ -33,7 +33,7 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         default_response_class=JsonAnswer,
-        exception_handlers={ApiError: _tell, HTTPException: _tell_http},
+        exception_handlers={ApiError: _answer_api_error, HTTPException: _answer_http_error},
     )
     app.add_middleware(Guard, service=service)
     if service.options.allowed_origins:
@@ -48,12 +48,12 @@ def make_app(service: Service) -> FastAPI:
         )
     max_bytes = service.options.max_body_bytes
 
-    @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, max_bytes=max_bytes)
         return Generation(CompletionJob(body, service))
 
-    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatRequest, max_bytes=max_bytes)
         return Generation(ChatJob(body, service))
@@ -87,12 +87,12 @@ def make_app(service: Service) -> FastAPI:
     async def version() -> dict[str, str]:
         return {"version": antiphon.__version__}
 
-    @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await read_body(request, TokenizeRequest, max_bytes=max_bytes)
         return await _tokenize(service, body)
 
-    @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, str]:
         body = await read_body(request, DetokenizeRequest, max_bytes=max_bytes)
         return await _detokenize(service, body)
@@ -152,12 +152,12 @@ async def _detokenize(service: Service, body: DetokenizeRequest) -> dict[str, st
 # ---- errors
 
 
-async def _tell(_request: Request, error: Exception) -> Response:
+async def _answer_api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.answer()
 
 
-async def _tell_http(request: Request, error: Exception) -> Response:
+async def _answer_http_error(request: Request, error: Exception) -> Response:
     """Answer an error of the router, such as an unknown path, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     path, headers = request.url.path, dict(error.headers or {})
@@ -171,14 +171,14 @@ async def _tell_http(request: Request, error: Exception) -> Response:
 # ---- the OpenAPI document
 
 
-def _takes(model: type[Body]) -> dict[str, Any]:
+def _body_schema(model: type[Body]) -> dict[str, Any]:
     """The schema of a body. FastAPI cannot infer it, because `read_body` reads the body."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _document_bodies(app: FastAPI) -> None:
-    """Add the schemas that `_takes` refers to."""
+    """Add the schemas that `_body_schema` refers to."""
     models = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
     _, found = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"

@@ -12,7 +12,7 @@ from antiphon.server.errors import ApiError
 from antiphon.server.jobs import Job
 from antiphon.server.logprobs import chat_logprobs
 from antiphon.server.protocol import ChatRequest
-from antiphon.server.reasoning import ReasoningSplitter, Said
+from antiphon.server.reasoning import ReasoningSplitter, SplitOutput
 from antiphon.server.service import Service
 
 _LONGEST_TAG = 32
@@ -116,7 +116,10 @@ class ChatJob(Job):
         if self.service.reasoning is None:
             return {"content": text}
         said = self._splitter(opened).add(text, last=True)
-        return {"content": said.content} | ({"reasoning_content": said.reasoning} if self._tells(said) else {})
+        parts = {"content": said.content}
+        if self._shows_reasoning(said):
+            parts["reasoning_content"] = said.reasoning
+        return parts
 
     def _deltas(self, opened: OpenRequest, item: StreamItem) -> list[dict[str, str]]:
         """The deltas for one piece of a result: two where the answer follows the reasoning. The last may be empty."""
@@ -126,7 +129,7 @@ class ChatJob(Job):
         if item.index not in self._splitters:
             self._splitters[item.index] = self._splitter(opened)
         said = self._splitters[item.index].add(text, last=last)
-        parts = [{"reasoning_content": said.reasoning}] if self._tells(said) else []
+        parts = [{"reasoning_content": said.reasoning}] if self._shows_reasoning(said) else []
         if said.content:
             parts.append({"content": said.content})
         return parts or [{}]
@@ -140,7 +143,7 @@ class ChatJob(Job):
             inside = ending.rstrip().endswith(tags.start)
         return ReasoningSplitter(tags, inside=inside)
 
-    def _tells(self, said: Said) -> bool:
+    def _shows_reasoning(self, said: SplitOutput) -> bool:
         return bool(said.reasoning) and self.request.include_reasoning
 
     @staticmethod

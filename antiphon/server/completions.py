@@ -26,7 +26,7 @@ class CompletionJob(Job):
     request: CompletionRequest
 
     def __init__(self, request: CompletionRequest, service: Service) -> None:
-        self._silent = request.echo and request.max_tokens == 0  # one token is generated, but not shown
+        self._echo_only = request.echo and request.max_tokens == 0  # one token is generated, but not shown
         super().__init__(request, service)
         self._text_places: dict[int, TextPlaces] = {}  # by choice: where its next token begins
         self._of_prompt: dict[int, Sequence[Place]] = {}  # by prompt: its logprobs, computed once for all n results
@@ -44,7 +44,7 @@ class CompletionJob(Job):
         changes: dict[str, Any] = {"logprobs": request.logprobs}
         if request.echo and request.logprobs is not None:
             changes["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
-        if self._silent:
+        if self._echo_only:
             changes |= {"max_tokens": 1, "min_tokens": 0}
         return request.sampling_params(**changes)
 
@@ -61,7 +61,7 @@ class CompletionJob(Job):
         ]
 
     def num_generated(self, opened: OpenRequest) -> int:
-        return 0 if self._silent else opened.num_tokens
+        return 0 if self._echo_only else opened.num_tokens
 
     def choice(self, place: int, opened: OpenRequest, index: int, done: CompletionOutput) -> dict[str, Any]:
         choice = self._choice(place, opened, index, done)
@@ -86,7 +86,7 @@ class CompletionJob(Job):
     def _choice(self, place: int, opened: OpenRequest, number: int, delta: Delta | CompletionOutput) -> dict[str, Any]:
         """The choice for a piece of result `number`, or for all of it."""
         request = self.request
-        if self._silent:
+        if self._echo_only:
             delta = replace(
                 delta,
                 text="",
@@ -145,7 +145,7 @@ class CompletionJob(Job):
         prompt, tokenizer, skips = self.request.prompt[place], self.service.tokenizer, self.request.skip_special_tokens
         if isinstance(prompt, str) and skips:
             return prompt
-        if self._silent:
+        if self._echo_only:
             return tokenizer.decode(opened.prompt_ids, skip_special=skips)
         return whole_characters(tokenizer, opened.prompt_ids, skip_special=skips)
 

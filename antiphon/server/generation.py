@@ -1,6 +1,6 @@
 """Runs a job and sends its answer: whole, or as server-sent events.
 
-    request ──► work: open, follow, send ──────────────► answer
+    request ──► work: open, track, send ───────────────► answer
                   ▲ cancelled when the client disconnects, the time limit passes, or the server stops
 
 However it ends, the `with` blocks of the open requests tell the ranks, which free the KV blocks before the next step.
@@ -70,7 +70,7 @@ class Generation(Response):
         if error is not None:
             self._log |= {"status": error.status, "param": error.option}
             if error.status != CLIENT_GONE:
-                await self._tell(error, scope, receive, send)
+                await self._send_error(error, scope, receive, send)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         job, service = self._job, self._service
@@ -80,24 +80,24 @@ class Generation(Response):
                 opened = service.engine.open_all(await job.prompts(), job.params, streaming=job.stream)
             except (OptionError, RequestError) as error:
                 raise job.refusal(error) from None
-            followed = [stack.enter_context(_Followed(one, service, self._arrived_s, self._log)) for one in opened]
+            tracked = [stack.enter_context(_Tracked(one, service, self._arrived_s, self._log)) for one in opened]
             if job.stream:
-                await self._stream(followed, opened, send)
+                await self._stream(tracked, opened, send)
                 return
-            await _together([one.finish() for one in followed])
+            await _run_all([one.finish() for one in tracked])
             # The logprobs of a long prompt are many thousands of objects; encoding them must not stall other requests.
             body = await asyncio.to_thread(job.whole, opened) if job.is_large(opened) else job.whole(opened)
         self._started = True
         await Response(body, media_type="application/json")(scope, receive, send)
 
-    async def _stream(self, followed: Sequence[_Followed], opened: Sequence[OpenRequest], send: Send) -> None:
+    async def _stream(self, tracked: Sequence[_Tracked], opened: Sequence[OpenRequest], send: Send) -> None:
         job = self._job
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": list(_EVENTS)})
 
-        async def pass_on(place: int, one: _Followed) -> None:
+        async def forward(place: int, one: _Tracked) -> None:
             async for item in one.opened:
-                one.saw(item)
+                one.count(item)
                 if job.is_large_piece(place, one.opened, item):
                     events = await asyncio.to_thread(_events_of, job, place, one.opened, item)
                 else:
@@ -105,10 +105,10 @@ class Generation(Response):
                 if events:
                     await send(_part(events))
 
-        await _together([pass_on(place, one) for place, one in enumerate(followed)])
+        await _run_all([forward(place, one) for place, one in enumerate(tracked)])
         await send(_part(job.last_chunks(opened), more=False))
 
-    async def _tell(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_error(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
                 if self._started:
@@ -117,7 +117,7 @@ class Generation(Response):
                     await error.answer()(scope, receive, send)
 
 
-class _Followed:
+class _Tracked:
     """Counts the tokens of an open request. The end of its `with` block cancels what has not finished."""
 
     def __init__(self, opened: OpenRequest, service: Service, arrived_s: float, log: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class _Followed:
         self._service = service
         self._arrived_s = arrived_s
         self._log = log
-        self._heard_s: dict[int, float] = {}  # when the last token arrived, by result
+        self._token_s: dict[int, float] = {}  # when the last token arrived, by result
         self._last_s = 0.0
 
     def __enter__(self) -> Self:
@@ -153,20 +153,20 @@ class _Followed:
 
     async def finish(self) -> None:
         async for item in self.opened:
-            self.saw(item)
+            self.count(item)
 
-    def saw(self, item: StreamItem) -> None:
+    def count(self, item: StreamItem) -> None:
         num_tokens = len(item.delta.token_ids)
         if not num_tokens:
             return
         metrics, at_s = self._service.metrics, item.at_s
-        if not self._heard_s:
+        if not self._token_s:
             metrics.first_token(at_s - self._arrived_s)
             self._log.setdefault("first_token_s", at_s - self._arrived_s)
             num_tokens -= 1
         if num_tokens:
-            metrics.next_tokens(num_tokens, max(0.0, at_s - self._heard_s.get(item.index, self._last_s)))
-        self._heard_s[item.index] = self._last_s = at_s
+            metrics.next_tokens(num_tokens, max(0.0, at_s - self._token_s.get(item.index, self._last_s)))
+        self._token_s[item.index] = self._last_s = at_s
 
 
 def _events_of(job: Job, place: int, opened: OpenRequest, item: StreamItem) -> bytes:
@@ -182,7 +182,7 @@ async def _wait_until_gone(receive: Receive) -> None:
         pass
 
 
-async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def _run_all(works: Sequence[Coroutine[Any, Any, None]]) -> None:
     """Run these concurrently. The first error cancels the others, and is raised."""
     if len(works) == 1:
         await works[0]

@@ -66,7 +66,7 @@ class Guard:
                 answer = ApiError(500, "internal error", remedy="see the server's log").answer()
                 await answer(scope, receive, send_with_id)
         finally:
-            self._tell(scope["path"], {"status": status or CLIENT_GONE} | log, time.monotonic() - arrived_s)
+            self._log_request(scope["path"], {"status": status or CLIENT_GONE} | log, time.monotonic() - arrived_s)
 
     def _check_key(self, header: str) -> None:
         scheme, _, key = header.encode("latin-1").partition(b" ")
@@ -80,7 +80,7 @@ class Guard:
                 headers=_CHALLENGE,
             )
 
-    def _tell(self, path: str, log: dict[str, Any], seconds: float) -> None:
+    def _log_request(self, path: str, log: dict[str, Any], seconds: float) -> None:
         status = log["status"]
         if path in _GENERATING and status >= 400 and "num_prompt" not in log:
             self._service.metrics.rejected(status)

@@ -42,7 +42,7 @@ def reasoning_tags(parser: str) -> ReasoningTags:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class SplitOutput:
     """A piece of an output, or all of it, as its two parts."""
 
     reasoning: str
@@ -59,7 +59,7 @@ class ReasoningSplitter:
         self._at_start = True  # of a part: whitespace there is dropped
         self._held = ""
 
-    def add(self, text: str, *, last: bool = False) -> Said:
+    def add(self, text: str, *, last: bool = False) -> SplitOutput:
         """Take more of the output. last: it is complete."""
         reasoning, content = "", ""
         self._held += text
@@ -82,7 +82,7 @@ class ReasoningSplitter:
                 continue
             reasoning += self._taken(len(self._held) if last else self._num_certain())
             break
-        return Said(reasoning.rstrip() if last and self._inside else reasoning, content)
+        return SplitOutput(reasoning.rstrip() if last and self._inside else reasoning, content)
 
     def _taken(self, num: int) -> str:
         """The next characters, without whitespace at the start of the part."""

@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logit_bias": {"temperature": 0.0, "logit_bias": {"5": 40.0, "17": 39.0}, "max_tokens": 8},
     "stop": {"temperature": 0.0, "stop": " was", "max_tokens": 24},
     "stops": {"temperature": 0.0, "stop": ["zebra", "e", "."], "max_tokens": 24, "min_tokens": 3},
-    "stop is told": {"temperature": 0.0, "stop": [" a"], "include_stop_str_in_output": True, "max_tokens": 24},
+    "stop is included": {"temperature": 0.0, "stop": [" a"], "include_stop_str_in_output": True, "max_tokens": 24},
     "stop_token_ids": {"temperature": 0.0, "stop_token_ids": list(range(300, 700)), "max_tokens": 24},
     "ignore_eos": {"ignore_eos": True, "max_tokens": 60},
     "no limit": {"temperature": 0.0, "stop": ".", "max_tokens": None},
@@ -303,7 +303,7 @@ def test_special_tokens_can_be_left_out(server: ServerProcess) -> None:
     assert answer.choices[0].prompt_token_ids == tokens[1:]
 
 
-def test_tokens_can_be_told_as_ids(server: ServerProcess) -> None:
+def test_tokens_can_be_returned_as_ids(server: ServerProcess) -> None:
     answer = server.client().completions.create(
         model=MODEL, prompt="The ship", max_tokens=3, logprobs=1, extra_body={"return_tokens_as_token_ids": True}
     )

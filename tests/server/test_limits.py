@@ -66,7 +66,7 @@ def wait_until_free(server: ServerProcess, *, within_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def test_the_key_is_needed_and_never_told(strict: ServerProcess) -> None:
+def test_the_key_is_needed_and_never_logged(strict: ServerProcess) -> None:
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"authorization": f"Basic {KEY}"}):
         for path in ("/v1/models", "/v1/nope"):
             answer = strict.get(path, headers=headers)
@@ -133,7 +133,7 @@ def chunks(count: int) -> list[bytes]:
         ("Transfer-Encoding: chunked\r\nExpect: 100-continue", chunks(3)),
     ],
 )
-def test_a_slow_client_is_told_that_its_body_is_too_long(strict: ServerProcess, head: str, parts: list[bytes]) -> None:
+def test_a_slow_client_learns_that_its_body_is_too_long(strict: ServerProcess, head: str, parts: list[bytes]) -> None:
     """A client that is still sending must be able to read the answer; one that asks first need not send its body."""
     answer = raw_answer(strict, head, parts)
     assert answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 413 "), answer

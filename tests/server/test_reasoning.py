@@ -178,7 +178,7 @@ def test_without_a_parser_the_text_is_the_content(thinking: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_and_token_ids_are_told_once(thinking: Tokenizer, stream: bool) -> None:
+def test_logprobs_and_token_ids_are_returned_once(thinking: Tokenizer, stream: bool) -> None:
     fields = {"logprobs": True, "return_token_ids": True}
     choices, _ = answer(thinking, [ANSWER], stream=stream, **fields)
     ids = [*thinking.encode(ANSWER, add_special_tokens=False), EOS]

@@ -216,7 +216,7 @@ def test_other_refusals(server: ServerProcess) -> None:
         assert server.post("/tokenize", json=content).status_code == 400
 
 
-def test_the_place_of_a_wrong_prompt_is_told(server: ServerProcess) -> None:
+def test_an_error_names_the_place_of_the_wrong_prompt(server: ServerProcess) -> None:
     answer = server.post("/v1/completions", json={"prompt": ["fine", "fine", "word " * 5000]})
     error = answer.json()["error"]
     assert "prompt 2 " in error["message"] and error["code"] == "context_length_exceeded"
