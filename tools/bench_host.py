@@ -1,9 +1,9 @@
-"""Host time of each piece of a layer on one CUDA device: what the host spends before the device has the work.
+"""Host time of each piece of a layer on one CUDA device: how long the host takes to launch it.
 
     python -m tools.bench_host
 
-The queue is emptied before each sample and short enough never to be full, so that the host does not wait for the
-device. Prints a table, and one JSON object as the last line. Takes some seconds.
+The device is synchronized before each sample, and a sample is too short to fill the launch queue, so the host never
+waits for the device. Prints a table, and one JSON object as the last line. Takes a few seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from antiphon.models.attention.rope import RopeConfig, rope_angles, rope_tables
 from antiphon.models.checkpoint.dummy_routing import RouteTable, TableRouter
 from antiphon.models.router import Router, RoutingConfig
 
-# The shape of Qwen3-30B-A3B on two ranks, 4096 tokens a lane and rank
+# The shape of Qwen3-30B-A3B on two ranks, 4096 tokens per lane and rank
 TOKENS, HIDDEN, HEADS, KV_HEADS, HEAD, EXPERTS, LOCAL, TOP_K, WIDTH = 4096, 2048, 32, 4, 128, 128, 64, 8, 768
 PROMPT = 1024
 ROUNDS, CALLS, WARMUPS = 12, 8, 3
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def host_us(call: Call) -> tuple[float, float]:
-    """Median and least of the time of one call."""
+    """Median and minimum time of one call."""
     for _ in range(WARMUPS):
         call()
     samples = []
@@ -157,7 +157,7 @@ def pieces() -> dict[str, Call]:
     calls["router by table, first layer"] = by_table(first)
     calls["router by table, later layers"] = by_table(later)
 
-    # ---- rows that travel, and experts
+    # ---- packing and experts
     routes = router.forward(x_TD)
     row_bytes = HIDDEN * 2 + TOP_K * 8
     rows = torch.zeros(2 * TOKENS, row_bytes, dtype=torch.uint8, device="cuda")

@@ -2,9 +2,9 @@
 
     python -m tools.bench_kernels benchmarks/results/kernels.json
 
-Every sample is one call on the device alone: the cache is flushed and the queue filled before it, so that neither a
-warm cache nor the host's launches are in it; the host's own time for the call stands beside. Variants that compete are
-interleaved. Prints a table, and one JSON object as the last line, which is also written to the path. Takes a minute.
+Every sample is one call, timed on the device: the cache is flushed and the queue filled first, so that neither a warm
+cache nor launch latency affects it. Host time is reported separately. Competing variants are interleaved. Prints a
+table, and one JSON object as the last line, which is also written to the path. Takes a minute.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than the host needs to l
 FLUSH_BYTES = 256 << 20  # more than the L2 cache
 
 Call = Callable[[], Any]
-Work = tuple[float, str]  # an amount, and the unit of amount per microsecond times 1e6
+Work = tuple[float, str]  # an amount, and the unit of 1e6 * amount per microsecond
 
 
 def operations(amount: float) -> Work:
@@ -74,7 +74,7 @@ def main(path: Path) -> None:
 
 
 class Timer:
-    """Device time and host time of calls that compete with each other."""
+    """Device time and host time of competing calls."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
@@ -92,9 +92,9 @@ class Timer:
         return begin.elapsed_time(end) * 1e3, host_s * 1e6
 
     def compare(self, title: str, calls: dict[str, Call], work: dict[str, Work]) -> dict[str, Any]:
-        """Median, least and most microseconds of each call, and its rate where the work is known.
+        """Median, minimum and maximum time of each call in microseconds, and its rate if the work is known.
 
-        A call that fails is reported as such: not every backend takes every shape.
+        A call that fails is reported as failed: not every backend supports every shape.
         """
         print(f"\n{title}\n{'':<44}{'us':>9}{'least':>9}{'most':>9}{'host us':>9}")
         results: dict[str, Any] = {}
@@ -161,7 +161,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check() -> dict[str, float]:
-    """Relative errors against float32; raises if one is not that of bfloat16."""
+    """Relative errors against float32. Raises if one exceeds what bfloat16 explains."""
     errors = {}
     gate_up, down = expert_weights()
     wide = gate_up.float(), down.float()

@@ -1,4 +1,4 @@
-"""Draw a recorded serial step above a recorded dual one, and write down the times of all repeats.
+"""Draw a recorded serial step above a recorded dual one, and save the times of all repeats.
 
     python -m tools.draw_overlap docs/overlap.svg benchmarks/results/overlap-cpu-simulated.json
 
@@ -70,7 +70,7 @@ def write_results(path: Path, arms: dict[str, Arm], transport: str) -> None:
     """One JSON object: conditions, and for each arm the step of every repeat."""
     ratio = arms["on"].median_s("time_s") / arms["off"].median_s("time_s")
     result = {
-        "what": "one prefill step, overlap off and on by turns, over a simulated link; the slower rank of each repeat",
+        "what": "one prefill step, overlap off and on interleaved, simulated link; the slower rank of each repeat",
         "date": date.today().isoformat(),
         "device": processor_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

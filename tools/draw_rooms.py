@@ -1,7 +1,7 @@
 """Draw the rooms of the package from its imports: `python tools/draw_rooms.py` writes docs/rooms.svg.
 
-A box is a folder of `antiphon/` with the first sentence of its `__init__.py`. An arrow says "imports". Arrows that
-follow from others are left out (the transitive reduction), because they would hide the shape.
+A box is a folder of `antiphon/` with the first sentence of its `__init__.py`. An arrow means "imports". Arrows
+that follow from others are omitted (transitive reduction), because they would hide the structure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Imports = dict[str, set[str]]
 
 
 def room_imports() -> Imports:
-    """Which rooms each room imports, but for the modules that only keep a former name."""
+    """Which rooms each room imports, ignoring modules that only keep a former name."""
     graph = grimp.build_graph("antiphon")
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     former_names = {entry for contract in contracts for entry in contract.get("ignore_imports", ())}
@@ -45,7 +45,7 @@ def room_imports() -> Imports:
 
 
 def reduce(imports: Imports) -> Imports:
-    """Without the imports that are also a way over other rooms. Raises `ValueError` if rooms import in a circle."""
+    """Remove imports that are also a path through other rooms. Raises `ValueError` for a circular import."""
 
     def below(room: str, path: tuple[str, ...] = ()) -> set[str]:
         if room in path:
@@ -60,7 +60,7 @@ def reduce(imports: Imports) -> Imports:
 
 
 def rows_of(imports: Imports) -> list[list[str]]:
-    """Rooms by the longest way down from them, the highest first."""
+    """Rooms by the length of their longest path down, the highest first."""
 
     def height(room: str) -> int:
         return max((height(other) + 1 for other in imports[room]), default=0)
@@ -72,7 +72,7 @@ def rows_of(imports: Imports) -> list[list[str]]:
 
 
 def with_passes(rows: list[list[str]], imports: Imports) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows with a place for every arrow that passes them, named `from>to`, and the ways of all arrows."""
+    """Rows with a place for every arrow that passes them, named `from>to>row`, and the paths of all arrows."""
     row_of = {room: number for number, row in enumerate(rows) for room in row}
     full = [list(row) for row in rows]
     ways = []
@@ -87,12 +87,12 @@ def with_passes(rows: list[list[str]], imports: Imports) -> tuple[list[list[str]
 
 
 def centres(rows: list[list[str]], ways: Iterable[list[str]]) -> dict[str, float]:
-    """The horizontal centre of each place: rows are sorted by the mean of their neighbours, up and down by turns."""
-    neighbours: dict[str, list[str]] = {name: [] for row in rows for name in row}
+    """The horizontal centre of each place: rows are sorted by the mean of their neighbors, alternating up and down."""
+    neighbors: dict[str, list[str]] = {name: [] for row in rows for name in row}
     for way in ways:
         for first, second in pairwise(way):
-            neighbours[first].append(second)
-            neighbours[second].append(first)
+            neighbors[first].append(second)
+            neighbors[second].append(first)
     place = _spread(rows)
     for sweep in range(SWEEPS):
         above_first = sweep % 2 == 0
@@ -100,7 +100,7 @@ def centres(rows: list[list[str]], ways: Iterable[list[str]]) -> dict[str, float
             side = set(rows[number - 1] if above_first else rows[(number + 1) % len(rows)])
 
             def mean(name: str, side: set[str] = side) -> float:
-                beside = [place[other] for other in neighbours[name] if other in side]
+                beside = [place[other] for other in neighbors[name] if other in side]
                 return sum(beside) / len(beside) if beside else place[name]
 
             row.sort(key=mean)

@@ -1,7 +1,7 @@
 """Write the tables of options in docs/options.md from their declarations.
 
 python -m tools.option_tables            # rewrite docs/options.md
-python -m tools.option_tables --check    # exit code 1 if it is not what the declarations say
+python -m tools.option_tables --check    # exit code 1 if it does not match the declarations
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Write the tables of docs/performance.md from the results, so that no figure there is typed by hand.
+"""Write the tables of docs/performance.md from the results, so that no figure is typed by hand.
 
     python -m tools.performance_tables            # rewrite docs/performance.md
-    python -m tools.performance_tables --check    # exit code 1 if it is not what the results say
+    python -m tools.performance_tables --check    # exit code 1 if it does not match the results
 
-Takes every file of benchmarks/results that `antiphon bench`, tools/prefill_throughput.py or tools/serve_by_turns.py
-wrote; other files there are left alone.
+Reads every file in benchmarks/results that `antiphon bench`, tools/prefill_throughput.py or tools/serve_by_turns.py
+wrote; other files are ignored.
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from antiphon.bench.comm.exchanges import size_text
+from antiphon.bench.overlap.steps import FIGURES
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/performance.md"
 RESULTS = ROOT / "benchmarks/results"
 BEGIN, END = "<!-- tables: written by tools/performance_tables.py -->", "<!-- end of tables -->"
-
-OVERLAP_HEADINGS = ("S/D", "best S/D", "recovered", "efficiency", "attainment")
-OVERLAP_FIGURES = (
-    "serial_over_dual",
-    "best_serial_over_dual",
-    "recovered",
-    "overlap_efficiency",
-    "roofline_attainment",
-)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,7 +48,7 @@ def with_tables(text: str, results: dict[str, dict[str, Any]]) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the document has no {BEGIN!r} with {END!r} behind it; put both in")
+        raise ValueError(f"the document has no {BEGIN!r} followed by {END!r}; add both")
     sections = [section(name, results[name]) for name in results]
     body = "\n\n".join(sections) if sections else "No result is recorded yet."
     return f"{before}{begin}\n\n{body}\n\n{end}{after}"
@@ -114,7 +108,7 @@ def servers_words(result: dict[str, Any]) -> str:
 
 
 def overlap_table(result: dict[str, Any]) -> str:
-    """One row a number of tokens and transport; times in ms, host time in us."""
+    """One row per number of tokens and transport; times in ms, host time in us."""
     rows = []
     for step in result["results"]:
         for name, cell in step["transports"].items():
@@ -125,16 +119,26 @@ def overlap_table(result: dict[str, Any]) -> str:
                     f"{name}{' (best S)' if name == step['best_serial'] else ''}",
                     *(f"{ms[arm]['median']:.2f}" for arm in ("S", "C", "M", "C2")),
                     f"{ms['D']['median']:.2f} ({ms['D']['min']:.2f} to {ms['D']['max']:.2f})",
-                    *(decimal(cell[key]) for key in OVERLAP_FIGURES),
+                    *(decimal(cell[key]) for _, key in FIGURES),
                     f"{host['S']:.0f}, {host['D']:.0f}",
                 ]
             )
-    headings = ["tokens a rank", "transport", "S", "C", "M", "C2", "D", *OVERLAP_HEADINGS, "host S, D"]
+    headings = [
+        "tokens a rank",
+        "transport",
+        "S",
+        "C",
+        "M",
+        "C2",
+        "D",
+        *(heading for heading, _ in FIGURES),
+        "host S, D",
+    ]
     return markdown(headings, rows, num_texts=2)
 
 
 def comm_table(result: dict[str, Any]) -> str:
-    """One row a size and transport; the last columns are overlap efficiencies."""
+    """One row per size and transport; the last columns are overlap efficiencies."""
     bodies = result["options"]["beside"]
     rows = []
     for cell in result["results"]:
@@ -153,14 +157,14 @@ def comm_table(result: dict[str, Any]) -> str:
 
 
 def prefill_table(result: dict[str, Any]) -> str:
-    """One row a setting of overlap."""
+    """One row per setting of overlap."""
     rates = result["tokens_per_s_and_gpu"]
     rows = [[dbo, *(f"{rate[key]:,.0f}" for key in ("median", "worst", "best"))] for dbo, rate in rates.items()]
     return markdown(["dbo", "tokens/s and GPU, median", "worst", "best"], rows, num_texts=1)
 
 
 def dbo_table(result: dict[str, Any]) -> str:
-    """One row a setting of overlap, of one engine or of servers by turns; the ratios are to the first one."""
+    """One row per setting of overlap, for one engine or alternating servers. Ratios are to the first setting."""
     rows = []
     for dbo, figures in result["figures"].items():
         ratios = result["ratios"].get(dbo)
@@ -179,24 +183,17 @@ SECTIONS = {
     "prefill throughput": (prefill_words, prefill_table),
     "serve by turns": (servers_words, dbo_table),
 }
-"""Kind of result -> what was measured, in words beside the conditions that all have, and the table."""
+"""Kind of result -> a description of what was measured, and the table."""
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int) -> str:
-    """A table whose first columns are texts and the others numbers, set to the right."""
+    """A table whose first columns are text and whose other columns are right-aligned numbers."""
     rule = ["---"] * num_texts + ["---:"] * (len(headings) - num_texts)
     return "\n".join("| " + " | ".join(row) + " |" for row in [headings, rule, *rows])
 
 
 def decimal(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def size_text(num_bytes: int) -> str:
-    for unit, name in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
-        if num_bytes % unit == 0:
-            return f"{num_bytes // unit}{name}"
-    return str(num_bytes)
 
 
 if __name__ == "__main__":

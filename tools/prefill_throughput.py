@@ -1,21 +1,20 @@
-"""Prefill tokens per second and GPU of the whole engine: dummy weights, random prompts, one token of output each.
+"""Prefill tokens per second and GPU of the whole engine: dummy weights, random prompts, one output token each.
 
     python -m tools.prefill_throughput qwen3-30b-a3b --ranks 2 --transport auto --json out.json
 
-With several ranks, overlap off and on take turns in one run. Prints one JSON object as its last line.
+With several ranks, runs with overlap off and on are interleaved. Prints one JSON object as its last line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 from antiphon import LLM, SamplingParams
+from antiphon.bench.conditions import check_writable, conditions, write_json
 from antiphon.device.table import rank_device
 from antiphon.machine.versions import versions
 
@@ -27,14 +26,15 @@ def main() -> None:
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--no-peer-access", action="store_true")
     parser.add_argument("--num-layers", type=int)
-    parser.add_argument("--prompts", type=int, default=64, help="for each GPU")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt")
-    parser.add_argument("--batched-tokens", type=int, default=8192, help="of one step on one GPU")
+    parser.add_argument("--prompts", type=int, default=64, help="per GPU")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per prompt")
+    parser.add_argument("--batched-tokens", type=int, default=8192, help="per step and GPU")
     parser.add_argument("--routing", default="uniform")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    check_writable(options.json, "json")
 
     llm = LLM(
         options.model,
@@ -66,17 +66,16 @@ def main() -> None:
                 outputs = llm.generate(prompts, params)
                 seconds = time.perf_counter() - start
                 tokens[dbo] = [output.token_ids for output in outputs]
-                if repeat:  # the first one warms up
+                if repeat:  # the first one is a warm-up
                     rates.append(options.prompts * options.length / seconds)
         stats = llm.stats()
         equal = sum(a == b for a, b in zip(tokens["off"], tokens.get("on", tokens["off"]), strict=True))
+    where = [{"device": rank_device(kind, rank).describe(), "versions": versions()} for rank in range(options.ranks)]
+    recorded = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     result = {
         "bench": "prefill throughput",
         "what": "prefill tokens per second and GPU, from LLM.generate to its return",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "devices": [rank_device(kind, rank).describe() for rank in range(options.ranks)],
-        "versions": versions(),
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        **conditions(where, recorded),
         "transport": stats.transport,
         "steps_by_plan": stats.steps_by_plan,
         "kv_cache": stats.kv_cache,
@@ -90,10 +89,7 @@ def main() -> None:
             for dbo, rates in arms.items()
         },
     }
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write_json(result, options.json)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m tools.profile_steps deepseek-v2-lite --transport host-staged --tokens 8192 --no-peer-access
 
-For every rank and arm, of the compute stream: how long its kernels ran, and how long it stood still, told apart by what
-came after the gap: a kernel that the host had not launched yet when the gap began (the host was late), or one that was
-launched and waited (for an arrival). Kernels whose time grew most from C2 to D are named. Needs GPUs.
+For every rank and arm it prints how long the kernels of the compute stream ran and how long the stream was idle. Idle
+time is split by the kernel after the gap: either the host launched it after the gap began (the host was late), or it
+was already launched and waited for an arrival. The kernels with the longest total time are named. Needs GPUs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections import defaultdict
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from antiphon.bench.overlap.rank import HasModules, Trial, use_transport
+from antiphon.bench.overlap.rank import Trial, use_transport
 from antiphon.bench.overlap.steps import OverlapOptions
 from antiphon.bench.parts import TransportPart, part_of
 from antiphon.bench.ranks import run_on_ranks
@@ -86,9 +86,9 @@ def profile_arms(group: RankGroup, device: torch.device, options: dict[str, Any]
     for arm, (num_lanes, part) in _PARTS.items():
         parts = trial.parts(options["tokens"][0], num_lanes)
         for turn in range(_ROUNDS):
-            use_transport(cast("HasModules", trial.model), transport)
+            use_transport(trial.model, transport)
             trial.run_step(parts)  # leaves rows in the buffers for C2
-            use_transport(cast("HasModules", trial.model), part_of(transport, part))
+            use_transport(trial.model, part_of(transport, part))
             torch.cuda.synchronize()
             group.all_gather_object(turn)
             if turn < _ROUNDS - 1:

@@ -1,10 +1,10 @@
-"""What a client sees with overlap off and on: servers by turns, the load of `antiphon bench serve` on each.
+"""What a client sees with overlap off and on: alternating servers, each under the load of `antiphon bench serve`.
 
     python -m tools.serve_by_turns qwen3-30b-a3b --json out.json --ranks 2 --load-format dummy --no-prefix-caching
 
-Other words than those of its own options go to `antiphon serve`. A round starts a server with `--dbo off` and one with
-`--dbo on` (the next round the other way about), and puts `--runs` loads on each, every one with other prompts; ratios
-are those of loads with the same place in the same round. Prints one JSON object as its last line.
+Unknown options are passed on to `antiphon serve`. A round starts a server with `--dbo off` and one with `--dbo on` (the
+next round in reverse order) and runs `--runs` loads on each, all with different prompts. Ratios compare loads at the
+same position of the same round. Prints one JSON object as its last line.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 @contextmanager
 def server(words: list[str]) -> Iterator[str]:
-    """A server that is ready, by its address; its log goes to stderr. Raises `SystemExit` if none gets ready."""
+    """The URL of a server that is ready; its log goes to stderr. Raises `SystemExit` if it does not get ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "antiphon.cli", "serve", *words, "--port", str(port)]
@@ -79,7 +79,9 @@ def server(words: list[str]) -> Iterator[str]:
         try:
             while not is_ready(url):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"no server after {_START_S:g} s or its end; what ran was {' '.join(command)}")
+                    raise SystemExit(
+                        f"the server ended or was not ready after {_START_S:g} s; the command was {' '.join(command)}"
+                    )
                 time.sleep(0.2)
             yield url
         finally:
@@ -98,7 +100,7 @@ def is_ready(url: str) -> bool:
 
 
 def one_load(url: str, options: argparse.Namespace, *, seed: int) -> dict[str, Any]:
-    """Figures of one load. Raises `SystemExit` if a request failed: half a load is faster than a whole one."""
+    """Figures of one load. Raises `SystemExit` if a request failed, because a partial load is faster."""
     workload = Workload(
         num_prompts=options.num_prompts,
         input_len=options.input_len,
@@ -120,7 +122,7 @@ def to_result(options: argparse.Namespace, words: list[str], runs: dict[str, lis
     told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     return {
         "bench": "serve by turns",
-        "what": "servers with overlap off and on by turns, the same kind of load on each, as an HTTP client sees it",
+        "what": "alternating servers with overlap off and on, the same kind of load on each, as an HTTP client sees it",
         **conditions(where, told | {"serve": words, "repeats": len(runs[MODES[0]])}),
         "model": options.model,
         **compare_modes(runs),

@@ -3,8 +3,8 @@
     device   ...idle | start event | the arm's work            | stop event
     host     meet    | queue it    | (host time ends here) ... | wait
 
-The ranks meet through the CPU's group, so the device is idle when the arm starts, and a rank that is late shows in the
-times of the others. Knows nothing of what an arm does.
+The ranks meet on the CPU, so the device is idle when the arm starts, and a late rank shows up in the times of the
+others. The clock knows nothing about what an arm does.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Timed(Generic[T]):
 
     result: T
     elapsed_ms: float  # on the device
-    host_ms: float  # until the host had queued it; on the CPU the same
+    host_ms: float  # until the host has queued it; the same on the CPU
 
 
 class ArmClock:
-    """The clock of one rank. Every rank times the same arms in the same order."""
+    """The clock of one rank. Every rank must time the same arms in the same order."""
 
     def __init__(self, group: RankGroup, device: torch.device) -> None:
         self._group = group
@@ -57,11 +57,11 @@ class ArmClock:
 def meet(group: RankGroup) -> None:
     """Wait on the host until all ranks have arrived."""
     if group.size > 1:
-        mine = torch.zeros(1, dtype=torch.int64)
-        group.all_gather(torch.empty(group.size, dtype=torch.int64), mine, "the start of an arm").wait()
+        token = torch.zeros(1, dtype=torch.int64)
+        group.all_gather(torch.empty(group.size, dtype=torch.int64), token, "the start of an arm").wait()
 
 
 def tell(group: RankGroup, text: str) -> None:
-    """A line of progress on stderr, from rank 0 alone, with the seconds since this module was loaded."""
+    """Print a line of progress on stderr, on rank 0 only, with the seconds since this module was loaded."""
     if group.rank == 0:
         print(f"{time.perf_counter() - _LOADED_S:7.1f} s: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What benchmarks share around a measurement: parsing options, choosing transports, recording the conditions."""
+"""What the benchmarks share: parsing options, choosing transports, recording the conditions of a result."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def check_ranks(ranks: int) -> None:
 
 
 def resolve_measured_device(device: str, ranks: int, kinds: Sequence[str]) -> str:
-    """The kind of device to measure on. kinds: those that the benchmarks have sizes for.
+    """The kind of device to measure on. kinds: those for which the benchmarks have sizes.
 
-    Raises `OptionError` for another kind: figures of generic:cuda would be read as CUDA's.
+    Raises `OptionError` for other kinds: figures of generic:cuda would be mistaken for CUDA's.
     """
     kind, _ = resolve_device(device, ranks)
     if kind not in kinds:
         raise OptionError(
             f"benchmarks do not run on device={kind!r}",
-            limit=f"they measure {' and '.join(kinds)}",
+            limit=f"they run on {' and '.join(kinds)}",
             remedy=f"use one of {', '.join(kinds)}",
             option="device",
             value=kind,
@@ -40,7 +40,7 @@ def resolve_measured_device(device: str, ranks: int, kinds: Sequence[str]) -> st
 
 
 def resolve_transports(text: str | None, *, device: str, ranks: int, peer_access: bool) -> list[str]:
-    """The transports asked for, or all that this machine can use. Raises `OptionError` for an unknown name."""
+    """The requested transports, or all that this machine can use. Raises `OptionError` for an unknown name."""
     if text is None:
         return _usable(device, ranks, peer_access)
     names = parse_names(text, "transports")
@@ -50,14 +50,14 @@ def resolve_transports(text: str | None, *, device: str, ranks: int, peer_access
 
 
 def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
-    """The transports that `antiphon doctor` calls usable, without those for tests."""
+    """The transports that `antiphon doctor` reports as usable, except those for tests."""
     from antiphon.comm import usable_transports
-    from antiphon.machine.probe import examine_machine  # asks the machine, for seconds
+    from antiphon.machine.probe import examine_machine  # takes seconds
 
     judged = usable_transports(examine_machine(), ranks=ranks, device_kind=device, peer_access=peer_access)
     names = [found.name for found in judged if found.usable and found.name not in ("local", "simulated")]
     if "copy-engine" in names:
-        names.insert(names.index("copy-engine"), "nccl-zero-cta")  # a baseline, which needs the same of the machine
+        names.insert(names.index("copy-engine"), "nccl-zero-cta")  # a baseline with the same requirements
     if not names:
         why = "; ".join(f"{found.name}: {found.reason}" for found in judged)
         raise OptionError(
@@ -69,12 +69,12 @@ def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
 
 
 def parse_names(text: str, option: str, valid: Sequence[str] | None = None) -> list[str]:
-    """Different words separated by commas. Raises `OptionError` for none, a repeated one, or one not in `valid`."""
+    """Distinct names separated by commas. Raises `OptionError` for none, a repeated one, or one not in `valid`."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise OptionError(
-            f"--{option} {text!r} is not a list of different names",
-            remedy="separate them by commas",
+            f"--{option} {text!r} is not a list of distinct names",
+            remedy="separate them with commas",
             option=option,
         )
     for name in names:
@@ -104,14 +104,14 @@ def parse_numbers(text: str, option: str) -> list[float]:
 
 
 def parse_sizes(text: str, option: str = "sizes") -> list[int]:
-    """Bytes from `4K,1M`, or from a range `4K..512M` in steps of 4x, end included. Raises `OptionError`."""
+    """Bytes from `4K,1M`, or from a range `4K..512M` in steps of 4x, including its end. Raises `OptionError`."""
     sizes: list[int] = []
     for name in parse_names(text, option):
         first, dots, last = name.partition("..")
         size, end = _size(first, option), _size(last if dots else first, option)
         if end < size:
             raise OptionError(
-                f"--{option} {name} ends before it begins", remedy="write the smaller size first", option=option
+                f"--{option} {name} has its larger size first", remedy="write the smaller size first", option=option
             )
         while size < end:
             sizes.append(size)
@@ -130,7 +130,7 @@ def _size(text: str, option: str) -> int:
 
 
 def conditions(results: Sequence[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
-    """The part of a result that says where, when and how it was measured, with devices and versions of all ranks."""
+    """The part of a result that says where, when and how it was measured. results: one per rank."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "devices": [result["device"] for result in results],
@@ -140,7 +140,7 @@ def conditions(results: Sequence[dict[str, Any]], options: dict[str, Any]) -> di
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Make the folder and try to open the file, before something is measured for it; the file stays as it was.
+    """Create the folder and try to open the file, before anything is measured. The file is left as it was.
 
     Raises `OptionError` if it cannot be written.
     """
@@ -149,7 +149,7 @@ def check_writable(path: Path | None, option: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_fifo():
-            return  # opening and closing a pipe would end it
+            return  # opening and closing a pipe would end its stream
         is_new = not path.exists()
         path.open("ab").close()
         if is_new:
@@ -161,11 +161,11 @@ def check_writable(path: Path | None, option: str) -> None:
 
 
 def write_json(result: dict[str, Any], path: Path | None) -> None:
-    """Print the result as the last line, and write it indented to `path`. Numbers get 6 digits."""
+    """Print the result as the last line, and write it indented to `path`. Floats are rounded to 6 digits."""
     result = _rounded(result)
     try:
         print(json.dumps(result, allow_nan=False), flush=True)
-    finally:  # if one of the two cannot be written, the other still is
+    finally:  # if one of the two fails, the other is still written
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,16 +1,17 @@
 """`antiphon bench dbo`: the same load with overlap off and on, interleaved, in one engine.
 
-    round 1   off  on      every run has prompts of the same lengths, but other ids, so that no run finds the texts
-    round 2   on   off     of another one in the prefix cache; the first round warms up and does not count
+    round 1   off  on      every run has prompts of the same lengths but with other ids, so that no run finds the
+    round 2   on   off     prompts of another in the prefix cache; the first round is a warm-up and does not count
     ...
 
-The engine is that of the server, without HTTP: what is measured is what overlap does, not what the frontend does.
+The engine is the server's, without HTTP: the benchmark measures overlap, not the HTTP frontend.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf, isfinite
@@ -43,15 +44,15 @@ _FIGURES = {
     "mean_e2el_ms": "mean latency (ms)",
 }
 
-_TOLD = ("num_prompts", "input_len", "output_len", "range_ratio", "vocab_size", "seed")
+_RECORDED = ("num_prompts", "input_len", "output_len", "range_ratio", "vocab_size", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DboOptions:
-    """The load, and what to compare. Raises `OptionError` for what cannot be.
+    """The load and the modes to compare. Raises `OptionError` for invalid ones.
 
-    modes: values of `dbo`, the first one is what the others are compared with. repeats: runs of each that count.
-    capacity_share: instead of a request rate, this share of what the first mode answers when all are sent at once.
+    modes: values of `dbo`; the others are compared with the first one. repeats: runs of each mode after the warm-up.
+    capacity_share: instead of a request rate, this share of the first mode's throughput when all are sent at once.
     """
 
     workload: Workload = field(default_factory=Workload)
@@ -69,21 +70,21 @@ class DboOptions:
         if len(set(self.modes)) < max(2, len(self.modes)):
             raise OptionError(
                 f"--modes {','.join(self.modes)} compares nothing",
-                remedy="use two different ones or more",
+                remedy="use two or more different modes",
                 option="modes",
             )
         if self.capacity_share is not None and (not self.capacity_share > 0 or isfinite(self.request_rate)):
             raise OptionError(
-                f"--capacity-share {self.capacity_share:g} and --request-rate {self.request_rate:g} do not fit",
-                remedy="give a share above 0 and no rate",
+                f"--capacity-share {self.capacity_share:g} and --request-rate {self.request_rate:g} cannot be combined",
+                remedy="pass a share above 0 and no rate",
                 option="capacity-share",
             )
-        rate = self.request_rate if self.capacity_share is None else 1.0  # that rate is measured
+        rate = self.request_rate if self.capacity_share is None else 1.0  # the rate is only known after a measurement
         arrival_times(self.workload.num_prompts, rate, burstiness=self.burstiness, seed=self.workload.seed)
 
 
 def run_dbo(config: EngineConfig, options: DboOptions, *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Start the engine, make all runs, end it; the result can be written as JSON.
+    """Start the engine, do all runs and shut it down. The result can be written as JSON.
 
     Raises as `AsyncEngine` does, and `RequestError` if the load's requests do not fit the model.
     """
@@ -97,11 +98,11 @@ def run_dbo(config: EngineConfig, options: DboOptions, *, say: Callable[[str], N
 async def _run(engine: AsyncEngine, options: DboOptions, say: Callable[[str], None]) -> dict[str, Any]:
     engine.attach()
     try:
-        # Of all ids: the more there are, the more evenly tokens spread over the experts.
+        # Use the whole vocabulary: the more ids there are, the more evenly tokens spread over the experts.
         options = replace(options, workload=replace(options.workload, vocab_size=engine.config.model.vocab_size))
         if options.capacity_share is not None:
             rate = options.capacity_share * await _capacity(engine, options)
-            say(f"request rate: {rate:.2f}/s, {options.capacity_share:g} of the capacity of dbo {options.modes[0]}")
+            say(f"request rate: {rate:.2f}/s, {options.capacity_share:g} of the capacity with dbo {options.modes[0]}")
             options = replace(options, request_rate=rate, capacity_share=None)
         if "auto" in options.modes:
             say(f"dbo auto: {engine.config.resolve_policy(replace(engine.config.options.policy, dbo='auto')).reason}")
@@ -121,7 +122,7 @@ async def _run(engine: AsyncEngine, options: DboOptions, say: Callable[[str], No
 
 
 async def _capacity(engine: AsyncEngine, options: DboOptions) -> float:
-    """Requests/s of the first mode when all are sent at once. The first of two runs is the warm-up."""
+    """Requests/s of the first mode when all are sent at once, after one warm-up run."""
     at_once = replace(options, capacity_share=None)
     for number in (-2, -1):
         run = await _one_run(engine, at_once, options.modes[0], number=1_000_000 + number)
@@ -157,7 +158,7 @@ async def _ask_engine(engine: AsyncEngine, ask: Ask) -> Answered:
     params = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True, temperature=0.0)
     with engine.open(ask.prompt, params) as request:
         async for item in request:
-            # The arrival of the tokens; this task may have been woken later. Both clocks run alike.
+            # When the tokens arrived; this task may have been woken later. Both clocks run at the same speed.
             now = time.perf_counter() - (time.monotonic() - item.at_s)
             if not item.delta.token_ids:
                 continue
@@ -168,9 +169,8 @@ async def _ask_engine(engine: AsyncEngine, ask: Ask) -> Answered:
 
 
 def _grown(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], name: str) -> dict[str, int]:
-    """The counts of rank 0 since `before`. All ranks have the same."""
-    grown = {key: count - before[0][name].get(key, 0) for key, count in after[0][name].items()}
-    return {key: count for key, count in grown.items() if count}
+    """How much the counts of rank 0 have grown since `before`. All ranks have the same counts."""
+    return dict(Counter(after[0][name]) - Counter(before[0][name]))
 
 
 def compare_modes(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def compare_modes(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             mode: {name: Summary.of([run[name] for run in made]).to_dict() for name in _FIGURES}
             for mode, made in runs.items()
         },
-        # Each pair of runs has its own ratio: what slows the machine for a while slows both.
+        # Each pair of runs has its own ratio, because a slow phase of the machine affects both.
         "ratios": {
             mode: {
                 name: Summary.of([run[name] / base[name] for base, run in made if base[name]] or [0.0]).to_dict()
@@ -196,7 +196,7 @@ def compare_modes(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def _result(engine: AsyncEngine, options: DboOptions, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     config = engine.config
-    told = {name: value for name, value in asdict(options.workload).items() if name in _TOLD} | {
+    recorded = {name: value for name, value in asdict(options.workload).items() if name in _RECORDED} | {
         "request_rate": options.request_rate if isfinite(options.request_rate) else "inf",
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
@@ -207,8 +207,8 @@ def _result(engine: AsyncEngine, options: DboOptions, runs: dict[str, list[dict[
     where = {"device": config.device_name or config.device_kind, "versions": versions()}
     return {
         "bench": "dbo",
-        "what": "one load on one engine with overlap off and on by turns, as the server runs it, without HTTP",
-        **conditions([where] * config.options.ranks, told),
+        "what": "one load on one engine, overlap off and on interleaved, as the server runs it, without HTTP",
+        **conditions([where] * config.options.ranks, recorded),
         "model": config.options.model,
         "load_format": config.options.load_format,
         "num_layers": config.options.num_layers,
@@ -223,12 +223,11 @@ def _result(engine: AsyncEngine, options: DboOptions, runs: dict[str, list[dict[
 
 
 def _sum(counts: Sequence[dict[str, int]]) -> dict[str, int]:
-    names = dict.fromkeys(name for one in counts for name in one)
-    return {name: sum(one.get(name, 0) for one in counts) for name in names}
+    return dict(sum(map(Counter, counts), Counter()))
 
 
 def print_dbo(result: dict[str, Any], console: Console) -> None:
-    """Print medians with minimum and maximum of the runs, and the ratio to the first mode."""
+    """Print median, minimum and maximum over the runs, and the ratios to the first mode."""
     first, *others = result["figures"]
     repeats = result["options"]["repeats"]
     table = Table(
@@ -245,7 +244,7 @@ def print_dbo(result: dict[str, Any], console: Console) -> None:
         table.add_column(f"{mode} / {first}", justify="right")
     for name, text in _FIGURES.items():
         if not any(result["figures"][mode][name]["max"] for mode in (first, *others)):
-            continue  # nothing of the kind: with one token a request there is no time between tokens
+            continue  # does not exist: with one token per request there is no time between tokens
         cells = [_cell(result["figures"][mode][name], 2) for mode in (first, *others)]
         cells += [_cell(result["ratios"][mode][name], 3) for mode in others]
         table.add_row(text, *cells)

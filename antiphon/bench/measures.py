@@ -1,9 +1,9 @@
-"""Figures of a step from its times, as pure functions. docs/glossary.md defines them.
+"""Pure functions that derive the figures of a step from its times. docs/glossary.md defines them.
 
     S   serial           C   compute only, serial      M   communication only
     D   with overlap     C2  compute only, split
 
-Times are in any one unit. A figure whose denominator is not positive does not exist: `None`.
+Times may have any unit, the same for all. A figure whose denominator is not positive is `None`.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class StepTimes:
 
 
 def slowest_rank(values_by_rank: Sequence[Sequence[float]]) -> list[float]:
-    """The time of the slowest rank in every repeat: a step ends when its last rank does."""
+    """The time of the slowest rank in each repeat, because a step ends when its last rank does."""
     return [max(values) for values in zip(*values_by_rank, strict=True)]
 
 
 def overlap_efficiency(compute: float, communication: float, both: float) -> float | None:
-    """(C2 + M - D) / min(C2, M): 1 if the shorter of the two is hidden behind the longer, 0 if nothing is.
+    """(C2 + M - D) / min(C2, M): 1 if the shorter of the two is hidden completely, 0 if nothing is.
 
-    More than 1 if the two together are faster than the longer one alone, which noise can do.
+    Above 1 if both together take less time than the longer one alone, which noise can cause.
     """
     return _ratio(compute + communication - both, min(compute, communication))
 
 
 def step_figures(times: StepTimes, *, best_serial: float) -> dict[str, float | None]:
-    """The glossary's figures of S, C, C2, M and D. best_serial: the smallest S of all transports."""
+    """The figures that the glossary defines on S, C, C2, M and D. best_serial: the smallest S of all transports."""
     longer = max(times.C2, times.M)
     return {
         "serial_over_dual": _ratio(times.S, times.D),
@@ -68,7 +68,7 @@ def step_figures(times: StepTimes, *, best_serial: float) -> dict[str, float | N
 
 
 def gigabytes_per_s(num_bytes: float, time_ms: float) -> float | None:
-    """Gigabytes of 10^9 bytes per second."""
+    """Bandwidth in units of 10^9 bytes per second."""
     return _ratio(num_bytes * 1e-6, time_ms)
 
 

@@ -1,10 +1,10 @@
-"""Parts of a transport that run alone, to be measured: its computation, and its communication.
+"""Runs one part of a transport alone, to measure it: its computation or its communication.
 
     part_of(transport, TransportPart.COMPUTE_ONLY)
 
-A part takes the counts of the lane's last whole exchange and whatever the buffers hold, so its results mean nothing:
-run the same lanes over the whole transport once before. Nothing orders a run of one part against another; before you
-change the part, let the device finish and all ranks meet.
+A part reuses the counts of the lane's last whole exchange and whatever is in the buffers, so its results are
+meaningless. Run the same lanes over the whole transport first. Runs of different parts are not ordered against each
+other: before you switch parts, synchronize the device and let all ranks meet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from antiphon.core.errors import OptionError
 
 
 class TransportPart(Enum):
-    """What of a transport runs."""
+    """Which part of a transport runs."""
 
     WHOLE = "whole"
     COMPUTE_ONLY = "compute only"  # planning, packing and local sums; no copies over the link, no flags, no waits
@@ -30,7 +30,7 @@ class TransportPart(Enum):
 
 
 def part_of(transport: Transport, part: TransportPart) -> Transport:
-    """A transport that runs only this part of `transport`. Raises `OptionError` for one that is not made of steps."""
+    """A transport that runs only this part of `transport`. Raises `OptionError` if it is not a `StepwiseTransport`."""
     if part is TransportPart.WHOLE or isinstance(transport, LocalTransport):
         return transport
     if isinstance(transport, SimulatedTransport):
@@ -48,7 +48,7 @@ def part_of(transport: Transport, part: TransportPart) -> Transport:
 
 
 class _Part(Transport):
-    """Runs beside the transport that it belongs to; it has lanes' phases of its own, but no buffers."""
+    """A part of the transport `whole`. It tracks the phases of its own lanes, but uses the buffers of `whole`."""
 
     name = "part"
 
@@ -62,7 +62,7 @@ class _Part(Transport):
         return self.whole.data_path
 
     def _last(self, lane: int, num_tokens: int) -> Any:
-        """The exchange whose counts are used."""
+        """The lane's last whole exchange, whose counts are reused."""
         exchange = self.whole.exchanges[lane]
         if exchange is None or exchange.num_tokens != num_tokens:
             before = "none" if exchange is None else f"{exchange.num_tokens} tokens"

@@ -1,9 +1,9 @@
-"""Runs one function on several ranks, a process each, and brings home what it returns, without an engine.
+"""Runs one function on several ranks, each in its own process, and collects the results. Needs no engine.
 
     results = run_on_ranks("package.module:function", ranks=2, device="cpu", options={"repeats": 3})
 
-The function gets a connected `RankGroup`, its device and the options; options and results are JSON. No process outlives
-the call, nor the process that called. Rank r on CUDA uses the device cuda:r.
+The function gets a connected `RankGroup`, its device and the options. Options and results are JSON. No process outlives
+the call or the calling process. On CUDA, rank r uses the device cuda:r.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from antiphon.launch import LocalLauncher, Place, RankProcesses, end_with_launch
 
 _TASK_FILE = "task.json"
 _PROGRESS_FILE = "progress"
-_LAST_WORDS = 4000
+_MOST_OUTPUT = 4000  # characters of each rank in an error
 _OWN_ERRORS: dict[str, type[AntiphonError]] = {"OptionError": OptionError, "ModelError": ModelError}
 
 
 class RanksError(AntiphonError, RuntimeError):
-    """A rank raised, died or did not end in time; the message holds what each rank had to say."""
+    """A rank raised, died or did not end in time. The message contains the output of each rank."""
 
 
 def run_on_ranks(
@@ -40,10 +40,10 @@ def run_on_ranks(
     limit_s: float = 3600.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Call `module:function` with (group, device, options) on every rank; the results in order of rank.
+    """Call `module:function` with (group, device, options) on every rank. Returns the results in rank order.
 
-    device: "cpu" or "cuda". timeout_s: longest wait of a rank for a peer. limit_s: everything is killed after it.
-    environment: added to that of the ranks. Rank 0 may write to this process's stderr: progress, for instance.
+    device: "cpu" or "cuda". timeout_s: how long a rank waits for a peer. limit_s: everything is killed after this time.
+    environment: variables to add for the ranks. Rank 0 writes to this process's stderr, for example its progress.
     Raises `OptionError` or `ModelError` if a rank did, else `RanksError` with the tracebacks of the ranks.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
@@ -67,7 +67,7 @@ def _read_result(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _error(what: str, processes: RankProcesses) -> AntiphonError:
-    """The rank's own error if it is the user's to mend, else all that the ranks said."""
+    """A rank's own error if the user can fix it, else a `RanksError` with the output of all ranks."""
     results = [_read_result(processes.folder, rank) for rank in range(processes.size)]
     for result in results:
         if result.get("kind") in _OWN_ERRORS:
@@ -75,7 +75,7 @@ def _error(what: str, processes: RankProcesses) -> AntiphonError:
     reports = []
     for rank, result in enumerate(results):
         said = result.get("traceback") or ("(returned)" if "returned" in result else "(no result)")
-        printed = processes.output(rank)[-_LAST_WORDS:].strip()
+        printed = processes.output(rank)[-_MOST_OUTPUT:].strip()
         reports.append(f"--- rank {rank}, exit code {processes.exit_code(rank)}\n{said.strip()}\n{printed}".rstrip())
     return RanksError("\n".join([what, *reports]))
 
@@ -88,10 +88,8 @@ def _call(place: Place) -> Any:
     module_name, _, name = task["function"].partition(":")
     function = getattr(import_module(module_name), name)
 
-    from antiphon.comm import (  # here, so that the watch of the parent is up before torch is loaded
-        ProgressBoard,
-        RankGroup,
-    )
+    # Imported late, so that the parent is watched before torch is loaded.
+    from antiphon.comm import ProgressBoard, RankGroup
     from antiphon.device.table import rank_device
 
     device = rank_device(task["device"], place.rank)
@@ -104,7 +102,7 @@ def _call(place: Place) -> Any:
         board=ProgressBoard(place.folder / _PROGRESS_FILE, size=place.size),
     )
     result = function(group, device.torch_device, task["options"])
-    group.close()  # not after an error: the process ends, and its watch may be needed until then
+    group.close()  # not after an error: until the process ends, its watch may be needed
     return result
 
 
@@ -114,7 +112,7 @@ def _main() -> int:
     try:
         _write_result(place, json.dumps({"returned": _call(place)}))
     except BaseException as error:
-        # Written before the frames of the traceback go, and with them transports that may wait for their device.
+        # Write before the traceback's frames are released: they hold transports, which may wait for their device.
         _write_result(place, _failure(error))
         os._exit(1)
     return 0
@@ -136,4 +134,4 @@ if __name__ == "__main__":
     exit_code = _main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(exit_code)  # torch takes a second to unload
+    os._exit(exit_code)  # skips the second that unloading torch takes

@@ -201,11 +201,12 @@ def test_requests_do_not_wait_for_answers_unless_told_to() -> None:
 
 
 def test_what_fails_is_counted_and_told_and_is_in_no_figure() -> None:
-    fails = {0: "status", 2: "event", 4: "cut"}
+    fails = {0: "event", 1: "cut", 2: "status", 4: "status"}
     with FakeServer(first_s=0.01, gap_s=0.01, fail=fails).running() as fake:
         result = run_serve(ServeOptions(base_url=fake.url, workload=SMALL, max_concurrency=1))
-    assert (result["completed"], result["failed"]) == (3, 3)
-    assert result["total_output_tokens"] == 15
+    assert (result["completed"], result["failed"]) == (2, 4)
+    assert result["total_output_tokens"] == 10
+    assert list(result["failures"].values()) == [2, 1, 1]
     told = " ".join(result["failures"])
     assert "HTTP 429" in told and "rank 1 ended" in told and "without [DONE]" in told
 

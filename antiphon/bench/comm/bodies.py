@@ -1,9 +1,9 @@
 """The computation beside an exchange: grouped GEMMs, a dense GEMM, causal attention.
 
-A body computes any number of units, `UNITS` of them in one launch and the rest in a smaller one, so that it can be made
-about as long as an exchange. Inputs are made once; results are thrown away.
+A body computes any number of units, `UNITS` per launch and the rest in a smaller launch, so that its duration can be
+matched to an exchange. Inputs are created once; results are discarded.
 
-Shapes: `X` rows, `E` experts, `D` hidden size, `N` outputs, `H` heads, `S` tokens of a text.
+Shapes: `X` rows, `E` experts, `D` hidden size, `N` outputs, `H` heads, `S` tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from antiphon.device.table import device_of
 from antiphon.kernels.grouped_experts import grouped_product
 
 UNITS = 16
-"""Units of one launch."""
+"""Units per full launch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """`launch(units)` queues 1 to `UNITS` units on the stream that is current."""
+    """`launch(units)` queues 1 to `UNITS` units on the current stream."""
 
     name: str
-    size: str  # of one whole launch, for the record
+    size: str  # of one full launch, for the result
     launch: Callable[[int], object]
 
     def run(self, units: int) -> None:
@@ -40,7 +40,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """The sizes of a whole launch."""
+    """The sizes of a full launch."""
 
     grouped: tuple[int, int, int, int]  # X, E, D, N
     dense: tuple[int, int, int]  # X, D, N
@@ -54,7 +54,7 @@ _CPU = _Sizes(grouped=(128, 4, 64, 64), dense=(128, 64, 64), attention=(16, 32, 
 
 
 def make_body(name: str, device: torch.device, *, seed: int = 0) -> Body:
-    """The body of this name on `device`: bfloat16; on the CPU float32 and small."""
+    """The named body on `device`: in bfloat16, or small and in float32 on the CPU."""
     owner = device_of(device)
     sizes, dtype = _GPU if owner.own_memory else _CPU, owner.default_dtype
     generator = torch.Generator(device).manual_seed(seed)

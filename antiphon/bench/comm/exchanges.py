@@ -1,6 +1,6 @@
-"""`antiphon bench comm`: how fast tokens travel, alone and beside computation, by every transport.
+"""`antiphon bench comm`: how fast each transport moves tokens, alone and beside computation.
 
-Only the link part of the transports runs: copies, flags and waits. The ranks' side is in `rank`.
+Only the link part of the transports runs: copies, flags and waits. What each rank runs is in `rank`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def run_comm(options: CommOptions) -> dict[str, Any]:
     return {
         "bench": "comm",
         "what": (
-            "one exchange is a dispatch and its combine, link part only, every token to every rank, lanes by turns; "
-            "medians of the slowest rank, arms by turns in one run"
+            "one exchange is a dispatch and its combine, link part only, every token to every rank, lanes alternating; "
+            "medians of the slowest rank, arms interleaved in one run"
         ),
         **conditions(results, asdict(options)),
         "results": summarize_exchanges([result["cells"] for result in results]),
@@ -57,7 +57,7 @@ def run_comm(options: CommOptions) -> dict[str, Any]:
 
 
 def summarize_exchanges(cells_by_rank: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Summarize each cell: its slowest rank in every repeat, and the figures that follow."""
+    """Summarize each cell: the slowest rank in each repeat, and the figures derived from it."""
     return [_summarize(cells) for cells in zip(*cells_by_rank, strict=True)]
 
 
@@ -92,7 +92,7 @@ def print_exchanges(result: dict[str, Any], console: Console) -> None:
     """Print a table with one row per size and transport."""
     bodies = result["options"]["beside"]
     table = Table(
-        title=f"{len(result['devices'])} x {result['devices'][0]}: bytes a rank in a phase; overlap efficiency beside",
+        title=f"{len(result['devices'])} x {result['devices'][0]}: bytes per rank and phase; overlap efficiency beside",
         title_justify="left",
     )
     table.add_column("size", no_wrap=True)
@@ -103,7 +103,7 @@ def print_exchanges(result: dict[str, Any], console: Console) -> None:
         time = cell["exchange_ms"]
         efficiencies = [cell["beside"].get(body, {}).get("overlap_efficiency") for body in bodies]
         table.add_row(
-            _size_text(cell["size_bytes"]),
+            size_text(cell["size_bytes"]),
             Text(cell["transport"]),
             f"{time['median'] * 1e3:.0f}",
             f"{time['min'] * 1e3:.0f} to {time['max'] * 1e3:.0f}",
@@ -113,7 +113,8 @@ def print_exchanges(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _size_text(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """A size in the largest binary unit that divides it, such as 4K."""
     for unit, name in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
         if num_bytes % unit == 0:
             return f"{num_bytes // unit}{name}"

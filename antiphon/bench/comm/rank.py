@@ -1,7 +1,7 @@
-"""The rank's side of `antiphon bench comm`: exchanges of one size after the other, alone and beside computation.
+"""What each rank runs in `antiphon bench comm`: exchanges of each size, alone and beside computation.
 
-One exchange is a dispatch and the combine that answers it, only their link part. Lanes take turns, one exchange each,
-so that buffers rotate, and nothing of two exchanges is under way at once.
+One exchange is the link part of a dispatch and its combine. Lanes alternate after each exchange, so that buffers rotate
+and only one exchange is in flight at a time.
 
     alone     dispatch ─────► combine ─────►
     beside    dispatch ─────► combine ─────►      each phase is sent, then the computation is queued,
@@ -31,19 +31,19 @@ NUM_LANES = 2
 TOP_K = 8
 _EXPERTS_PER_RANK = 8
 _WARM_UPS = 2
-_ARM_MS = 10.0  # an arm runs as many exchanges as take about so long
+_ARM_MS = 10.0  # an arm runs as many exchanges as take about this long
 _CHECKED_EXCHANGES = 4
 _MOST_EXCHANGES = 100
 _TUNING_ROUNDS = 3
-_LARGEST_ERROR = 0.02  # of the sum of a token over the ranks, in bfloat16
+_LARGEST_ERROR = 0.02  # relative, of the bfloat16 sums over ranks
 
 
 class WrongSumError(AntiphonError, RuntimeError):
-    """A transport has returned something other than what was sent."""
+    """A transport returned something other than what was sent."""
 
 
 class _Exchanges:
-    """Exchanges of `num_tokens` tokens a rank over one transport. Every token goes to every rank."""
+    """Exchanges of `num_tokens` tokens per rank over one transport. Every token goes to every rank."""
 
     def __init__(self, transport: Transport, num_tokens: int) -> None:
         shape, device = transport.shape, transport.streams.device
@@ -62,9 +62,9 @@ class _Exchanges:
         run_lanes([partial(self._lane, each, compute)] * NUM_LANES, streams=self.transport.streams)
 
     def check(self) -> None:
-        """Whole exchanges on every lane, with experts that return each token: W times the token comes home.
+        """Check whole exchanges on every lane, with experts that return their input: each sum is W times the token.
 
-        Several, because some transports send an exchange in another way when it has come before.
+        There are several, because some transports handle a repeated exchange differently.
         """
         for _ in range(_CHECKED_EXCHANGES):
             results = run_lanes([self._whole] * NUM_LANES, streams=self.transport.streams)
@@ -74,7 +74,7 @@ class _Exchanges:
             if not error <= _LARGEST_ERROR:
                 raise WrongSumError(
                     f"transport {self.transport.name!r}, lane {lane}, {self._x_TD.shape[0]} tokens: sums differ from "
-                    f"what was sent by {error:.3g} of their norm; its times would mean nothing"
+                    f"what was sent by {error:.3g} of their norm; its times would be meaningless"
                 )
 
     def _lane(self, count: int, compute: Callable[[], None] | None) -> None:
@@ -97,7 +97,7 @@ class _Exchanges:
 
 
 def _to_all_ranks(transport: Transport, num_tokens: int) -> Routes:
-    """Routes by which every token reaches every rank, with weights 1."""
+    """Routes that send every token to every rank, with weights of 1."""
     shape, num_ranks, device = transport.shape, transport.group.size, transport.streams.device
     ids = [(k % num_ranks) * transport.experts_per_rank + k // num_ranks for k in range(shape.top_k)]
     ids_TK = torch.tensor(ids, device=device).expand(num_tokens, -1).contiguous()
@@ -105,7 +105,7 @@ def _to_all_ranks(transport: Transport, num_tokens: int) -> Routes:
 
 
 def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """Measure every size over every transport, as `CommOptions` says. Times are in ms, one item per repeat."""
+    """Measure every size over every transport. options: fields of `CommOptions`. Times are in ms, one per repeat."""
     streams = streams_for(device)
     shape = ExpertShape(
         num_experts=_EXPERTS_PER_RANK * group.size,
@@ -145,7 +145,7 @@ def measure_exchanges(group: RankGroup, device: torch.device, options: dict[str,
 def _measure_size(
     group: RankGroup, clock: ArmClock, trials: dict[str, _Exchanges], bodies: Sequence[Body], *, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """All arms of all transports interleaved, after each has been warmed up, checked and sized."""
+    """All arms of all transports interleaved, after warming up, checking and sizing each transport."""
     counts, units = {}, {}
     for name, trial in trials.items():
         trial.check()
@@ -187,7 +187,7 @@ def _repeat(run: Callable[[], None], count: int) -> None:
 
 
 def _warm_time(group: RankGroup, clock: ArmClock, trial: _Exchanges) -> float:
-    """Roughly the time of an exchange in ms, the same on all ranks."""
+    """Approximate time of an exchange in ms, the same on all ranks."""
     elapsed_ms = 0.0
     for count in (NUM_LANES, NUM_LANES, 4 * NUM_LANES):
         elapsed_ms = clock.measure(partial(trial.run, count)).elapsed_ms / count
@@ -195,7 +195,10 @@ def _warm_time(group: RankGroup, clock: ArmClock, trial: _Exchanges) -> float:
 
 
 def _units_for(group: RankGroup, clock: ArmClock, body: Body, target_ms: float) -> int:
-    """The amount of computation that takes about `target_ms`, the same on all ranks. Small launches do not scale."""
+    """Units of computation that take about `target_ms`, the same on all ranks.
+
+    Tuned in rounds, because the time of small launches is not proportional to their units.
+    """
     units = UNITS
     for _ in range(_TUNING_ROUNDS):
         body.run(units)

@@ -1,13 +1,13 @@
-"""The rank's side of `antiphon bench overlap`: one model, every transport, the arms S, C, M, D and C2 interleaved.
+"""What each rank runs in `antiphon bench overlap`: one model, every transport, the arms S, C, M, D and C2 interleaved.
 
     for repeat:                 S   serial, whole
-        for transport:          C   serial, no link      after S: the buffers and counts are those of this cut
+        for transport:          C   serial, no link      after S, which leaves the buffers and counts of this cut
             S  C  M  D  C2      M   serial, link only    the transport's calls alone; after S for the same reason
                                 D   split, whole
                                 C2  split, no link       after D
 
-Routes are the same in all arms: M sends by the routes that the routers gave to S. Every S and D is compared with the
-first S of the first transport, outside of what is timed.
+All arms use the same routes: M sends along the routes that the routers chose in S. Every S and D is compared with the
+first S of the first transport, outside the timed region.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ from antiphon.device.table import device_of
 from antiphon.engine.cache.kv_cache import allocate_cache
 from antiphon.engine.runner import Runner
 from antiphon.machine.versions import versions
-from antiphon.models import build_model, expert_shape, fill_dummy_weights, parse_routing, read_config
+from antiphon.models import CausalLM, build_model, expert_shape, fill_dummy_weights, parse_routing, read_config
 from antiphon.models.moe import Experts, MoELayer
 from antiphon.runtime import finish, run_lanes, streams_for
 from antiphon.splitting import find_cut, join, split
@@ -43,21 +43,15 @@ _WARM_UPS = 2
 _BLOCK_SIZE = 16
 
 
-class HasModules(Protocol):
-    """Anything made of torch modules, such as a `CausalLM`."""
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-
-def use_transport(model: HasModules, transport: Transport) -> None:
+def use_transport(model: CausalLM, transport: Transport) -> None:
     """Make all experts of `model` use `transport`. Call it only between steps."""
-    for module in model.modules():
+    for module in cast("nn.Module", model).modules():
         if isinstance(module, Experts):
             module.transport = transport
 
 
 def relative_errors(value_TD: torch.Tensor, expected_TD: torch.Tensor) -> tuple[float, float]:
-    """|value - expected| / |expected| of all tokens, and the largest of one. Infinite if anything is not finite."""
+    """|value - expected| / |expected| over all tokens, and the largest of any token. Infinite if one is not finite."""
     wide = torch.promote_types(value_TD.dtype, torch.float32)
     expected = expected_TD.to(wide)
     difference = value_TD.to(wide) - expected
@@ -67,7 +61,7 @@ def relative_errors(value_TD: torch.Tensor, expected_TD: torch.Tensor) -> tuple[
 
 
 class Trial:
-    """The model of one rank with its transports, and the steps that it is measured on."""
+    """The model of one rank, its transports, and the steps to measure."""
 
     def __init__(self, group: RankGroup, device: torch.device, options: dict[str, Any]) -> None:
         self.group = group
@@ -100,12 +94,12 @@ class Trial:
         first = next(iter(self.transports.values()))
         self.model = build_model(self.config, first, routing=parse_routing(options["routing"]))
         fill_dummy_weights(self.model, seed=options["seed"])
-        modules = list(cast("HasModules", self.model).modules())
+        modules = list(cast("nn.Module", self.model).modules())
         self.moe_layers = [module for module in modules if isinstance(module, MoELayer)]
         if not self.moe_layers:
             raise OptionError(
-                f"--num-layers {options['num_layers']} leaves no layer with experts",
-                remedy="use more",
+                f"--num-layers {options['num_layers']} leaves no MoE layer",
+                remedy="use more layers",
                 option="num-layers",
             )
         self.model.bind_kv_cache(
@@ -131,7 +125,7 @@ class Trial:
         return self.runner.run(parts)
 
     def run_link(self, transport: Transport, x_TD: torch.Tensor, routes: Sequence[Routes]) -> list[None]:
-        """Dispatch and combine of every MoE layer, with nothing between them, on one lane."""
+        """Dispatch and combine for every MoE layer on one lane, with nothing in between."""
         tokens_by_rank = (x_TD.shape[0],) * self.group.size
 
         def layers() -> None:
@@ -144,7 +138,7 @@ class Trial:
 
     @contextmanager
     def routes_of_layers(self) -> Iterator[list[Routes]]:
-        """A list to which the routers' results are added while a step runs."""
+        """A list that collects the routers' results while steps run in the context."""
         routes: list[Routes] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Routes) -> None:
@@ -179,7 +173,7 @@ def _num_blocks(options: dict[str, Any]) -> int:
 
 
 def measure_steps(group: RankGroup, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """Measure every number of tokens of `antiphon.bench.overlap.steps.OverlapOptions`. Times in ms, one per repeat."""
+    """Measure every number of tokens. options: fields of `OverlapOptions`. Times are in ms, one per repeat."""
     trial = Trial(group, device, options)
     clock = ArmClock(group, device)
     config = trial.config
@@ -214,7 +208,7 @@ def _measure(trial: Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[s
     for repeat in range(_WARM_UPS + trial.options["repeats"]):
         for name, transport in trial.transports.items():
             if not routes:
-                use_transport(cast("HasModules", trial.model), transport)
+                use_transport(trial.model, transport)
                 with trial.routes_of_layers() as routes:
                     trial.run_step(serial)
             compute, link = (part_of(transport, part) for part in (TransportPart.COMPUTE_ONLY, TransportPart.LINK_ONLY))
@@ -228,7 +222,7 @@ def _measure(trial: Trial, clock: ArmClock, num_tokens: int) -> dict[str, dict[s
             cell = cells[name]
             for arm in ARMS:
                 used, run = arms[arm]
-                use_transport(cast("HasModules", trial.model), used)
+                use_transport(trial.model, used)
                 trial.runner.reserved_sms = transport.num_sms if arm == "D" else 0
                 timed = clock.measure(run)
                 if arm in ("S", "D"):
@@ -246,5 +240,5 @@ def _empty_cell() -> dict[str, Any]:
     return {
         "ms": {arm: [] for arm in ARMS},
         "host_ms": {arm: [] for arm in ARMS},
-        "errors": {arm: [0.0, 0.0] for arm in ("S", "D")},  # of the whole, and of the worst token
+        "errors": {arm: [0.0, 0.0] for arm in ("S", "D")},  # over all tokens, and of the worst one
     }

@@ -1,7 +1,7 @@
 """`antiphon bench overlap`: prefill steps of one model, serial and with overlap, and their parts alone.
 
-Dummy weights and no engine: steps only, the same routing in every arm, all arms of all transports by turns in one run.
-The ranks' side is in `rank`; docs/performance.md has the definitions.
+It uses dummy weights and no engine, the same routing in every arm, and interleaves all arms of all transports in one
+run. What each rank runs is in `rank`; docs/performance.md has the definitions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from antiphon.comm.needs import peer_environment
 from antiphon.core.errors import AntiphonError
 
 _LIMITS = {"float64": (1e-9, 1e-8), "float32": (1e-3, 1e-2), "bfloat16": (0.1, 0.5)}
-"""Largest relative error of all hidden states and of one token's, by dtype. Rounding grows with depth. A transport that
-loses or swaps a row has an error of about 1 in that token."""
+"""Largest relative error over all hidden states and of a single token, by dtype. Rounding grows with depth. A transport
+that loses or swaps a row causes an error of about 1 in that token."""
 
 _WIDE_FACTOR = 3.0
-"""With the model's own routing, rounding sends some tokens to other experts, so single tokens can differ entirely."""
+"""With routing="model", rounding sends some tokens to other experts, so single tokens can differ completely."""
 
 
-class OutputsDiffer(AntiphonError, RuntimeError):  # noqa: N818 (says what is the case)
-    """A step over some transport differed from the first serial step; `value` says which: (tokens, transport, arm)."""
+class OutputsDiffer(AntiphonError, RuntimeError):  # noqa: N818 (states what happened)
+    """Steps whose hidden states differ from the first serial step; `value` lists them: (tokens, transport, arm)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class OverlapOptions:
 
 
 def run_overlap(options: OverlapOptions) -> dict[str, Any]:
-    """Measure, and return the result as one JSON object. `check_outputs` says whether to trust it."""
+    """Measure, and return the result as one JSON object. `check_outputs` checks whether to trust it."""
     results = run_on_ranks(
         "antiphon.bench.overlap.rank:measure_steps",
         ranks=options.ranks,
@@ -68,7 +68,7 @@ def run_overlap(options: OverlapOptions) -> dict[str, Any]:
         "bench": "overlap",
         "what": (
             "prefill steps of a model with dummy weights, without an engine; medians of the slowest rank, "
-            "all arms of all transports by turns in one run, the same routing in all of them"
+            "all arms of all transports interleaved in one run, the same routing in all of them"
         ),
         **conditions(results, asdict(options)),
         "model": {"name": Path(options.model).name, **results[0]["model"]},
@@ -81,7 +81,7 @@ def run_overlap(options: OverlapOptions) -> dict[str, Any]:
 def summarize_steps(
     steps_by_rank: Sequence[Sequence[dict[str, Any]]], options: OverlapOptions, *, num_layers: int
 ) -> list[dict[str, Any]]:
-    """The figures of every transport for each number of tokens, with the best serial step of all."""
+    """The figures of every transport for each number of tokens, and the transport with the fastest serial step."""
     return [_summarize(steps, options, num_layers) for steps in zip(*steps_by_rank, strict=True)]
 
 
@@ -110,7 +110,7 @@ def _summarize(steps: Sequence[dict[str, Any]], options: OverlapOptions, num_lay
 
 
 def _largest_errors(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """The largest errors over ranks; `None` if something was not finite."""
+    """The largest errors over ranks; `None` if one is not finite."""
     largest = {}
     for arm in cells[0]["errors"]:
         whole, worst = (max(cell["errors"][arm][place] for cell in cells) for place in (0, 1))
@@ -123,7 +123,7 @@ def _finite(value: float) -> float | None:
 
 
 def check_outputs(result: dict[str, Any]) -> None:
-    """Raises `OutputsDiffer` if the hidden states of some S or D are not those of the first S."""
+    """Raise `OutputsDiffer` if the hidden states of any S or D differ from those of the first S."""
     options = result["options"]
     whole_limit, token_limit = _LIMITS[options["dtype"]]
     if options["routing"] == "model" and options["dtype"] != "float64":
@@ -135,22 +135,23 @@ def check_outputs(result: dict[str, Any]) -> None:
                 whole, worst = errors["whole"], errors["worst_token"]
                 if whole is None or worst is None or whole > whole_limit or worst > token_limit:
                     places.append((step["tokens"], name, arm))
-                    problems.append(f"{step['tokens']} tokens, {name}, {arm}: {whole} of all, {worst} of a token")
+                    problems.append(f"{step['tokens']} tokens, {name}, {arm}: {whole} over all, {worst} in a token")
     if problems:
         raise OutputsDiffer(
-            f"hidden states differ from those of the first serial step by more than {whole_limit:g} of all and "
-            f"{token_limit:g} of a token, so these times mean nothing: {'; '.join(problems)}",
+            f"hidden states differ from those of the first serial step by more than {whole_limit:g} over all or "
+            f"{token_limit:g} in a token, so these times are meaningless: {'; '.join(problems)}",
             value=places,
         )
 
 
-_FIGURES = (
+FIGURES = (
     ("S/D", "serial_over_dual"),
     ("best S/D", "best_serial_over_dual"),
     ("recovered", "recovered"),
     ("efficiency", "overlap_efficiency"),
     ("attainment", "roofline_attainment"),
 )
+"""Column heading and key of each figure in a table."""
 
 
 def print_steps(result: dict[str, Any], console: Console) -> None:
@@ -164,11 +165,11 @@ def print_steps(result: dict[str, Any], console: Console) -> None:
     console.print(Text(what), soft_wrap=True)
     for step in result["results"]:
         table = Table(
-            title=Text(f"{step['tokens']} tokens a rank; best serial: {step['best_serial']}", style="table.title"),
+            title=Text(f"{step['tokens']} tokens per rank; best serial: {step['best_serial']}", style="table.title"),
             title_justify="left",
         )
         table.add_column("transport", overflow="fold", min_width=len("simulated:allgather:"))
-        for heading in ("S", "C", "M", "C2", "D", "D, min to max", *(name for name, _ in _FIGURES), "host us"):
+        for heading in ("S", "C", "M", "C2", "D", "D, min to max", *(name for name, _ in FIGURES), "host us"):
             table.add_column(heading, justify="right", no_wrap=True)
         for name, cell in step["transports"].items():
             ms = cell["ms"]
@@ -177,7 +178,7 @@ def print_steps(result: dict[str, Any], console: Console) -> None:
                 Text(name),
                 *(f"{ms[arm]['median']:.2f}" for arm in ("S", "C", "M", "C2", "D")),
                 f"{ms['D']['min']:.2f} to {ms['D']['max']:.2f}",
-                *("" if cell[key] is None else f"{cell[key]:.2f}" for _, key in _FIGURES),
+                *("" if cell[key] is None else f"{cell[key]:.2f}" for _, key in FIGURES),
                 f"{host['S']:.0f}, {host['D']:.0f}",
             )
         console.print(table)

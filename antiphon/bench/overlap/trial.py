@@ -1,6 +1,6 @@
 """Step times with overlap off and on, interleaved in one run, over a simulated link.
 
-The link is tuned to the machine: communication takes about as long as computation, where overlap can win most.
+The link is tuned to the machine: communication takes about as long as computation, where overlap can gain most.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LINK_LATENCY_S = 100e-6
 
 @dataclass(slots=True)
 class Arm:
-    """The prefill steps of one setting, one per repeat, each from the slowest rank."""
+    """The prefill steps of one setting of `dbo`, one per repeat, each from the slowest rank."""
 
     steps: list[StepTimeline]
     overlaps: list[StepOverlap]
@@ -38,10 +38,10 @@ class Arm:
 
 
 def prefill_step(llm: LLM, prompts: Sequence[str]) -> tuple[StepTimeline, list[GeneratedOutput]]:
-    """Run the prompts as one prefill step and return it, of the rank that took longest.
+    """Run the prompts as one prefill step and return the step of the slowest rank.
 
-    All prompts must fit into one step of their rank, and the engine must not have a prefix cache: the same prompts are
-    run again and again.
+    All prompts of a rank must fit into one step. The engine must not have a prefix cache, because the same prompts are
+    run repeatedly.
     """
     outputs = llm.generate(list(prompts), _ONE_TOKEN)
     last_steps = [steps[-1] for steps in llm.timelines()]
@@ -60,8 +60,10 @@ def tuned_link(llm: LLM, prompts: Sequence[str], *, repeats: int = 5) -> Link:
         overlap = measure_overlap(step)
         num_bytes = overlap.num_bytes
         num_messages = sum(event.num_messages for event in step.events if event.kind.value == "sent")
-        if repeat:  # the first one warms up
-            assert overlap.exposed_s is not None, "only CPUs can be tuned to: on GPUs nothing is observed"
+        if repeat:  # the first one is a warm-up
+            assert overlap.exposed_s is not None, (
+                "a link can be tuned only on CPUs: on GPUs the host does not see arrivals"
+            )
             computing_s.append(overlap.time_s - overlap.exposed_s)
     on_wire_s = statistics.median(computing_s) - num_messages * LINK_LATENCY_S
     return Link(bytes_per_s=num_bytes / max(on_wire_s, 1e-3), latency_s=LINK_LATENCY_S)
@@ -73,7 +75,7 @@ def simulated_transport(link: Link) -> str:
 
 
 def interleaved_arms(llm: LLM, prompts: Sequence[str], *, repeats: int) -> dict[str, Arm]:
-    """`{"off": ..., "on": ...}`: the same prefill step with overlap off and on interleaved, after one warm-up each."""
+    """`{"off": ..., "on": ...}`: the same prefill step with overlap off and on, interleaved, after one warm-up each."""
     arms = {dbo: Arm([], [], []) for dbo in ("off", "on")}
     for repeat in range(repeats + 1):
         for dbo, arm in arms.items():

@@ -1,4 +1,4 @@
-"""One streamed request to an OpenAI-compatible server, and when its tokens came.
+"""One streamed request to an OpenAI-compatible server, and the times at which its tokens arrived.
 
 send ──► first chunk ──► chunk ──► ... ──► [DONE]
   └─ first_s ─┘└─ gaps_s ─┘
@@ -17,14 +17,14 @@ import httpx
 from antiphon.bench.serve.event_stream import EventStream
 from antiphon.bench.serve.workload import Ask
 
-_TOLD = 300  # characters of an answer that are kept of an error
+_MOST_ERROR = 300  # characters of an error response that are kept
 _PIECES = ("content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call")
-"""The fields in which a chat's tokens arrive: a chunk with one of these is a chunk of tokens."""
+"""The fields of a chat chunk that carry tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The server's endpoint and the fields of every request. extra: added to every body as it is."""
+    """The server's endpoint and the fields of every request. extra: further fields of every body."""
 
     url: str
     model: str
@@ -38,9 +38,9 @@ class Target:
 class Answered:
     """The outcome of a request. Times in seconds; `start_s`, `last_s` (of tokens) and `end_s` by `time.perf_counter`.
 
-    late_s: how much later than planned it was sent. num_input, num_output: tokens, as the server counts them; without
-    its count the ids sent (0 for texts) and the chunks received. text, reasoning: the answer and, in a chat, what the
-    model thought before it; empty unless they are kept. error: empty if it was answered to its end.
+    late_s: how much later than planned it was sent. num_input, num_output: tokens as the server counts them; if it does
+    not, the number of ids sent (0 for text) and of chunks received. text, reasoning: the answer and, in a chat, the
+    model's reasoning before it; empty unless kept. error: empty if the answer is complete.
     """
 
     start_s: float = 0.0
@@ -56,7 +56,7 @@ class Answered:
     error: str = ""
 
     def saw_tokens(self, now: float) -> None:
-        """Tokens have come: the first ones, or more behind a gap."""
+        """Record the arrival of tokens: the time of the first ones, or the gap before more."""
         if not self.last_s:
             self.first_s = now - self.start_s
         else:
@@ -86,7 +86,7 @@ def request_body(ask: Ask, target: Target) -> dict[str, Any]:
 
 
 async def ask_server(client: httpx.AsyncClient, ask: Ask, target: Target, *, keep_text: bool = False) -> Answered:
-    """Send a request and read the stream to its end. Failures are in `error`."""
+    """Send a request and read the stream to its end. A failure is reported in `error`."""
     found = Answered(num_input=len(ask.prompt) if isinstance(ask.prompt, list) else 0)
     reading = _Reading(found, target.is_chat, keep_text)
     content = json.dumps(request_body(ask, target)).encode()
@@ -97,7 +97,7 @@ async def ask_server(client: httpx.AsyncClient, ask: Ask, target: Target, *, kee
         ) as response:
             if response.status_code != httpx.codes.OK:
                 told = (await response.aread()).decode(errors="replace")
-                found.error = f"HTTP {response.status_code}: {told[:_TOLD]}"
+                found.error = f"HTTP {response.status_code}: {told[:_MOST_ERROR]}"
             else:
                 async for part in response.aiter_bytes():
                     reading.take(part)
@@ -125,13 +125,13 @@ class _Reading:
         self._num_chunks = 0
 
     def take(self, part: bytes) -> None:
-        """Take the bytes that have just arrived."""
+        """Process the bytes that have just arrived."""
         now = time.perf_counter()
         for data in self._stream.feed(part):
             self._event(data.strip(), now)
 
     def end(self) -> None:
-        """Some servers end with [DONE] and no blank line after it."""
+        """End the stream. Some servers send no blank line after the final [DONE]."""
         if self._stream.unfinished().strip() == "[DONE]":
             self._done = True
 
@@ -144,7 +144,7 @@ class _Reading:
         if not isinstance(event, dict):
             raise ValueError("an event is not an object")
         if event.get("error"):
-            self._found.error = f"an event of the stream: {str(event['error'])[:_TOLD]}"
+            self._found.error = f"an event of the stream: {str(event['error'])[:_MOST_ERROR]}"
             return
         if event.get("choices"):
             self._choice(event["choices"][0], now)
@@ -154,8 +154,8 @@ class _Reading:
             self._found.num_output = usage.get("completion_tokens") or 0
 
     def _choice(self, choice: dict[str, Any], now: float) -> None:
-        # A chat begins with a chunk that names the role, perhaps before any token. A chunk without text may be a token
-        # in a completion: a part of a character, or of dummy weights.
+        # A chat starts with a chunk that names the role, maybe before any token. In a completion a chunk without text
+        # may be a token: part of a character, or a token without text from dummy weights.
         piece: dict[str, Any] = (choice.get("delta") or {}) if self._is_chat else {"content": choice.get("text")}
         has_tokens = any(piece.get(name) for name in _PIECES)
         ends = bool(choice.get("finish_reason"))
@@ -167,7 +167,7 @@ class _Reading:
             self._num_chunks += 1
         if self._keep_text:
             self._found.text += piece.get("content") or ""
-            # Servers call it the one or the other; some send both, with the same text.
+            # Servers use one name or the other; some send both, with the same text.
             self._found.reasoning += piece.get("reasoning") or piece.get("reasoning_content") or ""
         self._found.end_s = now
 

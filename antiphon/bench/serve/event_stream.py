@@ -1,12 +1,12 @@
-"""Server-sent events, read from the bytes of an answer however the network has cut them.
+"""Server-sent events, parsed from the bytes of a response, however the network has split them.
 
 By the standard (WHATWG HTML, "Server-sent events"): the text is UTF-8. A line ends at LF, CR LF or CR, nowhere else. A
-blank line ends an event, whose data is that of its `data:` lines. Other fields and comments are passed over.
+blank line ends an event, whose data is that of its `data:` lines. Other fields and comments are ignored.
 
     b'data: {"a":' ──► []        b' 1}\\r\\n\\r' ──► ['{"a": 1}']        b'\\n: alive\\n' ──► []
 
-Why no library: httpx ends lines at U+2028 too. httpx-sse holds a CR back until it sees what follows, so an event that
-ends with CR seems to come when the next one does; here times are what is measured.
+Why no library: httpx also ends lines at U+2028. httpx-sse holds back a CR until it sees what follows, so an event that
+ends with CR seems to arrive with the next one, which would falsify the measured times.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class EventStream:
-    """The events of one answer."""
+    """The events of one response."""
 
     def __init__(self) -> None:
-        self._line = bytearray()  # the one that has not ended
-        self._data: list[str] = []  # of the event that has not ended
+        self._line = bytearray()  # the unfinished line
+        self._data: list[str] = []  # of the unfinished event
         self._after_cr = False
         self._at_start = True
 
@@ -42,7 +42,7 @@ class EventStream:
         return events
 
     def unfinished(self) -> str:
-        """Data at the end of the stream that no blank line has followed. By the standard it is no event."""
+        """Data at the end of the stream without a blank line after it. By the standard this is not an event."""
         if self._line:
             self._end_line()
         return "\n".join(self._data)

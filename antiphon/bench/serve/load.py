@@ -1,9 +1,9 @@
-"""`antiphon bench serve`: load on any OpenAI-compatible server, as users generate it, with the latencies they see.
+"""`antiphon bench serve`: a user-like load on any OpenAI-compatible server, and the latencies that users see.
 
-Requests are sent when they are due, whether earlier ones are answered or not (open loop); `max_concurrency` holds them
-back only where it is given. Figures have the names that vLLM's serving benchmark gives them:
+Requests are sent when they are due, whether or not earlier ones are answered (open loop). Only `max_concurrency` holds
+them back. Figures have the same names as in vLLM's serving benchmark:
 
-    TTFT  time to the first token    TPOT  time per token after the first    ITL  gap between chunks    E2EL  all of it
+    TTFT  time to the first token    TPOT  time per token after the first    ITL  gap between chunks    E2EL  the whole
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -37,11 +38,11 @@ _CONNECT_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """The options of a load. Raises `OptionError` for what cannot be.
+    """The options of a load. Raises `OptionError` for invalid ones.
 
-    model: `None` for the first one that the server names. request_rate: requests a second, `inf` for all at once.
-    max_concurrency: most requests under way at once. percentiles: of `metric_percentiles`, 0 to 100.
-    timeout_s: longest silence of the server within a request.
+    model: `None` for the first one that the server lists. request_rate: requests per second, `inf` for all at once.
+    max_concurrency: maximum number of requests in flight. percentiles: 0 to 100, for `percentile_metrics`.
+    timeout_s: maximum silence of the server within a request.
     """
 
     base_url: str = "http://127.0.0.1:8000"
@@ -83,7 +84,7 @@ class ServeOptions:
             )
         try:
             httpx.URL(self.base_url + self.endpoint)
-            _ = urlsplit(self.base_url).port  # it checks the range
+            _ = urlsplit(self.base_url).port  # checks the range
         except (httpx.InvalidURL, ValueError) as error:
             raise OptionError(
                 f"{self.base_url + self.endpoint!r} is not a valid address",
@@ -101,9 +102,9 @@ class ServeOptions:
 
 
 def run_serve(options: ServeOptions) -> dict[str, Any]:
-    """Put the load on the server; the result can be written as JSON.
+    """Run the load against the server. The result can be written as JSON.
 
-    Raises `OptionError` if the server cannot be reached, or names no model.
+    Raises `OptionError` if the server cannot be reached or lists no model.
     """
     return asyncio.run(_run(options))
 
@@ -154,8 +155,10 @@ async def _first_model(client: httpx.AsyncClient, base_url: str) -> str:
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except httpx.HTTPStatusError as error:
-        remedy = "set OPENAI_API_KEY" if error.response.status_code in (401, 403) else "give its name by --model"
-        raise OptionError(f"{url} answers {error.response.status_code} instead of its models", remedy=remedy) from error
+        remedy = "set OPENAI_API_KEY" if error.response.status_code in (401, 403) else "name the model with --model"
+        raise OptionError(
+            f"{url} answers {error.response.status_code} instead of a list of models", remedy=remedy
+        ) from error
     except httpx.HTTPError as error:
         raise OptionError(
             f"{url} cannot be reached",
@@ -164,7 +167,7 @@ async def _first_model(client: httpx.AsyncClient, base_url: str) -> str:
             option="base-url",
         ) from error
     except (ValueError, LookupError, TypeError) as error:
-        raise OptionError(f"{url} names no model", remedy="name it with --model", option="model") from error
+        raise OptionError(f"{url} lists no model", remedy="name it with --model", option="model") from error
 
 
 async def timed_load(
@@ -174,10 +177,10 @@ async def timed_load(
     *,
     max_concurrency: int | None = None,
 ) -> tuple[list[Answered], float]:
-    """Start `ask` for each request at its time; returns what came of them, in order, and the seconds it took in all.
+    """Start `ask` for each request at its time. Returns the outcomes in order, and the total time in seconds.
 
-    ask: coroutine function from a request to `Answered`. What `max_concurrency` holds back does not count as late.
-    Raises the first of the `AntiphonError`s that `ask` raises; the other requests are given up then.
+    ask: coroutine function from a request to `Answered`. A wait for `max_concurrency` does not count as lateness.
+    Raises the first `AntiphonError` that `ask` raises, and cancels the other requests.
     """
     gate = asyncio.Semaphore(max_concurrency) if max_concurrency is not None else None
     start_s = time.perf_counter()
@@ -199,7 +202,7 @@ async def timed_load(
         known, others = errors.split(AntiphonError)
         if known is None:
             raise
-        raise _first(known) from others  # the same for all: the engine has ended, say
+        raise _first(known) from others  # all have the same cause, such as an engine that has ended
     return [task.result() for task in tasks], time.perf_counter() - start_s
 
 
@@ -209,7 +212,7 @@ def _first(errors: BaseExceptionGroup[AntiphonError]) -> AntiphonError:
 
 
 def serve_figures(answers: Sequence[Answered], duration_s: float, percentiles: Sequence[float]) -> dict[str, Any]:
-    """Throughput and latencies of the requests that were answered completely. Without any, figures are 0."""
+    """Throughput and latencies of the completely answered requests. All figures are 0 if there are none."""
     good = [one for one in answers if not one.error]
     num_input, num_output = sum(one.num_input for one in good), sum(one.num_output for one in good)
     samples_s = {
@@ -251,11 +254,11 @@ def _head(options: ServeOptions, model: str) -> dict[str, Any]:
     backend = "openai-chat" if options.is_chat else "openai"
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": backend,  # as older scripts call it
+        "endpoint_type": backend,  # the name that older scripts read
         "backend": backend,
         "label": None,
         "model_id": model,
-        "tokenizer_id": None,  # none is needed
+        "tokenizer_id": None,  # not used
         "num_prompts": workload.num_prompts,
         "request_rate": options.request_rate if isfinite(options.request_rate) else "inf",
         "burstiness": options.burstiness,
@@ -269,9 +272,9 @@ def _head(options: ServeOptions, model: str) -> dict[str, Any]:
 
 
 def _tail(options: ServeOptions, answers: Sequence[Answered]) -> dict[str, Any]:
-    """Why requests failed, most frequent first; with `detailed` every request."""
+    """The reasons of failures, most frequent first; with `detailed` also figures of each request."""
     errors = [one.error for one in answers if one.error]
-    tail: dict[str, Any] = {"failures": {text: errors.count(text) for text in dict.fromkeys(errors)}}
+    tail: dict[str, Any] = {"failures": dict(Counter(errors).most_common())}
     if options.detailed:
         tail |= {
             "input_lens": [one.num_input for one in answers],

@@ -1,4 +1,4 @@
-"""The result of a serving benchmark as a table, and as a file named after load, model and date."""
+"""Prints the result of a serving benchmark, and writes it to a file named after load, model and date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "rea
 
 
 def result_path(result: dict[str, Any], folder: Path | None, name: str | None) -> Path:
-    """The path to write to; `name` as given, in `folder` or here."""
+    """The path of the result in `folder` (default: the current one). name: replaces the generated file name."""
     if name is None:
         concurrency = f"-concurrency{result['max_concurrency']}" if result["max_concurrency"] is not None else ""
         model = re.sub(r"[^\w.-]", "_", result["model_id"].rsplit("/", 1)[-1])
@@ -28,8 +28,8 @@ def result_path(result: dict[str, Any], folder: Path | None, name: str | None) -
 
 
 def check_result_path(folder: Path | None, name: str | None) -> None:
-    """Raises `OptionError` before the measurement if nothing can be written there."""
-    path = (folder or Path()) / (name or ".antiphon-result.json")  # its own name is not known before
+    """Raise `OptionError` if the result cannot be written there. Call it before the measurement."""
+    path = (folder or Path()) / (name or ".antiphon-result.json")  # the generated name is not known yet
     check_writable(path, "result-dir" if name is None else "result-filename")
 
 
@@ -42,23 +42,24 @@ def write_result(result: dict[str, Any], path: Path) -> None:
     """Write the result. Raises `OSError` if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, allow_nan=False, ensure_ascii=False).translate(JSON_ESCAPES) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, cut off by a limit of tokens
+    # A limit on tokens can cut a character in half, which leaves a surrogate.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def print_serve(result: dict[str, Any], options: ServeOptions, console: Console) -> None:
-    """Print a table of load and latencies, and the failures."""
+    """Print tables of load and latencies, and the most frequent failures."""
     console.print(Text(f"{result['model_id']} at {options.base_url}{options.endpoint}"), soft_wrap=True)
     table = Table("load")
     table.add_column("", justify="right")
     for text, value in (
         ("requests answered", f"{result['completed']} of {result['num_prompts']}"),
         ("time (s)", f"{result['duration']:.2f}"),
-        ("asked for (requests/s)", str(result["request_rate"])),
+        ("request rate (requests/s)", str(result["request_rate"])),
         ("request throughput (requests/s)", f"{result['request_throughput']:.2f}"),
         ("input tokens, output tokens", f"{result['total_input_tokens']}, {result['total_output_tokens']}"),
         ("output throughput (tokens/s)", f"{result['output_throughput']:.1f}"),
         ("total throughput (tokens/s)", f"{result['total_token_throughput']:.1f}"),
-        ("most requests at once", str(result["max_concurrent_requests"])),
+        ("peak concurrent requests", str(result["max_concurrent_requests"])),
     ):
         table.add_row(text, value)
     console.print(table)
@@ -67,9 +68,9 @@ def print_serve(result: dict[str, Any], options: ServeOptions, console: Console)
     for column in columns:
         times.add_column(column, justify="right")
     for name in options.percentile_metrics:
-        there_is = result[f"mean_{name}_ms"] > 0  # one token has no gaps
+        has_samples = result[f"mean_{name}_ms"] > 0  # one token has no gaps
         times.add_row(
-            METRICS[name], *[f"{result[f'{column}_{name}_ms']:.2f}" if there_is else "-" for column in columns]
+            METRICS[name], *[f"{result[f'{column}_{name}_ms']:.2f}" if has_samples else "-" for column in columns]
         )
     console.print(times)
     for text, count in list(result["failures"].items())[:5]:

@@ -1,7 +1,7 @@
 """The requests of a serving benchmark: prompts with output lengths, and arrival times.
 
-Pure functions of options and a seed. They know no tokenizer: random prompts are token ids, and the lengths of texts are
-what the server reports.
+Pure functions of options and a seed. They use no tokenizer: random prompts are token ids, and the server reports the
+lengths of texts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ logger = logging.getLogger("antiphon")
 
 DATASETS = ("random", "sharegpt", "custom")
 
-_FIRST_ID = 256  # below are often single bytes and special tokens
-_CHARACTERS_A_TOKEN = 4  # of English texts, about
+_FIRST_ID = 256  # lower ids are often single bytes and special tokens
+_CHARACTERS_PER_TOKEN = 4  # approximately, in English
 _WORDS = ("the", "of", "to", "and", "in", "is", "it", "you", "that", "he", "was", "for", "on", "are", "with", "as")
 
 
@@ -38,12 +38,12 @@ class Ask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What to ask for. Raises `OptionError` for what cannot be.
+    """The requests to send. Raises `OptionError` for invalid options.
 
-    dataset: one of `DATASETS`. random: prompts of `input_len` and outputs of `output_len` tokens, each drawn from the
-        range that `range_ratio` opens to both sides. sharegpt, custom: the file `path`.
-    file_output_len: output tokens of prompts from a file, where it names none.
-    as_text: random prompts as words, for a server that takes no token ids; then lengths are rough.
+    dataset: one of `DATASETS`. random: prompts of `input_len` and outputs of `output_len` tokens, each drawn from
+        the range of plus or minus `range_ratio`. sharegpt, custom: from the file `path`.
+    file_output_len: output tokens of every prompt from a file, instead of the lengths in the file.
+    as_text: random prompts as words, for a server that accepts no token ids; lengths are then approximate.
     """
 
     dataset: str = "random"
@@ -79,7 +79,7 @@ class Workload:
 
 
 def make_asks(workload: Workload, num_extra: int = 0) -> list[Ask]:
-    """`num_prompts` requests, and `num_extra` to warm up with, from the end of the same series."""
+    """`num_prompts` requests, followed by `num_extra` more of the same series for the warm-up."""
     num = workload.num_prompts + num_extra
     if workload.dataset == "random":
         return random_asks(workload, num)
@@ -87,7 +87,7 @@ def make_asks(workload: Workload, num_extra: int = 0) -> list[Ask]:
     found = (_sharegpt if workload.dataset == "sharegpt" else _custom)(workload.path, workload)
     if not found:
         raise OptionError(
-            f"--dataset-path {workload.path} holds no prompt",
+            f"--dataset-path {workload.path} contains no prompt",
             remedy="write one object with a prompt per line",
             option="dataset-path",
         )
@@ -95,7 +95,7 @@ def make_asks(workload: Workload, num_extra: int = 0) -> list[Ask]:
 
 
 def random_asks(workload: Workload, num: int, *, seed: Sequence[int] = ()) -> list[Ask]:
-    """Random prompts. Lengths come from the workload's seed alone, ids from `seed` too: the same sizes, other texts."""
+    """Random prompts. Lengths depend only on the workload's seed; ids also depend on `seed`."""
     lengths = np.random.default_rng([workload.seed, 0])
     contents = np.random.default_rng([workload.seed, 1, *seed])
     num_inputs = _lengths(lengths, workload.input_len, workload.range_ratio, num)
@@ -117,9 +117,9 @@ def _lengths(random: np.random.Generator, length: int, ratio: float, num: int) -
 
 
 def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
-    """First questions of conversations; outputs as long as the first answers, by a rule of thumb, or as told.
+    """The first questions of conversations, with the estimated lengths of the first answers or `file_output_len`.
 
-    Such files have entries that are not conversations: they are skipped, and a warning says how many.
+    Entries that are not conversations are skipped, and a warning says how many.
     """
     text = _text_of(path)
     try:
@@ -144,15 +144,15 @@ def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
         except ValueError as error:
             odd.append(f"entry {place} {error}")
             continue
-        num_question, num_answer = len(question) // _CHARACTERS_A_TOKEN, len(answer) // _CHARACTERS_A_TOKEN
+        num_question, num_answer = len(question) // _CHARACTERS_PER_TOKEN, len(answer) // _CHARACTERS_PER_TOKEN
         length = workload.file_output_len or num_answer
-        # As is usual with this file: neither very short nor very long ones.
+        # The usual filter for this dataset: neither very short nor very long ones.
         if 4 <= num_question <= 1024 and length >= 4 and num_question + length <= 2048:
             asks.append(Ask(prompt=question, max_tokens=length))
     told = f"{len(odd)} of {len(rows)} entries are not conversations" + (f" (the first: {odd[0]})" if odd else "")
     if not asks:
         raise OptionError(
-            f"--dataset-path {path} holds no usable prompt",
+            f"--dataset-path {path} contains no usable prompt",
             limit=f"{told}, {len(rows) - len(odd)} are too short or too long",
             remedy='use entries such as {"conversations": [{"value": "a question"}, {"value": "its answer"}]}',
             option="dataset-path",
@@ -164,7 +164,7 @@ def _sharegpt(path: Path, workload: Workload) -> list[Ask]:
 
 
 def _first_turns(row: Any) -> tuple[str, str]:
-    """The question and the answer. Raises `ValueError` that says what is odd about the entry."""
+    """The question and the answer. Raises `ValueError` if the entry is malformed."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list):
         raise ValueError("has no list of conversations")
@@ -183,9 +183,9 @@ def _text_of_turn(turn: Any, name: str) -> str:
 
 
 def _custom(path: Path, workload: Workload) -> list[Ask]:
-    """JSON lines with a "prompt", text or token ids, and perhaps "output_tokens".
+    """JSON lines with a "prompt", text or token ids, and optional "output_tokens".
 
-    None is skipped: unlike a collection of conversations this is a load that the user wrote.
+    No line is skipped: the user wrote this load, unlike a collection of conversations.
     """
     text = _text_of(path)
     try:
@@ -205,7 +205,7 @@ def _custom_ask(row: Any, number: int, workload: Workload) -> Ask:
     prompt, output_len = row.get("prompt"), row.get("output_tokens")
     is_ids = isinstance(prompt, list) and all(is_whole(token_id) and token_id >= 0 for token_id in prompt)
     if not prompt or not (isinstance(prompt, str) or is_ids):
-        raise ValueError(f'line {number} has no "prompt" that is a text or a list of token ids, and not empty')
+        raise ValueError(f'line {number} has no "prompt" that is a non-empty text or list of token ids')
     if isinstance(prompt, str) and unicode_fault(prompt):
         raise ValueError(f'line {number} has half a character in its "prompt"')
     if output_len is not None and not (is_whole(output_len) and output_len >= 1):
@@ -229,8 +229,8 @@ def arrival_times(num: int, rate: float, *, burstiness: float = 1.0, seed: int =
     """Seconds from the start at which requests arrive, the first at 0; all at 0 for an infinite rate.
 
     Gaps are drawn from a gamma distribution of shape `burstiness`: 1 is a Poisson process, less is burstier. They are
-    scaled so that all together come at exactly the rate. Raises `OptionError` for a rate or shape that is not above 0,
-    and for those of which floating-point numbers can make no times.
+    scaled so that the average rate is exact. Raises `OptionError` for a rate or shape that is not above 0, and if the
+    times overflow.
     """
     if not rate > 0:
         raise OptionError(
