@@ -85,6 +85,11 @@ class PrefillSlice:
     context_len: int
     block_ids_B: torch.Tensor  # int64
 
+    @property
+    def length(self) -> int:
+        """Tokens of the context and of the slice together."""
+        return self.context_len + self.stop - self.start
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:

@@ -6,7 +6,6 @@ of the same length, `S` new tokens and `L` tokens of context and new ones of eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,10 +115,12 @@ class GroupedQueryAttention(nn.Module):
 
         out_TX = attend(
             metadata,
-            x_TD,
-            self.o_proj.weight.shape[1],
-            prefill=lambda run: self._prefill(run, q_THQ, key_TGQ, value_TGQ),
-            decode=lambda decodes: self._decode(decodes, q_THQ),
+            q_THQ,
+            key_TGQ,
+            value_TGQ,
+            width=self.o_proj.weight.shape[1],
+            prefill=self._prefill,
+            decode=self._decode,
         )
         return self.o_proj.forward(out_TX)
 
@@ -129,26 +130,18 @@ class GroupedQueryAttention(nn.Module):
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def _prefill(
-        self, run: Sequence[PrefillSlice], q_THQ: torch.Tensor, key_TGQ: torch.Tensor, value_TGQ: torch.Tensor
+        self,
+        q_NSHQ: torch.Tensor,
+        key_NLGQ: torch.Tensor,
+        value_NLGQ: torch.Tensor,
+        with_context: PrefillSlice | None,
     ) -> torch.Tensor:
-        """The attention of the tokens of a run of slices, heads side by side."""
-        first, start, stop = run[0], run[0].start, run[-1].stop
-        if stop - start < q_THQ.shape[0]:
-            q_THQ, key_TGQ, value_TGQ = q_THQ[start:stop], key_TGQ[start:stop], value_TGQ[start:stop]
-        if first.context_len > 0:
-            length = first.context_len + first.stop - first.start
-            key_TGQ, value_TGQ = gather_keys_values(self.cache_blocks, first.block_ids_B, length, self.config.head_size)
-        out_NSHQ = prefill_attention(
-            q_THQ.view(len(run), -1, *q_THQ.shape[1:]),
-            key_TGQ.view(len(run), -1, *key_TGQ.shape[1:]),
-            value_TGQ.view(len(run), -1, *value_TGQ.shape[1:]),
-            self.scale,
-        )
-        return out_NSHQ.reshape(stop - start, -1)
+        if with_context is not None:
+            key_LGQ, value_LGQ = gather_keys_values(
+                self.cache_blocks, with_context.block_ids_B, with_context.length, self.config.head_size
+            )
+            key_NLGQ, value_NLGQ = key_LGQ.unsqueeze(0), value_LGQ.unsqueeze(0)
+        return prefill_attention(q_NSHQ, key_NLGQ, value_NLGQ, self.scale)
 
-    def _decode(self, decodes: DecodeGroup, q_THQ: torch.Tensor) -> torch.Tensor:
-        """The attention of the tokens of a group, heads side by side."""
-        out_NHQ = decode_attention(
-            q_THQ[decodes.rows_N], self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale
-        )
-        return out_NHQ.flatten(1)
+    def _decode(self, q_NHQ: torch.Tensor, decodes: DecodeGroup) -> torch.Tensor:
+        return decode_attention(q_NHQ, self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale)

@@ -6,7 +6,6 @@ without rotary, `V` value dimensions, `P` pairs of rotary dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,47 +111,40 @@ class LatentAttention(nn.Module):
         q_THQ = self._queries(first_TX, cos_TP, sin_TP)
         order_point(("keys and values", self.layer))
 
-        up_HXC = self.kv_b_proj.weight.view(config.num_heads, -1, config.latent_size)
         out_TX = attend(
             metadata,
-            x_TD,
-            config.num_heads * config.value_size,
-            prefill=lambda run: self._prefill(run, q_THQ, latent_TC, up_HXC),
-            decode=lambda decodes: self._decode(decodes, q_THQ, up_HXC),
+            q_THQ,
+            latent_TC,
+            width=self.o_proj.weight.shape[1],
+            prefill=self._prefill,
+            decode=self._decode,
         )
         return self.o_proj.forward(out_TX)
 
-    def _prefill(
-        self, run: Sequence[PrefillSlice], q_THQ: torch.Tensor, latent_TC: torch.Tensor, up_HXC: torch.Tensor
-    ) -> torch.Tensor:
-        """The attention of the tokens of a run of slices, heads side by side."""
-        first, start, stop = run[0], run[0].start, run[-1].stop
-        if stop - start < q_THQ.shape[0]:
-            q_THQ, latent_TC = q_THQ[start:stop], latent_TC[start:stop]
-        if first.context_len > 0:
-            length = first.context_len + first.stop - first.start
-            latent_TC = gather_blocks(self.cache_blocks, first.block_ids_B, length)
-        out_NSHV = prefill_attention(
-            q_THQ.view(len(run), -1, *q_THQ.shape[1:]),
-            latent_TC.view(len(run), -1, latent_TC.shape[1]),
-            up_HXC,
-            self.scale,
-        )
-        return out_NSHV.reshape(stop - start, -1)
+    @property
+    def _up_HXC(self) -> torch.Tensor:
+        """[H, Q + V, C], from a latent to the key and the value of each head."""
+        return self.kv_b_proj.weight.view(self.config.num_heads, -1, self.config.latent_size)
 
-    def _decode(self, decodes: DecodeGroup, q_THQ: torch.Tensor, up_HXC: torch.Tensor) -> torch.Tensor:
-        """The attention of the tokens of a group, heads side by side."""
-        query_size = self.config.query_size
-        out_NHV = decode_attention(
-            q_THQ[decodes.rows_N],
+    def _prefill(
+        self, q_NSHQ: torch.Tensor, latents_NLC: torch.Tensor, with_context: PrefillSlice | None
+    ) -> torch.Tensor:
+        if with_context is not None:
+            latents_LC = gather_blocks(self.cache_blocks, with_context.block_ids_B, with_context.length)
+            latents_NLC = latents_LC.unsqueeze(0)
+        return prefill_attention(q_NSHQ, latents_NLC, self._up_HXC, self.scale)
+
+    def _decode(self, q_NHQ: torch.Tensor, decodes: DecodeGroup) -> torch.Tensor:
+        key_up_HQC, value_up_HVC = self._up_HXC.split([self.config.query_size, self.config.value_size], dim=1)
+        return decode_attention(
+            q_NHQ,
             self.cache_blocks,
             decodes.block_table_NB,
             decodes.seq_lens_N,
-            up_HXC[:, :query_size],
-            up_HXC[:, query_size:],
+            key_up_HQC,
+            value_up_HVC,
             self.scale,
         )
-        return out_NHV.flatten(1)
 
     def _queries(self, first_TX: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
         """Queries [T, H, Q + P2], rotary part last. first_TX: the queries, or their low-rank bottleneck."""
