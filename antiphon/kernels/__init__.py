@@ -1,4 +1,4 @@
-"""Computation on tensors, without state: each function is a plain-torch reference that any device can run.
+"""Stateless computation on tensors: each function is a plain-torch reference that runs on any device.
 
-Where there is a fused kernel for CUDA devices, `dispatch.fused` finds it behind the name of its reference.
+Where a fused kernel for CUDA devices exists, `dispatch.fused` runs it under the name of its reference.
 """

@@ -1,8 +1,8 @@
 """Causal attention of the last tokens of a sequence: by one of torch's fused kernels if possible, else in pieces.
 
-Without context, all of torch's kernels are causal without a mask tensor. With context only the flash kernel is, through
-an operator of its own. `torch.nn.attention.bias` calls the same operator, but imports torch's compiler (a second or
-more in the middle of serving) and allocates host memory for the whole mask.
+Without context, all of torch's kernels apply a causal mask without a mask tensor. With context only the flash kernel
+does, through an operator of its own. `torch.nn.attention.bias` calls the same operator, but it imports torch's compiler
+(a second or more in the middle of serving) and allocates host memory for the whole mask.
 
 Shapes: `N` sequences, `H` query heads, `G` key/value heads, `S` new tokens, `L` tokens of context and new ones, `Q`
 dimensions of queries and keys, `V` of values.
@@ -18,23 +18,23 @@ from antiphon.core.warn_once import warn_once
 from antiphon.kernels.dispatch import takes_cuda_kernels
 
 _MOST_MASKED = 1 << 22
-"""Pairs of a new token and a token that it may see in one piece; where scores are materialized, per head."""
+"""Elements of the mask of one piece, and of its scores per head where these are materialized."""
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
-_FLASH_ALIGNMENT = 8  # of the dimensions of a head
+_FLASH_ALIGNMENT = 8  # the head dimension must be a multiple of it
 
 
 def causal_attention(
     q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor, value_NGLV: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention of the last `S` of `L` tokens, where the last token sees all: [N, H, S, V]. The host does not wait.
+    """Causal attention of the last `S` of `L` tokens: [N, H, S, V]. The host does not wait.
 
     Query head h uses key/value head h // (H / G).
     """
     if q_NHSQ.shape[2] == key_NGLQ.shape[2]:
         return _attend(q_NHSQ, key_NGLQ, value_NGLV, None, scale)
     if _takes_flash(q_NHSQ, key_NGLQ, value_NGLV):
-        # The kernel's causal mask has its corner at the lower right.
+        # This kernel's causal mask is aligned to the lower right corner.
         out_NHSV: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
             q_NHSQ, key_NGLQ, value_NGLV, 0.0, is_causal=True, return_debug_mask=False, scale=scale
         )[0]
@@ -52,7 +52,7 @@ def causal_attention_reference(
     *,
     most_masked: int = _MOST_MASKED,
 ) -> torch.Tensor:
-    """The same with explicit masks, one piece of the new tokens after the other, for any device and dtype."""
+    """`causal_attention` with explicit masks, a piece of the new tokens at a time, for any device and dtype."""
     num_new, length = q_NHSQ.shape[2], key_NGLQ.shape[2]
     context, step = length - num_new, max(1, most_masked // length)
     pieces = []
@@ -67,11 +67,11 @@ def causal_attention_reference(
 
 def _warn_of_pieces(dtype: torch.dtype, head_size: int) -> None:
     kind = str(dtype).removeprefix("torch.")
-    other = "a GPU of compute capability 8 or later, and heads of a multiple of 8 dimensions, 256 at most"
+    other = "a GPU of compute capability 8 or later, and a head dimension that is a multiple of 8 and at most 256"
     warn_once(
-        f"prompts with context are attended to in pieces on a GPU, because torch's flash kernel does not take heads of "
-        f"{head_size} dimensions in {kind} here",
-        cost="masks are materialized, and there are more and slower kernels",
+        f"attention of prompts with context runs in pieces on a GPU, because torch's flash kernel does not support "
+        f"head dimension {head_size} in {kind} here",
+        cost="masks are materialized, and the kernels are slower and more numerous",
         remedy=f"use {other if dtype in _FLASH_DTYPES else 'bfloat16 where speed matters'}",
     )
 
@@ -101,6 +101,6 @@ def _is_grouped(q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor) -> bool:
 def _takes_flash(q_NHSQ: torch.Tensor, key_NGLQ: torch.Tensor, value_NGLV: torch.Tensor) -> bool:
     if not takes_cuda_kernels(q_NHSQ) or q_NHSQ.dtype not in _FLASH_DTYPES or q_NHSQ.shape[3] % _FLASH_ALIGNMENT:
         return False
-    # Asked as if there were no mask: torch's own causal mask, at the upper left, is refused with a context.
+    # We check without a mask: torch's own causal mask, aligned to the upper left corner, is refused with a context.
     grouped = _is_grouped(q_NHSQ, key_NGLQ)
     return can_use_flash_attention(SDPAParams(q_NHSQ, key_NGLQ, value_NGLV, None, 0.0, False, grouped))

@@ -1,14 +1,14 @@
-"""The one place where a plain-torch reference finds its fused twin.
+"""The only place where a plain-torch reference is connected to its fused twin.
 
-A function with a twin is written once, as its reference, and decorated:
+A function with a twin is written as its reference and decorated:
 
     @fused("norm_rope", one_dtype=("x_TD", "weight_D"))
     def rms_norm(x_TD, weight_D, eps): ...
 
-`rms_norm(...)` then runs `antiphon.kernels.fused.norm_rope.rms_norm_fused` for tensors on a CUDA device, and the body
-above for all others and inside `no_cuda_kernels()`; `rms_norm.reference(...)` always runs the body. The twin is
-imported at its first call, because Triton is only installed with CUDA. Twins take the same arguments:
-`tests/kernels/test_dispatch.py` compares them.
+`rms_norm(...)` then runs `antiphon.kernels.fused.norm_rope.rms_norm_fused` for tensors on a CUDA device. For all other
+tensors, and inside `no_cuda_kernels()`, it runs the body above; `rms_norm.reference(...)` always does. The twin is
+imported at its first call, because Triton is only installed with CUDA. Twins take the same arguments, which
+`tests/kernels/test_dispatch.py` checks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _allowed: ContextVar[bool] = ContextVar("antiphon_cuda_kernels", default=True)
 
 @contextmanager
 def no_cuda_kernels() -> Iterator[None]:
-    """Inside, plain torch runs for tensors on CUDA devices too, as on any other device."""
+    """A context in which tensors on CUDA devices are computed in plain torch too, as on any other device."""
     token = _allowed.set(False)
     try:
         yield
@@ -38,28 +38,28 @@ def no_cuda_kernels() -> Iterator[None]:
 
 
 def takes_cuda_kernels(tensor: torch.Tensor) -> bool:
-    """Whether kernels that only CUDA has may run on the tensor."""
+    """Whether kernels for CUDA devices only may run on the tensor."""
     return tensor.is_cuda and _allowed.get()
 
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LAUNCH_COST = "a launch takes 16 to 45 us of the host instead of 6, so eager steps are host-bound sooner"
+LAUNCH_COST = "a launch takes 16 to 45 us of host time instead of 6, so eager steps become host-bound sooner"
 """The cost of a launch through Triton's own call (docs/facts.md)."""
 
-LAUNCH_REMEDY = "use torch 2.11 to 2.14 with the Triton that it brings"
+LAUNCH_REMEDY = "use torch 2.11 to 2.14 with the Triton version that comes with it"
 
 
 class Kernel(Generic[P, R]):
     """A function on tensors with a plain-torch reference and a fused twin for CUDA devices.
 
-    Its first argument is a tensor, given by position, whose device decides. Where the twin wants one dtype for several
-    tensors and they differ, the reference runs on the GPU too, with one warning.
+    The device of its first argument, a tensor given by position, decides which one runs. Where the twin needs one dtype
+    for several tensors and theirs differ, the reference runs on the GPU instead, with one warning.
     """
 
     def __init__(self, reference: Callable[P, R], module: str, one_dtype: tuple[str, ...]) -> None:
-        """module: in `antiphon.kernels.fused`. one_dtype: names of positional tensors that must share one dtype."""
+        """module: its name in `antiphon.kernels.fused`. one_dtype: the positional tensors that must share one dtype."""
         names = list(inspect.signature(reference).parameters)
         self.reference = self.__wrapped__ = reference
         self.module = module
@@ -91,10 +91,10 @@ class Kernel(Generic[P, R]):
         warn_once(
             f"{self.__name__} runs in plain torch on a GPU, because its tensors are {' and '.join(names)}",
             cost="several launches and passes over memory instead of one",
-            remedy="give all of them one dtype",
+            remedy="use the same dtype for all of them",
         )
 
 
 def fused(module: str, *, one_dtype: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Kernel[P, R]]:
-    """Decorates a reference whose twin is `antiphon.kernels.fused.<module>.<name>_fused`; see the module."""
+    """Decorate a reference whose twin is `antiphon.kernels.fused.<module>.<name>_fused`; see the module docstring."""
     return lambda reference: Kernel(reference, module, one_dtype)

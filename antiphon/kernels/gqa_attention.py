@@ -1,8 +1,8 @@
 """Grouped-query attention over a paged cache of keys and values.
 
-The cache keeps, for every token and layer, the keys of all key/value heads and then their values:
+For every token and layer, the cache holds the keys of all key/value heads and then their values:
 [num_blocks, block_size, 2 * G * Q]. Consecutive query heads share a key/value head: head h uses h // (H / G).
-(Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".)
+Source: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".
 
 Shapes: `T` tokens, `S` new tokens, `L` tokens of context and new ones, `N` requests, `B` blocks, `H` query heads,
 `G` key/value heads, `Q` dimensions of a head.
@@ -19,7 +19,7 @@ from antiphon.kernels.paged_cache import MOST_POSITIONS, attend_to_cached, decod
 def write_keys_values(
     cache_blocks: torch.Tensor, slots_T: torch.Tensor, key_TGQ: torch.Tensor, value_TGQ: torch.Tensor
 ) -> None:
-    """Put the keys and values of `T` tokens into the cache at `slots_T` = block * block_size + offset."""
+    """Write the keys and values of `T` tokens to the cache at `slots_T` = block * block_size + offset."""
     keys, values = cache_blocks.flatten(0, 1).chunk(2, dim=-1)
     keys.index_copy_(0, slots_T, key_TGQ.flatten(1))
     values.index_copy_(0, slots_T, value_TGQ.flatten(1))
@@ -37,7 +37,7 @@ def gather_keys_values(
 def prefill_attention(
     q_NSHQ: torch.Tensor, key_NLGQ: torch.Tensor, value_NLGQ: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal attention of the last `S` of `L` tokens of `N` requests: [N, S, H, Q]. Keys and values are of all `L`."""
+    """Causal attention of the last `S` of `L` tokens of `N` requests: [N, S, H, Q]."""
     out_NHSQ = causal_attention(q_NSHQ.transpose(1, 2), key_NLGQ.transpose(1, 2), value_NLGQ.transpose(1, 2), scale)
     return out_NHSQ.transpose(1, 2)
 
@@ -53,9 +53,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of one new token for each of `N` requests: [N, H, Q].
 
-    seq_lens_N counts the new token, whose keys and values are in the cache already; 0 gives zeros. The host does not
-    wait: the lengths stay on the device. All sequences are padded to the longest one; most_positions bounds how many
-    positions are gathered at once.
+    seq_lens_N includes the new token, whose keys and values are already in the cache; a length of 0 gives zeros. The
+    host does not wait, because the lengths stay on the device. All sequences are padded to the longest one;
+    most_positions bounds how many positions are gathered at once.
     """
     head_size = q_NHQ.shape[2]
 

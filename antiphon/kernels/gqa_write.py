@@ -1,6 +1,6 @@
-"""Splits grouped-query attention's merged projection into queries, keys and values, and writes the paged cache.
+"""From grouped-query attention's merged projection to queries, and keys and values in the paged cache.
 
-The fused twin does the norms, the rotary embedding and the write of keys and values in one pass.
+The fused twin does the norms, the rotary embedding and the cache write in one pass.
 
 Shapes: `T` tokens, `H` query heads, `G` key/value heads, `Q` dimensions of a head, `P` pairs of rotary dimensions (the
 first 2P of a head), `X` = (H + 2G)Q: the queries of a token, then its keys, then its values.
@@ -18,7 +18,7 @@ from antiphon.kernels.norm_rope import apply_rope, rms_norm
 
 
 class HeadNorms(NamedTuple):
-    """RMS norms of the heads of queries and keys."""
+    """The RMS norms applied to each head of the queries and keys."""
 
     q_weight_Q: torch.Tensor
     k_weight_Q: torch.Tensor
@@ -39,10 +39,10 @@ def norm_rotate_write(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries [T, H, Q], keys and values [T, G, Q], ready for attention; also writes keys and values to the cache.
 
-    The results may be views of `qkv_TX`, whose contents are lost. norms: applied before rotating, rounded as `rms_norm`
-    does; None without them. Pairs are (x0, xP), (x1, xP+1), ...
+    The results may be views of `qkv_TX`, whose contents are overwritten. norms: applied before the rotation, with the
+    rounding of `rms_norm`; None if there are none. Rotated pairs are (x0, xP), (x1, xP+1), ...
     cache_blocks: [num_blocks, block_size, 2GQ], contiguous.
-    slots_T: int64, block * block_size + offset, all different but for those in block 0.
+    slots_T: int64, block * block_size + offset, all distinct except those in block 0.
     """
     num_heads = qkv_TX.shape[1] // head_size - 2 * num_kv_heads
     heads_TXQ = torch.unflatten(qkv_TX, 1, (-1, head_size))

@@ -1,4 +1,4 @@
-"""The experts of one rank over the rows it received: sort by expert, two grouped GEMMs, weighted sum.
+"""The experts of one rank applied to the rows it received: sort by expert, two grouped GEMMs, weighted sum.
 
 Shapes: `R` rows, `K` experts per token, `E` experts of this rank, `D` hidden size, `F` expert width,
 `X` (row, expert) pairs that this rank computes, `G` = 2F (gate and up), `N` outputs of a GEMM.
@@ -15,21 +15,21 @@ import torch.nn.functional as F
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.dispatch import fused, takes_cuda_kernels
 
-_ALIGNMENT_BYTES = 16  # torch's grouped GEMM requires it of the strides
+_ALIGNMENT_BYTES = 16  # torch's grouped GEMM requires it for strides
 _GROUPED_KERNELS = (9, 10)  # major compute capabilities for which torch up to 2.14 has a grouped kernel
 _MAX_VIEWS = 1024
-_LOOP_COST = "one GEMM after the other, and the host waits for the device in every layer"
+_LOOP_COST = "GEMMs run one after the other, and the host waits for the device in every layer"
 
 
 class ExpertWorkspace:
     """Buffers that `grouped_experts` keeps between calls on a CUDA device; they only grow.
 
-    All lanes and layers of a rank may share one. Lanes queue their expert computation on the same compute stream, so
-    the kernels of two calls never overlap, and nothing in here outlives a call. Computation on two streams needs two
-    workspaces.
+    All lanes and layers of a rank may share a workspace. Lanes queue their expert computation on the same compute
+    stream, so the kernels of two calls never overlap, and no contents are needed after a call. Computation on two
+    streams needs two workspaces.
 
-    max_pairs: (row, expert) pairs, local or not, that one pass handles; more rows take several passes over the weights.
-    It bounds the memory: buffers are sized for the case that all of them are local.
+    max_pairs: (row, expert) pairs, local or not, per pass; more rows take several passes over the weights.
+    It bounds the memory, because buffers are sized for the case that all pairs are local.
     """
 
     def __init__(self, *, max_pairs: int = 262_144) -> None:
@@ -44,11 +44,11 @@ class ExpertWorkspace:
     def get_shared(
         self, name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, ...]:
-        """Several views of the same memory, to be used one after the other."""
+        """Several views of the same memory, for use one after the other."""
         key = (name, shapes, dtype, device)
         views = self._views.get(key)
         if views is None:
-            with torch.inference_mode(False):  # so that they can be used inside of it and outside
+            with torch.inference_mode(False):  # so that the buffers work both inside and outside inference mode
                 buffer = self._buffer(name, max(map(math.prod, shapes)), dtype, device)
                 views = tuple(buffer[: math.prod(shape)].view(shape) for shape in shapes)
             if len(self._views) >= _MAX_VIEWS:
@@ -60,8 +60,8 @@ class ExpertWorkspace:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[0] < size or buffer.dtype != dtype or buffer.device != device:
             self._buffers.pop(name, None)
-            self._views.clear()  # they hold the memory
-            del buffer  # before the larger one is allocated
+            self._views.clear()  # they keep the memory alive
+            del buffer  # free it before the larger one is allocated
             buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
         return buffer
 
@@ -83,14 +83,14 @@ def grouped_experts(
     first_expert: int = 0,
     workspace: ExpertWorkspace | None = None,
 ) -> torch.Tensor:
-    """Weighted sum over this rank's experts of `down(silu(gate x) * up x)`, for every row: [R, D] in x's dtype.
+    """The weighted sum over this rank's experts of `down(silu(gate x) * up x)` for every row: [R, D] in x's dtype.
 
     x_RD, weights_RK and ids_RK may be views of the packed rows of a slab. ids_RK: int64 or int32; this rank holds the
-    experts from `first_expert` on, and any other id, such as -1, is another rank's. weights_RK: float32 (or float64).
+    experts from `first_expert` on, and any other id, such as -1, is ignored. weights_RK: float32 (or float64).
     gate_up_EGD: [E, 2F, D], gate rows above up rows. down_EDF: [E, D, F].
-    Products are in x's dtype, the sum over experts in float32 at least. A row without local experts is zero.
-    The result is written into `out_RD` if given, else it is new; it is the caller's, and safe on the current stream.
-    workspace: memory kept between calls, on CUDA devices; without it a call allocates its own.
+    Products are in x's dtype, the sum over experts is in float32 at least. A row without local experts is zero.
+    The result is written to `out_RD` if given, else it is new. The caller owns it; it is safe on the current stream.
+    workspace: memory kept between calls on CUDA devices; without it each call allocates its own.
     """
     if x_RD.shape[0] == 0:
         return x_RD.new_empty(x_RD.shape) if out_RD is None else out_RD
@@ -112,11 +112,11 @@ def grouped_experts(
 def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """`x @ weight[e].T` for the rows of each expert e, which end at `ends_E[e]`: [X, N].
 
-    Rows after the last end are undefined. On a CUDA device, the host waits for it unless the dtype is bfloat16.
+    Rows after the last end are undefined. The host waits for a CUDA device unless the dtype is bfloat16.
     """
     number_bytes = x_XD.element_size()
     unaligned = x_XD.shape[1] * number_bytes % _ALIGNMENT_BYTES or weight_END.shape[1] * number_bytes % _ALIGNMENT_BYTES
-    # On CUDA devices torch has a grouped kernel for bfloat16 only; its handling of other dtypes varies by version.
+    # On CUDA devices torch has a grouped kernel for bfloat16 only; its treatment of other dtypes varies by version.
     on_cuda = takes_cuda_kernels(x_XD)
     in_a_loop = x_XD.dtype == torch.float64 if x_XD.is_cpu else x_XD.dtype != torch.bfloat16 or not on_cuda
     if on_cuda:
@@ -129,7 +129,7 @@ def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.
 
 @lru_cache(maxsize=64)
 def _warn_of_loop(dtype: torch.dtype, unaligned: bool, major: int) -> None:
-    """Warn if the experts run one by one on a GPU, in the loop below or in torch's own."""
+    """Warn if the experts run one by one on a GPU, in the loop below or in torch's."""
     if dtype != torch.bfloat16:
         kind = str(dtype).removeprefix("torch.")
         warn_once(
@@ -149,7 +149,7 @@ def _major(device: torch.device) -> int:
 
 
 def grouped_product_reference(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """The same as a loop over experts, for any dtype and size."""
+    """`grouped_product` as a loop over experts, for any dtype and size."""
     out_XN = x_XD.new_empty(x_XD.shape[0], weight_END.shape[1])
     start = 0
     for expert, end in enumerate(ends_E.tolist()):

@@ -1,6 +1,6 @@
-"""Turns latent attention's projection into latents with their rotary keys, and writes them into the paged cache.
+"""From latent attention's projection to latents with rotary keys, in the paged cache too.
 
-The fused twin does the norm of the latents, the rotary embedding of the keys and the write in one pass.
+The fused twin does the norm of the latents, the rotary embedding of the keys and the cache write in one pass.
 
 Shapes: `T` tokens, `C` latent size, `P` pairs of rotary dimensions, `X` = C + 2P.
 """
@@ -26,11 +26,11 @@ def norm_rotate_write_latents(
     *,
     interleaved: bool,
 ) -> torch.Tensor:
-    """Latents [T, C + 2P] as the cache keeps them, new and contiguous; also writes them to the cache.
+    """Latents [T, C + 2P] in the cache's format, new and contiguous; also writes them to the cache.
 
     latent_TX: may have gaps between rows. interleaved: see `apply_rope`; the norm is `rms_norm`.
     cache_blocks: [num_blocks, block_size, C + 2P], contiguous.
-    slots_T: int64, block * block_size + offset, all different but for those in block 0.
+    slots_T: int64, block * block_size + offset, all distinct except those in block 0.
     """
     size = weight_C.shape[0]
     rotary = apply_rope.reference(latent_TX[:, size:], cos_TP, sin_TP, interleaved=interleaved)

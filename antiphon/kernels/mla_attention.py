@@ -1,6 +1,6 @@
 """Multi-head latent attention over a paged cache of latents.
 
-The cache keeps, for every token and layer, one latent of `C` numbers and one rotary key of `P2` numbers, side by
+For every token and layer, the cache holds one latent of `C` numbers and one rotary key of `P2` numbers, side by
 side: [num_blocks, block_size, C + P2]. A slice of several tokens expands the latents of its whole context to keys
 and values (`prefill_attention`). A slice of one token folds the expansion into query and output instead and attends
 to the latents themselves (`decode_attention`, "absorbed"; DeepSeek-V2 paper, section 2.1).
@@ -23,16 +23,16 @@ from antiphon.kernels.dispatch import takes_cuda_kernels
 from antiphon.kernels.paged_cache import MOST_POSITIONS, attend_to_cached, decode_in_groups
 
 MOST_EXPANDED = 1 << 20
-"""Heads times positions whose keys and values exist at once: 1.25 GiB in bfloat16 at DeepSeek's sizes with padding.
+"""Heads times positions that are expanded at once: 1.25 GiB of keys and values in bfloat16 at DeepSeek's sizes, padded.
 
-That is 8,192 tokens of 128 heads, so prompts without context are not cut.
+That is 8,192 tokens of 128 heads, so prompts without context are computed in one piece.
 """
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def write_latents(cache_blocks: torch.Tensor, slots_T: torch.Tensor, latent_TC: torch.Tensor) -> None:
-    """Put the latents (with rotary key) of `T` tokens into the cache at `slots_T` = block * block_size + offset."""
+    """Write the latents (with rotary key) of `T` tokens to the cache at `slots_T` = block * block_size + offset."""
     cache_blocks.flatten(0, 1).index_copy_(0, slots_T, latent_TC)
 
 
@@ -46,9 +46,9 @@ def prefill_attention(
 ) -> torch.Tensor:
     """Causal attention of the last `S` of `L` tokens of `N` requests: [N, S, H, V].
 
-    q_NSHQ: [N, S, H, Q + P2], rotary part last. latents_NLC: [N, L, C + P2] of all `L` tokens.
+    q_NSHQ: [N, S, H, Q + P2], rotary part last. latents_NLC: [N, L, C + P2].
     up_HXC: [H, Q + V, C], from a latent to the key and the value of each head, contiguous.
-    most_expanded bounds the keys and values that exist at once: a long context is computed a few heads at a time.
+    most_expanded bounds the keys and values that exist at once, by computing a long context a few heads at a time.
     """
     groups = _head_groups(up_HXC.shape[0], latents_NLC.shape[0] * latents_NLC.shape[1], most_expanded)
     parts = [_prefill(q_NSHQ[:, :, heads], latents_NLC, up_HXC[heads], scale) for heads in groups]
@@ -56,7 +56,7 @@ def prefill_attention(
 
 
 def _head_groups(num_heads: int, num_positions: int, most_expanded: int) -> list[slice]:
-    """Slices of the heads, as few and as even as possible, with at least one head in each."""
+    """Slices of at least one head each, as few and as even as possible."""
     at_most = max(1, most_expanded // max(1, num_positions))
     num_groups = -(-num_heads // at_most)
     edges = [num_heads * number // num_groups for number in range(num_groups + 1)]
@@ -68,7 +68,7 @@ def _prefill(q_NSHQ: torch.Tensor, latents_NLC: torch.Tensor, up_HXC: torch.Tens
     num_requests, length, width = latents_NLC.shape
     query_size = q_NSHQ.shape[3] - (width - latent_size)
     expanded = F.linear(latents_NLC.flatten(0, 1)[:, :latent_size], up_HXC.flatten(0, 1))
-    both_NLHX = expanded.view(num_requests, length, num_heads, -1)  # keys without their rotary part, then values
+    both_NLHX = expanded.view(num_requests, length, num_heads, -1)  # keys without rotary part, then values
     rope_key_NLHP = latents_NLC[..., latent_size:].unsqueeze(2).expand(-1, -1, num_heads, -1)
     key_NLHQ = torch.cat([both_NLHX[..., :query_size], rope_key_NLHP], dim=-1)
     value_NLHV = both_NLHX[..., query_size:]
@@ -80,19 +80,19 @@ def _prefill(q_NSHQ: torch.Tensor, latents_NLC: torch.Tensor, up_HXC: torch.Tens
 
 
 def _takes_short_values(q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV: torch.Tensor) -> bool:
-    """Whether cuDNN, which accepts values that are shorter than keys, has a kernel for these.
+    """Whether cuDNN, which accepts values shorter than keys, has a kernel for these tensors.
 
     On Hopper it took 0.4 times as long as the flash kernel, which needs padded values.
     """
     if q_NHSQ.shape[2] != key_NHLQ.shape[2]:
-        return False  # its causal mask assumes that there is no context
+        return False  # cuDNN's causal mask assumes that there is no context
     if can_use_cudnn_attention(SDPAParams(q_NHSQ, key_NHLQ, value_NHLV, None, 0.0, True, False)):
         return True
-    sizes = f"heads of {q_NHSQ.shape[3]} and {value_NHLV.shape[3]} dimensions"
+    sizes = f"keys of {q_NHSQ.shape[3]} and values of {value_NHLV.shape[3]} dimensions"
     warn_once(
-        f"values are padded to the length of keys, because cuDNN's attention does not take {sizes} here",
+        f"values are padded to the length of keys, because cuDNN's attention does not support {sizes} here",
         cost="attention of whole prompts took 2.5 times as long on an H100",
-        remedy="use a GPU of compute capability 9 or later, and a torch with cuDNN",
+        remedy="use a GPU of compute capability 9 or later, and a torch build with cuDNN",
     )
     return False
 
@@ -100,7 +100,7 @@ def _takes_short_values(q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV
 def _causal_padded(
     q_NHSQ: torch.Tensor, key_NHLQ: torch.Tensor, value_NHLV: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """`causal_attention` by torch's flash kernels, which need values as long as keys."""
+    """`causal_attention` with values padded to the length of keys, as torch's flash kernels need them."""
     value_size = value_NHLV.shape[3]
     padded_NHLQ = F.pad(value_NHLV, (0, key_NHLQ.shape[3] - value_size))
     return causal_attention(q_NHSQ, key_NHLQ, padded_NHLQ, scale)[..., :value_size]
@@ -119,8 +119,8 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of one new token for each of `N` requests, in latent space: [N, H, V].
 
-    q_NHQ: [N, H, Q + P2]. seq_lens_N counts the new token, whose latent is in the cache already; 0 gives zeros. All
-    sequences are padded to the longest one; most_positions bounds how many positions are gathered at once.
+    q_NHQ: [N, H, Q + P2]. seq_lens_N includes the new token, whose latent is already in the cache; a length of 0 gives
+    zeros. All sequences are padded to the longest one; most_positions bounds how many positions are gathered at once.
     """
     query_size, latent_size = key_up_HQC.shape[1:]
 

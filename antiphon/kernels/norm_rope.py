@@ -1,4 +1,4 @@
-"""RMS norm and rotary embedding; each fused twin is one pass over memory.
+"""RMS norm and rotary embedding; each fused twin takes one pass over memory.
 
 Shapes: `T` tokens, `D` hidden size, `H` heads, `P` half of the rotary dimensions.
 """
@@ -12,7 +12,7 @@ from antiphon.kernels.dispatch import fused
 
 @fused("norm_rope", one_dtype=("x_TD", "weight_D"))
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension, computed in float32 at least, in x's dtype.
+    """Root-mean-square norm over the last dimension, in x's dtype but computed in float32 at least.
 
     x_TD: [T, D] or [T, H, D]; may be a view with gaps between its rows. The result is new and contiguous.
     """
@@ -28,7 +28,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(rms_norm(residual + x), residual + x)`: both [T, D], in x's dtype; the sum is rounded before the norm.
 
-    The norm is new. The sum may reuse the memory of `residual_TD`, which must not be used afterwards.
+    The norm is new. The sum may reuse the memory of `residual_TD`, which the caller must not use afterwards.
     """
     sum_TD = residual_TD + x_TD
     return rms_norm.reference(sum_TD, weight_D, eps), sum_TD
@@ -41,8 +41,8 @@ def apply_rope(
     """Rotate `x` [T, 2P] or [T, H, 2P] by the angle of each position.
 
     interleaved: pairs are (x0, x1), (x2, x3), ... as DeepSeek stores them; else (x0, xP), (x1, xP+1), ...
-    In both cases the result has the first members of all pairs before the second ones.
-    It is written into `out` if given, which may be `x` itself; else it is new. x and out may be views with gaps
+    In both cases the first members of all pairs come before the second ones in the result.
+    It is written to `out` if given, which may be `x` itself; else it is new. x and out may be views with gaps
     between heads and tokens.
     """
     if x.dim() == 3:

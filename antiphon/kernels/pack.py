@@ -1,4 +1,4 @@
-"""Packing of tokens into the rows that are sent, and the sum of the partial sums that come back.
+"""Packing tokens into the rows that are sent, and adding up the partial sums that come back.
 
 Shapes: `T` tokens, `D` hidden size, `K` experts per token.
 """
@@ -21,9 +21,10 @@ def pack_rows(
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
 ) -> None:
-    """Write hidden states, routing weights and expert ids into packed rows, given as views with gaps between rows.
+    """Write hidden states, routing weights and expert ids into packed rows.
 
-    Numbers are converted to the dtypes of the outputs (ids from int64 to int32). The numbers of a row are contiguous.
+    The outputs are views with gaps between rows but not within them. Numbers are converted to the dtypes of the outputs
+    (ids from int64 to int32).
     """
     x_out_TD.copy_(x_TD)
     weights_out_TK.copy_(weights_TK)
@@ -31,13 +32,13 @@ def pack_rows(
 
 
 def add_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the ranks' partial sums, all of one shape and dtype, in rank order; new.
+    """The sum of all ranks' partial sums, which have one shape and dtype, in rank order; new.
 
-    It is computed in float32 at least and rounded once, so every transport gets the same numbers.
+    It is computed in float32 at least and rounded once, so all transports return the same numbers.
     """
     if len(parts) == 1:
         return parts[0].clone()
-    if len(parts) == 2:  # adding two is computed wide and rounded once on every device
+    if len(parts) == 2:  # every device adds two numbers in wider precision and rounds once
         return torch.add(*parts)
     wide = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
     for part in parts[1:]:

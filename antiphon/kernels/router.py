@@ -1,4 +1,4 @@
-"""The choice of experts from a router's logits, without groups.
+"""Choosing experts from a router's logits, without groups.
 
 Shapes: `T` tokens, `E` experts, `K` experts per token.
 """
@@ -33,13 +33,13 @@ def choose_experts(
     """The ids [T, K] (int64) and weights [T, K] (logits' dtype) of each token's best experts, best first.
 
     logits_TE: float32 or float64. bias_E: same dtype, added to the scores for the choice only; not with softmax.
-    Ties go to the lower id. normalize: the weights of a token add up to 1, before `scale`.
-    The ids of a token are distinct and in range whatever the logits hold, even nan.
-    num_real_1: int64 [1]; tokens from there on are padding and get the id -1, with weights that mean nothing.
+    Ties go to the lower id. normalize: make the weights of a token add up to 1 before applying `scale`.
+    The ids of a token are distinct and in range even if logits are nan.
+    num_real_1: int64 [1]; tokens from this index on are padding and get the id -1, with undefined weights.
     """
     check_choice(logits_TE, top_k, scoring, bias_E)
     if scoring is Scoring.SOFTMAX:
-        scores_TE, choice_TE = logits_TE.softmax(-1), logits_TE  # softmax may round differences between logits away
+        scores_TE, choice_TE = logits_TE.softmax(-1), logits_TE  # softmax may round away differences between logits
     else:
         scores_TE = logits_TE.sigmoid()
         choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
@@ -52,7 +52,7 @@ def choose_experts(
 
 
 def hide_padding(ids_TK: torch.Tensor, num_real_1: torch.Tensor) -> torch.Tensor:
-    """The ids with -1 for all tokens from `num_real_1` on; new."""
+    """The ids, with -1 for all tokens from index `num_real_1` on; new."""
     tokens_T1 = torch.arange(ids_TK.shape[0], device=ids_TK.device).unsqueeze(1)
     return ids_TK.masked_fill(tokens_T1 >= num_real_1, -1)
 

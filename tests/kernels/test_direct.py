@@ -215,8 +215,8 @@ def test_direct_launches_are_those_of_tritons_launcher(
     [
         ({"global_scratch_size": 128}, {}, "it needs scratch memory"),
         ({"profile_scratch_size": 128}, {}, "it needs scratch memory"),
-        ({"gsan_enabled": True}, {}, "it is watched by Triton's sanitizer"),
-        ({"warm_up": 3}, {}, "its launcher has warm_up, which is not known"),
+        ({"gsan_enabled": True}, {}, "Triton's sanitizer instruments it"),
+        ({"warm_up": 3}, {}, "its launcher has the unknown attributes warm_up"),
         ({}, {"x": "tensordesc<bf16[64, 64]>"}, "it takes tensor descriptors or tuples"),
         ({}, {"x": ("*bf16", "i32")}, "it takes tensor descriptors or tuples"),
     ],
@@ -232,7 +232,7 @@ def test_a_kernel_that_needs_more_goes_through_triton_and_no_other_one_does(
 ) -> None:
     make = use(version)
     if version == "3.6.0" and "gsan_enabled" in changes:
-        reason = "its launcher has gsan_enabled, which is not known"
+        reason = "its launcher has the unknown attributes gsan_enabled"
     driver = find_driver()
     assert driver is not None
     for _ in range(3):  # for other dtypes, say
@@ -280,7 +280,7 @@ def test_a_launcher_that_hands_over_something_else_is_found_out(
     monkeypatch.setattr(Triton37, "__call__", call)
     assert driver is not None and driver.direct(compiled_by(make())) is None
     (said,) = warnings_in(caplog)
-    assert "does not give its launcher what is known of this version" in said
+    assert "passes its launcher other arguments than known for this version" in said
 
 
 # ---- what is said, and where
@@ -294,7 +294,7 @@ def test_an_unknown_triton_is_said_once(use: Callable[[str], type[StandIn]], cap
     assert find_driver() is None
     (said,) = warnings_in(caplog)
     assert caplog.records[0].name == "antiphon"
-    for part in ("Triton 3.99.0 is not known", "3.6, 3.7, 3.8, 3.9", "16 to 45 us", "host-bound", "use torch 2.11 to"):
+    for part in ("Triton 3.99.0 is unknown", "3.6, 3.7, 3.8, 3.9", "16 to 45 us", "host-bound", "use torch 2.11 to"):
         assert part in said
 
 
@@ -323,13 +323,13 @@ def test_a_known_version_with_another_launcher_is_an_obstacle(
     use("3.7.1")
     assert launch_obstacle() == ""
     monkeypatch.setattr(direct, "_launcher_class", lambda: Triton36)
-    assert "is not the one that this version had" in launch_obstacle()
+    assert "differs from the one released with this version" in launch_obstacle()
 
     def absent() -> Any:
         raise ImportError("No module named 'triton.backends.nvidia'")
 
     monkeypatch.setattr(direct, "_launcher_class", absent)
-    assert "is not the one that this version had" in launch_obstacle()
+    assert "differs from the one released with this version" in launch_obstacle()
 
 
 def test_a_profiler_that_triton_calls_otherwise_is_an_obstacle(
@@ -337,7 +337,7 @@ def test_a_profiler_that_triton_calls_otherwise_is_an_obstacle(
 ) -> None:
     use("3.7.1")
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", None)
-    assert "is not the one that this version had" in launch_obstacle()
+    assert "differs from the one released with this version" in launch_obstacle()
 
 
 def test_a_torch_without_its_stream_is_an_obstacle(

@@ -90,7 +90,7 @@ def test_mixed_dtypes_keep_a_kernel_from_a_gpu_and_that_is_said_once(
         MIXED[name](True)
     (said,) = caplog.messages
     assert said.startswith(f"{name} runs in plain torch on a GPU, because its tensors are bfloat16 and float32: ")
-    assert said.endswith("; give all of them one dtype")
+    assert said.endswith("; use the same dtype for all of them")
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -169,4 +169,6 @@ def test_padded_values_are_said_where_cudnn_would_take_them_short(
     for _ in range(2):
         mla_attention.prefill_attention(some(1, 3, 2, 12), some(1, 3, 12), up_HXC, 1.0)
     (said,) = caplog.messages
-    assert "cuDNN's attention does not take heads of 12 and 8 dimensions here" in said and "2.5 times" in said
+    assert (
+        "cuDNN's attention does not support keys of 12 and values of 8 dimensions here" in said and "2.5 times" in said
+    )

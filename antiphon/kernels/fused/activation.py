@@ -60,7 +60,7 @@ def _gated_silu(num_rows: int, width: int, num_ends: int, double: bool) -> Launc
 
 
 def launch_gated_silu(gate_up_XG: torch.Tensor, out_XF: torch.Tensor, ends_E: torch.Tensor | None) -> None:
-    """Fill the first `ends_E[-1]` rows of `out_XF`, or all of them without ends. Both are contiguous."""
+    """Fill the first `ends_E[-1]` rows of `out_XF`, or all of them if there are no ends. Both are contiguous."""
     num_rows, width = out_XF.shape
     launch = _gated_silu(num_rows, width, 0 if ends_E is None else ends_E.shape[0], is_double(out_XF.dtype))
     launch(gate_up_XG, out_XF, out_XF if ends_E is None else ends_E)

@@ -1,16 +1,16 @@
-"""Launches of compiled kernels without Triton's own call, by what the launcher of each version takes.
+"""Launching compiled kernels without Triton's own call, with the arguments that each version's launcher takes.
 
 A compiled kernel has a `CudaLauncher`, whose C function `launch` queues the kernel on a stream. The arguments
-of that function have changed between versions of Triton; `_PROTOCOLS` has the order for each version.
+of that function have changed between versions of Triton; `_PROTOCOLS` holds their order for each version.
 
     "arguments behind"   launch(x, y, z, stream, function, cooperative, pdl, scratch, profile scratch,
                                 metadata, launch metadata, enter hook, exit hook, *arguments)
     "arguments packed"   launch(x, y, z, stream, function, cooperative, pdl, metadata, launch metadata,
                                 enter hook, exit hook, scratch, profile scratch, annotations, signature, arguments)
 
-The table is not trusted blindly. Before a kernel is launched directly, Triton's launcher is called with made-up
-arguments and a recorder in place of its C function: both ways must pass it the same. A kernel that does not fit is
-launched through Triton, with one warning.
+The table is verified at run time. Before a kernel is launched directly, Triton's launcher and ours are called with
+made-up arguments and a recorder in place of the C function; both must pass it the same arguments. A kernel for which
+they differ is launched through Triton, with one warning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TORCH_NAMES = ("_cuda_getDevice", "_cuda_getCurrentRawStream")
 
 Launcher = Callable[..., None]
 Queue = Callable[[tuple[int, int], int, tuple[Any, ...]], None]
-"""Queues a kernel: its grid, the stream as the driver names it, all arguments as numbers."""
+"""Queues a kernel, given its grid, the stream's driver handle, and all arguments as numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,46 +40,46 @@ class Direct:
     """A compiled kernel that is queued without Triton's own call."""
 
     queue: Queue
-    compiled: Any  # kept: from Triton 3.8 on the kernel leaves the device with it
+    compiled: Any  # kept alive: from Triton 3.8 on the kernel is unloaded with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Driver:
-    """What direct launches need from Triton and torch."""
+    """The functions of Triton and torch that direct launches need."""
 
-    device: Callable[[], int]  # the current one
-    stream: Callable[[int], int]  # the current one of a device, as the driver names it
-    hooked: Callable[[], bool]  # whether a profiler wants to see every launch
-    direct: Callable[[Any], Direct | None]  # None: this kernel goes through Triton
+    device: Callable[[], int]  # the current device
+    stream: Callable[[int], int]  # the driver handle of a device's current stream
+    hooked: Callable[[], bool]  # whether a profiler has hooked launches
+    direct: Callable[[Any], Direct | None]  # None if the kernel must go through Triton
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
     """How the launchers of some versions of Triton take their arguments.
 
-    adapt: from a compiled kernel and the C function of its launcher to what queues the kernel.
+    adapt: makes the `Queue` of a compiled kernel from the kernel and the C function of its launcher.
     """
 
     name: str
     versions: tuple[str, ...]
     parameters: tuple[str, ...]  # of `CudaLauncher.__call__`
-    attributes: frozenset[str]  # that a launcher has; one more may be a new need
+    attributes: frozenset[str]  # that a launcher has; an unknown one may be a new requirement
     adapt: Callable[[Any, Launcher], Queue]
 
 
 def find_protocol(version: str) -> Protocol | None:
-    """The protocol of a version of Triton; None if its launcher is unknown."""
+    """The protocol of a version of Triton, or None if its launcher is unknown."""
     series = ".".join(version.split(".")[:2])
     return next((protocol for protocol in _PROTOCOLS if series in protocol.versions), None)
 
 
 def launch_obstacle() -> str:
-    """Why this Triton and torch allow no direct launches on GPUs; "" if they do."""
+    """Why direct launches on GPUs are impossible with this Triton and torch; "" if they are possible."""
     version = triton.__version__
     protocol = find_protocol(version)
     if protocol is None:
         known = ", ".join(known for protocol in _PROTOCOLS for known in protocol.versions)
-        return f"the launcher of Triton {version} is not known, only those of {known}"
+        return f"the launcher of Triton {version} is unknown; only those of {known} are supported"
     try:
         parameters = tuple(inspect.signature(_launcher_class().__call__).parameters)
         runtime = triton.knobs.runtime
@@ -88,7 +88,7 @@ def launch_obstacle() -> str:
     except (ImportError, AttributeError):
         fits = False
     if not fits:
-        return f"the launcher of Triton {version} is not the one that this version had"
+        return f"the launcher of Triton {version} differs from the one released with this version"
     if missing := [name for name in _TORCH_NAMES if not hasattr(torch._C, name)]:
         return f"torch {torch.__version__} has no {' and no '.join(missing)}"
     return ""
@@ -96,9 +96,9 @@ def launch_obstacle() -> str:
 
 @lru_cache(maxsize=1)
 def find_driver() -> Driver | None:
-    """The driver for direct launches; None where kernels are interpreted or nothing can be launched directly.
+    """The driver for direct launches; None where kernels are interpreted or direct launches are impossible.
 
-    The latter is said once on a GPU.
+    On a GPU, the latter gives one warning.
     """
     if not torch.cuda.is_available() or triton.knobs.runtime.interpret:
         return None
@@ -110,7 +110,7 @@ def find_driver() -> Driver | None:
 
 
 def _make_driver() -> Driver:
-    """The driver, where there is no `launch_obstacle`."""
+    """The driver, provided that there is no `launch_obstacle`."""
     protocol = find_protocol(triton.__version__)
     assert protocol is not None
     runtime = triton.knobs.runtime
@@ -134,25 +134,25 @@ def _make_driver() -> Driver:
 
 
 def _reason_against(protocol: Protocol, compiled: Any) -> str:
-    """Why the kernel must be launched by Triton's own call; "" if it need not be."""
+    """Why the kernel must be launched through Triton's own call; "" if it can be launched directly."""
     launcher = compiled.run
     if type(launcher) is not _launcher_class():
         return f"its launcher is a {type(launcher).__name__}"
     if unknown := sorted(vars(launcher).keys() - protocol.attributes):
-        return f"its launcher has {', '.join(unknown)}, which is not known"
+        return f"its launcher has the unknown attributes {', '.join(unknown)}"
     if launcher.global_scratch_size or launcher.profile_scratch_size:
         return "it needs scratch memory"
     if getattr(launcher, "gsan_enabled", False):
-        return "it is watched by Triton's sanitizer"
+        return "Triton's sanitizer instruments it"
     if not all(isinstance(kind, str) and not kind.startswith("tensordesc") for kind in compiled.src.signature.values()):
         return "it takes tensor descriptors or tuples"
     if not _agree(protocol, compiled):
-        return f"Triton {triton.__version__} does not give its launcher what is known of this version"
+        return f"Triton {triton.__version__} passes its launcher other arguments than known for this version"
     return ""
 
 
 def _agree(protocol: Protocol, compiled: Any) -> bool:
-    """Whether Triton and the protocol pass the same to the C function of the launcher; neither launches anything."""
+    """Whether Triton and the protocol pass the launcher's C function the same arguments. Nothing is launched."""
     theirs: list[tuple[Any, ...]] = []
     ours: list[tuple[Any, ...]] = []
     grid, stream, arguments = (3, 5), 7, (11, 13, True)
@@ -161,7 +161,7 @@ def _agree(protocol: Protocol, compiled: Any) -> bool:
     try:
         recorded(*grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
         protocol.adapt(compiled, lambda *given: ours.append(given))(grid, stream, arguments)
-    except Exception:  # from a launcher that takes other arguments
+    except Exception:  # the launcher takes other arguments
         return False
     return theirs == ours
 
@@ -169,7 +169,7 @@ def _agree(protocol: Protocol, compiled: Any) -> bool:
 def _arguments_behind(compiled: Any, launch: Launcher) -> Queue:
     launcher, none = compiled.run, None
     options = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
-    # Scratch memory twice; metadata of the launch and hooks before and after it.
+    # Both scratch memories; launch metadata, enter and exit hook.
     head = (*options, none, none, compiled.packed_metadata, none, none, none)
 
     def queue(grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
@@ -181,7 +181,7 @@ def _arguments_behind(compiled: Any, launch: Launcher) -> Queue:
 def _arguments_packed(compiled: Any, launch: Launcher) -> Queue:
     launcher, none = compiled.run, None
     options = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
-    # Metadata of the launch and hooks before and after it; scratch memory twice.
+    # Launch metadata, enter and exit hook; both scratch memories.
     rest = (none, none, none, none, none, launcher.arg_annotations, launcher.kernel_signature)
     head = (*options, compiled.packed_metadata, *rest)
 

@@ -1,12 +1,12 @@
-"""The experts of one rank without a wait of the host: places on the device, grouped GEMMs, weighted sum.
+"""The experts of one rank without host waits: places computed on the device, grouped GEMMs, weighted sum.
 
-    count      how many pairs each block of pairs has for each expert
-    place      where each pair goes: pairs in order of expert, then of row; -1 for the experts of other ranks
-    spread     each row is read once and written to the places of its pairs
-    multiply   GEMM, gated silu, GEMM over the local pairs only: the device knows how many there are
-    add up     for each row, the weighted sum over its places, in float32 at least
+    count      count the pairs of each expert in each block of pairs
+    place      give each pair a place: in order of expert, then of row; -1 for the experts of other ranks
+    spread     read each row once and write it to the places of its pairs
+    multiply   GEMM, gated silu, GEMM over the local pairs only, whose number is known on the device
+    add up     compute each row's weighted sum over its places, in float32 at least
 
-Buffers are sized for the worst case, that every pair is local; memory traffic is that of the local pairs only.
+Buffers are sized for the worst case, in which every pair is local; memory traffic is for the local pairs only.
 
 Shapes: as in `grouped_experts`; `N` blocks of pairs.
 """
@@ -31,7 +31,7 @@ from antiphon.kernels.fused.launch import (
 )
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_product
 
-_MAX_BLOCKS = 128  # of pairs: about as many as there are SMs, and few counts to add up
+_MAX_BLOCKS = 128  # of pairs: about as many as SMs, but few enough counts to add up in every block
 _MIN_PART, _MAX_PART = 16, 128  # pairs that a block takes at a time
 _TILE_ELEMENTS = 8192
 _COUNTS_PER_LOAD = 4096
@@ -42,7 +42,7 @@ _COUNTS_PER_LOAD = 4096
 
 @triton.jit
 def _local_experts(ids, pairs, num_pairs, stride_row, stride_slot, first_expert, K: tl.constexpr, E: tl.constexpr):
-    """Index of each pair's expert among this rank's; -1 for another rank's, and past the last pair."""
+    """The local index of each pair's expert; -1 for the experts of other ranks, and past the last pair."""
     inside = pairs < num_pairs
     offsets = (pairs // K).to(tl.int64) * stride_row + (pairs % K) * stride_slot
     expert = (tl.load(ids + offsets, mask=inside, other=-1) - first_expert).to(tl.int32)
@@ -98,7 +98,7 @@ def _place_kernel(
 ):
     block = tl.program_id(0)
     experts_E = tl.arange(0, BLOCK_E)
-    # Every block adds up all counts: they are few, and a launch of its own would cost more.
+    # Every block adds up all counts: they are few, and a separate launch would cost more.
     total_E = tl.zeros([BLOCK_E], tl.int32)
     before_E = tl.zeros([BLOCK_E], tl.int32)
     blocks_N = tl.arange(0, BLOCK_N)
@@ -132,7 +132,7 @@ def _place_kernel(
 def _count_and_place(
     num_rows: int, top_k: int, strides: tuple[int, int], num_experts: int, first_expert: int
 ) -> tuple[int, Launch, Launch]:
-    """The number of blocks, and the launches that count and place."""
+    """The number of blocks, the launch that counts and the launch that places."""
     num_pairs = num_rows * top_k
     block_e = power_of_two(num_experts)
     part = max(_MIN_PART, min(_MAX_PART, _TILE_ELEMENTS // block_e))
@@ -157,9 +157,10 @@ def _count_and_place(
 def place_pairs(
     ids_RK: torch.Tensor, num_experts: int, workspace: ExpertWorkspace, *, first_expert: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places [R, K] of all pairs, -1 for the experts of other ranks, and ends [E] of the experts' places; both int32.
+    """The places [R, K] of all pairs, -1 for the experts of other ranks, and the end [E] of each expert's places.
 
-    Both belong to the workspace and are valid until its next use. ids_RK: int32 or int64, any strides, R above 0.
+    Both are int32, belong to the workspace and are valid until its next use.
+    ids_RK: int32 or int64, any strides, R above 0.
     """
     num_rows, top_k = ids_RK.shape
     num_blocks, count, place = _count_and_place(num_rows, top_k, ids_RK.stride(), num_experts, first_expert)
@@ -236,7 +237,7 @@ def _add_up_kernel(
     for slot in tl.static_range(K):
         place = tl.load(places_RK + row * K + slot).to(tl.int64)
         here = place >= 0
-        # Masked, not multiplied by 0: what other ranks' pairs hold may be infinite.
+        # Masked, not multiplied by 0: the weights of other ranks' pairs may be infinite.
         weight = tl.load(weights_RK + row * weights_stride_row + slot * weights_stride_slot, mask=here, other=0)
         y_D = tl.load(y_XD + place * D + columns, mask=(columns < D) & here, other=0)
         sum_D += weight.to(WIDE) * y_D.to(WIDE)
@@ -257,12 +258,12 @@ def _add_up(
 
 
 def add_up(y_XD: torch.Tensor, places_RK: torch.Tensor, weights_RK: torch.Tensor, out_RD: torch.Tensor) -> None:
-    """Write into each row of `out_RD` the weighted sum of what is at its places; 0 where it has none."""
+    """Write the weighted sum over its places to each row of `out_RD`; 0 if it has none."""
     launch = _add_up(*out_RD.shape, out_RD.stride(0), places_RK.shape[1], weights_RK.stride(), is_double(y_XD.dtype))
     launch(y_XD, places_RK, weights_RK, out_RD)
 
 
-# ---- all of it
+# ---- all steps
 
 
 def grouped_experts_fused(
@@ -276,7 +277,7 @@ def grouped_experts_fused(
     first_expert: int = 0,
     workspace: ExpertWorkspace | None = None,
 ) -> torch.Tensor:
-    """See `grouped_experts`. bfloat16 on SM90 and later never waits for the host; other dtypes wait in the GEMMs."""
+    """See `grouped_experts`. The host never waits with bfloat16 on SM90 and later; else it waits in the GEMMs."""
     num_rows, size = x_RD.shape
     out_RD = x_RD.new_empty(num_rows, size) if out_RD is None else out_RD
     if num_rows == 0:

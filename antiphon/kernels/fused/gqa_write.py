@@ -1,6 +1,6 @@
-"""Norm, rotation and write of keys and values in one pass over the merged projection, in place.
+"""Norm, rotation and cache write of keys and values in one pass over the merged projection, in place.
 
-A program takes one head of several tokens, so all that it handles are queries, or all keys, or all values.
+A program handles one head of several tokens, so all its rows are queries, or all are keys, or all are values.
 
 Shapes: as in `antiphon.kernels.gqa_write`.
 """
@@ -21,7 +21,7 @@ _TILE_ELEMENTS = 2048
 
 @triton.jit
 def _normed(x, scale_T1, q_weight_Q, k_weight_Q, columns, real, is_query, dtype: tl.constexpr, WIDE: tl.constexpr):
-    """The norm, rounded before and after the weight, as in the reference."""
+    """Apply the norm, rounding before and after the weight as the reference does."""
     q_weight = tl.load(q_weight_Q + columns, mask=real, other=0)
     k_weight = tl.load(k_weight_Q + columns, mask=real, other=0)
     weight = tl.where(is_query, q_weight, k_weight).to(WIDE)
@@ -65,7 +65,7 @@ def _gqa_write_kernel(
         tl.store(cached + copied, tl.load(rows + copied, mask=real, other=0), mask=real)
     else:
         pairs = tl.arange(0, BLOCK_P)[None, :]
-        columns = 2 * P + tl.arange(0, BLOCK_REST)[None, :]  # that are not rotated
+        columns = 2 * P + tl.arange(0, BLOCK_REST)[None, :]  # those that are not rotated
         turn, stay = inside & (pairs < P), inside & (columns < Q)
         first = tl.load(rows + pairs, mask=turn, other=0).to(WIDE)
         second = tl.load(rows + P + pairs, mask=turn, other=0).to(WIDE)
@@ -82,7 +82,7 @@ def _gqa_write_kernel(
         sin = tl.load(sin_TP + angles, mask=turn, other=0).to(WIDE)
         turned_first = (first * cos - second * sin).to(dtype)
         turned_second = (second * cos + first * sin).to(dtype)
-        tl.debug_barrier()  # threads that hold the same numbers have all read them
+        tl.debug_barrier()  # several threads may load the same numbers: all must have read them before the stores
         tl.store(rows + pairs, turned_first, mask=turn)
         tl.store(rows + P + pairs, turned_second, mask=turn)
         tl.store(rows + columns, rest.to(dtype), mask=stay)
@@ -140,7 +140,7 @@ def norm_rotate_write_fused(
     num_tokens, width = qkv_TX.shape
     num_heads = width // head_size - 2 * num_kv_heads
     assert qkv_TX.stride(1) == 1 and cos_TP.is_contiguous() and sin_TP.is_contiguous() and slots_T.is_contiguous()
-    assert cache_blocks.is_contiguous() and cache_blocks.shape[2] == 2 * num_kv_heads * head_size, "not such a cache"
+    assert cache_blocks.is_contiguous() and cache_blocks.shape[2] == 2 * num_kv_heads * head_size, "wrong cache shape"
     if num_tokens:
         launch = _gqa_write(
             num_tokens,

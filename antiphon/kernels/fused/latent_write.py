@@ -1,4 +1,4 @@
-"""Norm, rotation and write of latents in one pass.
+"""Norm, rotation and cache write of latents in one pass.
 
 Shapes: as in `antiphon.kernels.latent_write`.
 """
@@ -51,7 +51,7 @@ def _latent_write_kernel(
     latent = tl.load(source + columns, mask=real, other=0).to(WIDE)
     scale = tl.rsqrt(tl.sum(latent * latent, 1) / C + EPS)[:, None]
     weight = tl.load(weight_C + columns, mask=columns < C, other=0).to(WIDE)
-    # Rounded before the weight too, as the reference does.
+    # Rounded before the weight too, as in the reference.
     normed = ((latent * scale).to(dtype).to(WIDE) * weight).to(dtype)
     tl.store(target + columns, normed, mask=real)
     tl.store(cached + columns, normed, mask=real)
@@ -111,7 +111,7 @@ def norm_rotate_write_latents_fused(
     """See `norm_rotate_write_latents`."""
     num_tokens, width = latent_TX.shape
     assert latent_TX.stride(1) == 1 and cos_TP.is_contiguous() and sin_TP.is_contiguous() and slots_T.is_contiguous()
-    assert cache_blocks.is_contiguous() and cache_blocks.shape[2] == width, "not such a cache"
+    assert cache_blocks.is_contiguous() and cache_blocks.shape[2] == width, "wrong cache shape"
     out_TX = latent_TX.new_empty(num_tokens, width)
     if num_tokens:
         launch = _latent_write(

@@ -1,9 +1,9 @@
-"""Kernel launches that cost the host little, and the choices of size that all kernels share.
+"""Kernel launches that take little host time, and the choices of size that all kernels share.
 
-Triton's own launch binds arguments, derives what they are specialized on, builds a key from it and asks the driver
-about every pointer: 16 to 45 us on a slow host. A `Launch` is one kernel for one shape: everything but the tensors is
-fixed. It launches through Triton once, keeps the compiled kernel that this returns, and afterwards calls its launcher
-itself (`direct`).
+Triton's own launch binds arguments, derives their specialization, builds a key from it and asks the driver about every
+pointer: 16 to 45 us on a slow host. A `Launch` is one kernel for one shape, with everything but the tensors fixed. It
+launches through Triton once, keeps the compiled kernel that this returns, and then calls its launcher itself
+(`direct`).
 
     @lru_cache(maxsize=NUM_SHAPES)
     def _copy(num_rows: int, size: int) -> Launch:
@@ -11,8 +11,8 @@ itself (`direct`).
 
     _copy(*x_TD.shape)(x_TD, out_TD)
 
-Because integers and constants are fixed, what Triton specializes on can only change with the dtypes of the tensors,
-with pointers that are not multiples of 16 bytes, and with the device: these are the key.
+Because integers and constants are fixed, Triton's specialization depends only on the dtypes of the tensors, on which
+pointers are multiples of 16 bytes, and on the device. These form our key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from antiphon.kernels.fused.direct import Direct, Driver, find_driver
 
 NUM_SHAPES = 1024
-"""How many launches are kept per kernel."""
+"""Maximum number of launches kept per kernel."""
 
 _POINTER_ALIGNMENT = 16
 _MAX_COLUMN_BLOCK = 1024
@@ -36,9 +36,9 @@ _LARGEST_UNIT = 16
 class Launch:
     """A kernel with its grid, integers and constants; a call adds the tensors and queues it on the current stream.
 
-    The kernel's parameters are pointers, then integers, then constants. All tensors are on the current device:
-    Triton checks that in the first call only. Where `find_driver` has no driver, or it does not take the kernel, every
-    call goes through Triton.
+    The kernel's parameters are pointers, then integers, then constants. All tensors must be on the current device;
+    Triton checks this in the first call only. Where `find_driver` finds no driver, or the driver refuses the kernel,
+    every call goes through Triton.
     """
 
     __slots__ = ("_constants", "_direct", "_driver", "_grid", "_integers", "_kernel", "_num_warps", "_tail")
@@ -60,7 +60,7 @@ class Launch:
         self._constants = constants
         self._num_warps = num_warps
         self._driver = find_driver() if driver is None else driver
-        self._tail = (*integers, *constants.values())  # launchers skip constants: their order is free
+        self._tail = (*integers, *constants.values())  # launchers skip constants, so their order does not matter
         self._direct: dict[tuple[Any, ...], Direct | None] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ class Launch:
 
 
 def _misaligned(pointers: list[int]) -> int:
-    """A bit for each pointer that is not a multiple of 16."""
+    """A bit mask of the pointers that are not multiples of 16."""
     together = 0
     for pointer in pointers:
         together |= pointer
@@ -103,19 +103,19 @@ def power_of_two(number: int) -> int:
 
 
 def column_block(size: int) -> int:
-    """Columns per program: a power of two."""
+    """The number of columns per program, a power of two."""
     return min(_MAX_COLUMN_BLOCK, power_of_two(size))
 
 
 def stride_unit(stride: int) -> int:
     """The largest power of two up to 16 that divides the stride.
 
-    Triton only asks whether an integer is a multiple of 16. Rows of a slab are multiples of 16 bytes, 8 numbers of
-    bfloat16: passing the stride in known units of 8 keeps loads of 16 bytes.
+    Triton only checks whether an integer is a multiple of 16. Rows of a slab are multiples of 16 bytes, which are 8
+    bfloat16 numbers; passing the stride in constant units of 8 keeps the loads 16 bytes wide.
     """
     return math.gcd(stride, _LARGEST_UNIT)
 
 
 def is_double(dtype: torch.dtype) -> bool:
-    """Whether sums of `dtype` are computed in float64; else they are in float32."""
+    """Whether sums of `dtype` are computed in float64 rather than in float32."""
     return dtype == torch.float64

@@ -1,4 +1,4 @@
-"""RMS norm, alone or after a residual addition, and rotary embedding: one pass over memory each.
+"""RMS norm, alone or after a residual addition, and rotary embedding, each in one pass over memory.
 
 Shapes: as in `antiphon.kernels.norm_rope`.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
 
-_NORM_ELEMENTS = 2048  # per tile, unless one row has more
+_NORM_ELEMENTS = 2048  # per tile, or one row if that is longer
 _ROPE_ELEMENTS = 1024
 
 
@@ -53,7 +53,7 @@ def _norm_kernel(
     wide = value.to(WIDE)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + EPS)[:, None]
     weight = tl.load(weight_D + columns, mask=columns < D, other=0)
-    # Rounded before the weight too, as the reference does.
+    # Rounded before the weight too, as in the reference.
     normed = normed.to(dtype).to(WIDE) * weight.to(WIDE)[None, :]
     tl.store(out + places, normed.to(dtype), mask=mask)
 
@@ -68,7 +68,7 @@ def _norm(
     eps: float,
     double: bool,
 ) -> Launch:
-    """residual_stride: row stride of the residual that is added first; None without one."""
+    """residual_stride: row stride of the residual that is added first; None if there is none."""
     block_d = power_of_two(size)
     block_r = max(1, _NORM_ELEMENTS // block_d)
     return Launch(
@@ -106,7 +106,7 @@ def rms_norm_fused(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch
 def add_rms_norm_fused(
     x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `add_rms_norm`. The thread that reads a number of the residual also writes the sum there."""
+    """See `add_rms_norm`. The thread that reads an element of the residual also writes the sum there."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     sum_TD = residual_TD = residual_TD.contiguous()
     num_tokens, size = x_TD.shape
@@ -151,7 +151,7 @@ def _rope_kernel(
     else:
         first = tl.load(source + pairs[None, :], mask=mask, other=0).to(WIDE)
         second = tl.load(source + pairs[None, :] + P, mask=mask, other=0).to(WIDE)
-    # `out` may be `x`, and interleaved pairs go to places that other threads read.
+    # `out` may be `x`, and interleaved pairs are written where other threads read.
     tl.debug_barrier()
     target = out + (tokens * out_stride_token + heads * out_stride_head)[:, None] + pairs[None, :]
     dtype = out.dtype.element_ty
@@ -192,7 +192,7 @@ def apply_rope_fused(
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = x.new_empty(x.shape) if out is None else out
     strides, out_strides = (x.stride(), out.stride()) if x.dim() == 3 else (_one_head(x), _one_head(out))
-    assert out.shape == x.shape and out_strides[2] == 1, "out has another shape than x, or gaps inside its heads"
+    assert out.shape == x.shape and out_strides[2] == 1, "out differs from x in shape, or has gaps inside its heads"
     num_heads = x.shape[1] if x.dim() == 3 else 1
     num_rows = x.shape[0] * num_heads
     if x.numel():
@@ -204,5 +204,5 @@ def apply_rope_fused(
 
 
 def _one_head(x_TP: torch.Tensor) -> tuple[int, int, int]:
-    """The strides of [T, P] seen as [T, 1, P]."""
+    """The strides of [T, P] viewed as [T, 1, P]."""
     return x_TP.stride(0), 0, x_TP.stride(1)

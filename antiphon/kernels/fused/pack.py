@@ -1,4 +1,4 @@
-"""Tokens and routes into packed rows: the first program of each row takes its routes along.
+"""Packing tokens and routes into rows; the first program of each row also packs its routes.
 
 Shapes: as in `antiphon.kernels.pack`.
 """
@@ -54,7 +54,7 @@ def _pack_kernel(
 def _pack(
     num_tokens: int, size: int, top_k: int, x_strides: tuple[int, int], other_strides: tuple[int, int, int, int]
 ) -> Launch:
-    """x_strides: of the rows written and read. other_strides: of weights and ids written, then of those read."""
+    """x_strides: of the rows written, then read. other_strides: of the weights and ids written, then read."""
     out_unit, unit = map(stride_unit, x_strides)
     block = min(_MAX_COLUMNS, power_of_two(size))
     weights_out, ids_out, weights, ids = other_strides
@@ -83,7 +83,7 @@ def pack_rows_fused(
 ) -> None:
     """See `pack_rows`."""
     outputs, sources = (x_out_TD, weights_out_TK, ids_out_TK), (x_TD, weights_TK, ids_TK)
-    assert all(tensor.stride(1) == 1 for tensor in outputs), "rows have gaps between their numbers"
+    assert all(tensor.stride(1) == 1 for tensor in outputs), "rows have gaps inside them"
     tensors = (*outputs, *(tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in sources))
     strides = [tensor.stride() for tensor in tensors]
     (num_tokens, size), top_k = x_TD.shape, ids_TK.shape[1]

@@ -1,4 +1,4 @@
-"""The best K of E experts in one launch: K rounds of "largest of what is left", in registers."""
+"""The best K of E experts in one launch: K times the largest of those left, in registers."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def _choose_kernel(
         raised = tl.exp(logits - tl.max(logits, 1)[:, None])
         scores = raised / tl.sum(raised, 1)[:, None]
         choice = logits
-    choice = tl.where(choice == choice, choice, float("-inf"))  # nan last
+    choice = tl.where(choice == choice, choice, float("-inf"))  # nan comes last
     left = tl.broadcast_to(real, [BLOCK_T, BLOCK_E])
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int64)
     weights = tl.zeros([BLOCK_T, BLOCK_K], WIDE)
     for slot in tl.static_range(K):
         best = tl.max(tl.where(left, choice, float("-inf")), 1)[:, None]
-        # The lowest of the equal ones; what was chosen before cannot come again, not even at minus infinity.
+        # The lowest id of equal ones. An expert cannot be chosen twice, not even at minus infinity.
         chosen = tl.min(tl.where(left & (choice == best), experts, BLOCK_E), 1)[:, None]
         weight = tl.sum(tl.where(experts == chosen, scores, 0.0), 1)[:, None]
         left = left & (experts != chosen)
