@@ -135,7 +135,8 @@ class LatentAttention(nn.Module):
         return prefill_attention(q_NSHQ, latents_NLC, self._up_HXC, self.scale)
 
     def _decode(self, q_NHQ: torch.Tensor, decodes: DecodeGroup) -> torch.Tensor:
-        key_up_HQC, value_up_HVC = self._up_HXC.split([self.config.query_size, self.config.value_size], dim=1)
+        sizes = [self.config.query_size, self.config.value_size]
+        key_up_HQC, value_up_HVC = torch.split(self._up_HXC, sizes, dim=1)
         return decode_attention(
             q_NHQ,
             self.cache_blocks,
