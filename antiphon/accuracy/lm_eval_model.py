@@ -27,7 +27,6 @@ from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.sampling import GeneratedOutput, SamplingParams
 from antiphon.frontend.llm import LLM
-from antiphon.frontend.tokenizer import load_tokenizer
 
 logger = logging.getLogger("antiphon")
 
@@ -74,7 +73,7 @@ class AntiphonLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             device = "auto" if device == _DEVICE_OF_HARNESS else device
             llm = LLM(model or pretrained or BUNDLED_MODEL, device=device, **engine)
         self._llm = llm
-        self.tokenizer = load_tokenizer(self._llm.config.options.model)
+        self.tokenizer = self._llm.get_tokenizer()
         self.max_length = min(max_length or self._llm.config.max_model_len, self._llm.config.max_model_len)
         self.max_gen_toks = max_gen_toks
 

@@ -34,7 +34,7 @@ class Tokenizer:
     has_text = True
 
     def __init__(self, folder: str) -> None:
-        self._tokenizer: Any = load_tokenizer(folder)
+        self._tokenizer: Any = _load_tokenizer(Path(folder))
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         try:
             self._decode = _plain_decode(self._tokenizer)
@@ -259,9 +259,8 @@ def with_end_token_of(tokenizer: Tokenizer | NoTokenizer, config: ResolvedConfig
     return config.with_end_tokens((*named, token_id))
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def _load_tokenizer(folder: Path) -> Any:
     """Load the transformers tokenizer of a folder. Raises `ModelError` if that fails, or would execute its code."""
-    folder = Path(folder)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds, and only the frontend needs it
