@@ -26,7 +26,7 @@ def different_policies_are_refused(world: World) -> None:
 
 
 def policies_may_differ_while_a_message_is_under_way(world: World) -> None:
-    """Without work, and while not all ranks have seen the newest message, one may be ahead."""
+    """Without work, and until all ranks have seen the newest message, one rank may be ahead of the others."""
     mine = _plain(num_tokens=0, policy=world.rank, wave=world.rank)
     world.expect_equal(len(exchange(world.group, mine)), world.size, "proposals")
 

@@ -66,7 +66,7 @@ def sums_are_right(world: World, name: str, scenario: Scenario, dtype: torch.dty
 
 
 def sums_are_exact(world: World, name: str, dtype: torch.dtype) -> None:
-    """Slab transports: to the last bit what adding up every rank's partial sums in order of rank gives."""
+    """Slab transports give exactly the sum of every rank's partial sums in rank order, to the last bit."""
     shape = make_shape(dtype, top_k=5, hidden_size=11)
     transport = world.make(name, shape)
     for turn in range(10):
@@ -77,7 +77,7 @@ def sums_are_exact(world: World, name: str, dtype: torch.dtype) -> None:
 
 
 def buffers_are_written_before_they_are_read(world: World, name: str, num_iterations: int) -> None:
-    """Iterations that grow and shrink, over buffers that hold NaN in between."""
+    """Iterations grow and shrink, over buffers that are filled with NaN in between."""
     shape = make_shape()
     transport = world.make(name, shape)
     sizes = random.Random(5)
@@ -93,7 +93,7 @@ def buffers_are_written_before_they_are_read(world: World, name: str, num_iterat
 
 
 def lanes_interleave(world: World, name: str, num_lanes: int) -> None:
-    """Every lane runs a chain of layers of its own length; between two phases the other lanes do theirs."""
+    """Every lane runs a chain of layers of different length, interleaved phase by phase with the other lanes."""
     shape = make_shape(hidden_size=7)
     transport = world.make(name, shape, num_lanes=num_lanes)
     order: list[tuple[str, int, int]] = []
@@ -122,7 +122,7 @@ def lanes_interleave(world: World, name: str, num_lanes: int) -> None:
 
 
 def results_belong_to_the_caller(world: World, name: str) -> None:
-    """What combine returned stays as it was through later communications and poisoned buffers."""
+    """The result of combine survives later communications and poisoned buffers."""
     shape = make_shape()
     transport = world.make(name, shape)
     kept = []
@@ -135,7 +135,7 @@ def results_belong_to_the_caller(world: World, name: str) -> None:
 
 
 def result_is_not_the_partial_sums(world: World, name: str) -> None:
-    """The result of combine is new: the tensor that went in may be used again."""
+    """The result of combine is new, so the tensor that went in may be reused."""
     shape = make_shape()
     transport = world.make(name, shape)
     tokens = world.tokens(shape, 4, seed=world.rank)
@@ -147,7 +147,7 @@ def result_is_not_the_partial_sums(world: World, name: str) -> None:
 
 
 def sources_are_read_in_dispatch(world: World, name: str) -> None:
-    """On the CPU `x_TD` is read before `dispatch` returns, so it may be overwritten then."""
+    """On the CPU `x_TD` is read before `dispatch` returns, and may be overwritten afterwards."""
     shape = make_shape()
     transport = world.make(name, shape)
     tokens = world.tokens(shape, 4, seed=world.rank)
@@ -170,7 +170,7 @@ def sources_stay_as_they_are(world: World, name: str) -> None:
 
 
 def ranks_drift_apart(world: World, name: str) -> None:
-    """Ranks that sleep at random between their phases."""
+    """Ranks sleep at random between phases."""
     shape = make_shape()
     transport = world.make(name, shape)
     naps = random.Random(world.rank)
@@ -213,7 +213,7 @@ def rows_are_what_was_sent(world: World, name: str) -> None:
 
 
 def padding_goes_nowhere(world: World, name: str) -> None:
-    """Tokens whose ids are -1 come back as zeros, whatever they hold, and no rank computes for them."""
+    """Tokens with ids of -1 come back as zeros, whatever they hold, and no rank computes them."""
     shape = make_shape()
     transport = world.make(name, shape)
     for turn, num_real in enumerate([(5, 2, 0, 7), (0, 0, 0, 0), (7, 7, 7, 7)]):
@@ -231,7 +231,7 @@ def padding_goes_nowhere(world: World, name: str) -> None:
 
 
 def bytes_are_counted(world: World, name: str, dtype: torch.dtype) -> None:
-    """What pendings say of their size, against a count of its own."""
+    """The sizes that pendings report, against an independent count."""
     shape = make_shape(dtype, top_k=3, hidden_size=7)
     counts = (6, 3, 0, 9)[: world.size]
     transport = world.make(name, shape)
@@ -245,7 +245,7 @@ def bytes_are_counted(world: World, name: str, dtype: torch.dtype) -> None:
 
 
 def messages_are_counted(world: World, name: str) -> None:
-    """What a link model has to charge a latency for: `alltoall` sends counts before its rows."""
+    """The messages that a link model charges latency for: `alltoall` sends counts before its rows."""
     shape = make_shape()
     transport = world.make(name, shape)
     tokens = world.tokens(shape, 3, seed=world.rank)
@@ -318,7 +318,7 @@ def wrong_tokens_are_refused(world: World, name: str) -> None:
 
 
 def wrong_partial_sums_are_refused(world: World, name: str) -> None:
-    """Combine raises as dispatch does: too few rows must not be repeated, nor other dtypes converted."""
+    """Combine raises as dispatch does: it must not broadcast too few rows or convert other dtypes."""
     shape = make_shape(top_k=8)
     transport = world.make(name, shape)
     tokens = world.tokens(shape, 4, seed=world.rank)
@@ -365,7 +365,7 @@ def _expect_error(
     option: str | None = None,
     value: object = None,
 ) -> None:
-    """names: what the error must contain, never prose. option, value: its fields."""
+    """names: identifiers that the error must contain, never prose. option, value: its fields."""
     what = what or ", ".join(names)
     try:
         call()
@@ -380,14 +380,14 @@ def _expect_error(
 
 
 def _row_bytes(shape: ExpertShape) -> int:
-    """Hidden state filled up to 8 bytes, weights, ids of 4 bytes; all filled up to 16 bytes."""
+    """Hidden state padded to 8 bytes, weights, and ids of 4 bytes, all padded to 16 bytes."""
     hidden = -(-shape.hidden_size * shape.dtype.itemsize // 8) * 8
     weight = 8 if shape.dtype == torch.float64 else 4
     return -(-(hidden + shape.top_k * (weight + 4)) // 16) * 16
 
 
 def _remote_rows(world: World, inner: str, shape: ExpertShape, counts: tuple[int, ...]) -> int:
-    """Rows to or from other ranks, whichever are more."""
+    """Rows sent to other ranks or received from them, whichever is more."""
     if inner == "local":
         return 0
     if inner in ("allgather", "nccl-zero-cta"):

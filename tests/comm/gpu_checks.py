@@ -1,4 +1,4 @@
-"""Checks that only devices make sense of. Every function runs on all ranks at once."""
+"""Checks that need devices. Every function runs on all ranks at the same time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["logs_of_two_lanes", "many_iterations"]
 
 
 def many_iterations(group: RankGroup, name: str, num_iterations: int) -> str:
-    """Two lanes, sizes that change, naps of the host, poison behind every reader; sums exact to the last bit.
+    """Two lanes, changing sizes, naps of the host, and poison behind every reader; sums must be exact to the last bit.
 
-    Results are compared on the device and looked at once in the end, so that the host never waits for it.
+    Results are compared on the device and read once at the end, so that the host never waits for it.
     """
     device = torch.device("cuda", group.rank)
     torch.cuda.set_device(device)
@@ -53,7 +53,7 @@ def many_iterations(group: RankGroup, name: str, num_iterations: int) -> str:
 
 
 def logs_of_two_lanes(group: RankGroup, name: str) -> list[LoggedEvent]:
-    """What a slab transport queued in several steps of two lanes, unequally long; its largest slabs go in chunks."""
+    """What a slab transport queued in several steps of two lanes of unequal length. The largest slabs go in chunks."""
     device = torch.device("cuda", group.rank)
     torch.cuda.set_device(device)
     world = World(group, streams_for(device))

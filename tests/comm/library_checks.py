@@ -1,4 +1,4 @@
-"""What programs do that use the library in ways of their own; runs on two ranks."""
+"""How other programs may use the library. Runs on two ranks."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _with_gradient(transport: Transport, tokens: Tokens, group: RankGroup) -> st
 
 
 def _lanes_differ(transport: Transport, group: RankGroup) -> str:
-    """Lane 0 of rank 1 switches once more before it sends, so that lane 1 is first there."""
+    """Lane 0 of rank 1 switches once before it sends, so that lane 1 comes first on that rank."""
 
     def lane(index: int) -> Callable[[], Any]:
         def send() -> Any:

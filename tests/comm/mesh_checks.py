@@ -1,4 +1,4 @@
-"""Runs on every rank: the groups of a mesh."""
+"""The groups of a mesh, checked on every rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from antiphon.comm import Mesh, RankGroup
 
 
 def gathered_by_axis(group: RankGroup, dp: int, tp: int) -> dict[str, list[int]]:
-    """The world ranks that each axis' group brings together, and this rank's place in it."""
+    """This rank's index in the group of each axis, and the world ranks of that group."""
     groups = Mesh(dp=dp, tp=tp).groups(group)
     found: dict[str, list[int]] = {}
     for axis, part in zip(("dp", "tp", "ep"), groups, strict=True):

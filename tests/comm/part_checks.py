@@ -1,4 +1,4 @@
-"""Runs on every rank: the parts of a transport that measurements run alone."""
+"""The parts of a transport that benchmarks run alone, checked on every rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUM_LANES = 2
 
 
 def check_parts(group: RankGroup, name: str) -> list[str]:
-    """What is wrong; empty if nothing is."""
+    """The problems found; empty if there are none."""
     shape = make_shape()
     transport = create_transport(name, shape, group=group, streams=CpuStreams(), num_lanes=NUM_LANES, max_tokens=32)
     counts = tuple(9 + 2 * rank for rank in range(group.size))

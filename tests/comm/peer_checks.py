@@ -1,4 +1,4 @@
-"""What the other ranks are told when one of them is missing. Runs on two ranks, of which rank 1 misbehaves."""
+"""The errors that a rank gets when its peer is missing. Runs on two ranks, of which rank 1 misbehaves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ABSENCE_S = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What rank 0 got and after how long; for rank 1 its process."""
+    """The error that rank 0 got, and after how long. For rank 1, only its process id."""
 
     message: str
     after_s: float
@@ -31,7 +31,7 @@ class Failure:
 
 
 def misbehave(meeting: Meeting) -> dict[str, Failure]:
-    """Rank 1 in turn: comes too late to a collective and to the agreement, ends, and does not come at all."""
+    """Rank 1 is late for a collective, is late for the agreement, ends, and never connects, in this order."""
     return {
         "silent": _with_peer(meeting, "silent", _gather, wait_s=_ABSENCE_S),
         "silent agreement": _with_peer(meeting, "agreement", _agree, wait_s=_ABSENCE_S),
@@ -59,7 +59,7 @@ def _with_peer(
     wait_s: float,
     timeout_s: float = _LIMIT_S,
 ) -> Failure:
-    """Both connect; rank 0 communicates, rank 1 waits and leaves (for "ended" by the end of its process)."""
+    """Both connect. Rank 0 communicates; rank 1 waits and leaves (for "ended", by ending its process)."""
     board = ProgressBoard(meeting.folder / f"board-{name}", size=meeting.size)
     group = RankGroup.connect(
         rank=meeting.rank,

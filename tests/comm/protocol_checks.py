@@ -1,12 +1,12 @@
-"""All ranks of a slab transport in one process, one after the other, for the logs that they make.
+"""All ranks of a slab transport in one process, one after another, for the logs that they make.
 
     with protocol_world("copy-engine", size=2, num_lanes=2) as world:
         world.run(layers)
         problems = check(world.logs())
 
-The code of the transports and their media is the shipped one. Under it lie a driver that moves nothing, streams that
-are numbers, and a group whose waits end at once; so no rank waits for another and a rank's whole run can come before
-the next one's. What the driver was given is kept, to be compared with what was logged.
+The transports and their media are the shipped code. They run over a driver that moves nothing, streams that are
+numbers, and a group whose waits end at once. So no rank waits for another, and each rank can run completely before the
+next one. The calls of the driver are kept, to be compared with the log.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 MEDIA = ("shared-memory", "copy-engine", "host-staged")
 
 Layers = Sequence[Sequence[Sequence[int]]]
-"""Tokens of every rank, by lane and layer."""
+"""Tokens of every rank, for each layer of each lane."""
 
 _FRESH_MODULES = (
     "antiphon.device.cuda_stream_memory",
@@ -51,14 +51,14 @@ _FRESH_MODULES = (
     "antiphon.comm.slab.host_staged",
 )
 FIRST_HANDLE = 100
-"""Of the compute stream; the others follow in the order in which they are used."""
+"""The handle of the compute stream. Other streams get the following ones, in order of first use."""
 
-_WATCH_WORD = 1 << 60  # an address that is nobody's
+_WATCH_WORD = 1 << 60  # an address that is not in use
 
 
 @dataclass(slots=True)
 class FakeDriver:
-    """Stands for `cuda.bindings.driver`: everything succeeds, nothing happens, copies and batches are kept."""
+    """Stands in for `cuda.bindings.driver`: everything succeeds, nothing happens, and calls are kept."""
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     captured: list[tuple[Any, ...]] | None = None  # instead of `calls`, while a stream is captured
@@ -122,7 +122,7 @@ class FakeDriver:
 
 
 class FakeStreams(CudaStreams):
-    """Streams without a device: handles are numbers, events are new objects. Tensors are the CPU's."""
+    """Streams without a device: handles are numbers, events are new objects, and tensors are on the CPU."""
 
     def __init__(self) -> None:
         self._handles: dict[str, int] = {"compute": FIRST_HANDLE}
@@ -149,7 +149,7 @@ class FakeStreams(CudaStreams):
 
 
 class FakeGroup(RankGroup):
-    """One of several ranks in this process; waits end at once."""
+    """One of several ranks in this process, whose waits end at once."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank=rank, size=size, process_group=object())  # type: ignore[arg-type]
@@ -165,7 +165,7 @@ class FakeGroup(RankGroup):
 
 
 class ProtocolWorld:
-    """The transports of all ranks, in order of rank, each with its log if it is recorded."""
+    """The transports of all ranks, in rank order, each with its log if it is recorded."""
 
     def __init__(self, transports: list[SlabTransport], driver: FakeDriver, *, recorded: bool) -> None:
         self.transports = transports
@@ -193,9 +193,9 @@ def protocol_world(
     smallest_chunk: int = 256,
     recorded: bool = True,
 ) -> Iterator[ProtocolWorld]:
-    """Transports whose runs are logged; they may be changed before they run.
+    """Transports whose runs are logged. They may be changed before they run.
 
-    smallest_chunk: bytes, so that small slabs go in several chunks over host memory.
+    smallest_chunk: in bytes; small, so that even small slabs go through host memory in several chunks.
     """
     driver = FakeDriver()
     shape = shape or make_shape(torch.float32, num_experts=8, top_k=2, hidden_size=16)
@@ -226,7 +226,7 @@ def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> Sl
 
 @contextmanager
 def _fresh_media(driver: FakeDriver) -> Iterator[None]:
-    """Import the CUDA media anew over the fake driver, and leave nothing of it behind."""
+    """Import the CUDA media again over the fake driver, and restore everything afterwards."""
     bindings = ModuleType("cuda.bindings")
     bindings.driver = driver.module()  # type: ignore[attr-defined]
     stand_ins = {"cuda": ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.driver": bindings.driver}
@@ -249,7 +249,7 @@ def _fresh_media(driver: FakeDriver) -> Iterator[None]:
 
 @contextmanager
 def _shared_memories(rank: int, size: int, memories: list[torch.Tensor]) -> Iterator[None]:
-    """Memory that ranks share: made for all by the first one that asks."""
+    """Patch in memory that ranks share, which the first rank allocates for all."""
 
     def memories_of(num_bytes: int) -> list[torch.Tensor]:
         if not memories:
@@ -273,7 +273,7 @@ def _shared_memories(rank: int, size: int, memories: list[torch.Tensor]) -> Iter
 
 
 def run_layers(transport: Transport, layers: Layers, *, streams: Streams | None = None) -> None:
-    """Dispatch and combine on every lane, layer by layer. Experts write nothing: only the log matters."""
+    """Dispatch and combine on every lane, layer by layer. Experts write nothing, as only the log matters."""
     shape, rank = transport.shape, transport.group.rank
     device = transport.streams.device
 
@@ -291,7 +291,7 @@ def run_layers(transport: Transport, layers: Layers, *, streams: Streams | None 
 
 
 def logs_of_layers(group: RankGroup, name: str, layers: Layers) -> list[LoggedEvent]:
-    """In the process of a rank: the log of a real run."""
+    """The log of a real run, in the process of one rank."""
     world = World(group)
     transport = world.make(name, make_shape(torch.float32, top_k=2, hidden_size=16), num_lanes=len(layers))
     assert isinstance(transport, SlabTransport)

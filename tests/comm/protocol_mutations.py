@@ -1,7 +1,6 @@
-"""Ways to break the slab protocol, each a change of the transports of a `ProtocolWorld` before they run.
+"""Ways to break the slab protocol. Each one changes the transports of a `ProtocolWorld` before they run.
 
-A mutation changes what is queued, or leaves it as it is and changes only what is logged of it, where that is the same
-to a checker. Nothing here runs outside of tests.
+A mutation changes what is queued, or only what is logged where that makes no difference to the checker.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Change = Callable[[ProtocolWorld], None]
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """A change, and what the problems that are found must say: each expression matches one of them at least."""
+    """A change, and regular expressions that each must match at least one of the problems found."""
 
     change: Change
     medium: str
@@ -49,7 +48,7 @@ def no_signal_without_rows(world: ProtocolWorld) -> None:
 
 
 def wait_leaves_out_a_peer(world: ProtocolWorld) -> None:
-    """Rank 0 does not wait for the last peer, but takes its flag down."""
+    """Rank 0 does not wait for the last peer, but clears its flag."""
     transport, mailbox, _ = next(_ends(world))
     last = transport.group.size - 1
     if transport.name == "shared-memory":
@@ -75,7 +74,7 @@ def nobody_waits(world: ProtocolWorld) -> None:
 
 
 def pack_before_the_combine_is_there(world: ProtocolWorld) -> None:
-    """The next dispatch is packed while this combine is under way; its bytes are those of this round's dispatch."""
+    """The next dispatch is packed while this combine is in flight, over the bytes of this round's dispatch."""
     for _, mailbox, log in _ends(world):
 
         def wait(exchange: Exchange, inner: Any = mailbox.wait, log: MailboxLog = log) -> None:
@@ -138,7 +137,7 @@ def reset_behind_the_next_signal(world: ProtocolWorld) -> None:
                 late.setdefault(exchange.lane, []).append(lambda: log.events.extend(clears))
 
             def behind_two_signals(exchange: Exchange, inner: Any = mailbox.signal, late: Any = late) -> None:
-                """Its own signal comes after the download is posted: the next one is meant."""
+                """Reset after the next exchange's signal, as an exchange's own signal comes after its download."""
                 mine = late.pop(exchange.lane, [])
                 inner(exchange)
                 for reset in mine[:-1]:
@@ -205,7 +204,7 @@ def arrival_recorded_before_the_downloads(world: ProtocolWorld) -> None:
 
 
 def slabs_at_a_wrong_offset(world: ProtocolWorld) -> None:
-    """Those of rank 0 come 64 bytes too late in everyone's box."""
+    """The slabs of rank 0 land 64 bytes too far into every box."""
     for transport, mailbox, _ in _ends(world):
 
         def put(exchange: Exchange, inner: Any = mailbox.put, rank: int = transport.group.rank) -> None:
@@ -219,7 +218,7 @@ def slabs_at_a_wrong_offset(world: ProtocolWorld) -> None:
         mailbox.put = put
 
 
-def slabs_outside_of_every_memory(world: ProtocolWorld) -> None:
+def slabs_outside_all_memory(world: ProtocolWorld) -> None:
     transport, mailbox, _ = next(_ends(world))
     if transport.name == "copy-engine":
         mailbox._bases[1] += 1 << 40
@@ -259,8 +258,8 @@ def _change_streams(world: ProtocolWorld, change: Callable[[str, Any], tuple[str
 
 _RACE = "in no order"
 _NOT_THIS_ROUND = "not what this round brought"
-_NOT_CLEARED = "sets it, not known to be behind the clear of the time before"
-_NOT_WAITED = "clears it, not known to be behind its wait"
+_NOT_CLEARED = "sets it, not known to be after the previous clear"
+_NOT_WAITED = "clears it, not known to be after its wait"
 
 
 def _everywhere(change: Change, *found: str) -> list[Mutation]:
@@ -272,7 +271,7 @@ def _on_devices(change: Change, *found: str) -> list[Mutation]:
 
 
 MUTATIONS = (
-    *_everywhere(no_signal_without_rows, r"dispatch flag .* waits for ever"),
+    *_everywhere(no_signal_without_rows, r"dispatch flag .* waits forever"),
     *_everywhere(wait_leaves_out_a_peer, _NOT_WAITED, f"(dispatch box|outgoing dispatch slab).*{_RACE}"),
     *_everywhere(nobody_waits, f"dispatch box.*{_NOT_THIS_ROUND}", f"combine box.*{_NOT_THIS_ROUND}"),
     *_everywhere(reset_behind_the_next_signal, _NOT_CLEARED),
@@ -286,7 +285,7 @@ MUTATIONS = (
     *_on_devices(partial_sums_of_both_lanes_in_one_memory, f"partial sums.*{_RACE}"),
     *_on_devices(pack_before_the_combine_is_there, rf"(put|upload) .* reads, the pack .* writes, {_RACE}"),
     *_on_devices(puts_before_the_compute_so_far, rf"dispatch box.*(put|upload).*{_RACE}", rf"partial sums.*{_RACE}"),
-    *_on_devices(slabs_outside_of_every_memory, "memory without a name"),
+    *_on_devices(slabs_outside_all_memory, "memory without a name"),
     Mutation(signal_on_another_stream, "copy-engine", (f"dispatch box.*put.*{_RACE}",)),
     Mutation(signal_on_another_stream, "host-staged", (f"outgoing dispatch slab.*upload.*{_RACE}",)),
     Mutation(one_outgoing_slab_for_both_lanes, "host-staged", (f"outgoing dispatch slab.*{_RACE}",)),

@@ -1,4 +1,4 @@
-"""Functions that `test_comm_run_ranks` runs on ranks. Without torch, so that they start quickly."""
+"""Functions that `test_run_ranks` runs on ranks. They do not import torch, so that they start quickly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def introduce(meeting: Meeting, greeting: str) -> tuple[int, int, str]:
 
 
 def fail_on_rank_one(meeting: Meeting, pids: str) -> None:
-    """Rank 0 notes its process and sleeps for ever."""
+    """Rank 0 writes down its process id and sleeps forever."""
     if meeting.rank == 1:
         while not os.path.exists(pids):  # noqa: PTH110 (no import worth its time)
             time.sleep(0.01)
@@ -24,7 +24,7 @@ def fail_on_rank_one(meeting: Meeting, pids: str) -> None:
     time.sleep(1000)
 
 
-def sleep_for_ever(meeting: Meeting, pids: str) -> None:
+def sleep_forever(meeting: Meeting, pids: str) -> None:
     _note_pid(pids)
     time.sleep(1000)
 

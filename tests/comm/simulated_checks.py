@@ -19,12 +19,12 @@ _BANDWIDTH_S = 0.08
 
 _LATENCY_S = 0.02
 _SLACK_S = 1.0
-"""What a peer may be late in sending; that the model itself is exact is tested by a clock of its own."""
+"""How late a peer may send. `test_simulated` tests with its own clock that the model is exact."""
 
 
 @dataclass(slots=True)
 class _Stopwatch:
-    """A recorder that keeps when the data of each pending was there."""
+    """A recorder that keeps when the data of each pending arrived."""
 
     ready_s: dict[tuple[int, str], float]
 
@@ -34,7 +34,7 @@ class _Stopwatch:
 
 
 def communications_queue_on_the_link(world: World, name: str) -> None:
-    """Two lanes dispatch, one after the other: the second one has to wait for the bytes of the first."""
+    """Two lanes dispatch one after the other, and the second has to wait for the bytes of the first."""
     shape = make_shape(torch.float32, hidden_size=32)
     tokens = make_tokens(shape, 40, seed=world.rank)
     counts = (40,) * world.size
@@ -70,7 +70,7 @@ def communications_queue_on_the_link(world: World, name: str) -> None:
 
 
 def _bytes_of_dispatch(world: World, name: str) -> int:
-    """Of the dispatch that is timed, learned over a link without limits."""
+    """The bytes of the timed dispatch, found without a simulated link."""
     shape = make_shape(torch.float32, hidden_size=32)
     tokens = make_tokens(shape, 40, seed=world.rank)
     transport = world.make(name, shape)

@@ -1,4 +1,4 @@
-"""One contract for all transports in all world sizes; one set of processes a world size runs every check."""
+"""One contract for all transports and world sizes. One set of processes per world size runs every check."""
 
 from __future__ import annotations
 

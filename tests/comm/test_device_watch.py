@@ -1,4 +1,4 @@
-"""The watch over device waits, without a device: the test writes the words that streams would write."""
+"""The device watch without a device: the tests write the words that streams would write."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run_stuck(folder: Path, row: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("row", ["empty", "closed"])
 def test_a_wait_that_never_ends_is_reported_and_ends_the_process(tmp_path: Path, row: str) -> None:
-    """closed: what is given up at the end may wait still."""
+    """closed: work abandoned at shutdown may still wait."""
     ended = run_stuck(tmp_path, row)
     said = (tmp_path / "report").read_text()
     assert ended.returncode == 1
@@ -54,7 +54,7 @@ def test_a_board_that_cannot_be_read_does_not_keep_the_process(tmp_path: Path) -
 
 
 class Clock:
-    """The watch's, which it looks at once in each of its rounds, before it reads the words."""
+    """The clock of the watch, which reads it once per round, before it reads the words."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -66,7 +66,7 @@ class Clock:
 
 
 def test_waits_that_go_on_are_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each shorter than the limit, all together longer; the board says what is waited for, and when it is over."""
+    """Each is shorter than the limit and all together are longer. The board shows each wait and the last one's end."""
     clock = Clock()
     ends: list[int] = []
     monkeypatch.setattr(device_watch, "time", clock)

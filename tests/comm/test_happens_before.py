@@ -1,4 +1,4 @@
-"""The checker on logs made by hand: what it must find, and what it must not."""
+"""The checker on handmade logs: what it must find, and what it must not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Log = list[LoggedEvent]
 
 
 class Rank:
-    """Builds the log of one rank; `on` is the stream."""
+    """Builds the log of one rank. `on` is the stream."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -45,7 +45,7 @@ def both() -> tuple[Rank, Rank]:
 
 
 def problems_of(*ranks: Rank) -> list[str]:
-    """Of the logs in this order; whether there are any is the same in every other order."""
+    """The problems of the logs in this order. Every other order must agree on whether there are any."""
     problems = check([rank.log for rank in ranks])
     for logs in itertools.permutations([rank.log for rank in ranks]):
         assert bool(check(logs)) == bool(problems)
@@ -159,7 +159,7 @@ def test_events_of_two_ranks_are_not_the_same() -> None:
 
 
 def test_a_wait_is_for_its_own_set_only() -> None:
-    """The first wait says nothing of what came behind the first set."""
+    """The first wait implies nothing about what came after the first set."""
     a, b = both()
     a("SET", "F")
     a("WRITE", "M")
@@ -183,7 +183,7 @@ def test_flags_may_be_used_again_and_again() -> None:
 def test_a_wait_without_a_set() -> None:
     a, b = both()
     b("WAIT", "F")
-    expect((a, b), "waits for ever: nobody sets it")
+    expect((a, b), "waits forever: nobody sets it")
 
 
 def test_waits_in_a_ring() -> None:
@@ -217,21 +217,21 @@ def test_a_flag_that_stays_up() -> None:
     a, b = both()
     a("SET", "F")
     b("WAIT", "F")
-    expect((a, b), "nobody takes it down")
+    expect((a, b), "nobody clears it")
 
 
 def test_a_flag_set_again_before_it_is_known_to_be_down() -> None:
     a, b = both()
     send(a, b)
     send(a, b)
-    expect((a, b), "sets it, not known to be behind the clear of the time before")
+    expect((a, b), "sets it, not known to be after the previous clear")
 
 
 def test_a_clear_on_another_stream_than_the_wait() -> None:
     a, b = both()
     a("SET", "F")
     b("WAIT", "F")("CLEAR", "F", on="down")
-    expect((a, b), "clears it, not known to be behind its wait")
+    expect((a, b), "clears it, not known to be after its wait")
 
 
 def test_a_second_wait_before_the_clear_may_see_the_first_set() -> None:
@@ -241,7 +241,11 @@ def test_a_second_wait_before_the_clear_may_see_the_first_set() -> None:
     send(b, a, "G")
     a("SET", "F")
     b("WAIT", "F")("CLEAR", "F")("CLEAR", "F")
-    expect((a, b), "sets it, not known to be behind the clear", "waits for it, not known to be behind the clear")
+    expect(
+        (a, b),
+        "sets it, not known to be after the previous clear",
+        "waits for it, not known to be after the previous clear",
+    )
 
 
 # ---- rounds
@@ -269,7 +273,7 @@ def test_memory_without_a_name() -> None:
     expect((a,), "8 bytes of memory without a name, 0x123")
 
 
-def test_alike_problems_are_one() -> None:
+def test_similar_problems_are_reported_once() -> None:
     a, b = both()
     a("WRITE", "M", 0, 32)
     for start in range(0, 32, 8):
@@ -283,7 +287,7 @@ def test_alike_problems_are_one() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_races_are_those_of_the_transitive_closure(seed: int) -> None:
-    """Random programs of three ranks with flags that are used once, against reachability in the graph of all events."""
+    """Random programs of three ranks with single-use flags, against reachability in the graph of all events."""
     choice = random.Random(seed)
     ranks = [Rank(number) for number in range(3)]
     place = []

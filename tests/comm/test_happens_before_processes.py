@@ -1,4 +1,4 @@
-"""The slab protocol as the checker sees it: real processes, and the CUDA media over a driver that moves nothing."""
+"""The slab protocol under the checker: real processes, and the CUDA media over a fake driver that moves nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.ranks import run_ranks
 
 
 def changing_layers(size: int, num_layers: tuple[int, ...], *, seed: int) -> Layers:
-    """Sizes that grow and shrink, ranks without tokens, layers without any; as many lanes as `num_layers` has."""
+    """Sizes that grow and shrink, ranks without tokens, and a layer without any; one lane per entry of `num_layers`."""
     sizes = random.Random(seed)
     layers = [[[sizes.choice([0, 1, sizes.randrange(64)]) for _ in range(size)] for _ in range(n)] for n in num_layers]
     layers[0][1] = [0] * size
@@ -24,7 +24,7 @@ def changing_layers(size: int, num_layers: tuple[int, ...], *, seed: int) -> Lay
 
 
 def accesses(logs: list[list[LoggedEvent]]) -> set[tuple[str, Action]]:
-    """What was done, without whom and where: a log that lacks a kind of them proves nothing."""
+    """The kinds of operations in the logs. A log that lacks one of them proves nothing."""
     return {(event.operation, event.action) for log in logs for event in log}
 
 
@@ -87,7 +87,7 @@ def test_the_log_is_what_the_driver_was_given(name: str) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_replay_is_what_was_queued_one_by_one(size: int) -> None:
-    """The logs and their checks see the first; slabs of several chunks of different lengths, two layouts by turns."""
+    """Logs only see call-by-call queuing. Slabs of several chunks of different lengths; two layouts take turns."""
     with protocol_world("host-staged", size=size, num_lanes=1, recorded=False) as world:
         transport = world.transports[size - 1]
         seen: dict[tuple[int, ...], list[list[list[tuple[object, ...]]]]] = {}
@@ -105,14 +105,14 @@ def test_a_replay_is_what_was_queued_one_by_one(size: int) -> None:
         assert all(use == uses[0] for use in uses[1:])
 
 
-def test_slabs_go_in_several_chunks_here_too() -> None:
+def test_slabs_travel_in_several_chunks_in_these_tests() -> None:
     with protocol_world("host-staged", size=2, num_lanes=1) as world:
         world.run([[[40, 50], [3, 0]]])
         assert any("flag 3 " in event.place for log in world.logs() for event in log)
 
 
 def test_a_check_is_fast() -> None:
-    """2 lanes, 50 layers, 4 ranks: 25,000 events and more."""
+    """2 lanes, 50 layers and 4 ranks make over 25,000 events."""
     with protocol_world("host-staged", size=4, num_lanes=2) as world:
         world.run(changing_layers(4, (50, 50), seed=5))
         assert sum(map(len, world.logs())) > 25_000

@@ -1,4 +1,4 @@
-"""Memory of the host that ranks share."""
+"""Host memory that ranks share."""
 
 from __future__ import annotations
 

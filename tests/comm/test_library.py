@@ -1,4 +1,4 @@
-"""The library in programs that have a process group, gradients and habits of their own."""
+"""The library inside programs with their own process group, gradients and default device."""
 
 from __future__ import annotations
 

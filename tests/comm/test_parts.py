@@ -1,4 +1,4 @@
-"""The parts of a transport that measurements run alone: its computation, and its link."""
+"""The parts of a transport that benchmarks run alone: its computation and its link."""
 
 from __future__ import annotations
 

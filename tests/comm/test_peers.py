@@ -1,4 +1,4 @@
-"""Peers that are missing, silent or gone: an error in time that says who and where it was last."""
+"""Missing, silent or ended peers: a timely error names the rank and what it did last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress board: what it says of ranks that run, have ended, are stopped or never came."""
+"""The progress board: what it says about ranks that run, have ended, are stopped or never started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of transports, links, and which transport is taken."""
+"""Names of transports, links, and the choice of a transport."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_transports_that_the_devices_cannot_serve(name: str, options: dict[str, 
 
 
 def test_adding_a_transport_touches_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class that answers for itself and its line in the registry: then doctor, the option and `auto` know it."""
+    """With a class that answers for itself and a line in the registry, doctor, the option and `auto` know it."""
     (tmp_path / "pigeons.py").write_text(
         "from antiphon.comm import Refusal, Way\n"
         "from antiphon.comm.collective.alltoall import AllToAllTransport\n\n\n"
@@ -312,7 +312,7 @@ def test_an_nccl_without_copy_engines_is_no_silent_baseline(
         assert "NCCL 2.27.5 has no copy-engine collectives" in caplog.text and "NCCL 2.28 or later" in caplog.text
 
 
-# ---- the way of the data
+# ---- the data path
 
 
 class Anything(Transport):

@@ -36,5 +36,5 @@ def test_a_failure_shows_its_traceback_and_ends_the_others(tmp_path: Path) -> No
 def test_a_rank_that_never_ends_is_killed(tmp_path: Path) -> None:
     pids = tmp_path / "pid"
     with pytest.raises(RanksError, match=r"\[0\].*\b3 s"):
-        run_ranks("tests.comm.runner_checks:sleep_for_ever", 1, str(pids), connect=False, limit_s=3.0)
+        run_ranks("tests.comm.runner_checks:sleep_forever", 1, str(pids), connect=False, limit_s=3.0)
     assert not Path(f"/proc/{pids.read_text()}").exists()

@@ -1,4 +1,4 @@
-"""The link model of `simulated` over a transport that sends nothing, by a clock that only the model moves."""
+"""The link model of `simulated` over a transport that sends nothing, with a clock that only the model advances."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class ArrivalTimes:
-    """A recorder: when the data of every pending was there, in order of arrival."""
+    """A recorder of when the data of every pending arrived, in order of arrival."""
 
     def __init__(self) -> None:
         self.ready_s: list[float] = []

@@ -1,4 +1,4 @@
-"""Which transports are usable, from made-up facts: one row for every reason there is."""
+"""Which transports are usable, from made-up facts, with one row for every reason."""
 
 from __future__ import annotations
 

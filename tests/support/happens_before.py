@@ -1,14 +1,13 @@
-"""Whether what the ranks queued is ordered: no race, no wait without end, no flag used twice, nothing read too early.
+"""Checks the order of what the ranks queued: no races, no endless waits, no flag used twice, nothing read too early.
 
-    problems = check([log.events for log in logs])  # of all ranks; no problems: an empty list
+    problems = check([log.events for log in logs])  # the logs of all ranks; [] if there are no problems
 
-Ordered means: one after the other on a stream; over an event that one stream records and another awaits; over a flag,
-from its k-th set to its k-th wait. Every operation gets a vector clock, one number for each stream of each rank
-(Lamport 1978, Mattern 1989). Only the newest accesses to a byte are kept, and the clock of an access is one number, as
-in FastTrack (Flanagan and Freund 2009), so a check takes little longer than reading the logs.
+Operations are ordered by their stream, by an event that one stream records and another awaits, and by a flag, from its
+k-th set to its k-th wait. Every operation gets a vector clock with one number per stream of each rank (Lamport 1978,
+Mattern 1989). Only the newest accesses to a byte are kept, and the clock of an access is one number, as in FastTrack
+(Flanagan and Freund 2009), so a check takes little longer than reading the logs.
 
-It is a statement about the order in which operations start and end, not about what the hardware does inside of one:
-docs/protocol.md.
+The check covers the order in which operations start and end, not what the hardware does inside one (docs/protocol.md).
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ Clock = list[int]
 
 
 def check(logs: Sequence[Sequence[LoggedEvent]]) -> list[str]:
-    """The problems in the logs of all ranks, which begin and end at the same exchanges. Pure; one text per problem.
+    """Find the problems in the logs of all ranks, which must begin and end at the same exchanges. One text per problem.
 
     - two accesses to the same bytes, at least one of them a write, in no order
     - bytes read that were not written in the same lane, phase and round
-    - a wait that nobody ends; a set that nobody waits for, or that is never taken down
-    - a flag set again, or waited for again, while its clear is not known to have happened; cleared before its wait
+    - a wait that never ends; a set that nobody waits for, or that is never cleared
+    - a flag set or waited for again before its clear is known to have happened, or cleared before its wait
     - an access to memory that no rank has named
 
-    Problems of the same operations at the same place share the text of the first, with their number. How bytes that
-    race are described depends on the order of the logs; whether there is a problem does not.
+    Problems of the same operations at the same place share the text of the first, followed by their number. The order
+    of the logs may change how a race is described, but not whether there is a problem.
     """
     return _Checker(logs).run()
 
 
 class _Past(NamedTuple):
-    """Something that happened, on a stream (its number) at a time of that stream."""
+    """An operation that has been taken: the number of its stream, and its time on that stream."""
 
     stream: int
     time: int
@@ -57,7 +56,7 @@ class _Fragment(NamedTuple):
     past: _Past
 
     def without(self, start: int, stop: int) -> list[_Fragment]:
-        """The parts of it outside start to stop."""
+        """What remains of it outside start to stop."""
         rest = []
         if self.start < start:
             rest.append(_Fragment(self.start, start, self.past))
@@ -67,7 +66,7 @@ class _Fragment(NamedTuple):
 
 
 class _Memory:
-    """The last writes, which do not overlap, and the reads since then."""
+    """The latest writes, which do not overlap, and the reads since then."""
 
     __slots__ = ("reads", "writes")
 
@@ -99,9 +98,9 @@ class _Checker:
         self._problems: dict[tuple[object, ...], list[str]] = {}
 
     def run(self) -> list[str]:
-        """Take operations off the streams in any order that flags and events allow: the clocks are the same in all."""
+        """Take operations off the streams in any order that flags and events allow; the clocks are the same in all."""
         ready = deque(range(len(self._queues)))
-        waiting: dict[tuple[int, str], list[int]] = defaultdict(list)  # streams, by what they wait for
+        waiting: dict[tuple[int, str], list[int]] = defaultdict(list)  # numbers of streams, by what they wait for
         while ready:
             stream = ready.popleft()
             queue = self._queues[stream]
@@ -236,13 +235,13 @@ class _Checker:
         flag = self._flags[past.event.place]
         number = len(flag.clears)
         if number >= len(flag.waits) or not flag.waits[number].before(clock):
-            self._report_flag(past.event, "not known to be behind its wait")
+            self._report_flag(past.event, "not known to be after its wait")
         flag.clears.append(past)
 
     def _check_cleared(self, flag: _Flag, number: int, past: _Past, clock: Clock) -> None:
-        """Report a flag whose use number `number` comes before it has been cleared that many times."""
+        """Report a flag that is used again after `number` uses without being known to be cleared as often."""
         if number and (len(flag.clears) < number or not flag.clears[number - 1].before(clock)):
-            self._report_flag(past.event, "not known to be behind the clear of the time before")
+            self._report_flag(past.event, "not known to be after the previous clear")
 
     def _report_flag(self, event: LoggedEvent, what: str) -> None:
         self._report(
@@ -262,23 +261,23 @@ class _Checker:
         sets_ahead = {event.place for queue in self._queues for event in queue if event.action is Action.SET}
         without_set = [event for event in heads if event.place not in sets_ahead]
         for event in without_set:
-            self._report(f"{event.place}: {_who(event)} waits for ever: nobody sets it", event.place)
+            self._report(f"{event.place}: {_who(event)} waits forever: nobody sets it", event.place)
         for event in heads if not without_set else ():
-            self._report(f"{event.place}: {_who(event)} waits for ever: the next set comes only behind it", event.place)
+            self._report(f"{event.place}: {_who(event)} waits forever: the next set comes only after it", event.place)
 
     def _report_flags_left(self) -> None:
         for place, flag in self._flags.items():
             if len(flag.waits) < len(flag.sets):
                 self._report(f"{place}: {_who(flag.sets[-1][0].event)} sets it, nobody waits for it", place)
             elif len(flag.clears) < len(flag.sets):
-                self._report(f"{place}: {_who(flag.sets[-1][0].event)} sets it, nobody takes it down", place)
+                self._report(f"{place}: {_who(flag.sets[-1][0].event)} sets it, nobody clears it", place)
 
     def _report(self, text: str, *kind: object) -> None:
         self._problems.setdefault(kind, []).append(text)
 
 
 def _key(event: LoggedEvent) -> tuple[int, str]:
-    """What an event of a stream or a flag is found by: events belong to one rank, flags to all."""
+    """The key of a stream event, which belongs to one rank, or of a flag, which belongs to all."""
     return (event.rank if event.action in (Action.RECORD, Action.AWAIT) else -1, event.place)
 
 

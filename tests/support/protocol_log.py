@@ -1,16 +1,15 @@
-"""The log of what one rank queued for the slab protocol; `tests.support.happens_before` checks it for races.
+"""A log of everything that one rank queues for the slab protocol. `tests.support.happens_before` checks it for races.
 
     log = record(transport)          # on every rank, before its first exchange
     ...                              # any number of layers
     problems = check([log.events for every rank])
 
-An event says which stream of which rank does what to which bytes, flag or event of a stream. The order of the list is
-that in which the host queued; what holds beyond it is left to the checker: an order within a stream, over events, and
-over flags. On the CPU there is one stream, "host". Addresses are those that the copies and flags got, and names are
-found from them, so that a wrong address shows.
+An event says which stream of which rank does what to which bytes, flag or stream event. The list is in the order in
+which the host queued the events. The checker derives the order in which they run, from streams, stream events and
+flags. On the CPU there is one stream, "host". Names are looked up from the addresses that the copies and flags were
+given, so that a wrong address is noticed.
 
-`record` puts wrappers around the mailbox, its memory and its streams. A transport that is not recorded knows nothing
-of them.
+`record` puts wrappers around the mailbox, its memory and its streams.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from antiphon.device.cuda_stream_memory import MemoryStep, Replay, StreamMemory,
 from antiphon.runtime import Event
 
 NAMELESS = "memory without a name"
-"""Begins the place of an access that no memory was named for."""
+"""The prefix of the place of an access to memory that has no name."""
 
 _HOST = "host"
 _COMPUTE = "compute"
@@ -48,18 +47,18 @@ class Action(Enum):
 
 
 class LoggedEvent(NamedTuple):
-    """One operation of one stream. Lane, phase and round are -1 for events of streams, which belong to no exchange."""
+    """One operation of one stream. Lane, phase and round are -1 for stream events, which belong to no exchange."""
 
     rank: int
     stream: str
     action: Action
-    place: str  # the name of a memory, of a flag, or of an event of this rank's streams
-    start: int  # bytes of the memory; 0 and 0 for flags and events
+    place: str  # the name of a memory, of a flag, or of an event of one of this rank's streams
+    start: int  # range of bytes in the memory; 0 to 0 for flags and stream events
     stop: int
     operation: str  # "pack", "put", "signal", ...
     lane: int
     phase: int
-    round: int  # of the lane: a dispatch and the combine that answers it have the same
+    round: int  # counted per lane; a dispatch and its combine share one
     label: str
 
 
@@ -80,7 +79,7 @@ def record(transport: SlabTransport) -> MailboxLog:
 
 
 class MailboxLog:
-    """The log of one rank. Not thread-safe: one host thread queues everything."""
+    """The log of one rank. Not thread-safe: one host thread must queue everything."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -90,9 +89,9 @@ class MailboxLog:
         self._flags: dict[int, str] = {}
         self._streams: dict[int | None, str] = {None: _HOST}
         self._rounds: dict[int, int] = {}
-        self.exchange: Exchange | None = None  # the one that the mailbox works on
+        self.exchange: Exchange | None = None  # the one that the mailbox is working on
 
-    # ---- names, given before anything is logged
+    # ---- names, which must be known before anything is logged
 
     def name_memory(self, address: int, num_bytes: int, name: str) -> None:
         self._memories.setdefault(address, (num_bytes, name))
@@ -106,19 +105,19 @@ class MailboxLog:
         self._flags.setdefault(address, name)
 
     def follow(self, streams: CommStreams) -> CommStreams:
-        """The same streams, whose events are logged; whatever names no stream is on the compute stream."""
+        """Wrap the streams so that their events are logged. Operations without a stream run on the compute stream."""
         self._streams[None] = self._streams[streams.compute_handle] = _COMPUTE
         return _LoggedStreams(streams, self, self._streams)
 
-    # ---- what the users of the mailbox do, on the compute stream
+    # ---- what the transport and its caller do around the mailbox, on the compute stream
 
     def packed(self, exchange: Exchange, slab: torch.Tensor) -> None:
-        """A dispatch begins: my slab has been written."""
+        """A dispatch begins: this rank has written its slab."""
         self._rounds[exchange.lane] = self._rounds.get(exchange.lane, 0) + 1
         self._tensor(Action.WRITE, slab, "pack", exchange)
 
     def experts(self, lane: int, rows: torch.Tensor, partials: torch.Tensor, label: str) -> None:
-        """The experts read the box and write partial sums: logged at the first and at the last moment that they can."""
+        """Log that the experts read the box and write partial sums."""
         self._tensor(Action.READ, rows, "experts", _Part(lane, Phase.DISPATCH, label))
         self._tensor(Action.WRITE, partials, "experts", _Part(lane, Phase.COMBINE, label))
 
@@ -126,7 +125,7 @@ class MailboxLog:
         for part in parts:
             self._tensor(Action.READ, part, "local sum", exchange)
 
-    # ---- what a medium does; stream: the raw handle, `None` on the CPU
+    # ---- what a medium does; `stream` is the raw handle, or `None` on the CPU
 
     def stream_name(self, stream: int) -> str:
         return self._streams[stream]
@@ -138,18 +137,18 @@ class MailboxLog:
         self._bytes(Action.WRITE, target, num_bytes, operation, exchange, stream)
 
     def flag(self, action: Action, exchange: Exchange, operation: str, address: int, stream: int | None = None) -> None:
-        """A flag is set, waited for or cleared. Words that are no flags, such as those of the watch, are left out."""
+        """Log that a flag is set, waited for or cleared. Words that are no flags, such as the watch's, are left out."""
         if (name := self._flags.get(address)) is not None:
             self._add(action, name, 0, 0, operation, exchange, stream)
 
     def stepped(self, exchange: Exchange, operation: str, steps: Iterable[MemoryStep], stream: int) -> None:
-        """A batch of stream memory operations, in its order."""
+        """Log a batch of stream memory operations, in order."""
         for step in steps:
             action = Action.WAIT if step.waits else Action.SET if step.value else Action.CLEAR
             self.flag(action, exchange, operation, step.address, stream)
 
     def passed(self, action: Action, event: str, stream: str) -> None:
-        """An event of a stream is recorded or awaited."""
+        """Log that a stream event is recorded or awaited."""
         self.events.append(LoggedEvent(self.rank, stream, action, event, 0, 0, "event", -1, -1, -1, ""))
 
     # ----
@@ -166,7 +165,7 @@ class MailboxLog:
         part: Exchange | _Part,
         stream: int | None,
     ) -> None:
-        """One event for each named memory that the bytes lie in; bytes of none have a name that the checker refuses."""
+        """Log one event per named memory that the bytes lie in. The checker reports bytes that lie in none."""
         while num_bytes > 0:
             number = bisect_right(self._starts, address) - 1
             start = self._starts[number] if number >= 0 else 0
@@ -197,7 +196,7 @@ class MailboxLog:
 
 
 class _Part(NamedTuple):
-    """Stands for an exchange that has not begun or is over."""
+    """Stands in for an exchange that has not begun or is over."""
 
     lane: int
     phase: Phase
@@ -205,9 +204,10 @@ class _Part(NamedTuple):
 
 
 class LoggedMailbox(Mailbox):
-    """Does what `inner` does, and logs it with what `transport` does around it.
+    """Forwards to `inner`, and logs each call with what `transport` does around it.
 
-    The experts read the box and write partial sums: logged at the first and at the last moment that they can.
+    Experts may read the box and write partial sums at any time between dispatch and combine, so both are logged at the
+    earliest and at the latest possible moment.
     """
 
     def __init__(self, inner: Mailbox, transport: SlabTransport, log: MailboxLog) -> None:
@@ -259,7 +259,7 @@ class LoggedMailbox(Mailbox):
 
 
 class _LoggedFlags(FlaggedMemory):
-    """What a CPU does to shared memory."""
+    """Logs what a CPU does to shared memory."""
 
     def __init__(self, log: MailboxLog) -> None:
         self._log = log
@@ -288,18 +288,18 @@ class _LoggedFlags(FlaggedMemory):
 
 @runtime_checkable
 class _StreamMailbox(Protocol):
-    """What the mailboxes of devices have beside `Mailbox`."""
+    """What the mailboxes of devices have in addition to `Mailbox`."""
 
     streams: CommStreams
     memory: StreamMemory
 
 
 _COPIES = {"up": "upload", "down": "download"}
-"""What a copy on a stream is called."""
+"""The operation that a copy on a stream is; on other streams it is a put."""
 
 
 class _LoggedStreamMemory(StreamMemory):
-    """What a device's streams do. Instead of a capture, everything is queued again one by one, and logged."""
+    """Logs what a device's streams do. Replays are queued call by call instead of captured, so that each is logged."""
 
     def __init__(self, inner: StreamMemory, log: MailboxLog) -> None:
         self._inner = inner
@@ -323,7 +323,7 @@ class _LoggedStreamMemory(StreamMemory):
 
 
 class _Again:
-    """Stands for a replay."""
+    """Stands in for a replay."""
 
     def __init__(self, queue: Callable[[], None]) -> None:
         self._queue = queue
@@ -333,13 +333,13 @@ class _Again:
 
 
 class _LoggedStreams:
-    """`CommStreams` that do what others do, and log it."""
+    """`CommStreams` that forward to others and log their events."""
 
     def __init__(self, inner: CommStreams, log: MailboxLog, names: dict[int | None, str]) -> None:
         self._inner = inner
         self._log = log
         self._names = names
-        self._numbers: dict[int, int] = {}  # by id: an event keeps its own for as long as it can be waited for
+        self._numbers: dict[int, int] = {}  # by id, which an event keeps for as long as it can be waited for
         self._num_events = 0
 
     @property

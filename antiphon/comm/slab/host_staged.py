@@ -187,7 +187,7 @@ class HostStagedMailbox(Mailbox):
                     continue
                 chunk = chunks[number]
                 if chunk.num_bytes and not (exchange.same_source and uploaded):
-                    target = self._slab(self._group.rank, exchange, put.peer) + chunk.start
+                    target = self._slab_at(self._group.rank, exchange.lane, exchange.phase, put.peer) + chunk.start
                     source = put.source.data_ptr() + chunk.start
                     self.memory.copy(target, source, chunk.num_bytes, stream)
                     uploaded = True
@@ -208,15 +208,12 @@ class HostStagedMailbox(Mailbox):
                 self.memory.run(self._wait_for(exchange, arrival.peer, number), stream)
                 if chunk.num_bytes:
                     target = box + arrival.offset + chunk.start
-                    source = self._slab(arrival.peer, exchange, self._group.rank) + chunk.start
+                    source = self._slab_at(arrival.peer, exchange.lane, exchange.phase, self._group.rank) + chunk.start
                     self.memory.copy(target, source, chunk.num_bytes, stream)
         self.memory.run(self._done, stream)
 
-    def _slab(self, owner: int, exchange: Exchange, reader: int) -> int:
-        """The address of the slab that `owner` holds for `reader`."""
-        return self._slab_at(owner, exchange.lane, exchange.phase, reader)
-
     def _slab_at(self, owner: int, lane: int, phase: Phase, reader: int) -> int:
+        """The address of the slab that `owner` holds for `reader`."""
         start = self._bases[owner] + self._lane_starts[lane]
         if phase is Phase.DISPATCH:
             return start
