@@ -14,8 +14,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 
@@ -97,7 +98,9 @@ async def _serve(
         log_event("serving", model=service.model_name, ranks=config.ranks, version=antiphon.__version__)
         await _first(signals.first.wait(), service.failed.wait())
         if service.failed.is_set():
-            return await _end_of_a_failure(service, signals)
+            log_event("the engine has failed", level=logging.ERROR, error=service.failure)
+            await _first(signals.first.wait(), timeout_s=_SHOWN_DEAD_S)
+            return _FAILED
         await _drain(service, signals)
         return _FAILED if service.failed.is_set() else signals.exit_code
     finally:
@@ -134,19 +137,9 @@ async def _drain(service: Service, signals: _Signals) -> None:
     service.drain()
     drain_s = service.options.drain_s
     log_event("draining", num_open=service.num_open, limit=drain_s)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(drain_s):
-            await _first(service.idle.wait(), signals.second.wait(), service.failed.wait())
+    await _first(service.idle.wait(), signals.second.wait(), service.failed.wait(), timeout_s=drain_s)
     if service.num_open:
         log_event("open requests are cut off", level=logging.WARNING, num_open=service.num_open)
-
-
-async def _end_of_a_failure(service: Service, signals: _Signals) -> int:
-    log_event("the engine has failed", level=logging.ERROR, error=service.failure)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_SHOWN_DEAD_S):
-            await signals.first.wait()
-    return _FAILED
 
 
 class _Signals:
@@ -170,11 +163,11 @@ class _Signals:
             self.second.set()
 
 
-async def _first(*waits: object) -> None:
-    """Return when one of these has ended, and cancel the others."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
+async def _first(*waits: Awaitable[Any], timeout_s: float | None = None) -> None:
+    """Return when one of these has ended, or after `timeout_s`, and cancel the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
