@@ -47,7 +47,7 @@ class _Question:
     answer: asyncio.Future[list[dict[str, Any]]] | None = None
     by_rank: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def resolve(self, stats: list[dict[str, Any]]) -> None:
+    def reply(self, stats: list[dict[str, Any]]) -> None:
         if self.answer is not None and not self.answer.done():  # the caller may have been cancelled
             self.answer.set_result(stats)
 
@@ -254,7 +254,7 @@ class AsyncEngine:
         if len(question.by_rank) == self.config.options.ranks:
             del self._questions[answer.wave]
             stats = [question.by_rank[number] for number in range(self.config.options.ranks)]
-            self._call(lambda: question.resolve(stats))
+            self._call(lambda: question.reply(stats))
 
     def _call(self, function: Callable[[], object]) -> None:
         assert self._loop is not None
