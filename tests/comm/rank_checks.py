@@ -47,7 +47,7 @@ _AGREEMENT_CHECKS = (
 
 
 def checks_of(size: int, kind: str = "cpu") -> dict[str, Check]:
-    """Every check for `size` ranks, by a name that says transport and variant."""
+    """Every check for `size` ranks, by the name of its transport and variant."""
     checks: dict[str, Check] = {}
     for transport in contract_checks.transports_of(size, kind):
         checks |= _contract_of(transport)
@@ -79,9 +79,9 @@ def _contract_of(name: str) -> dict[str, Check]:
 
 
 def run_checks(group: RankGroup, folder: str, kind: str = "cpu", only: str = "") -> dict[str, str]:
-    """On every rank: the problem that each check found here, or an empty text.
+    """Run all checks on this rank, and return the problems that each one found, or an empty text.
 
-    A check that raises leaves the ranks out of step, so they part and meet again before the next one.
+    A check that raises leaves the ranks out of step, so they reconnect before the next one.
     """
     outcomes: dict[str, str] = {}
     device = find_device(kind, group.rank)

@@ -1,7 +1,7 @@
-"""What the checks of a transport share: the ranks, known experts, tokens, and what must come out of them.
+"""What the checks of a transport share: the ranks, known experts, tokens, and the expected results.
 
-A check runs on every rank at once, so it must not stop on one rank only: it collects problems with `expect` and goes
-on. An exception ends the check; the ranks then meet again for the next one.
+A check runs on every rank at the same time, so it must not stop on a single one: it collects problems with `expect` and
+goes on. An exception ends the check, and the ranks reconnect before the next one.
 
 Shapes: `T` tokens, `D` hidden size, `E` experts, `K` experts per token, `R` rows received, `W` ranks.
 """
@@ -35,7 +35,7 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 MAX_TOKENS = 64
-"""Tokens of a lane in the checks."""
+"""Maximum number of tokens per lane in the checks."""
 
 _ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2.0**-7, torch.float64: 1e-12}
 """Allowed error, relative to the sum of absolute summands: partial sums and result are rounded once each."""
@@ -51,7 +51,7 @@ class Tokens:
 
 @dataclass(slots=True)
 class World:
-    """The ranks of one process group, and the problems that a check has found on this one."""
+    """The ranks of one process group, and the problems that a check has found on this rank."""
 
     group: RankGroup
     streams: Streams = field(default_factory=CpuStreams)
@@ -66,7 +66,7 @@ class World:
         return self.group.size
 
     def make(self, name: str, shape: ExpertShape, *, num_lanes: int = 1) -> Transport:
-        """The transport of that name itself, at one rank too, where `create_transport` would take `local`."""
+        """Make the transport of that name, even with one rank, where `create_transport` would use `local`."""
         spec = parse_transport(name)
         kind = load_transport(spec, self.streams.owner.kind)
         inner = kind(shape, group=self.group, streams=self.streams, num_lanes=num_lanes, max_tokens=MAX_TOKENS)
@@ -120,7 +120,7 @@ class World:
 def make_shape(
     dtype: torch.dtype = torch.float64, *, num_experts: int = 8, top_k: int = 3, hidden_size: int = 5
 ) -> ExpertShape:
-    """By default rows of odd sizes, so that every part of a packed row needs its alignment."""
+    """Rows have odd sizes by default, so that every part of a packed row needs its alignment."""
     return ExpertShape(num_experts=num_experts, top_k=top_k, hidden_size=hidden_size, dtype=dtype)
 
 
@@ -168,8 +168,9 @@ def apply_experts(rows: Rows, shape: ExpertShape, group: RankGroup) -> torch.Ten
 
 
 def exact_sums(shape: ExpertShape, group: RankGroup, tokens: Tokens) -> torch.Tensor:
-    """What the contract of the slab transports promises to the last bit: the rounded sums of every rank's experts,
-    added in order of rank in float32 at least, and rounded once.
+    """The sums that slab transports must give to the last bit.
+
+    They are the rounded sums of every rank's experts, added in rank order in float32 at least and rounded once.
     """
     per_rank = shape.experts_per_rank(group.size)
     total_TD = torch.zeros(tokens.x_TD.shape, dtype=shape.weight_dtype, device=tokens.x_TD.device)
@@ -182,8 +183,9 @@ def exact_sums(shape: ExpertShape, group: RankGroup, tokens: Tokens) -> torch.Te
 
 
 def poison_buffers(transport: Transport) -> int:
-    """Fill the buffers that the transport keeps with 0xFF bytes (NaN in all dtypes), between a combine and the next
-    dispatch; how many there were. A peer may have filled the dispatch boxes again by then, see `poison_arrivals`.
+    """Fill the transport's buffers with 0xFF bytes (NaN in all dtypes) between a combine and the next dispatch.
+
+    Returns the number of buffers. Leaves out dispatch boxes, which a peer may have filled again: see `poison_arrivals`.
     """
     inner = transport.inner if isinstance(transport, SimulatedTransport) else transport
     if isinstance(inner, SlabTransport):
@@ -198,9 +200,9 @@ def poison_buffers(transport: Transport) -> int:
 
 
 def poison_arrivals(transport: Transport, phase: Phase) -> int:
-    """Fill what peers have put into this lane's box of a phase, when it has been read; how many slabs there were.
+    """Fill the peers' slabs in this lane's box of a phase after they have been read. Returns the number of slabs.
 
-    By the protocol no peer puts anything there before this rank's next signal, and my own slab may still be read.
+    By the protocol, no peer writes there before this rank's next signal. This rank's own slab may still be read.
     """
     inner = transport.inner if isinstance(transport, SimulatedTransport) else transport
     if not isinstance(inner, SlabTransport):
