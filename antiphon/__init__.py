@@ -1,7 +1,7 @@
 """Antiphon: Mixture-of-Experts inference with dual-batch overlap.
 
-`LLM` and `SamplingParams` are the offline API, `AsyncEngine` is its asynchronous form. `antiphon.runtime` and
-`antiphon.comm` are a library of their own and load nothing of the engine.
+`LLM` and `SamplingParams` are the offline API; `AsyncEngine` is its asynchronous form. `antiphon.runtime` and
+`antiphon.comm` form a library of their own that does not load the engine.
 """
 
 from __future__ import annotations

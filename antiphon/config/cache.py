@@ -1,4 +1,4 @@
-"""The size of the KV cache: how many blocks a rank has, and what one block takes."""
+"""The size of the KV cache: the number of blocks on a rank, and the size of one block."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from antiphon.models import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSize:
-    """Blocks of one rank, equal on all of them, and the reason for their number in words. Block 0 is one of them."""
+    """Number of blocks on each rank, block 0 included, and the reason for it in words."""
 
     num_blocks: int
     source: str
 
 
 def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
-    """Memory of one block, all layers together."""
+    """Size of one block across all layers, in bytes."""
     return config.num_layers * block_size * config.kv_width * dtype.itemsize

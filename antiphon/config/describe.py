@@ -1,4 +1,4 @@
-"""The start-up block: what an engine will do, in words."""
+"""The start-up block: a summary in words of what an engine will do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from antiphon.core.policy import NEVER
 
 
 def describe_config(config: ResolvedConfig) -> list[tuple[str, str]]:
-    """(heading, text) of each line."""
+    """The lines of the block, as pairs of heading and text."""
     mesh, num_experts = config.options.mesh, config.model.num_experts
     device = config.device_name or config.device_kind if config.device.own_memory else "the CPU"
     return [

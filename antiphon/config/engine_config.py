@@ -1,6 +1,6 @@
-"""The options of an engine: what the user says, and what becomes of `auto`.
+"""The options of an engine, as requested and as resolved.
 
-Here and not in `core`, because resolving `auto` needs the model's configuration and the transports.
+They are not in `core` because resolving `auto` needs the model's configuration and the transports.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_N
 _MIN_KV_CACHE_BYTES = 256 * 2**20
 _MIN_BATCHED_TOKENS = 2048
 _MOST_DEFAULT_BATCHED_TOKENS = 8192
-"""On a GPU, where buffers are made for the largest step, and models have room for texts that few requests need."""
+"""Upper limit of the default on a GPU, where buffers are sized for the largest step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(EngineOptions):
-    """What the user asked for: the options, those of overlap in `policy`."""
+    """The options as the user requested them; `policy` has the overlap options."""
 
     policy: OverlapPolicy = field(default_factory=OverlapPolicy)
 
     @property
     def mesh(self) -> Mesh:
-        """How the ranks work together: every rank has requests of its own, and the experts are spread over all."""
+        """The axes of the ranks: each rank serves its own requests, and the experts are spread over all ranks."""
         return Mesh(dp=self.ranks)
 
     def resolve(self, *, matched: MatchedFiles | None = None) -> ResolvedConfig:
         """Check everything that can be checked before a process starts, and resolve every `auto`.
 
-        matched: what another process has found of the checkpoint, which is then not compared again.
+        matched: the checkpoint files that another process has already matched, which are not matched again.
         Raises `OptionError` for options, `ModelError` for the checkpoint.
         """
         # 1 the options alone
@@ -70,7 +70,7 @@ class EngineConfig(EngineOptions):
         routing = resolve_routing(self.routing, self.load_format)
         model = read_config(source, num_layers=self.num_layers)
         check_layers(policy, model.num_layers)
-        # 3 the way between the ranks
+        # 3 the transport
         device = find_device(device_kind)
         dtype_name = str(device.default_dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         shape = expert_shape(model, DTYPES[dtype_name])
@@ -88,13 +88,13 @@ class EngineConfig(EngineOptions):
         if matched is not None:
             model = matched.resolve(model)
         # 5 sizes
-        max_model_len = _limit("max_model_len", self.max_model_len, model.max_positions, "the model's positions")
+        max_model_len = self._max_model_len(model.max_positions)
         max_num_batched_tokens = self._max_num_batched_tokens(max_model_len, device)
         resolved = ResolvedConfig(
             options=replace(
                 self,
                 model=str(source),
-                revision=None,  # the folder is that revision
+                revision=None,  # the folder has that revision
                 peer_access=peer_access,
                 policy=policy,
             ),
@@ -117,6 +117,19 @@ class EngineConfig(EngineOptions):
             logger.info("%s: auto -> %s (%s)", name, value, reason)
         return resolved
 
+    def _max_model_len(self, positions: int) -> int:
+        if self.max_model_len is None:
+            return positions
+        if self.max_model_len > positions:
+            raise OptionError(
+                f"max_model_len={self.max_model_len} is too large",
+                limit=f"the model has {positions} positions",
+                remedy=f"use at most {positions}",
+                option="max_model_len",
+                value=self.max_model_len,
+            )
+        return self.max_model_len
+
     def _max_num_batched_tokens(self, max_model_len: int, device: Device) -> int:
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
@@ -126,7 +139,7 @@ class EngineConfig(EngineOptions):
         return max(_MIN_BATCHED_TOKENS, longest)
 
     def _cache(self, model: ModelConfig, max_model_len: int, dtype: torch.dtype, device: Device) -> CacheSize | None:
-        """`None` if it is measured on the device. One block more than can be used: block 0 is for padding."""
+        """`None` if it will be measured on the device. Includes block 0, which is reserved for padding."""
         bytes_per_block = block_bytes(model, block_size=self.block_size, dtype=dtype)
         if self.kv_cache_memory is not None:
             memory, source = self.kv_cache_memory, "set by kv_cache_memory"
@@ -150,14 +163,14 @@ class EngineConfig(EngineOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
-    """Options without `auto`, and the reasons. Workers get the options and what `WorkerStart` has beside them."""
+    """Options with every `auto` resolved, and the reasons. Workers get only the fields of `WorkerStart`."""
 
     options: EngineConfig
     model: ModelConfig
     matched: MatchedFiles | None  # None: dummy weights
     checkpoint_notes: tuple[str, ...]  # sentences for the user
     routing: RoutingSpec
-    dbo_source: str  # the environment's setting that decided, if one did
+    dbo_source: str  # the environment setting that decided `dbo`, if any
     device_kind: str
     device_reason: str
     dtype_name: str
@@ -173,37 +186,37 @@ class ResolvedConfig:
     def started(
         self, *, device_name: str, transport_name: str, data_path: DataPath, cache: CacheSize
     ) -> ResolvedConfig:
-        """With what only the ranks could tell: whether their devices reach each other is seen on the devices."""
+        """Add what only the started ranks know, such as whether their devices can access each other's memory."""
         started = replace(self, device_name=device_name, data_path=data_path, cache=cache)
         if self.options.policy.dbo == "auto" and self.data_path is None:
             logger.info("dbo: auto -> %s", started.resolved_policy.reason)
         if self.options.transport != "auto" or transport_name == self.transport.name:
             return started
-        reason = f"not {self.transport}, for not all of these devices reach each other's memory"
+        reason = f"not {self.transport}, because not all of these devices can access each other's memory"
         logger.info("transport: auto -> %s (%s)", transport_name, reason)
         return replace(started, transport=TransportSpec(name=transport_name), transport_reason=reason)
 
     def with_end_tokens(self, token_ids: Sequence[int]) -> ResolvedConfig:
-        """For workers, which do not load the tokenizer."""
+        """Set the end-of-sequence tokens, for workers, which do not load the tokenizer."""
         return replace(self, model=replace(self.model, eos_token_ids=tuple(token_ids)))
 
     @property
     def device(self) -> Device:
-        """The first of the devices, for their capabilities."""
+        """The first of the devices, which stands for the capabilities of all."""
         return find_device(self.device_kind)
 
     @property
     def policy(self) -> OverlapPolicy:
-        """The policy that was asked for, resolved."""
+        """The requested policy, resolved."""
         return self.resolved_policy.policy
 
     @property
     def resolved_policy(self) -> ResolvedPolicy:
-        """The same with the reason."""
+        """The requested policy, resolved, with the reason."""
         return self.resolve_policy(self.options.policy)
 
     def resolve_policy(self, policy: OverlapPolicy) -> ResolvedPolicy:
-        """Another policy for these devices and the way between them; `auto` stays open until the ranks have started."""
+        """Resolve another policy for these devices. `auto` stays open until the ranks know their data path."""
         if self.data_path is None:
             cause = "resolved when the ranks know whether their devices reach each other"
             return ResolvedPolicy(policy, cause if policy.dbo == "auto" else "")
@@ -215,12 +228,12 @@ class ResolvedConfig:
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """Tokens that the KV cache of one rank holds; on a GPU not before the ranks have started."""
+        """Tokens that fit into the KV cache of one rank; on a GPU, known once the ranks have started."""
         assert self.cache is not None, "the cache is not measured yet"
         return (self.cache.num_blocks - 1) * self.options.block_size
 
     def without_effect(self) -> list[str]:
-        """One sentence for each option that changes nothing here."""
+        """One sentence for each option that has no effect in this configuration."""
         options, policy = self.options, self.policy
         off = "dbo='off'" if options.policy.dbo == "off" else "dbo='auto', which is off here"
         sentences = policy.without_effect(off) + overruled_dbo(options.policy, self.dbo_source)
@@ -234,12 +247,12 @@ class ResolvedConfig:
         return sentences
 
     def cache_facts(self) -> dict[str, Any]:
-        """For the statistics; known when the ranks have started."""
+        """The size of the KV cache for the statistics; known once the ranks have started."""
         assert self.cache is not None, "the cache is not measured yet"
         return {"tokens": self.kv_capacity_tokens, "source": self.cache.source}
 
     def chosen(self) -> list[tuple[str, str, str]]:
-        """(option, value, reason) of every `auto`."""
+        """(option, value, reason) of every resolved `auto`."""
         chosen = []
         if self.options.device == "auto":
             chosen.append(("device", self.device_kind, self.device_reason))
@@ -248,20 +261,6 @@ class ResolvedConfig:
         if self.options.policy.dbo != self.policy.dbo:
             chosen.append(("dbo", self.policy.dbo, self.resolved_policy.cause))
         if self.options.dtype == "auto":
-            reason = "what GPUs compute fastest" if self.device.own_memory else "exact and fast on CPUs"
+            reason = "the fastest on GPUs" if self.device.own_memory else "exact and fast on CPUs"
             chosen.append(("dtype", self.dtype_name, reason))
         return chosen
-
-
-def _limit(name: str, value: int | None, most: int, what: str) -> int:
-    if value is None:
-        return most
-    if value > most:
-        raise OptionError(
-            f"{name}={value} is too large",
-            limit=f"{what} are {most}",
-            remedy=f"use at most {most}",
-            option=name,
-            value=value,
-        )
-    return value

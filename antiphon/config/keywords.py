@@ -1,4 +1,4 @@
-"""From the keyword arguments of `LLM` to the configuration of an engine."""
+"""Converts the keyword arguments of `LLM` to the configuration of an engine."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ logger = logging.getLogger("antiphon")
 
 _Given = ParamSpec("_Given")
 
-_FOREIGN_VARIABLES = {
-    "VLLM_ALL2ALL_BACKEND": "use transport='auto' or another of docs/options.md",
-}
+_FOREIGN_VARIABLE = "VLLM_ALL2ALL_BACKEND"
 
 
 def make_config(given: Mapping[str, Any]) -> EngineConfig:
-    """The configuration that the options ask for; those of other engines may be among them.
+    """Make a configuration from options, which may include those of other engines.
 
-    Warns of what has no effect. Raises `OptionError` for an option that is not known, is refused, or contradicts
-    another one; the nearest known name, or what to use instead, is in the message.
+    Logs a warning for options without effect. Raises `OptionError` for an unknown, refused or contradictory option; its
+    remedy names the nearest known option, or what to use instead.
     """
     options = {name: parse_option(name, given.get(name, one.default)) for name, one in OPTIONS.items()}
     meant = translate({name: value for name, value in given.items() if name not in OPTIONS}, OPTIONS)
@@ -38,13 +36,13 @@ def make_config(given: Mapping[str, Any]) -> EngineConfig:
         else:
             options[name] = value
     notes = list(meant.notes)
-    for variable, remedy in _FOREIGN_VARIABLES.items():
-        if os.environ.get(variable, "0") not in ("", "0"):
-            notes.append(f"{variable}={os.environ[variable]} is not obeyed here; {remedy}")
+    if os.environ.get(_FOREIGN_VARIABLE, "0") not in ("", "0"):
+        setting = f"{_FOREIGN_VARIABLE}={os.environ[_FOREIGN_VARIABLE]}"
+        notes.append(f"{setting} has no effect here; use transport='auto' or another of docs/options.md")
     for note in notes:
         logger.warning(note)
     policy = OverlapPolicy(**{one.field: options.pop(name) for name, one in options_of(OverlapPolicy).items()})
-    if isinstance(options["model"], Path):  # never the id of a model on the hub
+    if isinstance(options["model"], Path):  # a local path, never the id of a model on the hub
         options["model"] = str(options["model"].expanduser().absolute())
     options["device"] = str(options["device"])
     options["dtype"] = str(options["dtype"]).removeprefix("torch.")

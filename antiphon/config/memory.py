@@ -1,6 +1,6 @@
-"""Whether an engine fits into the memory of this host: said before anything is allocated, with what to change.
+"""Checks whether an engine fits into the host's memory, before anything is allocated.
 
-On CPUs weights and KV caches have sizes that are known from the start. A GPU measures its own (`cache_size`).
+On CPUs, the sizes of weights and KV caches are known from the start. On GPUs they are measured (`cache_size`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from antiphon.machine.advice import format_bytes
 from antiphon.machine.host import obtainable_memory
 from antiphon.models import weight_bytes
 
-_ALLOCATOR_WORDS = ("can't allocate memory", "not enough memory")  # of torch on CPUs
+_ALLOCATOR_WORDS = ("can't allocate memory", "not enough memory")  # in torch's errors on CPUs
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator has refused; on a CPU torch says so by a `RuntimeError` only."""
+    """Whether an allocation failed; on a CPU torch raises a plain `RuntimeError` for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATOR_WORDS)
 
 
 def check_memory(config: ResolvedConfig) -> None:
-    """Before the ranks start. Raises `OptionError` if their weights and KV caches are more than the host has available,
-    `ModelError` if no tensor can have such sizes.
+    """Check, before the ranks start, that weights and KV caches fit into the memory that the host has available.
+
+    Raises `OptionError` if they do not, and `ModelError` for sizes that no tensor can have.
     """
     weights = weight_bytes(config.model, config.dtype, config.options.mesh.ep)
     limit = obtainable_memory()

@@ -1,7 +1,7 @@
-"""Every option of an engine, declared once: here, and those of overlap in `antiphon.core.policy`.
+"""The single declaration of every engine option; the overlap options are declared in `antiphon.core.policy`.
 
-`OPTIONS` has them all. The keywords of `LLM`, the command line, the file of `--config`, the tables of docs/options.md
-and the check for unknown names are made from it.
+`OPTIONS` has all of them. The keyword arguments of `LLM`, the command line, the config file, the tables in
+docs/options.md and the check for unknown names are generated from it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOAD_FORMATS = ("auto", "dummy")
 DTYPE_NAMES = ("float32", "bfloat16", "float64")
 
 _DEVICE_KINDS = ("cpu", "cuda", "xpu", "npu", "generic", "generic:cuda", "generic:cpu")
-"""The keys of `antiphon.device.table.DEVICES`, which would import torch; a test compares them."""
+"""The keys of `antiphon.device.table.DEVICES`, repeated here to avoid importing torch; a test compares them."""
 
 _MODEL = "Model and ranks"
 _STEPS = "Steps and memory"
@@ -46,7 +46,7 @@ def _dtype(name: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What the user asked for, without the options of overlap."""
+    """The options as the user requested them, without the overlap options."""
 
     model: str = option(
         BUNDLED_MODEL,
@@ -75,7 +75,7 @@ class EngineOptions:
         "model",
         check=_text,
         help="Routing with dummy weights: model, uniform, zipf:A or recorded:FILE.",
-        doc="`model`: the random routers choose. `zipf:A`: an expert's share falls with the power A of its place.",
+        doc="`model`: the random routers choose. `zipf:A`: the share of the k-th expert is proportional to 1 / k^A.",
     )
     ranks: int = option(
         1,
@@ -86,8 +86,8 @@ class EngineOptions:
     device: str = option(
         "auto",
         help=f"Kind of device: auto, {', '.join(_DEVICE_KINDS)}; one device per rank. auto: cuda if there are enough.",
-        doc="`auto` is what the environment variable `ANTIPHON_DEVICE` says, else `cuda` or `cpu`, with a warning"
-        " where that leaves GPUs idle. `xpu` and `npu` have never run on their hardware; tests run the same "
+        doc="`auto` follows the environment variable `ANTIPHON_DEVICE`, else chooses `cuda` or `cpu`, with a warning"
+        " if that leaves GPUs idle. `xpu` and `npu` have never run on their hardware; tests run the same "
         "code as `generic:cpu` and `generic:cuda` ([architecture.md](architecture.md#devices)).",
     )
     transport: str = option(
@@ -101,13 +101,13 @@ class EngineOptions:
         True,
         check=_flag,
         help="Allow GPUs to read each other's memory (NCCL_P2P_DISABLE=1 forbids it too).",
-        doc="Forbidding it here forbids it to NCCL.",
+        doc="Forbidding it here also forbids it to NCCL.",
     )
     dtype: str = option(
         "auto",
         check=_dtype,
         help=f"Data type of weights and activations: auto, {', '.join(DTYPE_NAMES)}.",
-        doc="`auto`: `bfloat16` on GPUs, `float32` on CPUs. `float32` is exact on GPUs too (no TF32), and slow there.",
+        doc="`auto`: `bfloat16` on GPUs, `float32` on CPUs. `float32` on GPUs is exact (no TF32) but slow.",
     )
     max_num_batched_tokens: int | None = option(
         None,
@@ -124,7 +124,7 @@ class EngineOptions:
         None,
         size="count",
         check=_count,
-        help="Maximum length of a text, prompt and output together, such as 32k.",
+        help="Maximum length of a sequence, prompt and output together, in tokens, such as 32k.",
         shown_default="the model's positions",
     )
     block_size: int = option(16, size="count", check=_count, help="Tokens per block of the KV cache.")
@@ -138,24 +138,23 @@ class EngineOptions:
     gpu_memory_utilization: float = option(
         0.9,
         check=number(0, 1, without_least=True),
-        help="Share of a GPU's memory to use; the KV cache gets what is left of it.",
-        doc="At the start every rank runs the largest step once, not split; the rank that has least memory left "
-        "decides.",
+        help="Share of a GPU's memory to use; the KV cache gets what the rest leaves free.",
+        doc="At startup every rank runs the largest step once, unsplit; the rank with the least memory left decides.",
     )
     prefix_caching: bool = option(
         True,
         check=_flag,
         help="Compute shared prefixes once.",
-        doc="Full KV blocks are shared between texts that begin alike, also with those that have ended.",
+        doc="Full KV blocks are shared between requests with a common prefix, including finished ones.",
     )
     chunked_prefill: bool = option(
         True,
         check=_flag,
         help="Fill the rest of a step with part of a prompt.",
-        doc="Without it only prompts that are longer than a whole step are cut.",
+        doc="Without it, only prompts longer than a whole step are cut.",
     )
     seed: int = option(
-        0, check=whole(0, 2**62 - 1), help="Seed of requests that have none of their own, and of dummy weights."
+        0, check=whole(0, 2**62 - 1), help="Seed of dummy weights, and of requests without a seed of their own."
     )
     timeout_s: float = option(
         120.0,
@@ -166,14 +165,14 @@ class EngineOptions:
 
 
 def _grouped() -> dict[str, Option]:
-    """The options of overlap between the others, as docs and --help list them."""
+    """All options in the order of the docs and --help: the overlap options stand between the other groups."""
     own = options_of(EngineOptions)
     groups = [{name: one for name, one in own.items() if one.group == group} for group in (_MODEL, _STEPS)]
     return {**groups[0], **options_of(OverlapPolicy), **groups[1]}
 
 
 OPTIONS: Mapping[str, Option] = MappingProxyType(_grouped())
-"""Every option of an engine by the name that users know."""
+"""Every option of an engine, by the name that users type."""
 
 OPTION_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: one.default for name, one in OPTIONS.items()})
 

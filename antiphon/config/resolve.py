@@ -1,4 +1,4 @@
-"""What becomes of single options whose value depends on the others, on the machine or on the environment."""
+"""Resolves single options whose value depends on other options, the machine or the environment."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from antiphon.models import PRESETS, RoutingSpec, parse_routing, resolve_model
 logger = logging.getLogger("antiphon.engine")
 
 DEVICE_VARIABLE = "ANTIPHON_DEVICE"
-"""The environment variable that says what `device="auto"` is."""
+"""The environment variable that overrides `device="auto"`."""
 
 DBO_VARIABLE = "ANTIPHON_DBO"
-"""The environment variable that says what `dbo="auto"` is."""
+"""The environment variable that overrides `dbo="auto"`."""
 
 ASCEND_DBO_VARIABLE = "VLLM_ASCEND_ENABLE_DBO"
-"""vLLM-Ascend's: 1 is `ANTIPHON_DBO=on`, where that is not set; 0, its default, asks for nothing."""
+"""vLLM-Ascend's variable: 1 acts as `ANTIPHON_DBO=on` if that is not set; 0, its default, has no effect."""
 
 _DBO_WORDS: dict[str, str | None] = {**{mode: mode for mode in DBO_MODES}, "1": "on", "0": "off"}
 _ASCEND_DBO_WORDS: dict[str, str | None] = {"1": "on", "0": None}
 
 
 def resolve_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
-    """The policy with what the environment makes of `auto`, and the setting that did, such as "ANTIPHON_DBO=1".
+    """Apply the environment to `dbo="auto"`; also returns the setting that decided, such as "ANTIPHON_DBO=1", or "".
 
-    Raises `OptionError` for a setting that is not known.
+    Raises `OptionError` for an unknown setting.
     """
     settings = _dbo_settings()
     if policy.dbo != "auto" or not settings:
@@ -46,16 +46,16 @@ def resolve_dbo(policy: OverlapPolicy) -> tuple[OverlapPolicy, str]:
 
 
 def overruled_dbo(policy: OverlapPolicy, source: str) -> list[str]:
-    """A sentence for each setting of the environment that asks for another `dbo` than what `resolve_dbo` returned."""
+    """A sentence for each environment setting that disagrees with the `dbo` that `resolve_dbo` returned."""
     return [
-        f"{setting} has no effect: {source or 'the option'} asks for dbo={policy.dbo!r}, and comes first"
+        f"{setting} has no effect: {source or 'the option'} takes precedence with dbo={policy.dbo!r}"
         for setting, dbo in _dbo_settings()
         if dbo != policy.dbo
     ]
 
 
 def _dbo_settings() -> list[tuple[str, str]]:
-    """(setting, what `dbo` is by it) of the environment; the first one wins."""
+    """(setting, its value of `dbo`) for each variable of the environment; the first one wins."""
     found = []
     for variable, words in ((DBO_VARIABLE, _DBO_WORDS), (ASCEND_DBO_VARIABLE, _ASCEND_DBO_WORDS)):
         asked = os.environ.get(variable)
@@ -84,7 +84,7 @@ def check_layers(policy: OverlapPolicy, num_layers: int) -> None:
 
 
 def resolve_device(device: str, ranks: int) -> tuple[str, str]:
-    """The kind of device, and why. Warns if `auto` leaves GPUs idle.
+    """Resolve the kind of device; also returns the reason. Warns if `auto` leaves GPUs idle.
 
     Raises `OptionError` for an unknown kind, and for more ranks than devices of that kind.
     """
@@ -104,8 +104,8 @@ def resolve_device(device: str, ranks: int) -> tuple[str, str]:
         return name, f"devices: {found}, ranks: {ranks}"
     checked = "CUDA_VISIBLE_DEVICES and torch's build" if owner.peer_access else "torch's build and its plug-in"
     raise OptionError(
-        f"{where}={name!r} needs one device a rank",
-        limit=f"ranks={ranks}, and {found} can be used here",
+        f"{where}={name!r} needs one device per rank",
+        limit=f"ranks={ranks}, and {found} are usable here",
         remedy=f"use fewer ranks or device='cpu', or check the driver, {checked}",
         option=where,
         value=name,
@@ -115,31 +115,31 @@ def resolve_device(device: str, ranks: int) -> tuple[str, str]:
 def _warn_of_idle_gpus(found: int, ranks: int) -> None:
     """found: CUDA devices that can be used, fewer than the ranks."""
     if found:
-        reason = f"{ranks} ranks need as many CUDA devices, and {found} can be used"
+        reason = f"{ranks} ranks need one CUDA device each, and only {found} can be used"
         remedy = f"use {found} rank{'s' if found > 1 else ''}"
     elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not (idle := nvidia_gpus()):
-        return  # somebody has hidden them, or there are none
+        return  # they are hidden on purpose, or there are none
     elif torch.version.cuda is None:
         gpus = f"{idle} NVIDIA GPU{'s' if idle > 1 else ''}"
         reason = f"torch {torch.__version__} is built without CUDA, and the machine has {gpus}"
         remedy = "install torch's CUDA build"
     else:
-        reason = f"torch can use none of the machine's NVIDIA GPUs: {idle}"
+        reason = f"torch cannot use any of the machine's {idle} NVIDIA GPU(s)"
         remedy = "check the driver (antiphon doctor; in a container --gpus all)"
     warn_once(
-        f"device='auto' takes CPUs, because {reason}",
+        f"device='auto' chose CPUs because {reason}",
         cost="steps are slower by orders of magnitude",
-        remedy=f"{remedy}, or say device='cpu'",
+        remedy=f"{remedy}, or set device='cpu'",
     )
 
 
 def resolve_peer_access(peer_access: bool) -> bool:
-    """No peer access if the user forbids it, to us or by `NCCL_P2P_DISABLE=1` to NCCL."""
+    """Whether peer access is allowed by the option and, through `NCCL_P2P_DISABLE`, by the environment."""
     return peer_access and not peers_forbidden(os.environ)
 
 
 def resolve_source(model: str, load_format: str, *, revision: str | None = None) -> Path | str:
-    """The folder of a checkpoint, or the name of a preset. Downloads what the hub's cache lacks of a hub's model.
+    """Find the folder of a checkpoint, or the name of a preset. Downloads missing files of a model on the hub.
 
     Raises `OptionError` for a preset without dummy weights, `ModelError` for a model that cannot be found.
     """
@@ -160,7 +160,7 @@ def resolve_source(model: str, load_format: str, *, revision: str | None = None)
 
 
 def resolve_routing(routing: str, load_format: str) -> RoutingSpec:
-    """Raises `OptionError` for a routing that is not known, and for a table in place of what a router has learned."""
+    """Parse the routing. Raises `OptionError` for an unknown one, and for one that would replace a trained router."""
     spec = parse_routing(routing)
     if str(spec) != "model" and load_format != "dummy":
         raise OptionError(

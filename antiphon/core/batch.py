@@ -1,8 +1,7 @@
-"""What one step runs on one rank: the batch, and the micro-batches that it is cut into.
+"""The work of one step on one rank: the batch, and the micro-batches that it is cut into.
 
-Pure data. Who fills what: the scheduler makes `RequestSlice` and `Batch`; `splitting` makes `MicroBatch` and
-its `AttentionMetadata`, always from request slices and never by slicing finished fields, so that a new field
-cannot be forgotten by the cut.
+This is pure data. The scheduler makes `RequestSlice` and `Batch`. `splitting` makes `MicroBatch` and its
+`AttentionMetadata`, always from request slices and never by slicing finished fields, so a cut cannot miss a new field.
 
 Shapes: `T` tokens of a micro-batch, `N` requests that decode one token, `B` KV blocks of a request.
 """
@@ -32,7 +31,7 @@ class RequestSlice:
         return len(self.token_ids)
 
     def cut(self, start: int, stop: int) -> RequestSlice:
-        """Tokens `start:stop` of this slice; what lies before them becomes context."""
+        """Tokens `start:stop` of this slice; the tokens before them become context."""
         return RequestSlice(
             request_id=self.request_id,
             token_ids=self.token_ids[start:stop],
@@ -63,13 +62,13 @@ class Batch:
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Tokens of the requests that do not just continue by one."""
+        """Tokens of requests that do more than continue by one token."""
         return sum(r.query_len for r in self.requests if r.query_len > 1 or r.context_len == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeGroup:
-    """All slices of one token, computed together."""
+    """All single-token slices, computed together."""
 
     rows_N: torch.Tensor  # int64, their rows in the micro-batch
     block_table_NB: torch.Tensor  # int64, padded with block 0, which the mask hides
@@ -78,7 +77,7 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillSlice:
-    """One slice of several tokens."""
+    """One slice with several tokens."""
 
     start: int  # first row in the micro-batch
     stop: int
@@ -93,7 +92,7 @@ class PrefillSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
-    """What attention needs to know of one micro-batch."""
+    """What attention needs to know about one micro-batch."""
 
     slots_T: torch.Tensor  # int64, where each token's keys and values go: block * block_size + offset
     decodes: DecodeGroup | None
@@ -104,8 +103,8 @@ class AttentionMetadata:
 class MicroBatch:
     """One part of a batch. A part without tokens is a dummy: its peers' experts still need it.
 
-    In a padded step, rows without a token lie behind the others: their keys and values go to block 0, which nobody
-    holds, their texts have length 0, and no expert computes them. Their hidden states mean nothing.
+    In a padded step, padding rows follow the real ones. Their keys and values go to block 0, which no request holds,
+    their sequence length is 0, and no expert computes them. Their hidden states are meaningless.
     """
 
     # set by splitting
@@ -116,7 +115,7 @@ class MicroBatch:
     attention: AttentionMetadata
     # set by the plan
     rows_by_rank: tuple[int, ...]  # rows of this lane on every rank
-    num_padding: int = 0  # rows at the end that are no tokens
+    num_padding: int = 0  # padding rows at the end
     num_real_1: torch.Tensor | None = None  # int64 [1]: num_tokens, for kernels; None where no rank pads this lane
 
     @property
@@ -124,14 +123,14 @@ class MicroBatch:
         return self.token_ids_T.shape[0] - self.num_padding
 
     def to(self, device: torch.device, *, pin_memory: bool = False) -> MicroBatch:
-        """The same with every tensor on `device`, by one copy; itself if it is there already. See `core.upload`."""
+        """This micro-batch with every tensor on `device`, moved in one copy by `upload`; itself if already there."""
         if self.token_ids_T.device == device:
             return self
         moved: MicroBatch = _with_tensors(self, iter(upload(list(_tensors(self)), device, pin_memory=pin_memory)))
         return moved
 
 
-# Found by walking the fields, so that a new one cannot be forgotten. What the requests hold stays on the host.
+# Tensors are found by walking the fields, so that none is forgotten. The data of the requests stays on the host.
 _HOLDERS = (MicroBatch, AttentionMetadata, DecodeGroup, PrefillSlice)
 
 
@@ -161,7 +160,7 @@ _current: ContextVar[MicroBatch] = ContextVar("antiphon_micro_batch")
 
 
 def current_micro_batch() -> MicroBatch:
-    """The micro-batch that the calling lane runs. `LookupError` outside a forward pass."""
+    """The micro-batch that the calling lane runs. Raises `LookupError` outside a forward pass."""
     return _current.get()
 
 
@@ -176,10 +175,10 @@ def use_micro_batch(part: MicroBatch) -> Iterator[None]:
 
 
 def upload(tensors: Sequence[torch.Tensor], device: torch.device, *, pin_memory: bool = False) -> list[torch.Tensor]:
-    """Copies of CPU tensors, all of one dtype, on `device`, in order: views of one new buffer there.
+    """Copy CPU tensors of one dtype to `device` in one transfer; returns views of one new buffer, in the same order.
 
-    On a GPU the copy is queued on the stream that is current, and the results are safe on that stream. The sources may
-    be changed as soon as the call has returned. pin_memory: copy through pinned memory, so that the host need not wait.
+    On a GPU the copy is queued on the current stream, and the results are safe on that stream. The sources may be
+    changed as soon as the call returns. pin_memory: copy through pinned memory, so that the host need not wait.
     """
     sizes = [tensor.numel() for tensor in tensors]
     packed = torch.empty(sum(sizes), dtype=tensors[0].dtype, device="cpu", pin_memory=pin_memory)

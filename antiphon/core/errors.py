@@ -1,6 +1,6 @@
-"""Every error that Antiphon raises on purpose, and the checks of values that lead to most of them.
+"""Every error that Antiphon raises on purpose, and the value checks behind most of them.
 
-An error has fields, and its sentence is made of them:
+An error has fields, and its sentence is made from them:
 
     raise OptionError(
         f"max_model_len={asked} is too long",
@@ -11,7 +11,7 @@ An error has fields, and its sentence is made of them:
     )
     # max_model_len=9000 is too long: the model has 4096 positions; use at most 4096
 
-`ValueError` family: the caller can correct it. `RuntimeError` family: a peer, a lane or the group failed.
+Errors that the caller can correct are a `ValueError`; failures of a peer, a lane or the group are a `RuntimeError`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from antiphon.core.lines import split_lines
 
 
 class AntiphonError(Exception):
-    """Base of all errors of this package.
+    """Base class of all errors in this package.
 
-    fact: what is wrong. limit: the bound that was violated, "" if the fact says it all. remedy: what to do, "" if
-    nothing helps. option: the option, parameter or field at fault, as the caller spells it; value: what it was set to.
+    fact: what is wrong. limit: the bound that was violated, or "" if the fact says it all. remedy: what to do, or "" if
+    nothing helps. option: the option, parameter or field at fault, as the caller spells it. value: what it was set to.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class AntiphonError(Exception):
         return f"{sentence}; {self.remedy}" if self.remedy else sentence
 
     def fields(self) -> dict[str, str | None]:
-        """The texts of the error, to rebuild it in another process by `type(error)(**error.fields())`."""
+        """The text fields, to rebuild the error in another process by `type(error)(**error.fields())`."""
         return {"fact": self.fact, "limit": self.limit, "remedy": self.remedy, "option": self.option}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,7 +61,7 @@ class ModelError(AntiphonError, ValueError):
 
 
 class RequestError(AntiphonError, ValueError):
-    """A request cannot be served; other requests and the engine are not touched."""
+    """A request cannot be served; other requests and the engine are not affected."""
 
 
 class PromptLengthError(RequestError):
@@ -69,7 +69,7 @@ class PromptLengthError(RequestError):
 
 
 class UnsupportedError(RequestError):
-    """A request asks for something that Antiphon does not implement."""
+    """A request uses a feature that Antiphon does not implement."""
 
 
 class LaneError(AntiphonError, RuntimeError):
@@ -85,7 +85,7 @@ class EngineError(AntiphonError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, to quote in ours; its class name if it says nothing."""
+    """The first line of another library's error, to quote in ours; its class name if it has no message."""
     return next((line.strip() for line in split_lines(str(error)) if line.strip()), type(error).__name__)
 
 
@@ -100,7 +100,7 @@ def unknown_value(option: str, value: object, valid: Iterable[str]) -> OptionErr
 
 
 def out_of_range(option: str, value: object, valid: str) -> OptionError:
-    """The error for a number that is not one of `valid`, such as "2 to 8"."""
+    """The error for a number outside `valid`, a range in words such as "2 to 8"."""
     return OptionError(f"{option}={value!r} is out of range", remedy=f"use {valid}", option=option, value=value)
 
 
@@ -115,7 +115,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def unicode_fault(text: str) -> str:
-    """Why a text cannot be encoded as UTF-8, such as half a surrogate pair from JSON escapes; "" if it can be."""
+    """Why a text cannot be encoded as UTF-8, for example a lone surrogate from JSON escapes; "" if it can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Private folders of a process."""
+"""Private folders for the sockets of a process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import tempfile
 from pathlib import Path
 
-_LONGEST = 80  # bytes; a socket's path has a limit of about 100 characters
+_LONGEST = 80  # bytes; the path of a Unix socket is limited to about 100
 
 
 def socket_folder(prefix: str) -> Path:
-    """A new private folder for sockets: where temporary files belong, or in /tmp if that path is too long for one.
+    """Create a private folder for sockets in the temporary folder, or in /tmp if that path is too long for a socket.
 
     The caller removes it.
     """

@@ -1,4 +1,4 @@
-"""One declaration of an option: a dataclass field that knows its help, its check and how it may be written.
+"""The declaration of an option: a dataclass field with its help, its check, and how it may be written.
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Options:
@@ -6,7 +6,7 @@
 
     options_of(Options)["ranks"].help
 
-Everything that shows or reads options is made from `options_of`: signatures, command lines, files, tables in docs.
+Signatures, the command line, the config file and the tables in the docs are all generated from `options_of`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from antiphon.core.errors import OptionError, is_number, is_whole, out_of_range,
 from antiphon.core.sizes import parse_size
 
 Check = Callable[[str, object], None]
-"""Gets the name of an option and its value. Raises `OptionError` for a value that can never work."""
+"""A function of an option's name and value that raises `OptionError` for a value that can never work."""
 
 _KEY = "option"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One option. name: by which users know it; field: of the dataclass that declares it.
+    """One option. name: the one that users type. field: the dataclass field that declares it.
 
-    size: "count" or "bytes" where it may be written as a size, such as "32k". doc: what docs/options.md
-    says beside `help`. shown_default: how the docs write the default.
+    size: "count" or "bytes" if it may be written as a size, such as "32k". doc: what docs/options.md adds to `help`.
+    shown_default: how the docs write the default.
     """
 
     name: str = ""
@@ -47,11 +47,11 @@ class Option:
 
     @property
     def accepts(self) -> Any:
-        """The type of the values that a caller may pass."""
+        """The type of value that a caller may pass."""
         return self.type | str if self.size else self.type
 
     def check_value(self, value: object) -> None:
-        """`None` is valid where it is the default. Raises `OptionError`."""
+        """Raises `OptionError` for a value that can never work. `None` is valid where it is the default."""
         if self.check is not None and (value is not None or self.default is not None):
             self.check(self.name, value)
 
@@ -63,16 +63,16 @@ class Option:
 
 
 def option(default: Any, *, name: str = "", **about: Any) -> Any:
-    """A dataclass field that is an option; the parameters are those of `Option`.
+    """A dataclass field that is an option, with the parameters of `Option`.
 
-    name: by default the field's. group: by default that of the option before.
+    name: defaults to the field's name. group: defaults to that of the previous option.
     """
     return field(default=default, metadata={_KEY: {"default": default, "name": name, **about}})
 
 
 @cache
 def options_of(declaration: type) -> Mapping[str, Option]:
-    """The options that a dataclass declares, by the name that users know."""
+    """The options that a dataclass declares, by the name that users type."""
     hints = get_type_hints(declaration)
     found, group = {}, ""
     for one in fields(declaration):
@@ -85,7 +85,7 @@ def options_of(declaration: type) -> Mapping[str, Option]:
 
 
 def check_options(instance: Any) -> None:
-    """Check each option by itself. Raises `OptionError` for the first that can never work."""
+    """Check each option on its own. Raises `OptionError` for the first value that can never work."""
     for one in options_of(type(instance)).values():  # type: ignore[arg-type]  # classes are hashable
         one.check_value(getattr(instance, one.field))
 

@@ -1,7 +1,7 @@
-"""What a step does, and the rows by which the ranks agree on it.
+"""The plan of a step, and the proposals from which the ranks compute it.
 
-`Proposal` is what one rank says before a step, packed into one fixed-size row of int64. `Plan` is what all ranks
-computed from all rows: the same on every rank.
+A `Proposal` is what one rank sends before a step, packed into a fixed-size row of int64. Every rank computes the same
+`Plan` from all rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 MAX_LANES = 8
-"""Most lanes a plan can have: the row has a fixed size."""
+"""Maximum number of lanes in a plan, because the row has a fixed size."""
 
 _FIXED_FIELDS = 8
 ROW_SIZE = _FIXED_FIELDS + MAX_LANES
@@ -38,12 +38,12 @@ _SERIAL_TEXT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """What one rank offers for the next step.
+    """What one rank proposes for the next step.
 
-    `part_tokens` are the tokens of each lane if the step is split; one entry if this rank's batch cannot be cut.
-    `wave` is the newest message of the frontend that the rank has seen, `policy` a fingerprint of the
-    options that decide, `order` one of the collectives issued so far (0: not recorded). Ranks must agree in both.
-    `num_prefill_tokens` are those of `num_tokens` that belong to prompts.
+    part_tokens: tokens of each lane if the step is split; one entry if this rank's batch cannot be cut. wave: number of
+    the newest frontend message that the rank has seen. policy: fingerprint of the overlap policy. order: fingerprint of
+    the collectives issued so far (0: not recorded). Ranks must agree on policy and order. num_prefill_tokens: how many
+    of `num_tokens` belong to prompts.
     """
 
     num_tokens: int
@@ -60,7 +60,7 @@ class Proposal:
         return len(self.part_tokens) > 1
 
     def to_row(self) -> list[int]:
-        """The row that travels: `ROW_SIZE` integers."""
+        """The row to exchange: `ROW_SIZE` integers."""
         assert len(self.part_tokens) <= MAX_LANES
         fixed = [
             self.num_tokens,
@@ -99,15 +99,15 @@ def plan_kind(num_lanes: int) -> str:
 class Plan:
     """One step's plan, equal on all ranks.
 
-    An eager step runs as many rows as there are tokens. A padded one (`graph`) runs the same number of rows in every
-    lane of every rank, so that all of its shapes are known beforehand.
+    An eager step runs one row per token. A padded step (`graph`) runs the same number of rows in every lane of every
+    rank, so that all shapes are known in advance.
     """
 
     part_tokens: tuple[tuple[int, ...], ...]  # [data-parallel replica][lane], real tokens
     graph: int = 0  # rows of every lane in a padded step; 0 in an eager one
     reason: str  # a short fixed text, counted in the statistics
     detail: str = ""  # the numbers behind the reason
-    idle: bool = False  # no rank has work, and all have seen the same messages
+    idle: bool = False  # no rank has work, and all ranks have seen the same messages
 
     @property
     def num_lanes(self) -> int:

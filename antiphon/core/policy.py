@@ -1,4 +1,4 @@
-"""The policy that says when to split a step: options that every rank must share."""
+"""The overlap policy: options that decide when to split a step, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ NEVER = 2**62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapPolicy:
-    """Dual-batch overlap: whether, from which size on, and where to cut.
+    """Whether to split steps, from which size on, and where to cut them.
 
-    The options say what each field means. A threshold of `NEVER` is one that no step reaches; `None` is no threshold
-    under `on`, and `DEFAULT_PREFILL_THRESHOLD` or `DEFAULT_DECODE_THRESHOLD` under an unresolved `auto`.
+    The help of each option describes its field. A threshold of `None` means no threshold under `on`, and
+    `DEFAULT_PREFILL_THRESHOLD` or `DEFAULT_DECODE_THRESHOLD` under an unresolved `auto`; no step reaches `NEVER`.
     Raises `OptionError` for a value out of range.
     """
 
@@ -36,18 +36,18 @@ class OverlapPolicy:
         "auto",
         check=one_of(DBO_MODES),
         group=_GROUP,
-        help=f"Dual-batch overlap: {', '.join(DBO_MODES)}. auto: split large steps where overlap has paid on such "
-        "devices and such a link, else off; the start-up block says which and why.",
-        doc="`auto` is what the environment variable `ANTIPHON_DBO` says (`on` or `1`, `off` or `0`), then what "
-        "`VLLM_ASCEND_ENABLE_DBO` says (`1`: `on`), else what is [below](#what-auto-does). `on`: split every "
-        "step that can be cut, except where lanes are uneven across ranks (`imbalance_ratio`).",
+        help=f"Dual-batch overlap: {', '.join(DBO_MODES)}. auto: split large steps where overlap has paid off on "
+        "devices and links like these, else off; the start-up block says which and why.",
+        doc="`auto` first follows the environment variable `ANTIPHON_DBO` (`on` or `1`, `off` or `0`), then "
+        "`VLLM_ASCEND_ENABLE_DBO` (`1`: `on`), then the [rules below](#what-auto-does). `on`: split every step "
+        "that can be cut, unless lanes are uneven across ranks (`imbalance_ratio`).",
     )
     split: str = option(
         "token",
         check=one_of(SPLIT_RULES),
         help=f"Where to cut a batch: {', '.join(SPLIT_RULES)}.",
-        doc="`token`: anywhere. `request-boundary`: between requests if a boundary is near the middle, else not "
-        "at all. Where a rank only decodes, both cut in the middle.",
+        doc="`token`: anywhere. `request-boundary`: between requests if a boundary is near the middle "
+        "(`imbalance_ratio`), else the step is not split. If a rank only decodes, both cut in the middle.",
     )
     micro_batches: int = option(
         2, check=whole(2, MAX_LANES), help=f"Number of parts of a split step, 2 to {MAX_LANES}."
@@ -57,7 +57,7 @@ class OverlapPolicy:
         name="dbo_prefill_token_threshold",
         size="count",
         check=whole(0),
-        help="Minimum tokens on the busiest rank to split a step with prefill; holds under auto too.",
+        help="Minimum tokens on the busiest rank to split a step with prefill; also applies under auto.",
         shown_default="`auto` chooses; none under `on`",
     )
     decode_threshold: int | None = option(
@@ -65,36 +65,41 @@ class OverlapPolicy:
         name="dbo_decode_token_threshold",
         size="count",
         check=whole(0),
-        help="Minimum tokens on the busiest rank to split a step where that rank only decodes; holds under auto too.",
+        help="Minimum tokens on the busiest rank to split a step in which it only decodes; also applies under auto.",
         shown_default="`auto` chooses; none under `on`",
     )
     imbalance_ratio: float = option(
         0.1,
         check=number(0, 1),
-        help="How far from the middle a request boundary may lie, as a share of the tokens.",
-        doc="A step whose lanes together are longer than the serial step by more than twice this share is not "
-        "split, under `on` either.",
+        help="How far from the middle of a batch a request boundary may lie, as a share of its tokens.",
+        doc="Used by `split=request-boundary`. It also bounds uneven lanes across ranks: a step is not split, even "
+        "under `on`, if its lanes together take more than twice this share longer than the serial step.",
     )
     min_total_tokens: int = option(
         0,
         name="min_total_tokens_to_split",
         size="count",
         check=whole(0),
-        help="Steps with fewer tokens on the busiest rank are not split, under on either.",
+        help="Steps with fewer tokens on the busiest rank are not split, even under on.",
     )
     min_prefill_tokens: int = option(
         0,
         name="min_prefill_tokens_to_split",
         size="count",
         check=whole(0),
-        help="Steps with fewer prompt tokens on the busiest rank, but with some, are not split, under on either.",
+        help="Steps in which the busiest rank has prompt tokens, but fewer than this, are not split, even under on.",
     )
-    start_layer: int = option(0, name="dbo_start_layer", check=whole(0), help="First layer that runs split.")
+    start_layer: int = option(
+        0,
+        name="dbo_start_layer",
+        check=whole(0),
+        help="First layer that runs split, from 0; the layers before it run serially.",
+    )
     end_layer: int | None = option(
         None,
         name="dbo_end_layer",
         check=whole(0),
-        help="First layer after dbo_start_layer that no longer runs split.",
+        help="First layer, from 0, that no longer runs split; it and the layers after it run serially.",
         shown_default="the end of the model",
     )
 
@@ -113,7 +118,7 @@ class OverlapPolicy:
         return self.start_layer == 0 and self.end_layer is None
 
     def threshold(self, *, decode_only: bool) -> int:
-        """Tokens on the busiest rank from which a step is split."""
+        """Minimum number of tokens on the busiest rank to split a step."""
         chosen = self.decode_threshold if decode_only else self.prefill_threshold
         if chosen is not None:
             return chosen
@@ -122,12 +127,12 @@ class OverlapPolicy:
         return DEFAULT_DECODE_THRESHOLD if decode_only else DEFAULT_PREFILL_THRESHOLD
 
     def fingerprint(self) -> int:
-        """Equal for equal policies; the ranks compare it before every step."""
+        """A number that is equal for equal policies; the ranks compare it before every step."""
         values = asdict(self) | {"imbalance_ratio": float(self.imbalance_ratio)}
         return zlib.crc32(repr(sorted(values.items())).encode())
 
     def without_effect(self, off: str = "dbo='off'") -> list[str]:
-        """One sentence for each option that this policy does not use. off: what switches it off, where it is off."""
+        """One sentence for each option that this policy does not use. off: the setting that turns overlap off."""
         if self.dbo != "off":
             if self.split == "token" and self.imbalance_ratio != _OPTIONS["imbalance_ratio"].default:
                 return [f"imbalance_ratio={self.imbalance_ratio} has no effect with split='token', which cuts anywhere"]
@@ -144,13 +149,13 @@ class OverlapPolicy:
             return "off: every step is serial"
         limits = self.describe_thresholds()
         if self.min_total_tokens or self.min_prefill_tokens:
-            limits += f", at least {self.min_total_tokens} in all and {self.min_prefill_tokens} of prompts"
+            limits += f", at least {self.min_total_tokens} in total and {self.min_prefill_tokens} of prompts"
         if self.start_layer or self.end_layer is not None:
             limits += f", layers {self.start_layer} to {'the last' if self.end_layer is None else self.end_layer - 1}"
         return f"{self.dbo}: {self.micro_batches} micro-batches, cut by {self.split}, {limits}"
 
     def describe_thresholds(self) -> str:
-        """The sizes from which steps are split, in words."""
+        """The minimum sizes of split steps, in words."""
         prefill, decode = self.threshold(decode_only=False), self.threshold(decode_only=True)
         if not prefill and not decode:
             return "always"

@@ -1,7 +1,7 @@
 """Starts, watches and ends the processes of ranks: `Launcher` is the interface.
 
 `LocalLauncher` starts them on this host. The frontend, the benchmarks and the tests start ranks through a launcher,
-which knows nothing of torch or of what ranks compute.
+which does not depend on torch or on what the ranks compute.
 
     with LocalLauncher().prepare(2) as ranks:
         ranks.start("package.module")  # which calls Place.from_arguments() and end_with_launcher()

@@ -1,4 +1,4 @@
-"""The contract of a launcher, and what a rank reads of it in its own process."""
+"""The interface of a launcher, and the part of it that a rank uses in its own process."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from typing import Self
 from antiphon.core.lines import split_lines
 
 _GRACE_S = 1.0
-"""How long the other ranks may go on after the first failure, so that their tracebacks are shown too."""
+"""How long the other ranks may continue after the first failure, so that their tracebacks appear too."""
 
 _POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """The place of one rank: which it is, and where it finds the other ranks and the process that launched it.
+    """The place of one rank in its group, and the addresses of the group and of the launching process.
 
-    folder: private to the group; all ranks and the launching process see it under this path. front: the ZeroMQ address
-    at which the launching process listens. meeting: the `init_method` by which the ranks connect their `RankGroup`.
+    folder: private to the group; all ranks and the launching process can access it at this path. front: ZeroMQ address
+    on which the launching process listens. meeting: the `init_method` by which the ranks connect their `RankGroup`.
     """
 
     rank: int
@@ -38,13 +38,13 @@ class Place:
     meeting: str
 
     def arguments(self) -> list[str]:
-        """The command line that `from_arguments` reads."""
+        """The command-line arguments that `from_arguments` parses."""
         words = ["--rank", str(self.rank), "--size", str(self.size), "--folder", str(self.folder)]
         return [*words, "--front", self.front, "--meeting", self.meeting]
 
     @classmethod
     def from_arguments(cls) -> Self:
-        """The place of this process, which a launcher has started."""
+        """The place of this process, from the command line that its launcher made."""
         parser = argparse.ArgumentParser(description="One rank. Started by a launcher, never by hand.")
         parser.add_argument("--rank", type=int, required=True)
         parser.add_argument("--size", type=int, required=True)
@@ -55,13 +55,13 @@ class Place:
 
 
 def end_with_launcher(folder: Path) -> None:
-    """End this process, and remove the folder, when the launching process is gone, whatever this one is doing then.
+    """Watch the launching process; when it is gone, remove the folder and end this process immediately.
 
     A launcher keeps the standard input of its ranks open; the system closes it when the launching process ends.
     """
 
     def watch() -> None:
-        while os.read(0, 1024):  # not sys.stdin, whose lock would disturb the interpreter's end
+        while os.read(0, 1024):  # not sys.stdin, whose lock would interfere with interpreter shutdown
             pass
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
@@ -70,18 +70,18 @@ def end_with_launcher(folder: Path) -> None:
 
 
 class Launcher(ABC):
-    """Starts ranks, one process each, on the hosts that it knows."""
+    """Starts ranks, one process each."""
 
     @abstractmethod
     def prepare(self, size: int, *, prefix: str = "antiphon-") -> RankProcesses:
-        """The addresses and the private folder of `size` ranks, which are not started yet. prefix: of the folder."""
+        """Prepare the addresses and the private folder of `size` ranks without starting them. prefix: of its name."""
 
 
 class RankProcesses(ABC):
     """The processes of one group of ranks. `close`, or the end of the `with` block, ends them and removes the folder.
 
     folder, front and meeting are those of `Place`. They exist before the ranks start, so that the launching process can
-    listen and leave files.
+    listen and write files.
     """
 
     def __init__(self, *, size: int, folder: Path, front: str, meeting: str) -> None:
@@ -97,7 +97,7 @@ class RankProcesses(ABC):
         self.close()
 
     def place(self, rank: int) -> Place:
-        """What rank `rank` is told."""
+        """The place of rank `rank`."""
         return Place(rank=rank, size=self.size, folder=self.folder, front=self.front, meeting=self.meeting)
 
     # ---- what a launcher implements
@@ -118,18 +118,18 @@ class RankProcesses(ABC):
 
     @abstractmethod
     def name(self, rank: int) -> str:
-        """Which process a rank is, for a sentence: "rank 1 (pid 4711)"."""
+        """The name of a rank and its process, for messages: "rank 1 (pid 4711)"."""
 
     @abstractmethod
     def output(self, rank: int) -> str:
-        """What a rank has printed; "" if it is lost."""
+        """The output of a rank so far; "" if it is lost."""
 
     @abstractmethod
     def end(self, *, patience_s: float = 0.0) -> None:
-        """Give the ranks this long to end by themselves, then kill them and all that they started."""
+        """Wait up to `patience_s` for the ranks to end on their own, then kill them and their child processes."""
 
     def close(self, *, patience_s: float = 0.0) -> None:
-        """`end`, then remove the folder. May be called again."""
+        """Call `end` and remove the folder. May be called more than once."""
         try:
             self.end(patience_s=patience_s)
         finally:
@@ -141,7 +141,7 @@ class RankProcesses(ABC):
         return self.exit_code(rank) is not None
 
     def killed(self, rank: int) -> bool:
-        """Whether a signal ended it."""
+        """Whether a signal ended the rank."""
         code = self.exit_code(rank)
         return code is not None and code < 0
 
@@ -149,9 +149,9 @@ class RankProcesses(ABC):
         return any(self.ended(rank) for rank in range(self.size))
 
     def wait(self, limit_s: float) -> str | None:
-        """Wait until all ranks have ended. Returns `None` if they ended well, else what went wrong.
+        """Wait until all ranks have ended. Returns `None` if all succeeded, else a description of the failure.
 
-        After the first failure the others get a moment to fail too; ranks that are late are still running then.
+        After the first failure the others get a short time to fail too. Late ranks are still running on return.
         """
         deadline = time.monotonic() + limit_s
         failure: str | None = None
@@ -169,7 +169,7 @@ class RankProcesses(ABC):
             time.sleep(_POLL_S)
 
     def obituary(self, rank: int, what: str) -> str:
-        """How a rank ended that has ended, and its last words. what: the work it was in, such as "generate"."""
+        """How an ended rank ended, and its last line of output. what: the work it was doing, such as "generate"."""
         code = self.exit_code(rank)
         assert code is not None, f"rank {rank} is running"
         if code >= 0:

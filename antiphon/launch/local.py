@@ -1,4 +1,4 @@
-"""Ranks on this host: child processes that meet in a private folder."""
+"""Runs ranks on this host as child processes that connect through a private folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from antiphon.launch.base import Launcher, RankProcesses
 
 logger = logging.getLogger("antiphon.launch")
 
-_KILLED_S = 5.0  # the system's time to end a killed process; one that waits for a device or a disk can take for ever
+_KILLED_S = 5.0  # time for the OS to end a killed process; one blocked on a device or a disk may never end
 
 
 class LocalLauncher(Launcher):
@@ -29,7 +29,7 @@ class LocalLauncher(Launcher):
 
 
 class LocalRanks(RankProcesses):
-    """Child processes. The folder holds the sockets, the meeting place and what each rank prints."""
+    """Ranks as child processes. The folder has the sockets, the meeting file and the output of each rank."""
 
     def __init__(self, size: int, prefix: str) -> None:
         folder = socket_folder(prefix)
@@ -51,7 +51,7 @@ class LocalRanks(RankProcesses):
         self, rank: int, module: str, environment: dict[str, str], log: IO[bytes], *, show_stderr: bool
     ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            # -P: modules of the current folder must not hide those of the library.
+            # -P: modules in the current folder must not shadow those of the library.
             [sys.executable, "-P", "-m", module, *self.place(rank).arguments()],
             stdin=subprocess.PIPE,  # closes when this process ends, and the rank with it
             stdout=log,
@@ -69,11 +69,11 @@ class LocalRanks(RankProcesses):
     def output(self, rank: int) -> str:
         try:
             return self._log(rank).read_text(errors="replace")
-        except OSError:  # somebody has tidied up
+        except OSError:  # the folder was removed
             return ""
 
     def end(self, *, patience_s: float = 0.0) -> None:
-        """Like `RankProcesses.end`; a process that the system does not end in time is logged and left."""
+        """See `RankProcesses.end`. A killed process that the OS does not end in time is logged and left."""
         try:
             deadline = time.monotonic() + patience_s
             while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
@@ -81,13 +81,13 @@ class LocalRanks(RankProcesses):
         finally:
             for process in self._processes:
                 with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)  # the session, so that what a rank started goes too
+                    os.killpg(process.pid, signal.SIGKILL)  # the whole session, including child processes of the rank
             deadline = time.monotonic() + _KILLED_S
             for rank, process in enumerate(self._processes):
                 try:
                     process.wait(max(0.0, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
-                    logger.error("rank %d (pid %d) was killed, but the system has not ended it", rank, process.pid)
+                    logger.error("rank %d (pid %d) was killed, but has not ended", rank, process.pid)
                 if process.stdin is not None:
                     process.stdin.close()
 
@@ -100,12 +100,12 @@ class LocalRanks(RankProcesses):
 
 
 def _environment() -> dict[str, str]:
-    """The environment of ranks that are all on this host."""
+    """The environment variables for ranks that all run on this host."""
     environment = dict(os.environ)
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    # Multicast over NVLink needs rights that a shared host does not give, and none of our transports uses it.
+    # NVLink multicast needs permissions that a shared host may not grant, and none of our transports uses it.
     environment.setdefault("NCCL_NVLS_ENABLE", "0")
     environment.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    # Ranks find modules where this process does, also in a notebook or a script's own folder.
+    # Ranks import modules from where this process does, including the folder of a notebook or script.
     environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     return environment

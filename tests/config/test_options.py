@@ -340,7 +340,7 @@ def test_the_environment_says_what_auto_is(setting: str, dbo: str, monkeypatch: 
             "1",
             "off",
             "ANTIPHON_DBO=off",
-            ["VLLM_ASCEND_ENABLE_DBO=1 has no effect: ANTIPHON_DBO=off asks for dbo='off', and comes first"],
+            ["VLLM_ASCEND_ENABLE_DBO=1 has no effect: ANTIPHON_DBO=off takes precedence with dbo='off'"],
         ),
         ("on", None, "1", "on", "", []),
         (
@@ -349,7 +349,7 @@ def test_the_environment_says_what_auto_is(setting: str, dbo: str, monkeypatch: 
             "1",
             "off",
             "",
-            ["VLLM_ASCEND_ENABLE_DBO=1 has no effect: the option asks for dbo='off', and comes first"],
+            ["VLLM_ASCEND_ENABLE_DBO=1 has no effect: the option takes precedence with dbo='off'"],
         ),
         (
             "off",
@@ -357,7 +357,7 @@ def test_the_environment_says_what_auto_is(setting: str, dbo: str, monkeypatch: 
             None,
             "off",
             "",
-            ["ANTIPHON_DBO=on has no effect: the option asks for dbo='off', and comes first"],
+            ["ANTIPHON_DBO=on has no effect: the option takes precedence with dbo='off'"],
         ),
     ],
 )
@@ -396,7 +396,7 @@ def test_an_unknown_setting_of_the_environment_is_refused(
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("VLLM_ALL2ALL_BACKEND", "pplx", ["VLLM_ALL2ALL_BACKEND=pplx is not obeyed here; use transport='auto' or "]),
+        ("VLLM_ALL2ALL_BACKEND", "pplx", ["VLLM_ALL2ALL_BACKEND=pplx has no effect here; use transport='auto' or "]),
     ],
 )
 def test_variables_of_other_engines_are_not_obeyed_and_said_so(

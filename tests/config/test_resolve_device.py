@@ -92,8 +92,8 @@ def test_a_device_that_cannot_be_had(
 @pytest.mark.parametrize(
     ("num_cuda", "ranks", "idle", "cuda", "visible", "said"),
     [
-        (1, 2, 0, "13.0", None, ["2 ranks need as many CUDA devices, and 1 can be used", "use 1 rank, or say device"]),
-        (2, 4, 0, "13.0", None, ["4 ranks need as many CUDA devices, and 2 can be used", "use 2 ranks, or say"]),
+        (1, 2, 0, "13.0", None, ["2 ranks need one CUDA device each, and only 1 can", "use 1 rank, or "]),
+        (2, 4, 0, "13.0", None, ["4 ranks need one CUDA device each, and only 2 can", "use 2 ranks, or "]),
         (
             0,
             2,
@@ -102,7 +102,7 @@ def test_a_device_that_cannot_be_had(
             None,
             ["is built without CUDA, and the machine has 8 NVIDIA GPUs", "install torch's CUDA build"],
         ),
-        (0, 2, 8, "13.0", None, ["torch can use none of the machine's NVIDIA GPUs: 8", "check the driver"]),
+        (0, 2, 8, "13.0", None, ["torch cannot use any of the machine's 8 NVIDIA GPU(s)", "check the driver"]),
         (0, 2, 8, "13.0", "", []),
         (0, 2, 8, "13.0", "-1", []),
         (0, 2, 0, "13.0", None, []),
@@ -141,7 +141,7 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
     config = EngineConfig().resolve()
     assert (config.device_kind, config.dtype_name, config.cache) == ("cuda", "bfloat16", None)
     assert ("device", "cuda", "CUDA devices: 1, ranks: 1") in config.chosen()
-    assert ("dtype", "bfloat16", "what GPUs compute fastest") in config.chosen()
+    assert ("dtype", "bfloat16", "the fastest on GPUs") in config.chosen()
     described = dict(describe_config(config))
     assert described["ranks"].startswith("1 on cuda, ")
     assert described["KV cache"].startswith("measured when the weights are loaded")
@@ -242,8 +242,8 @@ def test_closing_lets_the_weights_go_though_the_llm_is_kept() -> None:
     ("transport", "peer_access", "found", "expected", "reason"),
     [
         ("auto", True, "copy-engine", "copy-engine", "copies between peers"),
-        ("auto", True, "host-staged", "host-staged", "not copy-engine, for not all of these devices reach"),
-        ("auto", False, "host-staged", "host-staged", "without peer access"),
+        ("auto", True, "host-staged", "host-staged", "not copy-engine"),
+        ("auto", False, "host-staged", "host-staged", "peer access"),
         ("alltoall", True, "alltoall", "alltoall", "as asked"),
         ("some.module:Class", True, "its-own-name", "some.module:Class", "as asked"),
     ],

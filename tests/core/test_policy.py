@@ -157,7 +157,7 @@ def test_fingerprints_fit_into_a_word_of_the_row():
         ({"dbo": "off"}, ["off", "serial"]),
         ({"dbo": "on"}, ["on", "2 micro-batches", "token", "always"]),
         ({"dbo": "on", "micro_batches": 3, "prefill_threshold": 7}, ["3 micro-batches", "from 7", "0 in decode"]),
-        ({"dbo": "on", "min_total_tokens": 256, "min_prefill_tokens": 64}, ["at least 256 in all and 64 of prompts"]),
+        ({"dbo": "on", "min_total_tokens": 256, "min_prefill_tokens": 64}, ["at least 256 in total and 64 of prompts"]),
         ({"dbo": "on", "start_layer": 3}, ["layers 3 to the last"]),
         ({"dbo": "on", "end_layer": 9}, ["layers 0 to 8"]),
         ({"split": "request-boundary"}, ["auto", "request-boundary", "512", "32"]),
