@@ -1,4 +1,4 @@
-"""What the engine calls on a model of any architecture: the interface, and what one lane runs."""
+"""The interface through which the engine calls a model of any architecture, and what one lane runs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from antiphon.core.batch import MicroBatch, use_micro_batch
 
 LayerState: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
-"""What passes between two layers: the output of the last one [T, D], the residual that it is still to be added to
-[T, D] (`None` before the first layer), cosines and sines [T, P]. Every tensor has a row per token, so that the state
-can be cut and joined; the next layer may write into it."""
+"""The state between two layers: the output of the last one [T, D], the residual that it has yet to be added to [T, D]
+(`None` before the first layer), cosines and sines [T, P]. Every tensor has one row per token, so the state can be cut
+and joined; the next layer may write into it."""
 
 
 class CausalLM(Protocol):
     """One rank's part of a language model: all of the attention, and this rank's experts.
 
-    A call is `finish(run_layers(begin(...), range(num_layers)))`. A caller of the three may cut the tokens into other
-    micro-batches between two layers.
+    Calling the model is `finish(run_layers(begin(...), range(num_layers)))`. A caller of the three parts may cut the
+    tokens into other micro-batches between two layers.
     """
 
     @property
     def num_layers(self) -> int: ...
 
     def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, D] after the last norm, of the current micro-batch; writes its keys and values."""
+        """Hidden states [T, D] of the current micro-batch after the last norm; writes its keys and values."""
         ...
 
     def begin(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> LayerState:
@@ -58,7 +58,7 @@ def run_micro_batch(model: CausalLM, part: MicroBatch, layers: range | None = No
     """Run `part` through the model, or through some of its layers, as one lane does.
 
     layers: all by default. state: the `LayerState` before the first of them; `None` begins with the embedding.
-    Returns hidden states [T, D] if the last layer is among them, else the `LayerState` behind the layers.
+    Returns hidden states [T, D] if the last layer is among them, else the `LayerState` after these layers.
     """
     with use_micro_batch(part):
         if layers is None:

@@ -1,4 +1,4 @@
-"""What the engine needs to know about any model, and how a Hugging Face `config.json` is read."""
+"""The configuration that the engine needs of any model, and the reader of a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `ModelError` if there is none."""
+    """Read the JSON object in a file. Raises `ModelError` if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class ConfigFile:
-    """A `config.json`, read key by key with checks that name the file, the key and what was expected."""
+    """A `config.json`, read key by key; errors name the file, the key and the expected value."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,7 +84,7 @@ class ConfigFile:
         return value
 
     def positions(self) -> int:
-        """The longest sequence according to the file. It may exceed any tensor's size, because no tensor is as long."""
+        """The longest sequence according to the file. It may exceed `_LARGEST_SIZE`, because it is no tensor's size."""
         return self.count("max_position_embeddings", maximum=LARGEST_POSITION)
 
     def number(self, key: str, default: float) -> float:
@@ -125,7 +125,7 @@ class ConfigFile:
         return tuple(dict.fromkeys([*generating, *own]))
 
     def sampling_defaults(self) -> tuple[tuple[str, float], ...]:
-        """What `generation_config.json` says of sampling; `do_sample: false` is temperature 0."""
+        """The sampling parameters in `generation_config.json`; `do_sample: false` means temperature 0."""
         path = self.path.with_name("generation_config.json")
         values = read_json(path) if path.exists() else {}
         if values.get("do_sample") is False:

@@ -1,6 +1,6 @@
 """The decoder that all architectures share: embedding, layers of attention and experts, norm, head.
 
-What differs is data (`DecoderConfig`): the kind of attention, the kind of router, and sizes.
+Architectures differ only in data (`DecoderConfig`): the kind of attention, the kind of router, and sizes.
 
 Shapes: `T` tokens, `D` hidden size, `P` pairs of rotary dimensions, `N` rows whose logits are wanted, `V` vocabulary.
 Parameters are named as in Hugging Face checkpoints.
@@ -32,7 +32,7 @@ HEAD_NAME = "lm_head.weight"
 DEFAULT_EPS = 1e-6
 """The epsilon of norms in most architectures."""
 
-_MOST_LAYERS = 10_000  # a hundred times more than any model has; each takes time to build, even without memory
+_MOST_LAYERS = 10_000  # 100 times more than any model has; building a layer takes time, even on the meta device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class DecoderConfig(ModelConfig):
             num_layers=file.count("num_hidden_layers", maximum=_MOST_LAYERS),
             hidden_size=attention.hidden_size,
             vocab_size=file.count("vocab_size"),
-            # Some checkpoints that use yarn still have the length of their training there.
+            # In some checkpoints with yarn, the file still has the length used in training.
             max_positions=max(file.positions(), attention.rope.stretched_positions),
             num_experts=routing.num_experts,
             top_k=routing.top_k,
@@ -123,9 +123,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None, cos_TP: torch.Tensor, sin_TP: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output of the feed-forward, and the residual that it is still to be added to.
+        """The output of the feed-forward, and the residual that it has yet to be added to.
 
-        The next norm adds the two in one pass. x_TD, residual_TD: both results of the layer before, or the embedding
+        The next norm adds the two in one pass. x_TD, residual_TD: both results of the previous layer, or the embedding
         and None.
         """
         if residual_TD is None:

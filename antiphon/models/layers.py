@@ -25,7 +25,7 @@ def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 @runtime_checkable
 class InParts(Protocol):
-    """A module whose tensors have other names or shapes in a checkpoint."""
+    """A module whose tensors have different names or shapes in a checkpoint."""
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint names and the views that they fill. prefix: that of the parent module."""
@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of `residual + x`, and that sum, which may be in the memory of the residual."""
+        """The norm of `residual + x`, and the sum itself, which may reuse the residual's memory."""
         return add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
 
 

@@ -25,7 +25,7 @@ from antiphon.models.unread import check_unread
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchedFiles:
-    """What `match_checkpoint` resolved, as plain values, so that another process need not compare anything again.
+    """The result of `match_checkpoint` as plain values, so that another process need not compare anything again.
 
     single_file: the checkpoint is model.safetensors, even if there is an index. tied_embeddings, embedding_name: as in
     `DecoderConfig`.
@@ -64,11 +64,11 @@ class MatchedCheckpoint:
 
 
 def match_checkpoint(config: ModelConfig, folder: Path) -> MatchedCheckpoint:
-    """Choose the files, resolve the head, and check that every tensor has its place.
+    """Choose the files, resolve the head, and check that the tensors fit the model.
 
-    Only headers are read, and where embeddings are tied, both matrices to compare them.
-    Raises `ModelError` for tensors that are missing or do not fit, and for tensors that the model has no place for
-    although they would change its results.
+    Only headers are read, except that with tied embeddings both matrices may be read to compare them.
+    Raises `ModelError` for tensors that are missing or do not fit, and for tensors that would change the results but
+    have no place in the model.
     """
     assert isinstance(config, DecoderConfig), "configs come from read_config"
     checkpoint = Checkpoint(folder)
@@ -82,7 +82,7 @@ def match_checkpoint(config: ModelConfig, folder: Path) -> MatchedCheckpoint:
 
 
 def _choose_files(checkpoint: Checkpoint, names: Collection[str]) -> tuple[Checkpoint, str]:
-    """The shards of the index, unless only the single file beside them has everything; and a note if both exist."""
+    """The shards of the index, or the single file if it alone is complete; and a note if both exist."""
     folder = checkpoint.folder
     if checkpoint.single_file:
         fault = checkpoint.index_fault
@@ -99,9 +99,9 @@ def _choose_files(checkpoint: Checkpoint, names: Collection[str]) -> tuple[Check
 
 
 def _resolve_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[DecoderConfig, str]:
-    """The configuration with the head that the checkpoint has, as transformers 5 decides it; and a note.
+    """The configuration with the checkpoint's head, resolved as in transformers 5; and a note.
 
-    Where embeddings are tied, two matrices that differ are both kept; a single one serves as both, whatever its name.
+    With tied embeddings, two matrices that differ are both kept; a single one serves as both, whatever its name.
     """
     if not config.tied_embeddings or HEAD_NAME not in checkpoint:
         return config, ""
@@ -117,6 +117,6 @@ def _resolve_head(config: DecoderConfig, checkpoint: Checkpoint) -> tuple[Decode
 
 
 def _with_resolved_head(tensors: Mapping[str, torch.Tensor], config: DecoderConfig) -> dict[str, torch.Tensor]:
-    """The tensors of the resolved model, from those of the model as config.json has it, in the same order."""
+    """The tensors of the resolved model, made from those of the model in config.json, in the same order."""
     resolved = {config.embedding_name if name == EMBEDDING_NAME else name: tensor for name, tensor in tensors.items()}
     return resolved if config.tied_embeddings else {**resolved, HEAD_NAME: resolved[EMBEDDING_NAME]}

@@ -20,7 +20,7 @@ from antiphon.runtime import Pending, finish
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoENames:
-    """The names of the layer and of the parts of an expert in a checkpoint."""
+    """The names that a checkpoint uses for the layer and the parts of an expert."""
 
     layer: str = "mlp"
     gate: str = "gate_proj"

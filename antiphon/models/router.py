@@ -46,7 +46,7 @@ class RoutingConfig:
 
     @property
     def best_of_group(self) -> int:
-        """How many of a group's best experts make its score."""
+        """How many of its best experts determine a group's score."""
         return 2 if self.scores is Scoring.SIGMOID else 1
 
 
@@ -55,8 +55,7 @@ def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
     per_group, rest = divmod(routing.num_experts, routing.num_groups)
     if rest or routing.top_groups > routing.num_groups:
         limit = f"it must divide n_routed_experts={routing.num_experts} and be at least topk_group={routing.top_groups}"
-        remedy = "use the model's own file"
-        raise file.fault("n_group", routing.num_groups, limit=limit, remedy=remedy)
+        raise file.fault("n_group", routing.num_groups, limit=limit, remedy="use the model's own file")
     limited = routing.top_groups < routing.num_groups
     if routing.top_k > per_group * routing.top_groups or (limited and per_group < routing.best_of_group):
         limit = f"a token chooses from {routing.top_groups} groups of {per_group} experts"
@@ -64,7 +63,7 @@ def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
 
 
 class Router(nn.Module):
-    """Scores all experts, keeps the best groups if the model has groups, and chooses the best experts.
+    """Scores all experts, keeps the best groups if the model limits them, and chooses the best experts.
 
     Softmax: DeepSeek-V2 paper, 2.2, and Qwen3. Sigmoid, with a correction bias that affects the choice only:
     DeepSeek-V3 paper, 2.1.2, and GLM-4.5.
@@ -83,7 +82,7 @@ class Router(nn.Module):
         )
 
     def forward(self, x_TD: torch.Tensor, num_real_1: torch.Tensor | None = None) -> Routes:
-        """num_real_1: int64 [1], the tokens that are no padding; the others get the expert id -1."""
+        """num_real_1: int64 [1], the number of tokens that are not padding; the others get the expert id -1."""
         config, logits_TE = self.config, self._logits(x_TD)
         if config.top_groups < config.num_groups:
             routes = self._choose_in_groups(logits_TE)
@@ -109,7 +108,7 @@ class Router(nn.Module):
         return F.linear(x_TD.to(self.wide), self.weight.to(self.wide))
 
     def _choose_in_groups(self, logits_TE: torch.Tensor) -> Routes:
-        """Mask out all experts but those of the best groups."""
+        """Choose among the experts of the best groups only."""
         config = self.config
         scores_TE = logits_TE.sigmoid() if config.scores is Scoring.SIGMOID else logits_TE.softmax(-1)
         choice_TE = scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias

@@ -1,7 +1,8 @@
 """Checkpoint tensors that no rank reads: ignored, listed once, or refused.
 
-A tensor of a layer, embedding, norm or head that is read, for which the model has no place (a bias, a norm, an expert,
-a scale), would change results, so it is refused. `_harmless` knows what can be ignored. One sentence lists the rest.
+If a layer, embedding, norm or head is read and the checkpoint has a tensor of it without a place in the model (a bias,
+a norm, an expert, a scale), results would be wrong without it, so it is refused. `_harmless` finds the tensors that can
+be ignored. One sentence lists the rest.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def check_unread(checkpoint: Checkpoint, config: DecoderConfig, read: Set[str]) 
 
 
 def _harmless(names: Collection[str], checkpoint: Checkpoint, config: DecoderConfig) -> set[str]:
-    """Tensors of layers that are cut off or for multi-token prediction, recomputed buffers, and copies of others.
+    """Tensors of layers that are not loaded or for multi-token prediction, recomputed buffers, and a tied head.
 
-    The head of tied embeddings is a copy of the embedding: `match_checkpoint` has compared them.
+    The head of tied embeddings is a copy of the embedding, which `match_checkpoint` has verified.
     """
     num_published = ConfigFile(checkpoint.folder / "config.json").count("num_hidden_layers")
     predicting = {_layer_of(name) for name in names if name.endswith(_PREDICTS)}
@@ -114,7 +115,7 @@ def _refusal(names: list[str], checkpoint: Checkpoint, config: DecoderConfig) ->
 
 
 def _listing(names: list[str], checkpoint: Checkpoint) -> str:
-    """The names, with those that differ only in numbers as one group, the largest group first."""
+    """A sentence with the names, grouping those that differ only in numbers, largest group first."""
     first_of: dict[str, str] = {}
     sizes: Counter[str] = Counter()
     for name in names:

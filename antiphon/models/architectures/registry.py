@@ -1,4 +1,4 @@
-"""Architectures by the name in `config.json`, and the one line that adds one."""
+"""The readers of all architectures by the name in `config.json`; adding one takes one line."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from antiphon.core.errors import is_number
 from antiphon.models.config import LARGEST_POSITION, USE_ANOTHER_MODEL, ConfigFile
 
 DEFAULT_THETA = 10_000.0
-"""Base of the rotary angles if a file has none, for most architectures."""
+"""Base of the rotary angles that most architectures use if the file has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class RopeConfig:
 
     @property
     def stretched_positions(self) -> int:
-        """How many positions yarn reaches; 0 without it."""
+        """Number of positions that yarn extends the context to; 0 without yarn."""
         return 0 if self.yarn is None else int(self.yarn.factor * self.yarn.original_positions)
 
     @staticmethod
@@ -63,7 +63,7 @@ class RopeConfig:
 
 
 def rotary_size(file: ConfigFile, head_size: int, *, default_share: float) -> int:
-    """How many dimensions of a head rotate, from `partial_rotary_factor`. Raises `ModelError` if that is invalid.
+    """Number of rotary dimensions of a head, from `partial_rotary_factor`. Raises `ModelError` if that is invalid.
 
     default_share: the factor if the file has none.
     """

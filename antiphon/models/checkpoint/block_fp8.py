@@ -1,7 +1,7 @@
-"""Block-wise float8 checkpoints, as DeepSeek-V3 is published, and how they are dequantized.
+"""Block-wise float8 checkpoints, the format in which DeepSeek-V3 is published, and their dequantization.
 
-Beside each weight [out, in] in float8 (e4m3) there is a `..._scale_inv` with one factor per block of 128 x 128; blocks
-at the edges may be smaller. Weights are dequantized one by one during loading; layers never see float8.
+Each weight [out, in] in float8 (e4m3) comes with a `..._scale_inv`, which holds one factor per block of 128 x 128;
+blocks at the edges may be smaller. Weights are dequantized one by one during loading; layers never see float8.
 Source: DeepSeek-V3 Technical Report, 3.3.
 """
 
@@ -59,7 +59,7 @@ class BlockFp8:
     def dequantize(self, weight_OI: torch.Tensor, scale_BC: torch.Tensor, out_OI: torch.Tensor) -> None:
         """Fill `out_OI` with the weight times the scale of its block, computed in float32; all on one device.
 
-        It takes one row of blocks at a time, so the copy in float32 stays small.
+        One row of blocks is dequantized at a time, to keep the float32 copy small.
         """
         stripes = zip(torch.split(weight_OI, self.rows), scale_BC.float(), torch.split(out_OI, self.rows), strict=True)
         for weight_RI, scale_C, out_RI in stripes:

@@ -1,11 +1,11 @@
-"""Routing of dummy runs: by the random router, or by a fixed table of known balance.
+"""Routing of runs with dummy weights: by the random router, or by a fixed table of known balance.
 
     spec = parse_routing("zipf:1.2")
     model = build_model(config, transport, spec)
 
-With a table, every router still does all of its work, so that its time counts, but only its weights are used. A token's
-row is its slot in the KV cache. Routes therefore do not depend on the split, the plan or the transport, and all arms of
-a benchmark route alike. All layers share one table, unless it is recorded.
+With a table, every router still does all of its work, so that its time is measured, but only its weights are used. A
+token's row in the table is its slot in the KV cache. Routes therefore do not depend on the split, the plan or the
+transport, and all arms of a benchmark route tokens alike. All layers share one table, unless it is recorded.
 
 Shapes: `T` tokens, `K` experts per token, `E` experts, `N` rows of a table.
 """
@@ -97,7 +97,7 @@ class RouteTable:
         self._rows_by_lane: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def ids(self, *, look_up: bool) -> torch.Tensor:
-        """The expert ids [T, K] of the current micro-batch; not to be changed. look_up: even if they are known."""
+        """The expert ids [T, K] of the current micro-batch; not to be changed. look_up: even if already known."""
         part = current_micro_batch()
         slots_T = part.attention.slots_T
         known_T, ids_TK = self._rows_by_lane.get(part.lane, (None, None))
@@ -202,19 +202,10 @@ def _read_recording(file: Path, *, num_experts: int, top_k: int) -> dict[int, to
         ) from error
     for layer, table_NK in tables.items():
         if table_NK.dim() != 2 or table_NK.shape[1] != top_k or not table_NK.numel():
-            raise fault(
-                f"{file}: ids of layer {layer} are {list(table_NK.shape)}",
-                f"record [tokens, {top_k}]",
-            )
+            raise fault(f"{file}: ids of layer {layer} have shape {list(table_NK.shape)}", f"record [tokens, {top_k}]")
         low, high = int(table_NK.min()), int(table_NK.max())
         if low < 0 or high >= num_experts:
-            raise fault(
-                f"{file}: ids of layer {layer} run from {low} to {high}",
-                f"use 0 to {num_experts - 1}",
-            )
+            raise fault(f"{file}: ids of layer {layer} range from {low} to {high}", f"use 0 to {num_experts - 1}")
         if bool((table_NK.sort(dim=1).values.diff(dim=1) == 0).any()):
-            raise fault(
-                f"{file}: layer {layer} has a token with the same expert twice",
-                "record different ones",
-            )
+            raise fault(f"{file}: layer {layer} has a token with the same expert twice", "record distinct experts")
     return tables

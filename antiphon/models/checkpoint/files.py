@@ -31,7 +31,7 @@ _STRIPE_NUMBERS = 2**24  # compared at a time
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What the header of a file says about a tensor; dtype is its name in safetensors."""
+    """A tensor's entry in the header of its file; dtype is the name in safetensors."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -78,7 +78,7 @@ def _find_files(folder: Path) -> _Files:
 
 
 def _chosen_files(folder: Path, *, single_file: bool) -> _Files:
-    """The files that were chosen before, never others instead, even if they have disappeared."""
+    """The files that were chosen earlier, never others instead, even if they have disappeared."""
     if not single_file:
         return _Files(weight_map=_weight_map(folder), missing=[])
     if not (folder / _SINGLE).is_file():
@@ -95,7 +95,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
             raise ModelError(
                 f"{folder / _INDEX} places tensors in {name!r}",
-                limit="files outside of the folder are never opened",
+                limit="files outside the folder are never opened",
                 remedy=DOWNLOAD_AGAIN,
             )
     return weight_map
@@ -139,12 +139,12 @@ class Checkpoint:
         return found
 
     def stored(self, name: str) -> StoredTensor:
-        """What the header says about a tensor. Raises `ModelError` if it is missing."""
+        """A tensor's entry in the header of its file. Raises `ModelError` if it is missing."""
         header = self._file_with(name).get_slice(name)
         return StoredTensor(tuple(header.get_shape()), header.get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor to the CPU, in the dtype that it is stored in."""
+        """Read a tensor to the CPU, in its stored dtype."""
         try:
             tensor: torch.Tensor = self._file_with(name).get_tensor(name)
         except SafetensorError as error:
@@ -214,6 +214,6 @@ def _what_to_do(folder: Path) -> str:
     if not others:
         return "pass the folder of a safetensors checkpoint"
     return (
-        f"{others[0]} is of another format, so use a safetensors version of the model, or write one with "
+        f"{others[0]} has another format, so use a safetensors version of the model, or write one with "
         "save_pretrained of transformers"
     )

@@ -1,7 +1,7 @@
-"""Models by their id on the Hugging Face hub: found in the cache, or downloaded, by the hub's own library.
+"""Models by their id on the Hugging Face hub: the hub's own library finds them in its cache or downloads them.
 
-It reads its environment variables: HF_HOME and HF_HUB_CACHE (where the cache is), HF_HUB_OFFLINE=1 (nothing is
-downloaded), HF_ENDPOINT, HF_TOKEN, HF_HUB_ETAG_TIMEOUT (seconds to wait for the hub), and shows its own progress bars.
+The library reads its environment variables: HF_HOME and HF_HUB_CACHE (location of the cache), HF_HUB_OFFLINE=1 (no
+downloads), HF_ENDPOINT, HF_TOKEN and HF_HUB_ETAG_TIMEOUT (seconds to wait for the hub). It shows its own progress bars.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _NOT_LOADED = ["*/*", "consolidated*", "*.py"]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` looks like `org/name`, not like any other path."""
+    """Whether `name` has the form `org/name`, unlike other paths."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a checkpoint: `name` itself if it is a folder, else the local copy of the hub's model with this id.
 
-    Only the frontend calls it, before any worker starts; workers get the folder. What the cache holds is not downloaded
-    again. If the hub does not answer, the cache is enough.
+    Only the frontend calls it, before any worker starts; workers get the folder. Cached files are not downloaded again.
+    If the hub does not answer, a complete copy in the cache is used.
     revision: branch, tag or commit of a model on the hub; without effect on a folder. weights: False to skip them.
     Raises `ModelError` if there is no such folder, model or revision, or if it can be neither downloaded nor found in
     the cache.
@@ -66,7 +66,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
 
     hub_down = ""
     try:
-        # The library asks the same again, but without a time limit.
+        # The library repeats this request later, but without a time limit.
         HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _refused(name, revision, error, constants.ENDPOINT) from error
@@ -109,7 +109,7 @@ def _is_complete(folder: Path, weights: bool) -> bool:
 
 
 def _refused(name: str, revision: str | None, error: Exception, endpoint: str) -> ModelError:
-    """The error that stands for one of the hub's library."""
+    """Our error for one from the hub's library."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     option, value, limit = "model", name, ""
