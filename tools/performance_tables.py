@@ -75,15 +75,15 @@ def overlap_words(result: dict[str, Any]) -> str:
     model, options = result["model"], result["options"]
     return (
         f"{model['name']}, {model['layers']} layers ({model['moe_layers']} with experts), {options['dtype']}, "
-        f"routing {options['routing']}, texts of {options['seq_len']} tokens"
+        f"routing {options['routing']}, sequences of {options['seq_len']} tokens"
     )
 
 
 def prefill_words(result: dict[str, Any]) -> str:
     options = result["options"]
     return (
-        f"{options['model']}, whole engine, {options['prompts']} prompts of {options['length']:,} tokens a GPU, "
-        f"{options['batched_tokens']:,} tokens a step, routing {options['routing']}, {result['transport']}"
+        f"{options['model']}, whole engine, {options['prompts']} prompts of {options['length']:,} tokens per GPU, "
+        f"{options['batched_tokens']:,} tokens per step, routing {options['routing']}, {result['transport']}"
     )
 
 
@@ -124,7 +124,7 @@ def overlap_table(result: dict[str, Any]) -> str:
                 ]
             )
     headings = [
-        "tokens a rank",
+        "tokens per rank",
         "transport",
         "S",
         "C",
@@ -152,7 +152,7 @@ def comm_table(result: dict[str, Any]) -> str:
                 *(decimal(cell["beside"].get(body, {}).get("overlap_efficiency")) for body in bodies),
             ]
         )
-    headings = ["bytes a phase", "transport", "us an exchange", "GB/s", *(f"beside {body}" for body in bodies)]
+    headings = ["bytes per phase", "transport", "us per exchange", "GB/s", *(f"beside {body}" for body in bodies)]
     return markdown(headings, rows, num_texts=2)
 
 
@@ -160,7 +160,7 @@ def prefill_table(result: dict[str, Any]) -> str:
     """One row per setting of overlap."""
     rates = result["tokens_per_s_and_gpu"]
     rows = [[dbo, *(f"{rate[key]:,.0f}" for key in ("median", "worst", "best"))] for dbo, rate in rates.items()]
-    return markdown(["dbo", "tokens/s and GPU, median", "worst", "best"], rows, num_texts=1)
+    return markdown(["dbo", "tokens/s per GPU, median", "worst", "best"], rows, num_texts=1)
 
 
 def dbo_table(result: dict[str, Any]) -> str:

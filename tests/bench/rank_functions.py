@@ -1,4 +1,4 @@
-"""What the tests of the bench run on ranks, and a transport that brings home wrong sums."""
+"""Functions that the bench tests run on ranks, and a transport that returns wrong sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`antiphon bench comm` on two CPU ranks, and what is made of its times."""
+"""`antiphon bench comm` on two CPU ranks, and the figures derived from its times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the benches: what they mean, and what is refused and how."""
+"""Options of the benchmarks: their meaning, and the errors for invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`antiphon bench dbo`: runs by turns, the same sizes and other texts, and steps that were split where it says so."""
+"""`antiphon bench dbo`: runs are interleaved, with equal sizes and other prompts, and steps are split as reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Server-sent events are read by the standard's rules, wherever the network cuts the bytes."""
+"""Server-sent events are parsed by the rules of the standard, wherever the network splits the bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formulas, on made-up times where the right answer is plain."""
+"""The formulas, on made-up times for which the right answer is obvious."""
 
 from __future__ import annotations
 

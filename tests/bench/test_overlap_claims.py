@@ -1,4 +1,4 @@
-"""What overlap must hide: the claims that two GPUs are held to, tried on the committed results and on two CPU ranks."""
+"""The claims about what overlap hides on two GPUs, checked on the committed results and on two CPU ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions on ranks: results come home, and every kind of failure is told and leaves nothing behind."""
+"""Functions on ranks: results are returned, and every kind of failure is reported and leaves no process behind."""
 
 from __future__ import annotations
 

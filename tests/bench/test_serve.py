@@ -1,4 +1,4 @@
-"""The serving benchmark: its load is what was asked for, and its figures are what a server of known pace gives."""
+"""The serving benchmark: its load is as requested, and its figures match a server with known timing."""
 
 from __future__ import annotations
 

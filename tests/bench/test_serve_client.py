@@ -1,4 +1,4 @@
-"""The client of the serving benchmark: which chunks are tokens, when they came, and what is kept of them."""
+"""The client of the serving benchmark: which chunks carry tokens, when they arrived, and what is kept."""
 
 from __future__ import annotations
 

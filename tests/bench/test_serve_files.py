@@ -1,4 +1,4 @@
-"""The serving benchmark's prompts from files: what is loaded, what is skipped and told, and what is refused."""
+"""The serving benchmark's prompts from files: what is loaded, what is skipped with a warning, and what is rejected."""
 
 from __future__ import annotations
 

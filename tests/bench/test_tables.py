@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md are those of the results."""
+"""The tables of docs/performance.md match the results."""
 
 from __future__ import annotations
 

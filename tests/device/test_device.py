@@ -1,4 +1,4 @@
-"""The contract of a device for every kind that can be had here, and what is each kind's own."""
+"""The contract of a device, for every kind available here, and what is specific to each kind."""
 
 from __future__ import annotations
 

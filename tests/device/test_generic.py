@@ -1,4 +1,4 @@
-"""The generic device: what it asks of an accelerator, and the engine on the pretended one and on CUDA hardware."""
+"""The generic device: its calls to the accelerator, and the engine on the pretended device and on CUDA hardware."""
 
 from __future__ import annotations
 

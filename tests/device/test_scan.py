@@ -1,4 +1,4 @@
-"""Nobody asks which kind of device it is: the code is searched for comparisons and for calls of one maker's API."""
+"""Searches the code for comparisons of device kinds and for calls of vendor-specific APIs outside the device room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the probes find: in made-up file systems and outputs of tools, and on the machine that runs the tests."""
+"""The probes, on made-up file systems and tool outputs and on the machine that runs the tests."""
 
 from __future__ import annotations
 

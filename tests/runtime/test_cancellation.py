@@ -1,4 +1,4 @@
-"""What happens to the other lanes, and to what is pending, when a lane fails."""
+"""What happens to the other lanes and to pendings when a lane fails."""
 
 import threading
 import traceback

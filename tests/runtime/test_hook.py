@@ -1,4 +1,4 @@
-"""What a recorder is told, and what happens when it fails."""
+"""Which events a recorder receives, and what happens when it fails."""
 
 import logging
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The order in which lanes run, what a lane sees of its run, and when greenlets are made."""
+"""The order in which lanes run, what a lane sees of its run, and when greenlets are created."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""Cutting and joining what is laid out by tokens."""
+"""Cutting and joining values along their token dimension."""
 
 from itertools import combinations, pairwise
 from typing import NamedTuple

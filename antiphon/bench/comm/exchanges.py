@@ -97,7 +97,7 @@ def print_exchanges(result: dict[str, Any], console: Console) -> None:
     )
     table.add_column("size", no_wrap=True)
     table.add_column("transport", overflow="fold")
-    for heading in ("us an exchange", "min to max", "GB/s", *bodies):
+    for heading in ("us per exchange", "min to max", "GB/s", *bodies):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in result["results"]:
         time = cell["exchange_ms"]
