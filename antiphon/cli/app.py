@@ -43,13 +43,13 @@ app.add_typer(bench_app, name="bench")
 def main() -> None:
     """The console script: an error is one line on stderr; exit code 2 for the user's, 1 for the engine's."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no result is lost for one character
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does, so that one character cannot lose a result
     try:
         app()
     except AntiphonError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_USAGE_ERROR if isinstance(error, ValueError) else 1)
-    except OSError as error:  # a full disk under the output, say
+    except OSError as error:  # for example, a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

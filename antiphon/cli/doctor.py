@@ -1,6 +1,6 @@
 """`antiphon doctor`: what this machine supports, which transports work, and what would help.
 
-Finds nothing out and judges nothing itself; `machine` examines, and each transport answers for itself.
+This module only prints: `machine` examines the host, and each transport says whether it can run.
 """
 
 from __future__ import annotations

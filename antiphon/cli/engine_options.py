@@ -1,4 +1,4 @@
-"""The options of `LLM` on the command line: declared once, for every command that starts an engine."""
+"""Adds the options of `LLM` to every command that starts an engine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _parameter(name: str, default: Any, kind: Any, shown: Any) -> Parameter:
 
 
 def engine_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that starts an engine: `engine`, its first parameter, gets the keyword arguments for `LLM`."""
+    """Register a command whose first parameter, `engine`, receives the keyword arguments for `LLM`."""
 
     def register(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
@@ -85,7 +85,7 @@ def engine_command(app: typer.Typer, name: str | None = None) -> Callable[[Calla
 
 
 class _EngineCommand(TyperCommand):
-    """Takes options of other engines and the file of `--config` off typer's hands."""
+    """Handles options of other engines and the file of `--config` before typer parses the rest."""
 
     kinds: ClassVar[dict[str, str]] = {}
 
@@ -129,7 +129,7 @@ def _typed(ctx: Any, name: str) -> bool:
 
 
 def _from_file(found: Arguments, options: list[OwnOption], own_names: list[str]) -> dict[str, Any]:
-    """What `--config` says in our options."""
+    """The options in the `--config` file, translated to ours."""
     if found.config is None:
         return {}
     file = read_config_file(found.config, options)

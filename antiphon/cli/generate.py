@@ -226,7 +226,7 @@ def _summary(outputs: list[GeneratedOutput], stats: EngineStats, seconds: float)
 
 
 def _communication(stats: EngineStats) -> list[str]:
-    """How much communication was hidden, or that it was not observed; "" if there was none."""
+    """A line on how much communication was hidden, or that it was not observed; empty without communication."""
     overlaps = stats["overlap"].values()
     observed = [sums for sums in overlaps if sums["communication_s"] is not None]
     if len(observed) < len(overlaps):

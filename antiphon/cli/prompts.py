@@ -79,5 +79,5 @@ def as_chats(prompts: Sequence[Prompt]) -> list[Chat]:
 
 
 def format_prompts(prompts: Sequence[Prompt], llm: LLM, **settings: Any) -> list[str | list[int]]:
-    """Prompts as `LLM.generate` takes them. settings: those of `LLM.chat_prompt`."""
+    """Convert prompts for `LLM.generate`. settings: keyword arguments of `LLM.chat_prompt`."""
     return [llm.chat_prompt(prompt.messages, **settings) if isinstance(prompt, Chat) else prompt for prompt in prompts]

@@ -25,7 +25,7 @@ def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
         def show(what: str) -> None:
             if not console.is_terminal:
                 return
-            # Not before it is called the first time: the hub's library shows bars of its own until then.
+            # Not before the first call: until then the hub library shows its own progress bars.
             status.start()
             stack.callback(status.stop)
             status.update(Text(what))
@@ -38,5 +38,5 @@ def started(console: Console, engine: dict[str, Any]) -> Iterator[LLM]:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a text as it is, without markup, emoji codes, colors or added line breaks."""
+    """Print a text verbatim, without markup, emoji codes, colors or added line breaks."""
     console.print(Text(text), soft_wrap=True)
