@@ -103,6 +103,8 @@ def _lane_main(lane: Lane, function: Callable[[], T]) -> T:
     lane.hook.emit(EventKind.START, lane.index, "")
     try:
         result = function()
+        if lane.done:  # given up while it was cancelled: it ends whenever its greenlet is collected, outside the run
+            return result
         check_lane_state(lane, "ends")
         if lane.pendings:
             labels = ", ".join(repr(pending.label) for pending in lane.pendings.values())
@@ -129,6 +131,7 @@ def _cancel(lanes: list[Lane], error: BaseException) -> None:
             if not lane.greenlet:  # it has ended
                 break
         else:
+            lane.done = True
             error.add_note(f"lane {lane.index} did not end within {_MAX_CANCEL_SWITCHES} cancellations")
 
 

@@ -1,9 +1,13 @@
 """What happens to the other lanes and to pendings when a lane fails."""
 
+import contextlib
+import gc
+import sys
 import threading
 import traceback
 
 import pytest
+import torch
 from greenlet import GreenletExit
 
 from antiphon.core.errors import LaneError
@@ -204,6 +208,31 @@ def test_a_lane_that_swallows_every_cancellation_does_not_hang():
     (note,) = caught.value.__notes__
     assert "lane 0 did not end" in note
     assert log == ["well-behaved cleaned up"]
+
+
+@pytest.mark.timeout(30)
+def test_a_lane_that_was_given_up_may_end_in_another_torch_state(monkeypatch):
+    ended = []
+    stop = threading.Event()
+
+    def stubborn():
+        while not stop.is_set():
+            with contextlib.suppress(BaseException):
+                switch()
+        ended.append("stubborn")
+
+    try:
+        with pytest.raises(ExpertError) as caught:
+            run_lanes([stubborn, switch_then_fail])
+    finally:
+        stop.set()
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with torch.device("cpu"):  # a function mode, which the check of a lane's end would see
+        del caught  # its traceback holds the lanes
+        gc.collect()
+    assert ended == ["stubborn"]
+    assert unraisable == []
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])

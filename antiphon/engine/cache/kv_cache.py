@@ -9,6 +9,7 @@ import torch
 from antiphon.comm import RankGroup
 from antiphon.config.cache import CacheSize, block_bytes
 from antiphon.config.engine_config import ResolvedConfig
+from antiphon.config.memory import is_out_of_memory
 from antiphon.core.batch import Batch, RequestSlice
 from antiphon.core.errors import OptionError, first_line
 from antiphon.core.plan import Plan
@@ -110,7 +111,9 @@ def run_largest_step(config: ResolvedConfig, model: CausalLM, *, streams: Stream
             hidden_TD = join(runner.run(split(batch, plan, block_size=options.block_size)))
             logits_NV = model.logits(hidden_TD[: options.max_num_seqs])
             logits_NV.clone()  # the sampler makes a copy too
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         behind = f" after a text of {context_len} tokens" if context_len else ""
         lower = "a lower max_model_len (--max-model-len), " if context_len else ""
         raise OptionError(
