@@ -230,10 +230,11 @@ def print_dbo(result: dict[str, Any], console: Console) -> None:
     """Print median, minimum and maximum over the runs, and the ratios to the first mode."""
     first, *others = result["figures"]
     repeats = result["options"]["repeats"]
+    runs = "1 run" if repeats == 1 else f"{repeats} runs"
     table = Table(
         "median (min..max)",
         title=Text(
-            f"{result['model']}, {result['ranks']} ranks, {result['transport']}: {repeats} runs each",
+            f"{result['model']}, {result['ranks']} ranks, {result['transport']}: {runs} of each mode",
             style="table.title",
         ),
         title_justify="left",

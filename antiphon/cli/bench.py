@@ -33,7 +33,8 @@ Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 Transports = Annotated[str | None, typer.Option(help="Transports, separated by commas. Default: all that work here.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Measured rounds, after two warm-up rounds.")]
 NoPeerAccess = Annotated[
-    bool, typer.Option("--no-peer-access", help="Forbid devices to access each other's memory (NCCL_P2P_DISABLE=1).")
+    bool,
+    typer.Option("--no-peer-access", help="Forbid devices from accessing each other's memory (NCCL_P2P_DISABLE=1)."),
 ]
 TimeoutS = Annotated[float, typer.Option(help="Maximum wait for another rank, in seconds.")]
 RangeRatio = Annotated[float, typer.Option(help="How far lengths may deviate from these, as a share; 0: not at all.")]
@@ -166,7 +167,8 @@ def serve(
         ),
     ] = False,
     output_len: Annotated[
-        int | None, size_option("Most tokens to generate for a prompt from a file, whatever it says.", least=1)
+        int | None,
+        size_option("Maximum number of tokens to generate per prompt of a file; overrides the file.", least=1),
     ] = None,
     request_rate: RequestRate = float("inf"),
     burstiness: Annotated[
@@ -176,7 +178,7 @@ def serve(
     num_warmups: Annotated[int, size_option("Number of warm-up requests, sent one by one.", least=0)] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always generate all tokens.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    percentile_metrics: Annotated[str, typer.Option(help="Latencies to print, a part of the default.")] = (
+    percentile_metrics: Annotated[str, typer.Option(help="Latencies to print; choose from the default.")] = (
         "ttft,tpot,itl,e2el"
     ),
     metric_percentiles: Annotated[str, typer.Option(help="Percentiles of them, separated by commas.")] = "90,99",
@@ -276,10 +278,12 @@ def dbo(
     capacity_share: Annotated[
         float | None,
         typer.Option(
-            help="Instead of a rate: this share of the rate that the first mode reaches when all are sent at once."
+            help="Instead of a rate: a share of the rate that the first mode reaches with all requests at once."
         ),
     ] = None,
-    burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; lower is burstier.")] = 1.0,
+    burstiness: Annotated[
+        float, typer.Option(help="1: Poisson arrivals; lower is burstier, higher is more even.")
+    ] = 1.0,
     max_concurrency: MaxConcurrency = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each mode, after a warm-up run.")] = 5,
     json_file: JsonFile = None,

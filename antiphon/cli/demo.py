@@ -53,7 +53,7 @@ def run_demo(console: Console) -> None:
     num_tokens = sum(len(output.prompt_token_ids) for output in arms["on"].outputs)
     console.print(
         f"simulated link ({link}), tuned so that communication takes as long as computation here;\n"
-        f"simulated link: one prefill step of {num_tokens} tokens on 2 ranks, off and on by turns, "
+        f"simulated link: one prefill step of {num_tokens} tokens on 2 ranks, off and on interleaved, "
         f"median of {REPEATS} (smallest to largest):",
         highlight=False,
         soft_wrap=True,

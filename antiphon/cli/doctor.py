@@ -75,11 +75,11 @@ def describe(facts: Facts) -> list[tuple[str, str]]:
         known = ", ".join(f"{name} {version or 'unknown'}" for name, version in nvidia.items())
         lines.append(("", f"{known}, cuda-bindings {_or_none(versions.cuda_bindings)}"))
     lines += _gpu_lines(facts.gpus)
-    limit = "no limit of a control group"
+    limit = "no cgroup limit"
     if host.cgroup_limit_bytes is None:
-        limit = "limit of the control group unknown"
+        limit = "cgroup limit unknown"
     elif host.cgroup_limit_bytes != UNLIMITED:
-        limit = f"control group limit {format_bytes(host.cgroup_limit_bytes)}"
+        limit = f"cgroup limit {format_bytes(host.cgroup_limit_bytes)}"
         limit += f" ({format_bytes(host.cgroup_free_bytes)} left)"
     memory = f"{format_bytes(host.memory_available_bytes)} available of {format_bytes(host.memory_total_bytes)}"
     lines += [

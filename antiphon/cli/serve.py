@@ -22,7 +22,7 @@ def serve(
             envvar="ANTIPHON_API_KEY",
             show_envvar=True,
             show_default=False,
-            help="Bearer token that clients must send. Better set the variable: other users can see command lines.",
+            help="Bearer token that clients must send. Prefer the variable: other users can see command lines.",
         ),
     ] = None,
     served_model_name: Annotated[

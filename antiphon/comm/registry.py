@@ -146,7 +146,7 @@ def choose_transport(
             if _refusal(name, None, shape, world) is None:
                 return replace(spec, name=name), reason
     if saving < _WORTHWHILE_SAVING:
-        limit = f"alltoall is chosen from {_WORTHWHILE_SAVING:.0%} on"
+        limit = f"alltoall needs at least {_WORTHWHILE_SAVING:.0%}"
         return replace(spec, name="allgather"), f"{fact}: exact routing would save {saving:.0%} of the bytes, {limit}"
     return replace(spec, name="alltoall"), f"{fact}: exact routing saves {saving:.0%} of the bytes"
 

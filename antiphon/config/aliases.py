@@ -24,9 +24,9 @@ _DBO_THRESHOLDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meaning:
-    """What a foreign option with its value says.
+    """What a foreign option with its value means.
 
-    own: our options. unless_given: ours too, but what the user says of them wins. note: a sentence for the user.
+    own: our options. unless_given: our options too, but the user's own values win. note: a sentence for the user.
     """
 
     own: Mapping[str, Any] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class ForeignOption:
     """One option of another engine.
 
     names: as keyword arguments, the usual one first; on the command line with dashes, single letters with one.
-    kind: what its value is there: flag, whole, count, bytes, number, text, words or json.
+    kind: what its value is in that engine: flag, whole, count, bytes, number, text, words or json.
     meaning: gets the name that was used, and the value. Raises `OptionError` if it is refused.
     """
 
@@ -53,13 +53,13 @@ class ForeignOption:
 
 
 def foreign_option(name: str) -> ForeignOption | None:
-    """By any of its names, as a keyword argument."""
+    """Find an option by any of its names as a keyword argument."""
     return _BY_NAME.get(name)
 
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """Foreign options in ours. The fields are those of `Meaning`; said: our option -> the foreign one that said it."""
+    """Foreign options as ours. The fields are those of `Meaning`; said: our option -> the foreign one behind it."""
 
     own: dict[str, Any]
     unless_given: dict[str, Any]
@@ -67,18 +67,18 @@ class Translation:
     said: dict[str, str]
 
     def check(self, name: str, value: object) -> None:
-        """Raises `OptionError` if the user says something else of our option `name`."""
+        """Raises `OptionError` if the user gives our option `name` another value."""
         if name in self.own and self.own[name] != value:
             raise OptionError(
-                f"{self.said[name]} means {name}={self.own[name]!r}, but {name}={value!r} is asked for too",
-                remedy="use one of them",
+                f"{self.said[name]} means {name}={self.own[name]!r}, but {name}={value!r} was given too",
+                remedy="use only one of them",
                 option=name,
                 value=value,
             )
 
 
 def translate(given: Mapping[str, Any], own_names: Iterable[str]) -> Translation:
-    """What the foreign options say together.
+    """Translate foreign options.
 
     Raises `OptionError` for one that is refused, is not known, or contradicts another one.
     """
@@ -120,7 +120,7 @@ def _same_as(ours: str) -> Callable[[str, Any], Meaning]:
 
 
 def _is_so(*accepted: object, fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
-    """Accepted where it says how things are here anyway."""
+    """Accept the values that describe what happens here anyway."""
 
     def meaning(name: str, value: object) -> Meaning:
         if not any(value == one and type(value) is type(one) for one in accepted):
@@ -131,12 +131,12 @@ def _is_so(*accepted: object, fact: str, remedy: str) -> Callable[[str, Any], Me
 
 
 def _refused(fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
-    """Off is how things are."""
+    """Refuse everything but off."""
     return _is_so(False, fact=fact, remedy=remedy)
 
 
 def _refused_secret(fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
-    """The value is not repeated."""
+    """Refuse an option whose value must not appear in the error."""
 
     def meaning(name: str, value: object) -> Meaning:
         raise OptionError(name, limit=fact, remedy=remedy, option=name)
@@ -151,8 +151,8 @@ def _no_effect(reason: str) -> Callable[[str, Any], Meaning]:
 def _enable_dbo(name: str, value: object) -> Meaning:
     if not isinstance(value, bool):
         raise OptionError(
-            f"{name}={value!r} is not True or False",
-            remedy="use one of them, or dbo='auto'",
+            f"{name}={value!r} is neither True nor False",
+            remedy="use True, False or dbo='auto'",
             option=name,
             value=value,
         )
@@ -165,10 +165,10 @@ def _num_ubatches(name: str, value: object) -> Meaning:
 
 def _all2all_backend(name: str, value: object) -> Meaning:
     near = {"allgather_reducescatter": "transport='allgather'", "naive": "transport='allgather'"}
-    remedy = near.get(str(value), "transport='auto', which takes what this machine can do")
+    remedy = near.get(str(value), "transport='auto', which chooses the best one for this machine")
     raise OptionError(
         f"{name}={value!r}",
-        limit="tokens travel by Antiphon's own transports",
+        limit="Antiphon has its own transports",
         remedy=f"use {remedy}",
         option=name,
         value=value,
@@ -182,7 +182,7 @@ def _compilation_config(name: str, value: object) -> Meaning:
         if key in ("cudagraph_mode", "mode", "level"):
             if text in ("none", "0"):
                 continue
-            fact = NO_GRAPHS if key == "cudagraph_mode" else "nothing is compiled by torch.compile"
+            fact = NO_GRAPHS if key == "cudagraph_mode" else "torch.compile is not used"
             raise OptionError(
                 f"{name}: {key}={item!r}",
                 limit=fact,
@@ -193,7 +193,7 @@ def _compilation_config(name: str, value: object) -> Meaning:
         if key in ("cudagraph_capture_sizes", "compile_sizes") and not item:
             continue
         raise OptionError(
-            f"{name}: {key!r} is not known here", limit=NO_GRAPHS, remedy="leave it out", option=name, value=value
+            f"{name}: {key!r} is not supported", limit=NO_GRAPHS, remedy="leave it out", option=name, value=value
         )
     return Meaning()
 
@@ -207,7 +207,7 @@ def _additional_config(name: str, value: object) -> Meaning:
 
 
 def _hf_overrides(name: str, value: object) -> Meaning:
-    """The architecture with overlap, by which vLLM-Ascend's first version of it was switched on."""
+    """vLLM-Ascend's first version of overlap was switched on by choosing its architecture."""
     if isinstance(value, dict) and value.keys() == {"architectures"}:
         names = value["architectures"]
         if names in (["DeepseekDBOForCausalLM"], ["CustomDeepseekDBOForCausalLM"]):
@@ -217,18 +217,21 @@ def _hf_overrides(name: str, value: object) -> Meaning:
 
 # ---- the table
 
-_USE_RANKS = "use ranks=N, which shares out requests and experts"
-_OF_THE_SERVER = ("it is an option of the server", "leave it out, or use `antiphon serve`")
-_NO_PARSERS = ("there are no tools, and texts are not parsed", "leave it out")
-_ONE_HOST = ("ranks are processes of one host", "leave it out, and use ranks=N for this host's")
+_USE_RANKS = "use ranks=N, which distributes requests and experts"
+_OF_THE_SERVER = ("this is an option of the server", "leave it out, or use `antiphon serve`")
+_NO_PARSERS = ("tool calls are not supported", "leave it out")
+_ONE_HOST = ("all ranks run on one host", "leave it out, and use ranks=N")
 _NOT_QUANTIZED = (
-    "weights are quantized only by their checkpoint, and block-wise float8 is the one kind that is read",
-    "leave it out, and pass such a checkpoint",
+    "weights are never quantized at load time; checkpoints may be quantized to block-wise float8",
+    "leave it out, or use such a checkpoint",
 )
-_OWN_TOKENIZER = ("the tokenizer is that of the checkpoint", "leave it out, or put other files into the model's folder")
-_OWN_CONFIG = ("what config.json says holds", "leave it out, or change config.json in a copy of the checkpoint")
-_NO_ADAPTERS = ("there are no adapters", "merge them into the checkpoint")
-_PREEMPTION = "requests that are preempted are computed again, nothing is swapped"
+_OWN_TOKENIZER = (
+    "the tokenizer is always the checkpoint's",
+    "leave it out, or replace its files in the model's folder",
+)
+_OWN_CONFIG = ("config.json cannot be overridden", "leave it out, or edit config.json in a copy of the checkpoint")
+_NO_ADAPTERS = ("LoRA adapters are not supported", "merge them into the checkpoint")
+_PREEMPTION = "preempted requests are recomputed, not swapped"
 
 
 def _option(names: str, kind: str, meaning: Callable[[str, Any], Meaning]) -> ForeignOption:
@@ -256,10 +259,16 @@ FOREIGN_OPTIONS = (
     _option(
         "enable_expert_parallel",
         "flag",
-        _is_so(True, fact="experts are always shared out over the ranks", remedy="use ranks=1 for one rank with all"),
+        _is_so(
+            True,
+            fact="experts are always distributed over the ranks",
+            remedy="use ranks=1 to keep all experts on one rank",
+        ),
     ),
-    _option("expert_placement_strategy", "text", _is_so("linear", fact="experts lie in order", remedy="use 'linear'")),
-    _option("enable_eplb", "flag", _refused("experts are not moved while running", "leave it out")),
+    _option(
+        "expert_placement_strategy", "text", _is_so("linear", fact="experts are placed in order", remedy="use 'linear'")
+    ),
+    _option("enable_eplb", "flag", _refused("experts do not move at run time", "leave it out")),
     _option(
         "all2all_backend moe_a2a_backend",
         "text",
@@ -268,18 +277,18 @@ FOREIGN_OPTIONS = (
     _option(
         "distributed_executor_backend",
         "text",
-        _is_so("mp", "uni", fact="ranks are processes of this host", remedy="leave it out"),
+        _is_so("mp", "uni", fact="all ranks run on one host", remedy="leave it out"),
     ),
     _option("data_parallel_size_local", "whole", _refused(*_ONE_HOST)),
     _option("data_parallel_address", "text", _refused(*_ONE_HOST)),
     _option("data_parallel_rpc_port", "whole", _refused(*_ONE_HOST)),
     _option("headless", "flag", _refused(*_ONE_HOST)),
-    _option("disable_custom_all_reduce", "flag", _no_effect("nothing is all-reduced")),
+    _option("disable_custom_all_reduce", "flag", _no_effect("there are no all-reduces")),
     # steps
     _option("enforce_eager", "flag", _is_so(True, fact=NO_GRAPHS, remedy="leave it out")),
     _option("compilation_config cc O", "json", _compilation_config),
     _option("cudagraph_capture_sizes cuda_graph_sizes", "words", _refused(NO_GRAPHS, "leave it out")),
-    _option("async_scheduling", "flag", _refused("a step is scheduled when the one before has ended", "leave it out")),
+    _option("async_scheduling", "flag", _refused("each step is scheduled after the previous one ends", "leave it out")),
     _option("speculative_config", "json", _refused("there is no speculative decoding", "leave it out")),
     # cache and scheduling
     _option("enable_prefix_caching", "flag", _same_as("prefix_caching")),
@@ -294,41 +303,47 @@ FOREIGN_OPTIONS = (
     _option(
         "num_gpu_blocks_override",
         "whole",
-        _refused("the KV cache is sized by its memory", "use kv_cache_memory=BYTES"),
+        _refused("the size of the KV cache is given in bytes", "use kv_cache_memory=BYTES"),
     ),
     _option("swap_space", "number", _no_effect(_PREEMPTION)),
     _option("cpu_offload_gb", "number", _is_so(0, 0.0, fact="weights stay on their device", remedy="use more ranks")),
     # model
     _option("model_path", "text", _same_as("model")),
-    _option("trust_remote_code", "flag", _no_effect("nothing that a checkpoint brings is executed")),
+    _option("trust_remote_code", "flag", _no_effect("code in checkpoints is never executed")),
     _option("quantization", "text", _refused(*_NOT_QUANTIZED)),
     _option("tokenizer", "text", _refused(*_OWN_TOKENIZER)),
-    _option("tokenizer_mode", "text", _is_so("auto", fact="there is one kind of tokenizer", remedy="use 'auto'")),
+    _option("tokenizer_mode", "text", _is_so("auto", fact="there is only one tokenizer mode", remedy="use 'auto'")),
     _option("tokenizer_revision", "text", _refused(*_OWN_TOKENIZER)),
-    _option("code_revision", "text", _no_effect("nothing that a checkpoint brings is executed")),
+    _option("code_revision", "text", _no_effect("code in checkpoints is never executed")),
     _option("hf_overrides", "json", _hf_overrides),
     _option("rope_scaling", "json", _refused(*_OWN_CONFIG)),
     _option(
         "generation_config",
         "text",
-        _no_effect("only the end-of-sequence tokens are read from it; sampling is what SamplingParams say"),
+        _no_effect("sampling defaults always come from the checkpoint's generation_config.json"),
     ),
     _option(
         "download_dir",
         "text",
-        _refused("downloads go into the hub library's cache", "use the environment variable HF_HUB_CACHE"),
+        _refused("downloads go into the cache of huggingface_hub", "use the environment variable HF_HUB_CACHE"),
     ),
     _option(
         "hf_token",
         "text",
-        _refused_secret("the hub's library reads the token", "use the environment variable HF_TOKEN"),
+        _refused_secret(
+            "huggingface_hub reads the token from the environment", "use the environment variable HF_TOKEN"
+        ),
     ),
     _option("enable_lora", "flag", _refused(*_NO_ADAPTERS)),
     _option("lora_modules", "words", _refused(*_NO_ADAPTERS)),
-    _option("task runner", "text", _is_so("generate", "auto", fact="text is all it generates", remedy="leave it out")),
+    _option(
+        "task runner",
+        "text",
+        _is_so("generate", "auto", fact="generating text is the only task", remedy="leave it out"),
+    ),
     # logs
-    _option("disable_log_requests", "flag", _is_so(True, fact="what is asked is never logged", remedy="leave it out")),
-    _option("enable_log_requests", "flag", _refused("what is asked is never logged", "leave it out")),
+    _option("disable_log_requests", "flag", _is_so(True, fact="requests are never logged", remedy="leave it out")),
+    _option("enable_log_requests", "flag", _refused("requests are never logged", "leave it out")),
     _option("disable_log_stats", "flag", _is_so(True, False, fact="", remedy="")),
     # serving
     _option("host", "text", _refused(*_OF_THE_SERVER)),
@@ -339,8 +354,8 @@ FOREIGN_OPTIONS = (
     _option("allowed_methods", "words", _refused(*_OF_THE_SERVER)),
     _option("allowed_headers", "words", _refused(*_OF_THE_SERVER)),
     _option("allow_credentials", "flag", _refused(*_OF_THE_SERVER)),
-    _option("middleware", "words", _refused("the server runs no code of others", "put a proxy in front")),
-    _option("chat_template", "text", _refused("the chat template is that of the checkpoint", "leave it out")),
+    _option("middleware", "words", _refused("the server runs no foreign code", "put a proxy in front")),
+    _option("chat_template", "text", _refused("the chat template is always the checkpoint's", "leave it out")),
     _option("tool_call_parser", "text", _refused(*_NO_PARSERS)),
     _option("enable_auto_tool_choice", "flag", _refused(*_NO_PARSERS)),
     _option("reasoning_parser", "text", _refused(*_OF_THE_SERVER)),

@@ -1,8 +1,8 @@
 """What the keys of vLLM-Ascend's `additional_config` mean here, or why one is refused and what to use.
 
-The names are those of all its versions that had dual-batch overlap, 0.8.5 to 0.11. What only made its graphs, its
-scheduler or its memory layout faster is passed over with a note; what asks for something that does not exist here is
-refused.
+The names are those of all its versions that had dual-batch overlap, 0.8.5 to 0.11. Keys that only
+tune its graphs, scheduler or memory layout are ignored with a note; keys that ask for something that does not exist
+here are refused.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ NO_GRAPHS = "steps are eager, there are no CUDA graphs yet"
 _Result = tuple[Mapping[str, Any], list[str]]
 """Our options, and notes for the user."""
 _Key = Callable[[str, Any], _Result]
-"""Gets where the key stands, and its value. Raises `OptionError` if it is refused."""
+"""Gets the path of the key, and its value. Raises `OptionError` if it is refused."""
 
 
 def additional_config(name: str, value: object) -> _Result:
-    """Our options, and one sentence for what has no effect. Raises `OptionError` for a key that is refused."""
+    """Our options, and a sentence for each key without effect. Raises `OptionError` for a key that is refused."""
     return _keys(name, as_object(name, value), _KEYS)
 
 
@@ -41,8 +41,8 @@ def _keys(name: str, config: Mapping[str, Any], known: Mapping[str, _Key]) -> _R
     for key, value in config.items():
         if key not in known:
             near = get_close_matches(str(key), known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(known)}"
-            raise OptionError(f"{name}: {key!r} is not known here", remedy=hint, option=name, value=key)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+            raise OptionError(f"{name}: {key!r} is not a known key", remedy=hint, option=name, value=key)
         meant, told = known[key](f"{name}: {key}", value)
         for option, number in meant.items():
             if own.setdefault(option, number) != number:
@@ -64,17 +64,17 @@ def _same_as(ours: str) -> _Key:
 
 
 def _always_so(where: str, value: object) -> _Result:
-    """On is how things are here."""
+    """Note that off has no effect."""
     return {}, [] if value else [f"{where}={value!r} has no effect: it is always on"]
 
 
 def _no_effect(reason: str) -> _Key:
-    """Off, zero and empty ask for nothing."""
+    """Note that any value but off, zero and empty has no effect."""
     return lambda where, value: ({}, [f"{where}={value!r} has no effect: {reason}"] if value else [])
 
 
 def _refused(*accepted: object, fact: str, remedy: str) -> _Key:
-    """Refused unless it is off, or says how things are anyway."""
+    """Refuse every value but off and those that describe what happens here anyway."""
 
     def meaning(where: str, value: object) -> _Result:
         if value and value not in accepted:
@@ -85,7 +85,7 @@ def _refused(*accepted: object, fact: str, remedy: str) -> _Key:
 
 
 def _graphs(*known: str) -> _Key:
-    """The configuration of a kind of graph, which must not be enabled. known: its other keys."""
+    """The configuration of a kind of graphs, which must not be enabled. known: its other keys."""
 
     def meaning(where: str, value: object) -> _Result:
         config = as_object(where, value)
@@ -103,8 +103,8 @@ def _scheduler(where: str, value: object) -> _Result:
     own, notes = _keys(where, config, _SCHEDULER_KEYS)
     if config.get("enabled", False):
         notes.append(
-            f"{where}: there is one scheduler, which serves requests in the order of their arrival; "
-            "chunked_prefill=False keeps prompts whole, as that one does"
+            f"{where}: the only scheduler serves requests in the order of arrival; "
+            "chunked_prefill=False keeps prompts whole, as vLLM-Ascend's does"
         )
     return own, notes
 
@@ -122,9 +122,9 @@ def _feature(reason: str) -> _Key:
 # ---- the tables
 
 _NO_TENSOR_PARALLELISM = {"fact": "there is no tensor parallelism yet", "remedy": "leave it out, and use ranks=N"}
-_EXPERTS_STAY = {"fact": "experts lie in order and are not moved while running", "remedy": "leave it out"}
-_OF_DYNAMIC_EPLB = _no_effect("experts are not moved while running")
-_ONE_ORDER = {"fact": "requests are served in the order of their arrival", "remedy": "use 'fcfs'"}
+_EXPERTS_STAY = {"fact": "experts are placed in order and do not move at run time", "remedy": "leave it out"}
+_OF_DYNAMIC_EPLB = _no_effect("experts do not move at run time")
+_ONE_ORDER = {"fact": "requests are served in the order of arrival", "remedy": "use 'fcfs'"}
 
 _TORCHAIR_KEYS = (
     *("mode", "graph_batch_sizes", "graph_batch_sizes_init", "use_cached_graph", "enable_view_optimize"),
@@ -140,12 +140,14 @@ _SCHEDULER_KEYS: dict[str, _Key] = {
     "max_num_seqs": _same_as("max_num_seqs"),
     "max_model_len": _same_as("max_model_len"),
     "policy": _refused("fcfs", **_ONE_ORDER),
-    "num_scheduler_steps": _refused(1, fact="a step is scheduled after the other", remedy="leave it out"),
+    "num_scheduler_steps": _refused(
+        1, fact="each step is scheduled after the previous one ends", remedy="leave it out"
+    ),
     "enable_pd_transfer": _refused(fact="prefill and decode run on the same ranks", remedy="leave it out"),
-    "long_prefill_token_threshold": _no_effect("a prompt may fill a step; use max_num_batched_tokens"),
-    "max_long_partial_prefills": _no_effect("a prompt may fill a step; use max_num_batched_tokens"),
-    "max_num_partial_prefills": _no_effect("a prompt may fill a step; use max_num_batched_tokens"),
-    "decode_max_num_seqs": _no_effect("max_num_seqs is the one limit"),
+    "long_prefill_token_threshold": _no_effect("a prompt may fill a whole step; use max_num_batched_tokens"),
+    "max_long_partial_prefills": _no_effect("a prompt may fill a whole step; use max_num_batched_tokens"),
+    "max_num_partial_prefills": _no_effect("a prompt may fill a whole step; use max_num_batched_tokens"),
+    "decode_max_num_seqs": _no_effect("max_num_seqs is the only limit"),
 }
 
 _KEYS: dict[str, _Key] = {
@@ -157,7 +159,7 @@ _KEYS: dict[str, _Key] = {
     "multistream_overlap_shared_expert": _always_so,
     # ranks
     "expert_tensor_parallel_size": _refused(
-        1, "0", "1", fact="experts are not cut, each lies whole on one rank", remedy="leave it out, and use ranks=N"
+        1, "0", "1", fact="each expert is whole on one rank", remedy="leave it out, and use ranks=N"
     ),
     "enable_inter_dp_scheduling": _always_so,
     "enable_shared_expert_dp": _always_so,
@@ -165,7 +167,7 @@ _KEYS: dict[str, _Key] = {
     "oproj_tensor_parallel_size": _refused(1, **_NO_TENSOR_PARALLELISM),
     "expert_map_path": _refused(**_EXPERTS_STAY),
     "dynamic_eplb": _refused(**_EXPERTS_STAY),
-    "init_redundancy_expert": _refused(fact="each expert lies on one rank", remedy="leave it out"),
+    "init_redundancy_expert": _refused(fact="each expert is on exactly one rank", remedy="leave it out"),
     "num_iterations_eplb_update": _OF_DYNAMIC_EPLB,
     "num_wait_worker_iterations": _OF_DYNAMIC_EPLB,
     "gate_eplb": _OF_DYNAMIC_EPLB,
@@ -175,15 +177,15 @@ _KEYS: dict[str, _Key] = {
     "enable_graph_mode": _refused(fact=NO_GRAPHS, remedy="leave it out"),
     "torchair_graph_batch_sizes": _no_effect("there are no graphs"),
     "init_torchair_graph_batch_sizes": _no_effect("there are no graphs"),
-    "trace_recompiles": _no_effect("nothing is compiled by torch.compile"),
+    "trace_recompiles": _no_effect("torch.compile is not used"),
     "xlite_graph_config": _graphs("full_mode"),
     # the rest
     "ascend_scheduler_config": _scheduler,
     "kv_cache_dtype": _refused("auto", fact="the KV cache has the dtype of the computation", remedy="leave it out"),
-    "chunked_prefill_for_mla": _no_effect("there is one attention for each kind of model"),
-    "enable_prefill_optimizations": _no_effect("there is one attention for each kind of model"),
-    "weight_prefetch_config": _feature("weights lie on their device"),
+    "chunked_prefill_for_mla": _no_effect("each kind of model has one attention"),
+    "enable_prefill_optimizations": _no_effect("each kind of model has one attention"),
+    "weight_prefetch_config": _feature("weights are always on their device"),
     "enable_weight_nz_layout": _no_effect("it is a memory layout of NPUs"),
-    "enable_cpu_binding": _no_effect("the system places processes"),
+    "enable_cpu_binding": _no_effect("the operating system places processes"),
     "refresh": _no_effect("there is nothing to refresh"),
 }

@@ -35,7 +35,7 @@ class Placed:
 
     @property
     def most_tokens(self) -> int:
-        """Most tokens that it can have in the KV cache: the last generated token is never computed."""
+        """The maximum number of its tokens in the KV cache: the last generated token is never computed."""
         return len(self.request.prompt_ids) + self.request.max_tokens - 1
 
 

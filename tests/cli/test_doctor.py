@@ -100,7 +100,7 @@ def test_two_gpus_in_a_container() -> None:
         "stream flags stream memory operations: yes; waits can flush remote writes: yes",
         "pinned memory yes (16 MiB of shared host memory were pinned)",
         "kernels direct launches: yes",
-        "host memory 250 GiB available of 256 GiB, control group limit 128 GiB (100 GiB left)",
+        "host memory 250 GiB available of 256 GiB, cgroup limit 128 GiB (100 GiB left)",
         "locked memory limit 64 KiB",
         "/dev/shm: 64 MiB free of 64 MiB",
         "by pidfd_getfd: no (Operation not permitted), ptrace_scope 1",
@@ -146,7 +146,7 @@ def test_what_is_unknown_is_said_to_be_unknown() -> None:
     lines = lines_of(text)
     assert "GPUs none: reason unknown" in lines
     assert "container unknown" in lines
-    assert "host memory unknown available of unknown, limit of the control group unknown" in lines
+    assert "host memory unknown available of unknown, cgroup limit unknown" in lines
     assert "locked memory limit unknown" in lines
     assert "NUMA nodes unknown; this process may use unknown CPUs" in lines
     assert "advice" not in lines
@@ -184,7 +184,7 @@ def test_no_limits_and_no_container() -> None:
     found = dict(describe(replace(TWO_GPUS, host=host)))
     assert found["container"] == "none"
     assert found["locked memory"] == "limit unlimited"
-    assert found["host memory"].endswith("no limit of a control group")
+    assert found["host memory"].endswith("no cgroup limit")
 
 
 def test_ranks_without_a_device_end_with_code_1() -> None:

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from antiphon.config.ascend_aliases import NO_GRAPHS, additional_config
+from antiphon.config.ascend_aliases import additional_config
 from antiphon.config.keywords import make_config
 from antiphon.core.errors import OptionError
 from tests.support.asked import AskedError, run_command, stop_before_start
 from tests.support.errors import raises
 
-NO_EXPERT_SLICES = "experts are not cut, each lies whole on one rank; leave it out, and use ranks=N"
-NO_TENSOR_PARALLELISM = "there is no tensor parallelism yet; "
-ONE_SCHEDULER = "there is one scheduler, which serves requests in the order of their arrival"
-
 KEYS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
-    # (the configuration, our options, how the notes end)
+    # (the configuration, our options, the keys with a note)
     ({"expert_tensor_parallel_size": 1, "refresh": False, "expert_map_path": None}, {}, []),
     ({"expert_tensor_parallel_size": "0"}, {}, []),
     ({"enable_inter_dp_scheduling": True}, {}, []),
-    ({"enable_inter_dp_scheduling": False}, {}, ["has no effect: it is always on"]),
-    ({"init_torchair_graph_batch_sizes": True}, {}, ["has no effect: there are no graphs"]),
-    ({"torchair_graph_batch_sizes": [24]}, {}, ["=[24] has no effect: there are no graphs"]),
-    ({"trace_recompiles": True}, {}, ["has no effect: nothing is compiled by torch.compile"]),
+    ({"enable_inter_dp_scheduling": False}, {}, ["enable_inter_dp_scheduling"]),
+    ({"init_torchair_graph_batch_sizes": True}, {}, ["init_torchair_graph_batch_sizes"]),
+    ({"torchair_graph_batch_sizes": [24]}, {}, ["torchair_graph_batch_sizes"]),
+    ({"trace_recompiles": True}, {}, ["trace_recompiles"]),
     ({"enable_graph_mode": False, "trace_recompiles": False}, {}, []),
     ({"ascend_scheduler_config": {}}, {}, []),
     ({"ascend_scheduler_config": {"enabled": False, "enable_chunked_prefill": True}}, {}, []),
     (
         {"ascend_scheduler_config": {"enabled": True}},
         {},
-        ["chunked_prefill=False keeps prompts whole, as that one does"],
+        ["ascend_scheduler_config"],
     ),
     (
         {"ascend_scheduler_config": {"enable_chunked_prefill": False, "max_num_seqs": 4, "policy": "fcfs"}},
@@ -45,54 +42,52 @@ KEYS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (
         {"torchair_graph_config": {"enabled": False, "use_cached_graph": True, "graph_batch_sizes": [1, 2]}},
         {},
-        ["use_cached_graph=True has no effect: there are no graphs", "=[1, 2] has no effect: there are no graphs"],
+        ["torchair_graph_config: use_cached_graph", "torchair_graph_config: graph_batch_sizes"],
     ),
     ({"torchair_graph_config": {"enable_multistream_mla": False, "graph_batch_sizes_init": False}}, {}, []),
     ({"multistream_overlap_shared_expert": True, "enable_shared_expert_dp": True}, {}, []),
-    ({"weight_prefetch_config": {"enabled": True}}, {}, ["has no effect: weights lie on their device"]),
-    ({"enable_weight_nz_layout": True, "kv_cache_dtype": None}, {}, ["has no effect: it is a memory layout of NPUs"]),
+    ({"weight_prefetch_config": {"enabled": True}}, {}, ["weight_prefetch_config"]),
+    ({"enable_weight_nz_layout": True, "kv_cache_dtype": None}, {}, ["enable_weight_nz_layout"]),
     ({"num_micro_batches": 3, "imbalance_ratio": 0.2}, {"micro_batches": 3, "imbalance_ratio": 0.2}, []),
 ]
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"expert_tensor_parallel_size": 16}, f"c: expert_tensor_parallel_size=16: {NO_EXPERT_SLICES}"),
-    ({"enable_graph_mode": True}, f"c: enable_graph_mode=True: {NO_GRAPHS}; leave it out"),
-    ({"torchair_graph_config": {"enabled": True, "graph_batch_sizes": [24]}}, f"is enabled, but {NO_GRAPHS}; leave it"),
-    ({"torchair_graph_config": {"graph_batch_size": [28]}}, "did you mean 'graph_batch_sizes'?"),
-    ({"torchair_graph_config": True}, "torchair_graph_config=True is not an object"),
-    ({"xlite_graph_config": {"enabled": True}}, f"is enabled, but {NO_GRAPHS}"),
-    ({"dynamic_eplb": True}, "experts lie in order and are not moved while running; leave it out"),
-    ({"expert_map_path": "map.json"}, "experts lie in order and are not moved while running; leave it out"),
-    ({"init_redundancy_expert": 2}, "each expert lies on one rank; leave it out"),
-    ({"kv_cache_dtype": "int8"}, "the KV cache has the dtype of the computation; leave it out"),
-    ({"oproj_tensor_parallel_size": 4}, NO_TENSOR_PARALLELISM),
-    (
-        {"ascend_scheduler_config": {"policy": "priority"}},
-        "requests are served in the order of their arrival; use 'fcfs'",
-    ),
-    ({"ascend_scheduler_config": {"polcy": "fcfs"}}, "did you mean 'policy'?"),
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    # (the configuration, the option of the error, what its remedy contains)
+    ({"expert_tensor_parallel_size": 16}, "c: expert_tensor_parallel_size", "ranks=N"),
+    ({"enable_graph_mode": True}, "c: enable_graph_mode", "leave it out"),
+    ({"torchair_graph_config": {"enabled": True, "graph_batch_sizes": [24]}}, "c: torchair_graph_config", "leave it"),
+    ({"torchair_graph_config": {"graph_batch_size": [28]}}, "c: torchair_graph_config", "'graph_batch_sizes'"),
+    ({"torchair_graph_config": True}, "c: torchair_graph_config", '{"key": "value"}'),
+    ({"xlite_graph_config": {"enabled": True}}, "c: xlite_graph_config", "leave it out"),
+    ({"dynamic_eplb": True}, "c: dynamic_eplb", "leave it out"),
+    ({"expert_map_path": "map.json"}, "c: expert_map_path", "leave it out"),
+    ({"init_redundancy_expert": 2}, "c: init_redundancy_expert", "leave it out"),
+    ({"kv_cache_dtype": "int8"}, "c: kv_cache_dtype", "leave it out"),
+    ({"oproj_tensor_parallel_size": 4}, "c: oproj_tensor_parallel_size", "ranks=N"),
+    ({"ascend_scheduler_config": {"policy": "priority"}}, "c: ascend_scheduler_config: policy", "'fcfs'"),
+    ({"ascend_scheduler_config": {"polcy": "fcfs"}}, "c: ascend_scheduler_config", "'policy'"),
     (
         {"ascend_scheduler_config": {"enable_chunked_prefill": True, "chunked_prefill_enabled": False}},
-        "means both chunked_prefill=True and False; leave one of them out",
+        "chunked_prefill",
+        "leave one of them out",
     ),
-    ({"enable_interdp_scheduling": True}, "did you mean 'enable_inter_dp_scheduling'?"),
+    ({"enable_interdp_scheduling": True}, "c", "'enable_inter_dp_scheduling'"),
 ]
 
 
-@pytest.mark.parametrize(("config", "own", "endings"), KEYS)
-def test_what_a_key_means(config: dict[str, Any], own: dict[str, Any], endings: list[str]) -> None:
+@pytest.mark.parametrize(("config", "own", "noted"), KEYS)
+def test_what_a_key_means(config: dict[str, Any], own: dict[str, Any], noted: list[str]) -> None:
     found, notes = additional_config("c", config)
     assert found == own
-    assert len(notes) == len(endings)
-    for note, ending in zip(notes, endings, strict=True):
-        assert note.startswith("c: ") and note.endswith(ending)
+    assert len(notes) == len(noted)
+    for note, key in zip(notes, noted, strict=True):
+        assert re.match(rf"c: {key}\b", note)
 
 
-@pytest.mark.parametrize(("config", "message"), REFUSED)
-def test_what_does_not_exist_is_refused(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError) as refused:
+@pytest.mark.parametrize(("config", "option", "remedy"), REFUSED)
+def test_what_does_not_exist_is_refused(config: dict[str, Any], option: str, remedy: str) -> None:
+    with raises(OptionError, option=option, remedy=remedy):
         additional_config("c", config)
-    assert message in str(refused.value)
 
 
 def test_a_size_said_twice_is_no_contradiction() -> None:
@@ -110,7 +105,7 @@ def test_every_key_is_in_the_documents() -> None:
     section = page.partition("### vLLM-Ascend's additional config\n")[2].partition("\n## ")[0]
     with pytest.raises(OptionError) as unknown:
         additional_config("c", {"?": 1})
-    known = str(unknown.value).partition("known here are ")[2].split(", ")
+    known = str(unknown.value).partition("known keys are ")[2].split(", ")
     assert len(known) > 20
     assert [key for key in known if f"`{key}`" not in section] == []
 
@@ -165,14 +160,17 @@ THRESHOLDS = {"dbo_prefill_token_threshold": 512, "dbo_decode_token_threshold": 
         (
             ENGINE_B.replace("--enforce-eager ", "")
             + """--enable-dbo --compilation-config '{"cudagraph_mode": "full_decode_only"}'""",
-            f"compilation_config: cudagraph_mode='full_decode_only': {NO_GRAPHS}",
+            "compilation_config",
         ),
         (ENGINE_A + f"--additional-config '{CONFIG_A % (1, 'false')}'", MEANT_A),
-        (ENGINE_A + f"--additional-config '{CONFIG_A % (16, 'false')}'", NO_EXPERT_SLICES),
-        (ENGINE_A + f"--additional-config '{CONFIG_A % (1, 'true')}'", f"enable_graph_mode=True: {NO_GRAPHS}"),
-        (ENGINE_A.replace("-O 0", "-O0") + "--quantization ascend", "weights are quantized only by their checkpoint"),
-        (ENGINE_A.replace("-O 0", "-O3"), "mode=3: nothing is compiled by torch.compile; leave it out"),
-        (ENGINE_A + "-tp=8", f"tp=8: {NO_TENSOR_PARALLELISM}use ranks=N"),
+        (
+            ENGINE_A + f"--additional-config '{CONFIG_A % (16, 'false')}'",
+            "additional_config: expert_tensor_parallel_size",
+        ),
+        (ENGINE_A + f"--additional-config '{CONFIG_A % (1, 'true')}'", "additional_config: enable_graph_mode"),
+        (ENGINE_A.replace("-O 0", "-O0") + "--quantization ascend", "quantization"),
+        (ENGINE_A.replace("-O 0", "-O3"), "O"),
+        (ENGINE_A + "-tp=8", "tp"),
     ],
 )
 def test_command_lines_of_the_two_systems(
@@ -184,7 +182,7 @@ def test_command_lines_of_the_two_systems(
         run_command(monkeypatch, *shlex.split(line))
     if isinstance(outcome, str):
         assert isinstance(ended.value, OptionError)
-        assert outcome in str(ended.value) and "\n" not in str(ended.value)
+        assert ended.value.option == outcome and "\n" not in str(ended.value)
         return
     assert isinstance(ended.value, AskedError), ended.value
     assert ended.value.config == make_config(outcome)
