@@ -71,7 +71,7 @@ def common(
 
 @app.command()
 def demo() -> None:
-    """Solve word problems and tell a story on 2 ranks, and show what overlap gains over a simulated link."""
+    """Show what overlap gains. Solves word problems and tells a story on 2 ranks, over a simulated link."""
     from antiphon.cli.demo import run_demo
 
     run_demo(Console())
@@ -87,7 +87,7 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all facts.")] = False,
 ) -> None:
-    """Check what this machine supports, which transports work, and what would help. Starts no ranks."""
+    """Check what this machine supports. Shows which transports work and what would help. Starts no ranks."""
     from antiphon.cli.doctor import run_doctor
 
     raise typer.Exit(run_doctor(Console(), ranks=ranks, peer_access=not no_peer_access, as_json=as_json))

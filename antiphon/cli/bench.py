@@ -18,7 +18,7 @@ bench_app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Measure communication and overlap; the last line printed is one JSON object.",
+    help="Measure communication and overlap. The last line printed is one JSON object.",
 )
 
 _DEFAULT_SIZES = {"cpu": "4K..1M", "cuda": "4K..512M"}
@@ -61,7 +61,7 @@ def comm(
     timeout_s: TimeoutS = 120.0,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure dispatch and combine, alone and beside computation of equal length, for every size and transport."""
+    """Measure dispatch and combine. Alone, and beside computation of equal length, for every size and transport."""
     from antiphon.bench.comm.bodies import BODY_NAMES
     from antiphon.bench.comm.exchanges import CommOptions, print_exchanges, run_comm
     from antiphon.bench.conditions import check_writable, parse_names, parse_sizes, write_json
@@ -107,7 +107,7 @@ def overlap(
     timeout_s: TimeoutS = 120.0,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure prefill steps, serial and with overlap, and their parts alone, with all transports interleaved."""
+    """Compare serial and overlapped prefill steps. Also measures their parts alone; all transports are interleaved."""
     from antiphon.bench.conditions import check_writable, parse_counts, write_json
     from antiphon.bench.overlap.steps import OverlapOptions, check_outputs, print_steps, run_overlap
     from antiphon.config.engine_config import DTYPES
@@ -288,7 +288,7 @@ def dbo(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each mode, after a warm-up run.")] = 5,
     json_file: JsonFile = None,
 ) -> None:
-    """Run the same load with overlap off and on, interleaved, in one engine. The last line is one JSON object."""
+    """Serve the same load with overlap off and on. One engine, interleaved runs. The last line is one JSON object."""
     from antiphon.bench.conditions import check_writable, parse_names, write_json
     from antiphon.bench.dbo import DboOptions, print_dbo, run_dbo
     from antiphon.bench.serve.workload import Workload

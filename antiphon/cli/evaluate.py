@@ -20,7 +20,7 @@ def word_problems(
         bool, typer.Option("--compare", help="Solve them with overlap off, then on, and compare the answers.")
     ] = False,
 ) -> None:
-    """Solve the bundled word problems greedily, and count right answers. The last line is one JSON object."""
+    """Solve the bundled word problems. Decodes greedily and counts right answers. The last line is one JSON object."""
     from antiphon.accuracy.evaluate import solve_word_problems
 
     console = Console(stderr=True)
