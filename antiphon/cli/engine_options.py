@@ -25,7 +25,7 @@ logger = logging.getLogger("antiphon")
 _FOREIGN = "antiphon.foreign"
 _EPILOG = (
     "Options of vLLM and vLLM-Ascend are accepted with their meaning here, or refused with what to use instead; "
-    f"docs/options.md lists them. --enable-dbo is --dbo on from {DEFAULT_PREFILL_THRESHOLD} tokens a rank in prefill "
+    f"docs/options.md lists them. --enable-dbo is --dbo on from {DEFAULT_PREFILL_THRESHOLD} tokens per rank in prefill "
     f"and {DEFAULT_DECODE_THRESHOLD} in decode."
 )
 

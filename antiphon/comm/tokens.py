@@ -29,10 +29,10 @@ class ExpertShape:
     def experts_per_rank(self, num_ranks: int) -> int:
         """The number of experts on each rank. Raises `OptionError` if they cannot be divided evenly."""
         if num_ranks < 1 or self.num_experts % num_ranks:
-            fitting = ", ".join(str(n) for n in range(1, self.num_experts + 1) if self.num_experts % n == 0)
+            fitting = [str(n) for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
             raise OptionError(
                 f"num_experts={self.num_experts} is not divisible by ranks={num_ranks}",
-                remedy=f"use {fitting} ranks",
+                remedy=f"use one of {', '.join(fitting)}",
                 option="ranks",
                 value=num_ranks,
             )

@@ -38,7 +38,7 @@ def _cache(config: ResolvedConfig) -> str:
     memory_mb = config.cache.num_blocks * block / 2**20
     prefixes = "on" if config.options.prefix_caching else "off"
     return (
-        f"{config.kv_capacity_tokens:,} tokens a rank ({memory_mb:,.0f} MiB, {config.cache.source}), {texts}, "
+        f"{config.kv_capacity_tokens:,} tokens per rank ({memory_mb:,.0f} MiB, {config.cache.source}), {texts}, "
         f"prefix caching {prefixes}"
     )
 
@@ -48,7 +48,7 @@ def _steps(config: ResolvedConfig) -> str:
     if not config.options.chunked_prefill:
         prompts = "prompts are cut only where they are longer than that"
     num_requests = config.options.max_num_seqs
-    return f"up to {config.max_num_batched_tokens:,} tokens and {num_requests} requests a rank; {prompts}"
+    return f"up to {config.max_num_batched_tokens:,} tokens and {num_requests} requests per rank; {prompts}"
 
 
 def _dbo(config: ResolvedConfig) -> str:

@@ -152,7 +152,8 @@ def resolve_source(model: str, load_format: str, *, revision: str | None = None)
     if load_format != "dummy":
         raise OptionError(
             f"model {model!r} is a shape without weights",
-            remedy="use load_format='dummy', or pass the folder of its checkpoint",
+            remedy="load it with dummy weights (load_format='dummy', --load-format dummy), or pass the folder of its "
+            "checkpoint",
             option="model",
             value=model,
         )

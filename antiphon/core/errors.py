@@ -92,11 +92,16 @@ def first_line(error: BaseException) -> str:
 def unknown_value(option: str, value: object, valid: Iterable[str]) -> OptionError:
     """The error for a value that is not one of `valid`; it names the nearest valid one."""
     names = sorted(valid)
-    near = get_close_matches(str(value), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(value, names)
     return OptionError(
         f"{option}={value!r} is not known", remedy=f"use one of {', '.join(names)}{hint}", option=option, value=value
     )
+
+
+def did_you_mean(value: object, names: Iterable[str]) -> str:
+    """The end of a remedy that asks for the name nearest to `value`; empty if none is near."""
+    near = get_close_matches(str(value), list(names), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def out_of_range(option: str, value: object, valid: str) -> OptionError:

@@ -160,10 +160,10 @@ class OverlapPolicy:
         if not prefill and not decode:
             return "always"
         if decode >= NEVER:
-            return f"from {prefill} tokens a rank in prefill, never in decode"
+            return f"from {prefill} tokens per rank in prefill, never in decode"
         if prefill >= NEVER:
-            return f"from {decode} tokens a rank in decode, never in prefill"
-        return f"from {prefill} tokens a rank in prefill and {decode} in decode"
+            return f"from {decode} tokens per rank in decode, never in prefill"
+        return f"from {prefill} tokens per rank in prefill and {decode} in decode"
 
 
 _OPTIONS = options_of(OverlapPolicy)

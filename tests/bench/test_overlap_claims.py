@@ -99,7 +99,7 @@ def test_on_cpus_a_simulated_link_is_hidden_if_and_only_if_steps_are_split(micro
 def test_an_engine_whose_steps_auto_splits_is_faster_over_a_simulated_link() -> None:
     """By the code that times engines on GPUs."""
     numbers = random.Random(1)
-    prompts = [[numbers.randrange(300, 2000) for _ in range(64)] for _ in range(20)]  # 640 tokens a rank
+    prompts = [[numbers.randrange(300, 2000) for _ in range(64)] for _ in range(20)]  # 640 tokens per rank
 
     with LLM(ranks=2, transport=LINK, prefix_caching=False) as llm:
 

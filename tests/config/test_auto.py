@@ -30,7 +30,7 @@ def test_on_cpus_auto_is_off_and_thresholds_of_the_user_hold(caplog: pytest.LogC
         stats = llm.stats()
         assert (stats["dbo"], stats["dbo_reason"]) == (
             "auto",
-            f"from 4 tokens a rank in decode, never in prefill: decode as asked, and {ON_CPUS}",
+            f"from 4 tokens per rank in decode, never in prefill: decode as asked, and {ON_CPUS}",
         )
         assert plans_of(llm, 16) == {"serial": 1, "dual": 7}  # the prompts, and then only decode
         assert llm.stats()["serial_reasons"] == {"prefill is not split": 1}
@@ -48,7 +48,7 @@ def test_on_cpus_auto_is_off_and_thresholds_of_the_user_hold(caplog: pytest.LogC
 
 def test_over_a_simulated_link_auto_splits_from_its_thresholds() -> None:
     with LLM(ranks=2, transport=FAST_LINK, prefix_caching=False) as llm:
-        reason = "from 512 tokens a rank in prefill and 32 in decode: the link is simulated"
+        reason = "from 512 tokens per rank in prefill and 32 in decode: the link is simulated"
         assert llm.stats()["dbo_reason"] == reason
         assert dict(describe_config(llm.config))["dbo"] == f"auto: 2 micro-batches, cut by token, {reason}"
         assert plans_of(llm, 16) == {"serial": 8, "dual": 0}

@@ -426,13 +426,13 @@ def test_variables_of_other_engines_are_not_obeyed_and_said_so(
         (
             {},
             "KV cache",
-            "139,792 tokens a rank (256 MiB, the default for CPUs), texts up to 4,096 tokens, prefix caching on",
+            "139,792 tokens per rank (256 MiB, the default for CPUs), texts up to 4,096 tokens, prefix caching on",
         ),
         ({"prefix_caching": False}, "KV cache", "prefix caching off"),
         (
             {"max_num_batched_tokens": 300},
             "steps",
-            "up to 300 tokens and 256 requests a rank; prompts may take several",
+            "up to 300 tokens and 256 requests per rank; prompts may take several",
         ),
         ({"chunked_prefill": False}, "steps", "prompts are cut only where they are longer than that"),
     ],

@@ -157,7 +157,7 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
     assert started.kv_capacity_tokens == 1600
     described = dict(describe_config(started))
     assert described["ranks"].startswith("1 on Some GPU, ")
-    assert described["KV cache"].startswith("1,600 tokens a rank (")
+    assert described["KV cache"].startswith("1,600 tokens per rank (")
     assert "90% of it" in described["KV cache"]
     assert started.cache_facts() == {"tokens": 1600, "source": "90% of it"}
 
@@ -292,13 +292,13 @@ def started_on_gpus(
         (
             DataPath.PEERS,
             {"prefill_threshold": 100},
-            "auto: 2 micro-batches, cut by token, from 100 tokens a rank in prefill, never in decode: prefill as "
+            "auto: 2 micro-batches, cut by token, from 100 tokens per rank in prefill, never in decode: prefill as "
             "asked, and peer access is in use, where overlap has not paid",
         ),
         (
             DataPath.HOST,
             {},
-            "auto: 2 micro-batches, cut by token, from 4096 tokens a rank in prefill and 4096 in decode: data goes "
+            "auto: 2 micro-batches, cut by token, from 4096 tokens per rank in prefill and 4096 in decode: data goes "
             "through host memory, where overlap has paid; a step has at most 4096 tokens",
         ),
         (DataPath.PEERS, {"dbo": "on"}, "on: 2 micro-batches, cut by token, always"),

@@ -19,7 +19,7 @@ pytestmark = [
 
 BY_PEERS = "off: peer access is in use, where overlap has not paid"
 THROUGH_HOST = (
-    "from 4096 tokens a rank in prefill and 4096 in decode: data goes through host memory, where overlap has paid"
+    "from 4096 tokens per rank in prefill and 4096 in decode: data goes through host memory, where overlap has paid"
 )
 
 
@@ -45,7 +45,7 @@ def test_auto_follows_the_data_path(transport: str, peer_access: bool, reason: s
         assert llm.stats()["dbo_reason"] == reason
         block = dict(describe_config(llm.config))["dbo"]
         assert reason.removeprefix("off: ") in block
-        llm.generate(prompts_of(8, 1000), ONE_TOKEN)  # 4,000 tokens a rank
+        llm.generate(prompts_of(8, 1000), ONE_TOKEN)  # 4,000 tokens per rank
         llm.generate(prompts_of(8, 1024), ONE_TOKEN)  # 4,096
         assert llm.stats()["steps_by_plan"] == (
             {"serial": 2, "dual": 0} if reason is BY_PEERS else {"serial": 1, "dual": 1}

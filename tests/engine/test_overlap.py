@@ -16,7 +16,7 @@ from antiphon.timeline import StepTimeline
 
 pytestmark = pytest.mark.timeout(300)
 
-NUM_PROMPTS = 64  # about 1,180 tokens a rank
+NUM_PROMPTS = 64  # about 1,180 tokens per rank
 REPEATS = 7
 NUM_TRIALS = 3
 MOST_RATIO = 0.7

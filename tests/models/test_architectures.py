@@ -94,7 +94,7 @@ def test_its_name_is_offered_once_its_line_is_there(
     add_architecture(monkeypatch, tmp_path)
     misspelled = NAME.replace("Pigeon", "Pidgeon")
     rewrite_json(folder / "config.json", architectures=[misspelled])
-    with raises(ModelError, option="architectures", value=misspelled, remedy=f"the nearest is {NAME}"):
+    with raises(ModelError, option="architectures", value=misspelled, remedy=f"{NAME!r}?"):
         read_config(folder)
 
 

@@ -211,5 +211,10 @@ def test_neither_a_folder_nor_an_id(name: str | Path) -> None:
         resolve_model(name)
 
 
+def test_a_misspelled_preset_is_recognised() -> None:
+    with raises(ModelError, option="model", value="qwen3-30b", remedy="'qwen3-30b-a3b'?"):
+        resolve_model("qwen3-30b")
+
+
 def test_ids() -> None:
     assert all(map(is_hub_id, ["deepseek-ai/DeepSeek-V2-Lite", "Qwen/Qwen3-30B-A3B", "zai-org/GLM-4.5-Air", "a/b_1.0"]))

@@ -53,10 +53,10 @@ def test_where_auto_is_off(conditions: Conditions, reason: str) -> None:
             THROUGH_HOST,
             4096,
             4096,
-            "from 4096 tokens a rank in prefill and 4096 in decode: data goes through host memory, where overlap has "
+            "from 4096 tokens per rank in prefill and 4096 in decode: data goes through host memory, where overlap has "
             "paid",
         ),
-        (SIMULATED, 512, 32, "from 512 tokens a rank in prefill and 32 in decode: the link is simulated"),
+        (SIMULATED, 512, 32, "from 512 tokens per rank in prefill and 32 in decode: the link is simulated"),
     ],
 )
 def test_from_when_on_auto_splits(conditions: Conditions, prefill: int, decode: int, reason: str) -> None:
@@ -77,7 +77,7 @@ def test_from_when_on_auto_splits(conditions: Conditions, prefill: int, decode: 
             {"prefill_threshold": 100},
             100,
             NEVER,
-            "from 100 tokens a rank in prefill, never in decode: prefill as asked, and peer access is in use, where "
+            "from 100 tokens per rank in prefill, never in decode: prefill as asked, and peer access is in use, where "
             "overlap has not paid",
         ),
         (
@@ -85,7 +85,7 @@ def test_from_when_on_auto_splits(conditions: Conditions, prefill: int, decode: 
             {"decode_threshold": 7},
             NEVER,
             7,
-            "from 7 tokens a rank in decode, never in prefill: decode as asked, and between processes on CPUs "
+            "from 7 tokens per rank in decode, never in prefill: decode as asked, and between processes on CPUs "
             "communication is too small a part of a step to be worth hiding",
         ),
         (
@@ -93,7 +93,7 @@ def test_from_when_on_auto_splits(conditions: Conditions, prefill: int, decode: 
             {"decode_threshold": 7},
             4096,
             7,
-            "from 4096 tokens a rank in prefill and 7 in decode: decode as asked, and data goes through host memory, "
+            "from 4096 tokens per rank in prefill and 7 in decode: decode as asked, and data goes through host memory, "
             "where overlap has paid",
         ),
         (
@@ -101,7 +101,7 @@ def test_from_when_on_auto_splits(conditions: Conditions, prefill: int, decode: 
             {"prefill_threshold": 5, "decode_threshold": 6},
             5,
             6,
-            "from 5 tokens a rank in prefill and 6 in decode: as asked",
+            "from 5 tokens per rank in prefill and 6 in decode: as asked",
         ),
         (SIMULATED, {"prefill_threshold": 0}, 0, 32, None),
     ],

@@ -48,7 +48,7 @@ class _Sizes:
 
 
 # Large enough to fill a GPU. The grouped product is the first of an expert layer with 128 experts on two ranks, top-8,
-# 8192 tokens a rank, D = 2048, width 768.
+# 8192 tokens per rank, D = 2048, width 768.
 _GPU = _Sizes(grouped=(65536, 64, 2048, 1536), dense=(16384, 4096, 4096), attention=(64, 4096, 128))
 _CPU = _Sizes(grouped=(128, 4, 64, 64), dense=(128, 64, 64), attention=(16, 32, 16))
 

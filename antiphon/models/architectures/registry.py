@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import ModelError
+from antiphon.core.errors import ModelError, did_you_mean
 from antiphon.models.checkpoint.block_fp8 import BlockFp8
 from antiphon.models.checkpoint.presets import PRESETS, preset_file
 from antiphon.models.config import ConfigFile, ModelConfig
@@ -55,11 +54,9 @@ def read_config(source: Path | str, *, num_layers: int | None = None) -> ModelCo
 def _reader(file: ConfigFile) -> Reader:
     name = file.architecture
     if name not in READERS:
-        near = get_close_matches(name, READERS, n=1)
-        hint = f"; the nearest is {near[0]}" if near else ""
         raise ModelError(
             f"{file.path} has an unknown architecture {name!r}",
-            remedy=f"use a model with one of {', '.join(READERS)}{hint}",
+            remedy=f"use a model with one of {', '.join(READERS)}{did_you_mean(name, READERS)}",
             option="architectures",
             value=name,
         )
@@ -76,8 +73,8 @@ def _config_file(source: Path | str) -> Path:
         return preset_file(str(source))
     raise ModelError(
         f"model {str(source)!r} is not a folder",
-        remedy=f"pass the folder of a Hugging Face checkpoint (nothing is downloaded), {BUNDLED_MODEL!r}, which is "
-        f"bundled, or for dummy weights one of {', '.join(PRESETS)}",
+        remedy=f"pass the folder of a Hugging Face checkpoint (nothing is downloaded), the bundled {BUNDLED_MODEL!r}, "
+        f"or for dummy weights one of {', '.join(PRESETS)}{did_you_mean(source, [BUNDLED_MODEL, *PRESETS])}",
         option="model",
         value=source,
     )

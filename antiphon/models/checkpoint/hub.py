@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import ModelError, first_line
+from antiphon.core.errors import ModelError, did_you_mean, first_line
 from antiphon.models.checkpoint.files import missing_files
 from antiphon.models.checkpoint.presets import PRESETS
 
@@ -45,9 +45,9 @@ def resolve_model(name: str | Path, *, revision: str | None = None, weights: boo
         return folder
     if isinstance(name, Path) or not is_hub_id(name):
         raise ModelError(
-            f"model {str(name)!r} is not a folder, and not the id of a model on the hub (org/name)",
-            remedy=f"pass the folder of a Hugging Face checkpoint, an id, {BUNDLED_MODEL!r}, which is bundled, or for "
-            f"dummy weights one of {', '.join(PRESETS)}",
+            f"model {str(name)!r} is neither a folder nor the id of a model on the hub (org/name)",
+            remedy=f"pass one of the two, the bundled {BUNDLED_MODEL!r}, or for dummy weights one of "
+            f"{', '.join(PRESETS)}{did_you_mean(name, [BUNDLED_MODEL, *PRESETS])}",
             option="model",
             value=name,
         )
