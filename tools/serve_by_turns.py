@@ -78,9 +78,11 @@ def server(words: list[str]) -> Iterator[str]:
     with subprocess.Popen([*command, "--log-level", "warning"], stdout=sys.stderr) as process:
         try:
             while not is_ready(url):
-                if process.poll() is not None or time.monotonic() > deadline:
+                if process.poll() is not None:
+                    raise SystemExit(f"the server ended with {process.returncode}; the command was {' '.join(command)}")
+                if time.monotonic() > deadline:
                     raise SystemExit(
-                        f"the server ended or was not ready after {_START_S:g} s; the command was {' '.join(command)}"
+                        f"the server was not ready after {_START_S:g} s; the command was {' '.join(command)}"
                     )
                 time.sleep(0.2)
             yield url
