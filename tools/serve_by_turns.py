@@ -78,12 +78,10 @@ def server(words: list[str]) -> Iterator[str]:
     with subprocess.Popen([*command, "--log-level", "warning"], stdout=sys.stderr) as process:
         try:
             while not is_ready(url):
-                if process.poll() is not None:
-                    raise SystemExit(f"the server ended with {process.returncode}; the command was {' '.join(command)}")
-                if time.monotonic() > deadline:
-                    raise SystemExit(
-                        f"the server was not ready after {_START_S:g} s; the command was {' '.join(command)}"
-                    )
+                status = process.poll()
+                if status is not None or time.monotonic() > deadline:
+                    what = f"was not ready after {_START_S:g} s" if status is None else f"ended with {status}"
+                    raise SystemExit(f"the server {what}; the command was {' '.join(command)}")
                 time.sleep(0.2)
             yield url
         finally:

@@ -32,6 +32,7 @@ from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.policy import DBO_MODES
 from antiphon.core.sampling import SamplingParams
 from antiphon.frontend.async_engine import AsyncEngine
+from antiphon.machine.advice import format_count
 from antiphon.machine.versions import versions
 
 _FIGURES = {
@@ -230,11 +231,11 @@ def print_dbo(result: dict[str, Any], console: Console) -> None:
     """Print median, minimum and maximum over the runs, and the ratios to the first mode."""
     first, *others = result["figures"]
     repeats = result["options"]["repeats"]
-    runs = "1 run" if repeats == 1 else f"{repeats} runs"
     table = Table(
         "median (min..max)",
         title=Text(
-            f"{result['model']}, {result['ranks']} ranks, {result['transport']}: {runs} of each mode",
+            f"{result['model']}, {result['ranks']} ranks, {result['transport']}: "
+            f"{format_count(repeats, 'run')} of each mode",
             style="table.title",
         ),
         title_justify="left",

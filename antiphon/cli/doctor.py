@@ -16,7 +16,7 @@ from rich.text import Text
 
 import antiphon
 from antiphon.comm import Usability, usable_transports
-from antiphon.machine.advice import Advice, advise, format_bytes, format_cpus
+from antiphon.machine.advice import Advice, advise, format_bytes, format_count, format_cpus
 from antiphon.machine.facts import UNLIMITED, Check, Facts, Gpus
 from antiphon.machine.probe import examine_machine
 
@@ -53,7 +53,9 @@ def run_doctor(
         console.out(json.dumps(report), highlight=False)
     else:
         where = "GPUs" if device_kind == "cuda" else "CPUs"
-        console.print(Text(f"antiphon {antiphon.__version__}: {_count(ranks, 'rank')} on {where}\n", style="bold"))
+        console.print(
+            Text(f"antiphon {antiphon.__version__}: {format_count(ranks, 'rank')} on {where}\n", style="bold")
+        )
         console.print(_table(describe(facts)))
         console.print(Text("\ntransports", style="bold"))
         console.print(_transports_table(transports))
@@ -190,7 +192,3 @@ def _listed(names: Iterable[str]) -> str:
 
 def _scope(ptrace_scope: int | None) -> str:
     return "" if ptrace_scope is None else f", ptrace_scope {ptrace_scope}"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")

@@ -213,11 +213,13 @@ def _print_texts(outputs: list[GeneratedOutput], prompts: list[Prompt]) -> None:
 
 
 def _summary(outputs: list[GeneratedOutput], stats: EngineStats, seconds: float) -> str:
+    from antiphon.machine.advice import format_count
+
     num_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
     plans = ", ".join(f"{count} {plan}" for plan, count in stats["steps_by_plan"].items() if count)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in stats["serial_reasons"].items())
     lines = [
-        f"{len(outputs)} {'prompt' if len(outputs) == 1 else 'prompts'}, "
+        f"{format_count(len(outputs), 'prompt')}, "
         f"{num_tokens} tokens in {seconds:.2f} s ({num_tokens / seconds:.0f} tokens/s)",
         f"{stats['steps']} steps: {plans}" + (f" (serial because {reasons})" if reasons else ""),
     ]

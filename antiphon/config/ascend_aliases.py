@@ -1,8 +1,7 @@
 """What the keys of vLLM-Ascend's `additional_config` mean here, or why one is refused and what to use.
 
-The names are those of all its versions that had dual-batch overlap, 0.8.5 to 0.11. Keys that only
-tune its graphs, scheduler or memory layout are ignored with a note; keys that ask for something that does not exist
-here are refused.
+The names are those of all its versions that had dual-batch overlap, 0.8.5 to 0.11. Keys that only tune its graphs,
+scheduler or memory layout are ignored with a note; keys that ask for something that does not exist here are refused.
 """
 
 from __future__ import annotations

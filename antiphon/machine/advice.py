@@ -56,6 +56,11 @@ def format_bytes(num_bytes: int | None) -> str:
     return f"{num_bytes} bytes"
 
 
+def format_count(number: int, thing: str) -> str:
+    """A number of things: "1 rank", "2 ranks"."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def format_cpus(cpus: tuple[int, ...]) -> str:
     """CPU numbers as ranges: 0-3,8 for (0, 1, 2, 3, 8)."""
     runs: list[list[int]] = []

@@ -42,7 +42,7 @@ def test_communication_is_hidden(transport: str, peer_access: bool) -> None:
 @pytest.mark.skipif(NUM_DEVICES < 1, reason="needs a CUDA device")
 @pytest.mark.timeout(400)
 def test_splitting_costs_little_where_there_is_nothing_to_hide() -> None:
-    """On one card; C2 was at most 1.17 times C in a step of this size."""
+    """On one card; C2 was at most 1.17 times C in steps of half this size."""
     claim = Claim(most_ratio=1.4)
 
     def unmet() -> list[str]:

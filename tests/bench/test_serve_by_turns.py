@@ -46,5 +46,5 @@ def test_servers_take_turns(tmp_path: Path) -> None:
 def test_a_server_that_does_not_start_ends_the_tool() -> None:
     ended = run_tool("--ranks", "0")
     assert ended.returncode == 1
-    assert "ranks=0" in ended.stderr
+    assert "ranks=0" in ended.stderr and "ended with 2" in ended.stderr
     assert "antiphon.cli serve tiny-deepseek --ranks 0 --dbo off" in ended.stderr

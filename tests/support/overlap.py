@@ -47,10 +47,10 @@ CLAIMS: dict[tuple[str, bool], Claim] = {
 }
 """By transport and peer access, for steps of 8,192 tokens of Qwen3-30B-A3B on GPUs; results in benchmarks/results.
 
-Over NVLink M is a tenth of a step, and the split costs as much as it hides: what is certain is that copy engines hide
-most of M, and not that D is below S. NCCL's kernels beside computation hide something of M there, or nothing, as the
-host is fast or slow; and `alltoall`, whose host waits for counts, also without peer access (efficiency 0.17): nothing
-is claimed of these.
+The GPU tests hold steps twice as large to them, which a slow host does not limit. Over NVLink M is a tenth of a step,
+and the split costs as much as it hides: what is certain is that copy engines hide most of M, and not that D is below S.
+NCCL's kernels beside computation hide something of M there, or nothing, as the host is fast or slow; and `alltoall`,
+whose host waits for counts, also without peer access (efficiency 0.17): nothing is claimed of these.
 """
 
 

@@ -26,7 +26,7 @@ class CommOptions:
     ranks: int
     device: str
     transports: list[str]
-    sizes: list[int]  # bytes per rank sends to its peers in a dispatch
+    sizes: list[int]  # bytes that a rank sends to its peers in a dispatch
     beside: list[str]  # computations
     beside_from: int  # smallest size, in bytes, that is measured beside computation
     hidden_size: int

@@ -7,10 +7,9 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import ModelError, did_you_mean
 from antiphon.models.checkpoint.block_fp8 import BlockFp8
-from antiphon.models.checkpoint.presets import PRESETS, preset_file
+from antiphon.models.checkpoint.presets import PRESETS, packaged_models, preset_file
 from antiphon.models.config import ConfigFile, ModelConfig
 from antiphon.models.decoder import DecoderConfig
 
@@ -73,8 +72,7 @@ def _config_file(source: Path | str) -> Path:
         return preset_file(str(source))
     raise ModelError(
         f"model {str(source)!r} is not a folder",
-        remedy=f"pass the folder of a Hugging Face checkpoint (nothing is downloaded), the bundled {BUNDLED_MODEL!r}, "
-        f"or for dummy weights one of {', '.join(PRESETS)}{did_you_mean(source, [BUNDLED_MODEL, *PRESETS])}",
+        remedy=f"pass the folder of a Hugging Face checkpoint (nothing is downloaded), {packaged_models(source)}",
         option="model",
         value=source,
     )

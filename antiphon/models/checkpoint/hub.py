@@ -10,10 +10,9 @@ import logging
 import re
 from pathlib import Path
 
-from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import ModelError, did_you_mean, first_line
+from antiphon.core.errors import ModelError, first_line
 from antiphon.models.checkpoint.files import missing_files
-from antiphon.models.checkpoint.presets import PRESETS
+from antiphon.models.checkpoint.presets import packaged_models
 
 logger = logging.getLogger("antiphon.models")
 
@@ -46,8 +45,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None, weights: boo
     if isinstance(name, Path) or not is_hub_id(name):
         raise ModelError(
             f"model {str(name)!r} is neither a folder nor the id of a model on the hub (org/name)",
-            remedy=f"pass one of the two, the bundled {BUNDLED_MODEL!r}, or for dummy weights one of "
-            f"{', '.join(PRESETS)}{did_you_mean(name, [BUNDLED_MODEL, *PRESETS])}",
+            remedy=f"pass one of the two, {packaged_models(name)}",
             option="model",
             value=name,
         )
