@@ -10,11 +10,12 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from antiphon.device.device import Device, DeviceMemory, Event, Reading, StepTimer, Streams
+from antiphon.device.device import Captured, Device, DeviceMemory, Event, Reading, StepTimer, Streams, T
 
 
 class HostDevice(Device):
@@ -98,6 +99,13 @@ class CpuStreams:
 
     def join(self) -> None:
         return
+
+    @property
+    def capturing(self) -> bool:
+        return False
+
+    def capture(self, run: Callable[[], T]) -> Captured[T]:
+        raise AssertionError("a CPU runs work at once, so there is nothing to capture")
 
     def on_compute_stream(self) -> bool:
         return True

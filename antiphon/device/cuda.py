@@ -6,13 +6,14 @@ lookup of the current stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import torch
 
-from antiphon.device.device import Event, Identity, Streams
+from antiphon.device.device import Captured, Event, Identity, Streams, T
 from antiphon.device.generic import HIGH_PRIORITY, GenericDevice, GenericStreams
 
 
@@ -38,6 +39,11 @@ class CudaDevice(GenericDevice):
 
     def streams(self) -> Streams:
         return CudaStreams(self.torch_device)
+
+    def own_stream(self) -> None:
+        stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(self.current_stream())
+        self.set_stream(stream)
 
     def new_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.torch_device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
@@ -77,6 +83,9 @@ class CudaStreams(GenericStreams):
         index = torch.cuda.current_device() if device.index is None else device.index
         super().__init__(CudaDevice("cuda", index))
         self._compute_handle: int = self._compute.cuda_stream
+        self._start: torch.cuda.Event | None = None  # on the compute stream, where a run first forked
+        self._capturing = False
+        self._pool: Any = None  # of the memory of all captures
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event), "an event of another device reached CudaStreams"
@@ -88,8 +97,18 @@ class CudaStreams(GenericStreams):
         return self._compute_handle
 
     def queue_on(self, name: str, *, after: Event | None = None) -> int:
-        """The raw handle of a comm stream, for driver calls. Work queued there later runs after `after`."""
+        """The raw handle of a comm stream, for driver calls. Work queued there later runs after `after`.
+
+        Without `after` it runs after the work that was on the compute stream at the first fork since the last join. A
+        capture contains only streams that have forked from the compute stream.
+        """
         stream = self._comm_stream(name)
+        if name not in self._forked:
+            self._forked.add(name)
+            if self._start is None:
+                self._start = self._compute.record_event()
+            if after is None:
+                stream.wait_event(self._start)
         if after is not None:
             assert isinstance(after, torch.cuda.Event)
             stream.wait_event(after)
@@ -100,6 +119,28 @@ class CudaStreams(GenericStreams):
         """Record an event on a comm stream."""
         event: torch.cuda.Event = self._comm_stream(name).record_event()
         return event
+
+    def join(self) -> None:
+        super().join()
+        self._start = None
+
+    @property
+    def capturing(self) -> bool:
+        return self._capturing
+
+    def capture(self, run: Callable[[], T]) -> Captured[T]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may call the driver meanwhile, such as that of a process group.
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._compute, capture_error_mode="thread_local")
+        self._start, self._capturing = None, True
+        try:
+            with capture:
+                result = run()
+        finally:
+            self._start, self._capturing = None, False
+        return CudaGraph(graph, result)
 
     def on_compute_stream(self) -> bool:
         handle: int = torch._C._cuda_getCurrentRawStream(self.device.index)
@@ -119,6 +160,17 @@ class CudaStreams(GenericStreams):
     def _current(self) -> Any:
         """The current stream, without asking torch in the common case."""
         return self._compute if self.on_compute_stream() else torch.cuda.current_stream(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaGraph(Generic[T]):
+    """`Captured` as a CUDA graph. It must be replayed with the compute stream current."""
+
+    graph: torch.cuda.CUDAGraph
+    result: T
+
+    def replay(self) -> None:
+        self.graph.replay()
 
 
 def cuda_versions() -> dict[str, str]:

@@ -7,8 +7,9 @@
     ...                                 # run something
     used = device.peak_bytes()          # of the whole device, other processes included
 
-The compute stream is the caller's. A rank also has one comm stream, and further named ones if its transport needs them
-(an upload and a download stream). A transport uses them in the same way on every device:
+The compute stream is the caller's, or the engine's own (`Device.own_stream`). A rank also has one comm stream, and
+further named ones if its transport needs them (an upload and a download stream). A transport uses them in the same way
+on every device:
 
     ready = streams.record()              # on the compute stream, once the data is ready (early event)
     with streams.comm(after=ready):       # work launched inside runs on the comm stream, after the event
@@ -21,12 +22,15 @@ The compute stream is the caller's. A rank also has one comm stream, and further
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class DeviceMemory(NamedTuple):
@@ -72,7 +76,7 @@ class Device(ABC):
     """Fused kernels may run, if the type of `torch_device` has them. If False, plain torch runs."""
 
     capturable: ClassVar[bool] = False
-    """Work queued on a stream can be captured into a CUDA graph. Nothing asks for this yet."""
+    """Work queued on a stream can be captured, to be replayed by one launch (a CUDA graph)."""
 
     default_dtype: ClassVar[torch.dtype] = torch.float32
     """The dtype of a model unless the user chooses one."""
@@ -119,6 +123,13 @@ class Device(ABC):
     @abstractmethod
     def activate(self) -> None:
         """Make it the current device of this process, and turn TF32 off so that float32 GEMMs keep their precision."""
+
+    def own_stream(self) -> None:  # noqa: B027 (a default, not a gap)
+        """Make a stream of our own the current one, behind all work queued so far. Call it before `streams`.
+
+        The default stream of a CUDA device waits for all others and cannot be captured. Does nothing on devices that
+        have no such stream.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -187,7 +198,23 @@ class Streams(Protocol):
         ...
 
     def join(self) -> None:
-        """Make the compute stream wait for all work launched on the comm streams, as at the end of a step."""
+        """Make the compute stream wait for all work launched on comm streams since the last join, as a step's end does.
+
+        A comm stream that was not used in between is left alone: a captured step may only join what it has forked.
+        """
+        ...
+
+    @property
+    def capturing(self) -> bool:
+        """Whether work is being captured. It does not run then, and what the host writes is fixed in the graph."""
+        ...
+
+    def capture(self, run: Callable[[], T]) -> Captured[T]:
+        """Call `run` and capture what it queues on the compute stream and on comm streams, which it must join.
+
+        Only for devices that are `capturable`. Every kernel must have run before with the same shapes. Memory that
+        `run` allocates belongs to a pool that all captures of these streams share; a replay overwrites it.
+        """
         ...
 
     def on_compute_stream(self) -> bool:
@@ -205,6 +232,19 @@ class Reading:
 
     start: Any
     stop: Any
+
+
+class Captured(Protocol[T_co]):
+    """Work that was captured. All of its addresses are fixed: a replay reads and writes the same memory."""
+
+    @property
+    def result(self) -> T_co:
+        """What the captured function returned. Its tensors hold the results of the last replay."""
+        ...
+
+    def replay(self) -> None:
+        """Queue the work again on the compute stream, with one launch. Never blocks the host."""
+        ...
 
 
 class StepTimer(Protocol):

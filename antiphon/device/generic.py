@@ -10,7 +10,7 @@ operations, no fused kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from antiphon.core.errors import LaneError, OptionError
-from antiphon.device.device import Device, DeviceMemory, Event, Reading, StepTimer, Streams
+from antiphon.device.device import Captured, Device, DeviceMemory, Event, Reading, StepTimer, Streams, T
 
 HIGH_PRIORITY = -1
 _PREFIX = "generic:"  # of kinds that name the hardware
@@ -142,6 +142,7 @@ class GenericStreams:
         self._calls = owner
         self._compute = owner.current_stream()
         self._comm: dict[str, Any] = {}
+        self._forked: set[str] = set()  # comm streams with work that the compute stream has not joined
 
     def record(self) -> Event:
         event: Event = self._current().record_event()
@@ -158,6 +159,7 @@ class GenericStreams:
                 remedy="leave the stream context first",
             )
         self._calls.set_stream(self._comm_stream(name))
+        self._forked.add(name)
         try:
             self.wait(after)
             yield
@@ -165,8 +167,16 @@ class GenericStreams:
             self._calls.set_stream(self._compute)
 
     def join(self) -> None:
-        for stream in self._comm.values():
-            self._compute.wait_stream(stream)
+        for name in sorted(self._forked):
+            self._compute.wait_stream(self._comm[name])
+        self._forked.clear()
+
+    @property
+    def capturing(self) -> bool:
+        return False
+
+    def capture(self, run: Callable[[], T]) -> Captured[T]:
+        raise AssertionError(f"work on {self.owner!r} cannot be captured")
 
     def on_compute_stream(self) -> bool:
         return bool(self._calls.current_stream() == self._compute)

@@ -346,6 +346,10 @@ class _LoggedStreams:
     def compute_handle(self) -> int:
         return self._inner.compute_handle
 
+    @property
+    def capturing(self) -> bool:
+        return self._inner.capturing
+
     def record(self) -> Event:
         return self._recorded(self._inner.record, _COMPUTE)
 
