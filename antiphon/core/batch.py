@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
+PENDING_TOKEN = -1
+"""In place of a token id that a step on the device chooses and the host does not know yet."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSlice:
     """The tokens of one request that one step, or one lane of it, computes."""
 
     request_id: int
-    token_ids: tuple[int, ...]  # new tokens, whose keys and values this step writes
+    token_ids: tuple[int, ...]  # new tokens, whose keys and values this step writes; the last may be `PENDING_TOKEN`
     context_len: int  # tokens of the request that are in the KV cache before them
-    block_ids: tuple[int, ...]  # KV blocks of the whole request, in order of position
+    block_ids: Sequence[int]  # KV blocks of the whole request, in order of position; the owner may append to them
 
     @property
     def query_len(self) -> int:

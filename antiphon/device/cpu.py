@@ -76,6 +76,9 @@ class CpuDevice(HostDevice):
 class _CpuEvent:
     __slots__ = ()
 
+    def synchronize(self) -> None:
+        return
+
 
 _HAPPENED = _CpuEvent()
 

@@ -171,6 +171,10 @@ class Device(ABC):
 class Event(Protocol):
     """A point on a stream."""
 
+    def synchronize(self) -> None:
+        """Block the host until the stream has reached the point."""
+        ...
+
 
 class Streams(Protocol):
     """One rank's compute and comm streams."""

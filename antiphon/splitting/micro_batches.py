@@ -70,7 +70,7 @@ def build_micro_batch(
     """
     # Extending arrays by ranges is fast, which matters: a step has thousands of tokens, and the device may be waiting.
     token_ids, positions, slots = array("q"), array("q"), array("q")
-    decodes: list[tuple[int, tuple[int, ...], int]] = []  # row, blocks, sequence length
+    decodes: list[tuple[int, Sequence[int], int]] = []  # row, blocks, sequence length
     prefills: list[PrefillSlice] = []
     for request in requests:
         start = len(token_ids)
@@ -127,12 +127,12 @@ def _int64(numbers: Iterable[int]) -> torch.Tensor:
     return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
 
 
-def _used_blocks(request: RequestSlice, block_size: int) -> tuple[int, ...]:
+def _used_blocks(request: RequestSlice, block_size: int) -> Sequence[int]:
     num_tokens = request.context_len + request.query_len
     return request.block_ids[: -(-num_tokens // block_size)]
 
 
-def _decode_group(decodes: Sequence[tuple[int, tuple[int, ...], int]]) -> DecodeGroup:
+def _decode_group(decodes: Sequence[tuple[int, Sequence[int], int]]) -> DecodeGroup:
     """decodes: row, blocks and sequence length of each request."""
     width = max(1, *(len(table) for _, table, _ in decodes))
     padded = array("q")

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from antiphon.core.batch import Batch
+from antiphon.core.batch import PENDING_TOKEN, Batch
 from antiphon.core.sampling import ResolvedParams
 from antiphon.engine.cache.block_pool import BlockPool, block_key
 from antiphon.engine.scheduling.request import NewToken, PromptPart, Request, Sampled, TokenOutput
@@ -67,7 +67,12 @@ def commit(scheduler: Scheduler, batch: Batch, tokens: Iterable[int] | int = WOR
     """tokens: one for every slice, used where one is sampled."""
     each = [tokens] * len(batch.requests) if isinstance(tokens, int) else list(tokens)
     chosen = {place: NewToken(token_id=each[place]) for place in ends_text(scheduler, batch)}
-    return scheduler.commit(batch, Sampled(tokens=chosen))
+    return launch_and_commit(scheduler, batch, Sampled(tokens=chosen))
+
+
+def launch_and_commit(scheduler: Scheduler, batch: Batch, sampled: Sampled) -> list[TokenOutput]:
+    scheduler.launched(batch)
+    return scheduler.commit(batch, sampled)
 
 
 def step(scheduler: Scheduler, tokens: Iterable[int] | int = WORD) -> list[TokenOutput]:
@@ -180,10 +185,13 @@ def test_one_ends_and_the_next_takes_its_place() -> None:
 def test_a_prompt_that_does_not_fit_comes_in_chunks() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=10)
     scheduler.add([make_request(0, 24, max_tokens=2)])
-    batches = run(scheduler)
-    assert [batch.query_lens for batch in batches] == [[10], [10], [4], [1]]
-    assert [batch.requests[0].context_len for batch in batches] == [0, 10, 20, 24]
-    assert [len(batch.requests[0].block_ids) for batch in batches] == [3, 5, 6, 7], "blocks as they are needed"
+    seen = []
+    while scheduler.num_unfinished:
+        batch = scheduler.next_batch()
+        (part,) = batch.requests
+        seen.append((part.context_len, part.query_len, len(part.block_ids)))  # blocks as they are needed
+        commit(scheduler, batch)
+    assert seen == [(0, 10, 3), (10, 10, 5), (20, 4, 6), (24, 1, 7)]
 
 
 def test_requests_decode_beside_the_chunks_of_a_prompt() -> None:
@@ -380,7 +388,7 @@ def test_sampled_tokens_go_to_the_request_at_their_place() -> None:
     scheduler.add([make_request(5, 2), make_request(6, 2)])
     token, prompt = NewToken(token_id=11, logits=b"logits"), PromptPart(logits=b"prompt")
     sampled = Sampled(tokens={0: NewToken(token_id=10), 1: token}, prompt={0: prompt})
-    first, second = scheduler.commit(scheduler.next_batch(), sampled)
+    first, second = launch_and_commit(scheduler, scheduler.next_batch(), sampled)
     assert (first.request_id, first.token, first.prompt) == (5, NewToken(token_id=10), prompt)
     assert (second.request_id, second.token, second.prompt) == (6, token, None)
 
@@ -389,7 +397,7 @@ def test_a_chunk_can_bring_a_part_of_the_prompts_logprobs() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=10)
     scheduler.add([make_request(5, 14, prompt_logprobs=1)])
     part = PromptPart(logits=b"first")
-    (output,) = scheduler.commit(scheduler.next_batch(), Sampled(prompt={0: part}))
+    (output,) = launch_and_commit(scheduler, scheduler.next_batch(), Sampled(prompt={0: part}))
     assert (output.token, output.prompt, output.finish_reason) == (None, part, None)
 
 
@@ -424,11 +432,62 @@ def test_an_aborted_request_makes_room() -> None:
 _SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 12), st.integers(0, 2), st.booleans())
 
 
+# ---- a step launched before the one before is committed
+
+
+def test_a_request_goes_on_with_a_pending_token() -> None:
+    scheduler = make_scheduler()
+    scheduler.add([make_request(0, 6, 3)])
+    first = scheduler.next_batch()
+    scheduler.launched(first)
+    second = scheduler.next_batch()
+    (part,) = second.requests
+    assert (part.token_ids, part.context_len) == ((PENDING_TOKEN,), 6)
+    scheduler.launched(second)
+    (output,) = scheduler.commit(first, Sampled(tokens={0: NewToken(token_id=7)}))
+    assert (output.request_id, output.finish_reason) == (0, None)
+    third = scheduler.next_batch()
+    assert third.requests[0].token_ids == (PENDING_TOKEN,)
+    scheduler.launched(third)
+    scheduler.commit(second, Sampled(tokens={0: NewToken(token_id=8)}))
+    assert scheduler.next_batch().requests == (), "its last token is on its way"
+    (output,) = scheduler.commit(third, Sampled(tokens={0: NewToken(token_id=9)}))
+    assert output.finish_reason == "length" and scheduler.num_unfinished == 0
+
+
+def test_the_token_after_an_end_is_dropped() -> None:
+    scheduler = make_scheduler()
+    scheduler.add([make_request(0, 6, 9), make_request(1, 6, 9)])
+    first = scheduler.next_batch()
+    scheduler.launched(first)
+    second = scheduler.next_batch()
+    scheduler.launched(second)
+    outputs = scheduler.commit(first, Sampled(tokens={0: NewToken(token_id=EOS), 1: NewToken(token_id=WORD)}))
+    assert [output.finish_reason for output in outputs] == ["stop", None]
+    assert ids_of(scheduler.next_batch()) == [1]
+    outputs = scheduler.commit(second, Sampled(tokens={0: NewToken(token_id=WORD), 1: NewToken(token_id=WORD)}))
+    assert [output.request_id for output in outputs] == [1]
+
+
+def test_blocks_with_pending_tokens_are_not_known() -> None:
+    scheduler = make_scheduler()
+    size = scheduler.pool.block_size
+    scheduler.add([make_request(0, size - 1, 9)])
+    first = scheduler.next_batch()
+    scheduler.launched(first)
+    second = scheduler.next_batch()
+    scheduler.launched(second)
+    request = scheduler.requests[0]
+    assert request.num_computed == size and not request.keys, "the block is full, but its last token is not known"
+    scheduler.commit(first, Sampled(tokens={0: NewToken(token_id=WORD)}))
+    assert len(request.keys) == 1
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Adds, aborts and steps at random, over a cache that remembers what is written to it.
 
-    After each event every block is held or free. Every slice finds its own text in its blocks. In the end all requests
-    are served.
+    A step may be launched before the one before is committed. After each event every block is held or free. Every slice
+    finds its own text in its blocks. In the end all requests are served.
     """
 
     @initialize(
@@ -453,6 +512,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.by_id: dict[int, Request] = {}
         self.arrived: list[int] = []  # not ended, in order of arrival
         self.cache: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset): the text up to the token there
+        self.in_flight: tuple[Batch, dict[int, int]] | None = None  # with the token that each place will get
+        self.coming: dict[int, int] = {}  # request: the token that it will get from the step in flight
 
     @rule(shapes=st.lists(_SHAPES, min_size=1, max_size=4))
     def add(self, shapes: list[tuple[int, int, int, bool]]) -> None:
@@ -473,16 +534,36 @@ class AnyOrder(RuleBasedStateMachine):
         self.scheduler.abort(ids)
         self.arrived = [number for number in self.arrived if number not in ids]
 
-    @rule(tokens=st.lists(st.sampled_from([WORD, WORD, WORD, EOS]), min_size=5, max_size=5), again=st.booleans())
-    def step(self, tokens: list[int], again: bool) -> None:
+    @rule(
+        tokens=st.lists(st.sampled_from([WORD, WORD, WORD, EOS]), min_size=5, max_size=5),
+        again=st.booleans(),
+        waits=st.booleans(),
+    )
+    def step(self, tokens: list[int], again: bool, waits: bool) -> None:
         batch = self.scheduler.next_batch()
         if again:
             batch = self.scheduler.next_batch()
+        if not batch.requests and self.in_flight is not None:
+            self._commit(*self.in_flight)
+            self.in_flight, self.coming = None, {}
+            batch = self.scheduler.next_batch()
         self._check_batch(batch)
         self._compute(batch)
-        sampling = [batch.requests[place].request_id for place in ends_text(self.scheduler, batch)]
-        outputs = commit(self.scheduler, batch, tokens[: len(batch.requests)])
-        assert [output.request_id for output in outputs] == sampling
+        chosen = {place: tokens[place] for place in ends_text(self.scheduler, batch)}
+        self.scheduler.launched(batch)
+        before, self.in_flight = self.in_flight, (batch, chosen)
+        self.coming = {batch.requests[place].request_id: token for place, token in chosen.items()}
+        if before is not None:
+            self._commit(*before)
+        if waits:
+            self._commit(batch, chosen)
+            self.in_flight, self.coming = None, {}
+
+    def _commit(self, batch: Batch, chosen: dict[int, int]) -> None:
+        tokens = {place: NewToken(token_id=token) for place, token in chosen.items()}
+        sampling = [batch.requests[place].request_id for place in chosen]
+        outputs = self.scheduler.commit(batch, Sampled(tokens=tokens))
+        assert [output.request_id for output in outputs] == [number for number in sampling if number in self.arrived]
         for output in outputs:
             request = self.by_id[output.request_id]
             stopped = request.output_ids[-1] == EOS and not request.params.ignore_eos
@@ -499,12 +580,14 @@ class AnyOrder(RuleBasedStateMachine):
         running = [number for number in self.arrived if self.by_id[number].block_ids]
         assert running == self.arrived[: len(running)], "a request overtook another"
         assert set(ids_of(batch)) <= set(running)
-        assert not self.arrived or self.arrived[0] in ids_of(batch), "the first to arrive must go on"
+        goes_on = [number for number in self.arrived if self.by_id[number].num_missing]
+        assert not goes_on or goes_on[0] in ids_of(batch), "the first to arrive must go on"
         for part in batch.requests:
             request = self.by_id[part.request_id]
             stop = part.context_len + part.query_len
             assert part.query_len > 0
-            assert (*request.prompt_ids, *request.output_ids)[part.context_len : stop] == part.token_ids
+            known = (*request.prompt_ids, *request.output_ids, *[PENDING_TOKEN] * request.num_pending)
+            assert known[part.context_len : stop] == part.token_ids
             assert len(part.block_ids) * self.scheduler.pool.block_size >= stop
 
     def _compute(self, batch: Batch) -> None:
@@ -513,6 +596,8 @@ class AnyOrder(RuleBasedStateMachine):
         for part in batch.requests:
             request = self.by_id[part.request_id]
             text = (*request.prompt_ids, *request.output_ids)
+            if request.num_pending:
+                text += (self.coming[part.request_id],)
             for position in range(part.context_len):
                 place = (part.block_ids[position // size], position % size)
                 assert self.cache.get(place) == text[: position + 1], f"request {part.request_id} reads another's text"
@@ -535,7 +620,7 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         for _ in range(40 * len(getattr(self, "arrived", ()))):
             if self.arrived:
-                self.step([WORD] * 5, again=False)
+                self.step([WORD] * 5, again=False, waits=False)
         assert not getattr(self, "arrived", ())
         if hasattr(self, "scheduler"):
             assert self.scheduler.pool.num_free == self.scheduler.pool.num_usable

@@ -51,6 +51,11 @@ def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(first, min(stop, first + size))
 
 
+def takes_best(request: Request) -> bool:
+    """Whether the request's token is simply the argmax of the model's logits."""
+    return not request.params.temperature and not changes_logits(request)
+
+
 class Chooser:
     """Chooses a token for each row of logits, and sets `Request.sampling`.
 
@@ -74,14 +79,26 @@ class Chooser:
         self._pin_memory = pin_memory
         self._counts: PenaltyCounts | None = None
 
-    def choose(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, list[int]]:
-        """Return one token id per row, on the device [N] and on the host. The logits are not modified."""
+    def launch(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Return one token id per row, on the device [N]; the host does not wait. The logits are not modified.
+
+        The id is -1 where the likeliest tokens were not enough, which can only happen where `may_miss`.
+        """
         ids_N = logits_NV.argmax(-1)
-        rows = [row for row, request in enumerate(requests) if request.params.temperature or changes_logits(request)]
+        rows = [row for row, request in enumerate(requests) if not takes_best(request)]
         if rows:
             self._choose_rows(rows, requests, logits_NV, ids_N)
+        return ids_N
+
+    def may_miss(self, params: ResolvedParams) -> bool:
+        """Whether the likeliest tokens may not be enough for a draw, so that the host must look at the result."""
+        return self._method(params) is _Method.DRAW_LIKELIEST and params.top_k <= 0
+
+    def choose(self, logits_NV: torch.Tensor, requests: Sequence[Request]) -> tuple[torch.Tensor, list[int]]:
+        """Return one token id per row, on the device [N] and on the host, which waits. The logits are not modified."""
+        ids_N = self.launch(logits_NV, requests)
         token_ids: list[int] = ids_N.tolist()
-        again = [row for row in rows if token_ids[row] == _NOT_COVERED]
+        again = [row for row, token_id in enumerate(token_ids) if token_id == _NOT_COVERED]
         if again:
             self._choose_rows(again, requests, logits_NV, ids_N, ordered=True)
             token_ids = ids_N.tolist()
@@ -134,7 +151,7 @@ class Chooser:
             rows,
             slots,
             [max(p.top_k, 0) for p in params],
-            [draw_key(r.seed, len(r.output_ids)) if r.params.temperature else 0 for r in requests],
+            [draw_key(r.seed, r.num_outputs) if r.params.temperature else 0 for r in requests],
         ]
         numbers = [
             [p.temperature for p in params],

@@ -36,7 +36,7 @@ def has_penalties(params: ResolvedParams) -> bool:
 def changes_logits(request: Request) -> bool:
     """Whether anything modifies this request's logits."""
     params = request.params
-    return params.logit_bias is not None or len(request.output_ids) < params.min_tokens or has_penalties(params)
+    return params.logit_bias is not None or request.num_outputs < params.min_tokens or has_penalties(params)
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ def find_additions(requests: Sequence[Request], eos_token_ids: frozenset[int]) -
             ids.append(kept.bias[0])
             values.append(kept.bias[1])
             end += len(kept.bias[0])
-        if len(request.output_ids) < params.min_tokens:
+        if request.num_outputs < params.min_tokens:
             hidden = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_token_ids)}
             ids.append(torch.tensor(sorted(hidden), dtype=torch.int64))
             values.append(torch.full((len(hidden),), -torch.inf, dtype=torch.float64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from antiphon.core.batch import PENDING_TOKEN
 from antiphon.core.sampling import ResolvedParams
 
 
@@ -57,8 +58,9 @@ class Request:
     max_tokens: int  # params.max_tokens, limited by the model's length
     seed: int
     # set by the scheduler
-    block_ids: tuple[int, ...] = ()
-    num_computed: int = 0  # tokens whose keys and values are in the cache
+    block_ids: list[int] = field(default_factory=list)  # grows in place; a new list after a preemption
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or will be once the launched steps have run
+    num_pending: int = 0  # new tokens of launched steps that the host does not know yet
     output_ids: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its full blocks that are in the prefix cache
     known_keys: list[bytes] = field(default_factory=list)  # of its first blocks, kept while it waits
@@ -69,12 +71,28 @@ class Request:
     sampling: Any = None  # a cache, rebuilt from prompt_ids and output_ids if dropped
 
     @property
-    def num_tokens(self) -> int:
+    def num_outputs(self) -> int:
+        """New tokens, including those that the host does not know yet."""
+        return len(self.output_ids) + self.num_pending
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that the host knows."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the text so far, including those that the host does not know yet."""
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_pending
+
+    @property
     def num_missing(self) -> int:
-        """Tokens that are known but not computed. Computing the last of them yields a new token."""
+        """Tokens that are not computed. Computing the last of them yields a new token.
+
+        0 if the last token of the text is on its way: nothing follows it.
+        """
+        if self.num_pending and self.num_outputs >= self.max_tokens:
+            return 0
         return self.num_tokens - self.num_computed
 
     @property
@@ -83,11 +101,15 @@ class Request:
         return self.params.wants_prompt and self.num_reported < len(self.prompt_ids)
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
-        """Tokens `start` to `stop` of the text, which is prompt and output together."""
+        """Tokens `start` to `stop` of the text, which is prompt and output together.
+
+        `PENDING_TOKEN` stands for those that the host does not know yet.
+        """
         num_prompt = len(self.prompt_ids)
         if stop <= num_prompt:
             return self.prompt_ids[start:stop]
-        return (*self.prompt_ids[start:], *self.output_ids[max(0, start - num_prompt) : stop - num_prompt])
+        known = (*self.prompt_ids[start:], *self.output_ids[max(0, start - num_prompt) : stop - num_prompt])
+        return known + (PENDING_TOKEN,) * (stop - max(start, self.num_known))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

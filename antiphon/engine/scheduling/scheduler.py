@@ -9,6 +9,10 @@ always go on, so every request ends.
     waiting ──admit──► running ──commit──► finished
        ▲                  │
        └──── preempt ─────┘
+
+A step may be prepared while the one before still runs: `launched` records what a step will compute, and `commit` what
+it has found. In between, its new tokens are pending. A request that turns out to have ended has run one token too many,
+which is dropped.
 """
 
 from __future__ import annotations
@@ -69,14 +73,11 @@ class Scheduler:
         """Drop requests and free their blocks; unknown ids are ignored."""
         for request_id in request_ids:
             request = self.requests.get(request_id)
-            if request is None:
-                continue
-            if request in self._waiting:
-                self._waiting.remove(request)
-            self._release(request)
+            if request is not None:
+                self._release(request)
 
     def next_batch(self) -> Batch:
-        """Return the tokens of the next step; empty if there is nothing to do. May be called again before `commit`."""
+        """Return the tokens of the next step; empty if nothing can run now. May be called again before `launched`."""
         step = _Step(self._max_num_batched_tokens)
         num_preempted = self.stats.preemptions
         decoding = [request for request in self._running if request.num_missing == 1]
@@ -88,17 +89,27 @@ class Scheduler:
             self._admit(step)
         return Batch(rank=self._rank, requests=tuple(step.slices.values()))
 
-    def commit(self, batch: Batch, sampled: Sampled) -> list[TokenOutput]:
-        """Record what was computed and sampled, and release finished requests with their blocks."""
-        outputs = []
-        for place, part in enumerate(batch.requests):
+    def launched(self, batch: Batch) -> None:
+        """Record that the step of `batch` has been launched: later steps run after it and may read what it writes."""
+        for part in batch.requests:
             request = self.requests[part.request_id]
             request.num_computed = part.context_len + part.query_len
+            request.num_pending += request.num_computed == request.num_tokens
             self._publish(request)
+
+    def commit(self, batch: Batch, sampled: Sampled) -> list[TokenOutput]:
+        """Record what a launched step has sampled, and release finished requests with their blocks.
+
+        Results of requests that have ended or were aborted since the launch are dropped.
+        """
+        outputs = []
+        for place, part in enumerate(batch.requests):
+            request = self.requests.get(part.request_id)
             token, prompt = sampled.tokens.get(place), sampled.prompt.get(place)
-            if token is None and prompt is None:
+            if request is None or (token is None and prompt is None):
                 continue
             finish_reason, stop_reason = (None, None) if token is None else self._append(request, token)
+            self._publish(request)
             outputs.append(
                 TokenOutput(
                     request_id=request.request_id,
@@ -121,7 +132,7 @@ class Scheduler:
             needed = self.pool.blocks_for(request.num_computed + count) - len(request.block_ids)
             blocks = self.pool.take(max(0, needed))
             if blocks is not None:
-                request.block_ids += blocks
+                request.block_ids.extend(blocks)
                 step.add(request, count)
                 return
             victim = self._running[-1]
@@ -147,7 +158,7 @@ class Scheduler:
             self.pool.hold(shared)
             blocks = self.pool.take(needed)
             assert blocks is not None
-            request.block_ids, request.keys = (*shared, *blocks), keys[: len(shared)]
+            request.block_ids, request.keys = [*shared, *blocks], keys[: len(shared)]
             request.num_computed = num_shared
             if not request.num_preemptions:
                 request.num_cached = num_shared
@@ -191,9 +202,9 @@ class Scheduler:
         return keys[:num_full]
 
     def _publish(self, request: Request) -> None:
-        """Put the blocks that the step has filled into the prefix cache."""
+        """Put the blocks that launched steps fill with known tokens into the prefix cache."""
         size = self.pool.block_size
-        for number in range(len(request.keys), request.num_computed // size):
+        for number in range(len(request.keys), min(request.num_computed, request.num_known) // size):
             key = self._key(request, number * size, request.keys)
             request.keys.append(key)
             self.pool.publish(request.block_ids[number], key)
@@ -206,6 +217,7 @@ class Scheduler:
     def _append(self, request: Request, token: NewToken) -> tuple[str | None, int | str | None]:
         """Add a new token. Returns the finish and stop reasons; both are `None` if the text goes on."""
         request.output_ids.append(token.token_id)
+        request.num_pending -= 1
         params, num_outputs = request.params, len(request.output_ids)
         if num_outputs > params.min_tokens:
             if token.token_id in self._eos_token_ids and not params.ignore_eos:
@@ -218,12 +230,14 @@ class Scheduler:
         del self.requests[request.request_id]
         if request in self._running:
             self._running.remove(request)
+        else:
+            self._waiting.remove(request)
         self._give_back(request)
         request.sampling, request.known_keys = None, []  # the caller may still hold the request
 
     def _give_back(self, request: Request) -> None:
         self.pool.give_back(request.block_ids)
-        request.block_ids, request.keys = (), []
+        request.block_ids, request.keys = [], []
 
 
 class _Step:
