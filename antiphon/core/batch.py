@@ -73,9 +73,9 @@ class Batch:
 class DecodeGroup:
     """All single-token slices, computed together."""
 
-    rows_N: torch.Tensor  # int64, their rows in the micro-batch
-    block_table_NB: torch.Tensor  # int64, padded with block 0, which the mask hides
-    seq_lens_N: torch.Tensor  # int64, context plus the new token; 0 for padding
+    rows_N: torch.Tensor | None  # int64, their rows in the micro-batch; None: all of its rows
+    block_table_NB: torch.Tensor  # int32, padded with block 0, which is not read; may be wider than needed
+    seq_lens_N: torch.Tensor  # int32, context plus the new token; 0 for padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +100,8 @@ class AttentionMetadata:
     slots_T: torch.Tensor  # int64, where each token's keys and values go: block * block_size + offset
     decodes: DecodeGroup | None
     prefills: tuple[PrefillSlice, ...]
+    # set by the model, on its device
+    prepared: Any = None  # what the attention backend prepared for `decodes`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +161,8 @@ def _with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     return value
 
 
+_ALIGNMENT = 16
+
 _current: ContextVar[MicroBatch] = ContextVar("antiphon_micro_batch")
 
 
@@ -178,14 +182,23 @@ def use_micro_batch(part: MicroBatch) -> Iterator[None]:
 
 
 def upload(tensors: Sequence[torch.Tensor], device: torch.device, *, pin_memory: bool = False) -> list[torch.Tensor]:
-    """Copy CPU tensors of one dtype to `device` in one transfer; returns views of one new buffer, in the same order.
+    """Copy CPU tensors to `device` in one transfer; returns views of one new buffer, in the same order.
+
+    Each of them begins at a multiple of 16 bytes there, so that kernels need no other version for some of them.
 
     On a GPU the copy is queued on the current stream, and the results are safe on that stream. The sources may be
     changed as soon as the call returns. pin_memory: copy through pinned memory, so that the host need not wait.
     """
-    sizes = [tensor.numel() for tensor in tensors]
-    packed = torch.empty(sum(sizes), dtype=tensors[0].dtype, device="cpu", pin_memory=pin_memory)
-    torch.cat([tensor.reshape(-1) for tensor in tensors], out=packed)
+    padding, parts, sizes = torch.zeros(_ALIGNMENT, dtype=torch.uint8, device="cpu"), [], []
+    for tensor in tensors:
+        gap = -tensor.nbytes % _ALIGNMENT
+        parts += [tensor.reshape(-1).view(torch.uint8), padding[:gap]]
+        sizes.append(tensor.nbytes + gap)
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
+    torch.cat(parts, out=packed)
     # torch's allocator of pinned memory keeps the buffer until the copy is done.
     moved = packed.to(device, non_blocking=True)
-    return [part.view(tensor.shape) for part, tensor in zip(torch.split(moved, sizes), tensors, strict=True)]
+    return [
+        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(torch.split(moved, sizes), tensors, strict=True)
+    ]

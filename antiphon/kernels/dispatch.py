@@ -37,6 +37,11 @@ def no_cuda_kernels() -> Iterator[None]:
         _allowed.reset(token)
 
 
+def cuda_kernels_allowed() -> bool:
+    """Whether this context is outside `no_cuda_kernels`."""
+    return _allowed.get()
+
+
 def takes_cuda_kernels(tensor: torch.Tensor) -> bool:
     """Whether kernels for CUDA devices only may run on the tensor."""
     return tensor.is_cuda and _allowed.get()

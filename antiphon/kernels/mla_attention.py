@@ -106,29 +106,36 @@ def _causal_padded(
     return causal_attention(q_NHSQ, key_NHLQ, padded_NHLQ, scale)[..., :value_size]
 
 
+def fold_query(q_NHQ: torch.Tensor, key_up_HQC: torch.Tensor) -> torch.Tensor:
+    """Queries that attend to latents themselves: [N, H, C + P2] from [N, H, Q + P2], rotary part last."""
+    query_size = key_up_HQC.shape[1]
+    latent_q_NHC = torch.einsum("nhq,hqc->nhc", q_NHQ[..., :query_size], key_up_HQC)
+    return torch.cat([latent_q_NHC, q_NHQ[..., query_size:]], dim=-1)
+
+
+def expand_output(out_NHC: torch.Tensor, value_up_HVC: torch.Tensor) -> torch.Tensor:
+    """Attention in latent space [N, H, C] to values [N, H, V]."""
+    return torch.einsum("nhc,hvc->nhv", out_NHC, value_up_HVC)
+
+
 def decode_attention(
-    q_NHQ: torch.Tensor,
+    q_NHX: torch.Tensor,
     cache_blocks: torch.Tensor,
     block_table_NB: torch.Tensor,
     seq_lens_N: torch.Tensor,
-    key_up_HQC: torch.Tensor,
-    value_up_HVC: torch.Tensor,
+    latent_size: int,
     scale: float,
     *,
     most_positions: int = MOST_POSITIONS,
 ) -> torch.Tensor:
-    """Attention of one new token for each of `N` requests, in latent space: [N, H, V].
+    """Attention of one new token for each of `N` requests, in latent space: [N, H, C], between the functions above.
 
-    q_NHQ: [N, H, Q + P2]. seq_lens_N includes the new token, whose latent is already in the cache; a length of 0 gives
+    q_NHX: [N, H, C + P2]. seq_lens_N includes the new token, whose latent is already in the cache; a length of 0 gives
     zeros. All sequences are padded to the longest one; most_positions bounds how many positions are gathered at once.
     """
-    query_size, latent_size = key_up_HQC.shape[1:]
 
-    def decode(q_NHQ: torch.Tensor, latents_NLC: torch.Tensor, seq_lens_N: torch.Tensor) -> torch.Tensor:
-        latent_q_NHC = torch.einsum("nhq,hqc->nhc", q_NHQ[..., :query_size], key_up_HQC)
-        full_q_NHC = torch.cat([latent_q_NHC, q_NHQ[..., query_size:]], dim=-1)
+    def decode(q_NHX: torch.Tensor, latents_NLC: torch.Tensor, seq_lens_N: torch.Tensor) -> torch.Tensor:
         key_N1LC = latents_NLC.unsqueeze(1)  # one key/value head for all query heads
-        context_NHC = attend_to_cached(full_q_NHC, key_N1LC, key_N1LC[..., :latent_size], seq_lens_N, scale)
-        return torch.einsum("nhc,hvc->nhv", context_NHC, value_up_HVC)
+        return attend_to_cached(q_NHX, key_N1LC, key_N1LC[..., :latent_size], seq_lens_N, scale)
 
-    return decode_in_groups(decode, q_NHQ, cache_blocks, block_table_NB, seq_lens_N, most_positions)
+    return decode_in_groups(decode, q_NHX, cache_blocks, block_table_NB, seq_lens_N, most_positions)

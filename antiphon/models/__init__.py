@@ -5,7 +5,7 @@ engine then calls.
 """
 
 from antiphon.models.architectures.registry import read_config
-from antiphon.models.build import build_model, expert_shape, num_parameters, skeleton, weight_bytes
+from antiphon.models.build import attention_shape, build_model, expert_shape, num_parameters, skeleton, weight_bytes
 from antiphon.models.causal_lm import CausalLM, LayerState, run_micro_batch
 from antiphon.models.checkpoint.dummy import fill_dummy_weights
 from antiphon.models.checkpoint.dummy_routing import RoutingSpec, parse_routing
@@ -28,6 +28,7 @@ __all__ = [
     "RoutingSpec",
     "build_model",
     "check_checkpoint",
+    "attention_shape",
     "expert_shape",
     "fill_dummy_weights",
     "load_weights",

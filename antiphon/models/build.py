@@ -8,6 +8,7 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Transport, create_transport
 from antiphon.core.errors import ModelError, first_line
+from antiphon.kernels.attention import AttentionBackend, AttentionShape, choose_backend
 from antiphon.models.checkpoint.dummy_routing import RouteTable, RoutingKind, RoutingSpec, TableRouter, routing_tables
 from antiphon.models.config import ModelConfig
 from antiphon.models.decoder import Decoder, DecoderConfig
@@ -16,18 +17,40 @@ from antiphon.models.router import Router
 from antiphon.runtime import CpuStreams
 
 
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens per block of the KV cache for which a model is built, unless its attention backend is given."""
+
+_META = torch.device("meta")
+
+
 def expert_shape(config: ModelConfig, dtype: torch.dtype) -> ExpertShape:
     """The shape of a model's experts, as its transport needs it."""
     return ExpertShape(num_experts=config.num_experts, top_k=config.top_k, hidden_size=config.hidden_size, dtype=dtype)
 
 
-def build_model(config: ModelConfig, transport: Transport, routing: RoutingSpec | None = None) -> Decoder:
+def attention_shape(config: ModelConfig) -> AttentionShape:
+    """The shape of a model's attention, as its backend needs it."""
+    return _decoder_config(config).attention.shape
+
+
+def build_model(
+    config: ModelConfig,
+    transport: Transport,
+    routing: RoutingSpec | None = None,
+    *,
+    attention_backend: AttentionBackend | None = None,
+) -> Decoder:
     """This rank's part of the model with uninitialized weights, on the transport's device and in its dtype.
 
-    routing: replaces the choice of every router, see `checkpoint.dummy_routing`.
+    routing: replaces the choice of every router, see `checkpoint.dummy_routing`. attention_backend: the one chosen
+    automatically by default, for a KV cache in blocks of `DEFAULT_BLOCK_SIZE` tokens.
     """
-    with torch.device(transport.streams.device):
-        model = Decoder(_decoder_config(config), transport)
+    device = transport.streams.device
+    if attention_backend is None:
+        shape, dtype = attention_shape(config), transport.shape.dtype
+        attention_backend, _ = choose_backend("auto", shape, dtype, DEFAULT_BLOCK_SIZE, device)
+    with torch.device(device):
+        model = Decoder(_decoder_config(config), transport, attention_backend)
     if routing is not None and routing.kind is not RoutingKind.MODEL:
         _route_by_table(model, routing, transport)
     return model
@@ -65,7 +88,8 @@ def skeleton(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder
             transport = create_transport(
                 "local", expert_shape(config, dtype), group=group, streams=CpuStreams(), num_lanes=1
             )
-            return Decoder(_decoder_config(config), transport)
+            backend, _ = choose_backend("torch", attention_shape(config), dtype, DEFAULT_BLOCK_SIZE, _META)
+            return Decoder(_decoder_config(config), transport, backend)
     except RuntimeError as error:
         raise ModelError(
             f"the sizes in config.json describe tensors that cannot exist ({first_line(error)})",

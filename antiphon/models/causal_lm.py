@@ -29,6 +29,10 @@ class CausalLM(Protocol):
         """Hidden states [T, D] of the current micro-batch after the last norm; writes its keys and values."""
         ...
 
+    def prepare(self, part: MicroBatch) -> MicroBatch:
+        """The micro-batch with what its layers share in attention; itself if there is nothing. Once a step and lane."""
+        ...
+
     def begin(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> LayerState:
         """The state before the first layer."""
         ...
@@ -60,7 +64,7 @@ def run_micro_batch(model: CausalLM, part: MicroBatch, layers: range | None = No
     layers: all by default. state: the `LayerState` before the first of them; `None` begins with the embedding.
     Returns hidden states [T, D] if the last layer is among them, else the `LayerState` after these layers.
     """
-    with use_micro_batch(part):
+    with use_micro_batch(model.prepare(part)):
         if layers is None:
             return model(part.token_ids_T, part.positions_T)
         state = model.begin(part.token_ids_T, part.positions_T) if state is None else state

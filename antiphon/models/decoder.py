@@ -9,13 +9,15 @@ Parameters are named as in Hugging Face checkpoints.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from antiphon.comm import Transport
+from antiphon.core.batch import MicroBatch
+from antiphon.kernels.attention import AttentionBackend
 from antiphon.kernels.grouped_experts import ExpertWorkspace
 from antiphon.models.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.attention.mla import LatentAttention, LatentAttentionConfig
@@ -104,15 +106,22 @@ def _require_full_attention(file: ConfigFile) -> None:
 class DecoderLayer(nn.Module):
     """Attention, then experts or a dense feed-forward."""
 
-    def __init__(self, config: DecoderConfig, layer: int, transport: Transport, workspace: ExpertWorkspace) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer: int,
+        transport: Transport,
+        workspace: ExpertWorkspace,
+        backend: AttentionBackend,
+    ) -> None:
         super().__init__()
         dtype = transport.shape.dtype
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.self_attn: LatentAttention | GroupedQueryAttention
         if isinstance(config.attention, LatentAttentionConfig):
-            self.self_attn = LatentAttention(config.attention, layer, dtype=dtype)
+            self.self_attn = LatentAttention(config.attention, layer, backend, dtype=dtype)
         else:
-            self.self_attn = GroupedQueryAttention(config.attention, layer, dtype=dtype)
+            self.self_attn = GroupedQueryAttention(config.attention, layer, backend, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.mlp: MoELayer | GatedFeedForward
         if layer < config.num_dense_layers:
@@ -149,16 +158,17 @@ def _moe_layer(config: DecoderConfig, layer: int, transport: Transport, workspac
 
 
 class Decoder(nn.Module):
-    """The whole model on one rank, as a `CausalLM`."""
+    """The whole model on one rank, as a `CausalLM`. backend: computes the attention of all layers."""
 
-    def __init__(self, config: DecoderConfig, transport: Transport) -> None:
+    def __init__(self, config: DecoderConfig, transport: Transport, backend: AttentionBackend) -> None:
         super().__init__()
         dtype = transport.shape.dtype
         self.config = config
+        self.backend = backend
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         workspace = ExpertWorkspace()  # one for all layers and lanes: they queue on one stream
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, transport, workspace) for layer in range(config.num_layers)
+            DecoderLayer(config, layer, transport, workspace, backend) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.lm_head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
@@ -170,6 +180,13 @@ class Decoder(nn.Module):
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         return self.finish(self.run_layers(self.begin(token_ids_T, positions_T), range(self.num_layers)))
+
+    def prepare(self, part: MicroBatch) -> MicroBatch:
+        decodes = part.attention.decodes
+        if decodes is None or part.attention.prepared is not None:
+            return part
+        prepared = self.backend.prepare(decodes.block_table_NB, decodes.seq_lens_N)
+        return part if prepared is None else replace(part, attention=replace(part.attention, prepared=prepared))
 
     def begin(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> LayerState:
         x_TD = self.embed_tokens.forward(token_ids_T)

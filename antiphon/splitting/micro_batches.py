@@ -127,6 +127,12 @@ def _int64(numbers: Iterable[int]) -> torch.Tensor:
     return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
 
 
+def _int32(numbers: Iterable[int]) -> torch.Tensor:
+    """A new int32 tensor, made as by `_int64`."""
+    numbers = numbers if isinstance(numbers, array) else array("i", numbers)
+    return torch.frombuffer(numbers, dtype=torch.int32) if numbers else torch.empty(0, dtype=torch.int32)
+
+
 def _used_blocks(request: RequestSlice, block_size: int) -> Sequence[int]:
     num_tokens = request.context_len + request.query_len
     return request.block_ids[: -(-num_tokens // block_size)]
@@ -135,12 +141,12 @@ def _used_blocks(request: RequestSlice, block_size: int) -> Sequence[int]:
 def _decode_group(decodes: Sequence[tuple[int, Sequence[int], int]]) -> DecodeGroup:
     """decodes: row, blocks and sequence length of each request."""
     width = max(1, *(len(table) for _, table, _ in decodes))
-    padded = array("q")
+    padded = array("i")
     for _, table, _ in decodes:
         padded.extend(table)
         padded.extend([0] * (width - len(table)))
     return DecodeGroup(
         rows_N=_int64(row for row, _, _ in decodes),
-        block_table_NB=_int64(padded).view(len(decodes), width),
-        seq_lens_N=_int64(length for _, _, length in decodes),
+        block_table_NB=_int32(padded).view(len(decodes), width),
+        seq_lens_N=_int32(length for _, _, length in decodes),
     )

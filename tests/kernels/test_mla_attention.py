@@ -12,6 +12,8 @@ from antiphon.kernels.mla_attention import (
     _causal_padded,
     _head_groups,
     decode_attention,
+    expand_output,
+    fold_query,
     prefill_attention,
     write_latents,
 )
@@ -114,15 +116,16 @@ def decode(heads: Heads, cache: torch.Tensor, texts: list[Text], positions: list
     """One token of each text, in one group; short block tables are padded with block 0."""
     tables = [text.blocks[: position // BLOCK_SIZE + 1] for text, position in zip(texts, positions, strict=True)]
     width = max(map(len, tables))
-    return decode_attention(
-        torch.stack([text.q_SHQ[position] for text, position in zip(texts, positions, strict=True)]),
+    q_NHQ = torch.stack([text.q_SHQ[position] for text, position in zip(texts, positions, strict=True)])
+    out_NHC = decode_attention(
+        fold_query(q_NHQ, heads.key_up_HQC),
         cache,
-        torch.tensor([table + [0] * (width - len(table)) for table in tables]),
-        torch.tensor(positions) + 1,
-        heads.key_up_HQC,
-        heads.value_up_HVC,
+        torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
+        torch.tensor(positions, dtype=torch.int32) + 1,
+        heads.latent,
         heads.scale,
     )
+    return expand_output(out_NHC, heads.value_up_HVC)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,8 +134,9 @@ def test_a_length_of_0_gives_zeros(dtype: torch.dtype, filling: float) -> None:
     cache = torch.full((NUM_BLOCKS, BLOCK_SIZE, 10), filling, dtype=dtype)
     cache[3] = 0.5
     up_HXC = torch.ones(2, 5, 8, dtype=dtype)
-    table_NB, lengths_N = torch.tensor([[0], [3]]), torch.tensor([0, 2])
-    out_NHV = decode_attention(torch.ones(2, 2, 7, dtype=dtype), cache, table_NB, lengths_N, up_HXC, up_HXC[:, :4], 0.3)
+    table_NB, lengths_N = torch.tensor([[0], [3]], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    q_NHX = fold_query(torch.ones(2, 2, 7, dtype=dtype), up_HXC)
+    out_NHV = expand_output(decode_attention(q_NHX, cache, table_NB, lengths_N, 8, 0.3), up_HXC[:, :4])
     assert out_NHV[0].eq(0).all()
     assert out_NHV[1].eq(4).all(), "8 times 0.5"
 

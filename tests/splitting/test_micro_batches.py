@@ -259,14 +259,16 @@ def test_the_block_table_of_a_part_is_as_wide_as_its_own_longest_request():
     assert long.attention.decodes.block_table_NB.shape == (2, 8)
 
 
-def test_all_tensors_are_int64_on_the_cpu():
+def test_tensors_are_on_the_cpu_and_have_the_dtypes_that_kernels_take():
     batch = make_batch([1, 3], [2, 5], block_size=4)
     for part in split(batch, plan_of((2, 2)), block_size=4):
         attention = part.attention
         tensors = [part.token_ids_T, part.positions_T, attention.slots_T]
         tensors += [prefill.block_ids_B for prefill in attention.prefills]
         if attention.decodes is not None:
-            tensors += [getattr(attention.decodes, field.name) for field in fields(attention.decodes)]
+            tensors.append(attention.decodes.rows_N)
+            small = [attention.decodes.block_table_NB, attention.decodes.seq_lens_N]
+            assert {(tensor.dtype, tensor.device.type) for tensor in small} == {(torch.int32, "cpu")}
         assert {(tensor.dtype, tensor.device.type) for tensor in tensors} == {(torch.int64, "cpu")}
 
 

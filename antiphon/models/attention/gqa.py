@@ -7,12 +7,15 @@ of the same length, `S` new tokens and `L` tokens of context and new ones of eac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from antiphon.core.batch import DecodeGroup, PrefillSlice, current_micro_batch
-from antiphon.kernels.gqa_attention import decode_attention, gather_keys_values, prefill_attention
+from antiphon.kernels.attention import AttentionBackend, AttentionShape
+from antiphon.kernels.gqa_attention import gather_keys_values, prefill_attention
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.models.attention.paged import attend
 from antiphon.models.attention.rope import DEFAULT_THETA, RopeConfig, rotary_size
@@ -37,6 +40,17 @@ class GroupedQueryConfig:
     @property
     def kv_width(self) -> int:
         return 2 * self.num_kv_heads * self.head_size
+
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            key_size=self.head_size,
+            value_size=self.head_size,
+            scale=self.head_size**-0.5,
+            latent=False,
+        )
 
     @staticmethod
     def read(
@@ -84,11 +98,14 @@ class GroupedQueryAttention(nn.Module):
 
     cache_blocks: torch.Tensor
 
-    def __init__(self, config: GroupedQueryConfig, layer: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: GroupedQueryConfig, layer: int, backend: AttentionBackend, *, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
-        self.scale = config.head_size**-0.5
+        self.backend = backend
+        self.scale = config.shape.scale
         query_width, kv_width = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         sizes = {"q_proj": query_width, "k_proj": kv_width, "v_proj": kv_width}
         self.qkv_proj = MergedLinear(config.hidden_size, sizes, dtype=dtype, with_bias=sizes if config.bias else ())
@@ -120,7 +137,7 @@ class GroupedQueryAttention(nn.Module):
             value_TGQ,
             width=self.o_proj.weight.shape[1],
             prefill=self._prefill,
-            decode=self._decode,
+            decode=partial(self._decode, metadata.prepared),
         )
         return self.o_proj.forward(out_TX)
 
@@ -136,6 +153,9 @@ class GroupedQueryAttention(nn.Module):
         value_NLGQ: torch.Tensor,
         with_context: PrefillSlice | None,
     ) -> torch.Tensor:
+        if with_context is not None and self.backend.takes_context:
+            blocks_B, length = with_context.block_ids_B, with_context.length
+            return self.backend.attend_context(q_NSHQ[0], self.cache_blocks, blocks_B, length).unsqueeze(0)
         if with_context is not None:
             key_LGQ, value_LGQ = gather_keys_values(
                 self.cache_blocks, with_context.block_ids_B, with_context.length, self.config.head_size
@@ -143,5 +163,5 @@ class GroupedQueryAttention(nn.Module):
             key_NLGQ, value_NLGQ = key_LGQ.unsqueeze(0), value_LGQ.unsqueeze(0)
         return prefill_attention(q_NSHQ, key_NLGQ, value_NLGQ, self.scale)
 
-    def _decode(self, q_NHQ: torch.Tensor, decodes: DecodeGroup) -> torch.Tensor:
-        return decode_attention(q_NHQ, self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, self.scale)
+    def _decode(self, prepared: Any, q_NHQ: torch.Tensor, decodes: DecodeGroup) -> torch.Tensor:
+        return self.backend.decode(q_NHQ, self.cache_blocks, decodes.block_table_NB, decodes.seq_lens_N, prepared)

@@ -7,13 +7,16 @@ without rotary, `V` value dimensions, `P` pairs of rotary dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from antiphon.core.batch import DecodeGroup, PrefillSlice, current_micro_batch
+from antiphon.kernels.attention import AttentionBackend, AttentionShape
 from antiphon.kernels.latent_write import norm_rotate_write_latents
-from antiphon.kernels.mla_attention import decode_attention, prefill_attention
+from antiphon.kernels.mla_attention import expand_output, fold_query, prefill_attention
 from antiphon.kernels.norm_rope import apply_rope
 from antiphon.kernels.paged_cache import gather_blocks
 from antiphon.models.attention.paged import attend
@@ -46,6 +49,18 @@ class LatentAttentionConfig:
     def kv_width(self) -> int:
         return self.latent_size + self.rope.size
 
+    @property
+    def shape(self) -> AttentionShape:
+        """Of decoding requests, whose queries and results are in latent space."""
+        return AttentionShape(
+            num_heads=self.num_heads,
+            num_kv_heads=1,
+            key_size=self.kv_width,
+            value_size=self.latent_size,
+            scale=score_scale(self.rope, self.head_size),
+            latent=True,
+        )
+
     @staticmethod
     def read(file: ConfigFile, *, interleaved: bool) -> LatentAttentionConfig:
         """Read the sizes. Raises `ModelError` for those that are missing or wrong."""
@@ -71,11 +86,14 @@ class LatentAttention(nn.Module):
 
     cache_blocks: torch.Tensor
 
-    def __init__(self, config: LatentAttentionConfig, layer: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: LatentAttentionConfig, layer: int, backend: AttentionBackend, *, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
-        self.scale = score_scale(config.rope, config.head_size)
+        self.backend = backend
+        self.scale = config.shape.scale
         query_width = config.num_heads * config.head_size
         latents = "kv_a_proj_with_mqa"
         if config.query_rank is None:
@@ -117,7 +135,7 @@ class LatentAttention(nn.Module):
             latent_TC,
             width=self.o_proj.weight.shape[1],
             prefill=self._prefill,
-            decode=self._decode,
+            decode=partial(self._decode, metadata.prepared),
         )
         return self.o_proj.forward(out_TX)
 
@@ -134,18 +152,13 @@ class LatentAttention(nn.Module):
             latents_NLC = latents_LC.unsqueeze(0)
         return prefill_attention(q_NSHQ, latents_NLC, self._up_HXC, self.scale)
 
-    def _decode(self, q_NHQ: torch.Tensor, decodes: DecodeGroup) -> torch.Tensor:
+    def _decode(self, prepared: Any, q_NHQ: torch.Tensor, decodes: DecodeGroup) -> torch.Tensor:
         sizes = [self.config.query_size, self.config.value_size]
         key_up_HQC, value_up_HVC = torch.split(self._up_HXC, sizes, dim=1)
-        return decode_attention(
-            q_NHQ,
-            self.cache_blocks,
-            decodes.block_table_NB,
-            decodes.seq_lens_N,
-            key_up_HQC,
-            value_up_HVC,
-            self.scale,
-        )
+        folded_NHX = fold_query(q_NHQ, key_up_HQC)
+        table_NB, seq_lens_N = decodes.block_table_NB, decodes.seq_lens_N
+        out_NHC = self.backend.decode(folded_NHX, self.cache_blocks, table_NB, seq_lens_N, prepared)
+        return expand_output(out_NHC, value_up_HVC)
 
     def _queries(self, first_TX: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
         """Queries [T, H, Q + P2], rotary part last. first_TX: the queries, or their low-rank bottleneck."""

@@ -1,0 +1,249 @@
+"""What paged decode attention does around its main kernel: the plan of a step before it, the sum of chunks after it.
+
+A text is computed in chunks of `chunk` positions, counted from its start. An item is one chunk of one request; partial
+results of items are added up in order of position. So the result of a text does not depend on what else is in the
+batch.
+
+    plan      once a step and lane: the list of items, and where the partial results of each request begin
+    attend    one of `paged_gqa`, `paged_latent`: a persistent kernel over items and heads
+    combine   adds up the partial results of texts that have several chunks
+
+Items that are whole chunks come first. Otherwise, texts of equal length could give some of the persistent programs
+all the whole chunks, and others all the rests.
+
+Memory for partial results is bounded: there are no more items than one for each request and one for each chunk of
+`MOST_POSITIONS`. A step that would need more has items of 2, 4, ... chunks (`span`), and only then the last bits of a
+text depend on the batch.
+
+Shapes: `N` requests, `B` columns of the block table, `X` items, `H` query heads, `V` numbers of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_of_two
+
+MOST_POSITIONS = 1 << 20
+"""Positions whose chunks have partial results of their own: more than the KV cache of one GPU holds for most models."""
+
+MOST_REQUESTS = 1 << 15
+MOST_CHUNKS = 1 << 16  # an item is request * MOST_CHUNKS + chunk, in 32 bits
+
+_INTERPRETED_PROGRAMS = 6
+
+
+@triton.jit(do_not_specialize=["num_requests", "capacity"])
+def plan_kernel(lens_N, items_X, first_N2, num_requests, capacity, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Program n writes the items of request n, and to first_N2[n] where its partial results begin.
+
+    first_N2[N] is the number of items, first_N2[N + 1] the span.
+    """
+    me = tl.program_id(0)
+    length = tl.load(lens_N + me).to(tl.int32)
+    span = length * 0
+    total = capacity + 1
+    whole = span
+    whole_before = span
+    rests_before = span
+    while total > capacity:
+        span = tl.maximum(span * 2, 1)
+        size = span * CHUNK
+        whole_N = tl.zeros([BLOCK_N], tl.int32)
+        whole_before_N = tl.zeros([BLOCK_N], tl.int32)
+        rests_N = tl.zeros([BLOCK_N], tl.int32)
+        rests_before_N = tl.zeros([BLOCK_N], tl.int32)
+        start = me * 0
+        while start < num_requests:
+            others = start + tl.arange(0, BLOCK_N)
+            lens = tl.load(lens_N + others, mask=others < num_requests, other=0).to(tl.int32)
+            rests = tl.where(lens % size > 0, 1, 0)
+            whole_N += lens // size
+            rests_N += rests
+            whole_before_N += tl.where(others < me, lens // size, 0)
+            rests_before_N += tl.where(others < me, rests, 0)
+            start += BLOCK_N
+        whole = tl.sum(whole_N, 0)
+        whole_before = tl.sum(whole_before_N, 0)
+        rests_before = tl.sum(rests_before_N, 0)
+        total = whole + tl.sum(rests_N, 0)
+    my_whole = length // (span * CHUNK)
+    tl.store(first_N2 + me, whole_before + rests_before)
+    if me == 0:
+        tl.store(first_N2 + num_requests, total)
+        tl.store(first_N2 + num_requests + 1, span)
+    start = me * 0
+    while start < my_whole:
+        chunks = start + tl.arange(0, BLOCK_N)
+        tl.store(items_X + whole_before + chunks, me * 65536 + chunks, mask=chunks < my_whole)
+        start += BLOCK_N
+    if length % (span * CHUNK) > 0:
+        tl.store(items_X + whole + rests_before, me * 65536 + my_whole)
+
+
+@triton.jit(do_not_specialize=["num_requests"])
+def combine_kernel(
+    lens_N,
+    first_N2,
+    part_XHV,
+    lse_XH,
+    out_NHV,
+    num_requests,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """HEADS heads of one request: all their partial results, BLOCK_C at a time, in order. Zeros for a length of 0."""
+    request = tl.program_id(0)
+    length = tl.load(lens_N + request).to(tl.int32)
+    first = tl.load(first_N2 + request).to(tl.int64)
+    size = tl.load(first_N2 + num_requests + 1) * CHUNK
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns < V
+    num_parts = (length + size - 1) // size
+    if num_parts != 1:
+        for number in tl.static_range(HEADS):
+            head = tl.program_id(1) * HEADS + number
+            top = length * 0 - float("inf")
+            weight = length * 0.0
+            acc_V = tl.zeros([BLOCK_V], tl.float32)
+            start = length * 0
+            while start < num_parts:
+                parts = start + tl.arange(0, BLOCK_C)
+                there = parts < num_parts
+                place = (first + parts) * H + head
+                lse_C = tl.load(lse_XH + place, mask=there, other=float("-inf"))
+                part_CV = tl.load(
+                    part_XHV + place[:, None] * V + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0
+                )
+                new_top = tl.maximum(top, tl.max(lse_C, 0))
+                old = tl.exp2(top - new_top)
+                new_C = tl.exp2(lse_C - new_top)
+                acc_V = acc_V * old + tl.sum(part_CV * new_C[:, None], 0)
+                weight = weight * old + tl.sum(new_C, 0)
+                top = new_top
+                start += BLOCK_C
+            out_V = acc_V / tl.where(weight > 0, weight, 1.0)
+            tl.store(
+                out_NHV + (request.to(tl.int64) * H + head) * V + columns,
+                out_V.to(out_NHV.dtype.element_ty),
+                mask=inside,
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The items of one step and lane, and memory for their partial results, which its layers use in turn."""
+
+    items_X: torch.Tensor  # int32
+    first_N2: torch.Tensor  # int32
+    part_XHV: torch.Tensor  # float32
+    lse_XH: torch.Tensor  # float32, logarithms to base 2
+
+
+def make_plan(
+    block_table_NB: torch.Tensor,
+    seq_lens_N: torch.Tensor,
+    *,
+    block_size: int,
+    chunk: int,
+    num_heads: int,
+    value_size: int,
+    most_positions: int = MOST_POSITIONS,
+) -> Plan:
+    """Queue the plan of a step. seq_lens_N: int32, at most block_size times the width of the table.
+
+    The capacity depends on shapes only, so the plan can be replayed in a graph with other lengths.
+    """
+    num_requests, width = block_table_NB.shape
+    most_chunks = divide_up(width * block_size, chunk)
+    assert num_requests <= MOST_REQUESTS and most_chunks <= MOST_CHUNKS, f"{num_requests} texts, {most_chunks} chunks"
+    capacity = min(num_requests * most_chunks, num_requests + most_positions // chunk)
+    new = block_table_NB.new_empty
+    plan = Plan(
+        items_X=new(capacity, dtype=torch.int32),
+        first_N2=new(num_requests + 2, dtype=torch.int32),
+        part_XHV=new(capacity, num_heads, value_size, dtype=torch.float32),
+        lse_XH=new(capacity, num_heads, dtype=torch.float32),
+    )
+    if num_requests:
+        _plan(num_requests, capacity, chunk)(seq_lens_N, plan.items_X, plan.first_N2)
+    return plan
+
+
+@lru_cache(maxsize=NUM_SHAPES)
+def _plan(num_requests: int, capacity: int, chunk: int) -> Launch:
+    block_n = min(256, power_of_two(max(16, num_requests)))
+    return Launch(
+        plan_kernel,
+        (num_requests, 1),
+        integers=(num_requests, capacity),
+        constants={"CHUNK": chunk, "BLOCK_N": block_n},
+    )
+
+
+@lru_cache(maxsize=NUM_SHAPES)
+def combine_launch(num_requests: int, num_heads: int, value_size: int, chunk: int) -> Launch:
+    """Takes seq_lens_N, first_N2, part_XHV, lse_XH and out_NHV. One warp a program: four took three times as long."""
+    wide = value_size > 256
+    heads = 1 if wide or num_heads % 2 else 2
+    return Launch(
+        combine_kernel,
+        (num_requests, num_heads // heads),
+        integers=(num_requests,),
+        constants={
+            "H": num_heads,
+            "V": value_size,
+            "CHUNK": chunk,
+            "BLOCK_V": power_of_two(value_size),
+            "BLOCK_C": 4 if wide else 8,
+            "HEADS": heads,
+        },
+        num_warps=1,
+    )
+
+
+def persistent_programs(
+    kernel: Any,
+    pointers: tuple[torch.dtype, ...],
+    num_integers: int,
+    constants: Mapping[str, Any],
+    num_warps: int,
+    device: torch.device,
+) -> int:
+    """Programs of the kernel that are resident on the device at a time: one more takes a second round, with a tail.
+
+    pointers: the dtypes of its tensors. Compiles the kernel, which the launches then find in Triton's cache.
+    """
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    with torch.cuda.device(device):
+        compiled = kernel.warmup(*pointers, *[16] * num_integers, **constants, num_warps=num_warps, grid=(1,))
+        compiled._init_handles()
+    properties = torch.cuda.get_device_properties(device)
+    registers = divide_up(compiled.n_regs, 8) * 8 * 32 * num_warps
+    per_processor = min(
+        properties.regs_per_multiprocessor // max(1, registers),
+        properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
+        properties.max_threads_per_multi_processor // (32 * num_warps),
+    )
+    count: int = properties.multi_processor_count * max(1, per_processor)
+    return count
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have."""
+    if device.type != "cuda":
+        return 1 << 20
+    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return size
