@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from antiphon.config.ascend_aliases import NO_GRAPHS, additional_config, as_object
+from antiphon.config.ascend_aliases import additional_config, as_object
 from antiphon.config.options import parse_option
 from antiphon.core.errors import OptionError
 from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRESHOLD
@@ -177,28 +177,39 @@ def _all2all_backend(name: str, value: object) -> Meaning:
 
 def _compilation_config(name: str, value: object) -> Meaning:
     config = {"mode": value} if isinstance(value, int) else as_object(name, value)
+    own: dict[str, Any] = {}
+    notes: list[str] = []
     for key, item in config.items():
         text = str(item).lower()
-        if key in ("cudagraph_mode", "mode", "level"):
-            if text in ("none", "0"):
-                continue
-            fact = NO_GRAPHS if key == "cudagraph_mode" else "torch.compile is not used"
-            raise OptionError(
-                f"{name}: {key}={item!r}",
-                limit=fact,
-                remedy=f'leave it out, or use {{"{key}": {_NONE[key]}}}',
-                option=name,
-                value=value,
-            )
-        if key in ("cudagraph_capture_sizes", "compile_sizes") and not item:
+        if key == "cudagraph_mode" and text in _GRAPH_MODES:
+            own["enforce_eager"] = text in ("none", "0")
+            if text not in ("none", "0", *_FULL_DECODE_MODES):
+                notes.append(
+                    f"{name}: {key}={item!r}: whole decode steps are captured, and steps with prompts are eager"
+                )
+        elif key in ("mode", "level"):
+            if text not in ("none", "0"):
+                notes.append(f"{name}: {key}={item!r} has no effect: torch.compile is not used")
+        elif key == "cudagraph_capture_sizes":
+            if item:
+                own |= _capture_sizes(f"{name}: {key}", item).own
+        elif key == "compile_sizes" and not item:
             continue
-        raise OptionError(
-            f"{name}: {key!r} is not supported", limit=NO_GRAPHS, remedy="leave it out", option=name, value=value
-        )
-    return Meaning()
+        else:
+            known = "cudagraph_mode, cudagraph_capture_sizes and mode are known"
+            raise OptionError(
+                f"{name}: {key}={item!r} is not supported", limit=known, remedy="leave it out", option=name, value=value
+            )
+    return Meaning(own=own, note="; ".join(notes))
 
 
-_NONE = {"cudagraph_mode": '"none"', "mode": "0", "level": "0"}
+_FULL_DECODE_MODES = ("full_decode_only", "full_and_piecewise")
+_GRAPH_MODES = ("none", "0", *_FULL_DECODE_MODES, "full", "2", "piecewise", "1")
+
+
+def _capture_sizes(name: str, value: Any) -> Meaning:
+    words = value if isinstance(value, list | tuple) else [value]
+    return Meaning(own={"cuda_graph_sizes": ",".join(map(str, words))} if words else {})
 
 
 def _additional_config(name: str, value: object) -> Meaning:
@@ -285,10 +296,8 @@ FOREIGN_OPTIONS = (
     _option("headless", "flag", _refused(*_ONE_HOST)),
     _option("disable_custom_all_reduce", "flag", _no_effect("there are no all-reduces")),
     # steps
-    _option("enforce_eager", "flag", _is_so(True, fact=NO_GRAPHS, remedy="leave it out")),
     _option("compilation_config cc O", "json", _compilation_config),
-    _option("cudagraph_capture_sizes cuda_graph_sizes", "words", _refused(NO_GRAPHS, "leave it out")),
-    _option("async_scheduling", "flag", _refused("each step is scheduled after the previous one ends", "leave it out")),
+    _option("cudagraph_capture_sizes", "words", _capture_sizes),
     _option("speculative_config", "json", _refused("there is no speculative decoding", "leave it out")),
     # cache and scheduling
     _option("enable_prefix_caching", "flag", _same_as("prefix_caching")),

@@ -12,8 +12,6 @@ from typing import Any
 
 from antiphon.core.errors import OptionError
 
-NO_GRAPHS = "steps are eager, there are no CUDA graphs yet"
-
 _Result = tuple[Mapping[str, Any], list[str]]
 """Our options, and notes for the user."""
 _Key = Callable[[str, Any], _Result]
@@ -83,14 +81,23 @@ def _refused(*accepted: object, fact: str, remedy: str) -> _Key:
     return meaning
 
 
-def _graphs(*known: str) -> _Key:
-    """The configuration of a kind of graphs, which must not be enabled. known: its other keys."""
+def _graph_mode(where: str, value: object) -> _Result:
+    """Graphs are on unless `enforce_eager` turns them off, so only turning them on means something."""
+    return {"enforce_eager": False} if value else {}, []
+
+
+def _graph_sizes(where: str, value: Any) -> _Result:
+    return {"cuda_graph_sizes": ",".join(map(str, value))} if value else {}, []
+
+
+def _graphs(*known: str, **keys: _Key) -> _Key:
+    """The configuration of a kind of graphs. known: its keys that have no effect here. keys: its other keys."""
+    meanings = {"enabled": _graph_mode, **dict.fromkeys(known, _no_effect(_OUR_GRAPHS)), **keys}
 
     def meaning(where: str, value: object) -> _Result:
         config = as_object(where, value)
-        if config.get("enabled", False):
-            raise OptionError(f"{where} is enabled, but {NO_GRAPHS}", remedy="leave it out", option=where, value=value)
-        return _keys(where, config, dict.fromkeys(("enabled", *known), _no_effect("there are no graphs")))
+        own, notes = _keys(where, config, meanings)
+        return (own if config.get("enabled", False) else {}), notes
 
     return meaning
 
@@ -125,8 +132,10 @@ _EXPERTS_STAY = {"fact": "experts are placed in order and do not move at run tim
 _OF_DYNAMIC_EPLB = _no_effect("experts do not move at run time")
 _ONE_ORDER = {"fact": "requests are served in the order of arrival", "remedy": "use 'fcfs'"}
 
+_OUR_GRAPHS = "decode steps are captured whole, without a compiler"
+
 _TORCHAIR_KEYS = (
-    *("mode", "graph_batch_sizes", "graph_batch_sizes_init", "use_cached_graph", "enable_view_optimize"),
+    *("mode", "graph_batch_sizes_init", "use_cached_graph", "enable_view_optimize"),
     *("use_cached_kv_cache_bytes", "enable_frozen_parameter", "enable_multistream_mla", "enable_multistream_moe"),
     *("enable_kv_nz", "enable_super_kernel"),
 )
@@ -140,7 +149,7 @@ _SCHEDULER_KEYS: dict[str, _Key] = {
     "max_model_len": _same_as("max_model_len"),
     "policy": _refused("fcfs", **_ONE_ORDER),
     "num_scheduler_steps": _refused(
-        1, fact="each step is scheduled after the previous one ends", remedy="leave it out"
+        1, fact="one step is scheduled at a time, while the one before runs", remedy="leave it out"
     ),
     "enable_pd_transfer": _refused(fact="prefill and decode run on the same ranks", remedy="leave it out"),
     "long_prefill_token_threshold": _no_effect("a prompt may fill a whole step; use max_num_batched_tokens"),
@@ -172,10 +181,10 @@ _KEYS: dict[str, _Key] = {
     "gate_eplb": _OF_DYNAMIC_EPLB,
     "expert_map_record_path": _OF_DYNAMIC_EPLB,
     # graphs
-    "torchair_graph_config": _graphs(*_TORCHAIR_KEYS),
-    "enable_graph_mode": _refused(fact=NO_GRAPHS, remedy="leave it out"),
-    "torchair_graph_batch_sizes": _no_effect("there are no graphs"),
-    "init_torchair_graph_batch_sizes": _no_effect("there are no graphs"),
+    "torchair_graph_config": _graphs(*_TORCHAIR_KEYS, graph_batch_sizes=_graph_sizes),
+    "enable_graph_mode": _graph_mode,
+    "torchair_graph_batch_sizes": _graph_sizes,
+    "init_torchair_graph_batch_sizes": _no_effect("the sizes are those of torchair_graph_batch_sizes, or the default"),
     "trace_recompiles": _no_effect("torch.compile is not used"),
     "xlite_graph_config": _graphs("full_mode"),
     # the rest

@@ -15,6 +15,7 @@ import torch
 
 from antiphon.comm import DataPath, Mesh, TransportSpec, choose_transport, load_transport, parse_transport
 from antiphon.config.cache import CacheSize, block_bytes
+from antiphon.config.graph_sizes import default_ladder, ladder_up_to, parse_graph_sizes
 from antiphon.config.options import DTYPE_NAMES, OPTION_DEFAULTS, EngineOptions
 from antiphon.config.resolve import (
     check_layers,
@@ -223,6 +224,23 @@ class ResolvedConfig:
         return resolve_policy(policy, Conditions(device_kind=self.device_kind, data_path=self.data_path))
 
     @property
+    def ladders(self) -> dict[int, tuple[int, ...]]:
+        """The sizes of padded steps, by number of lanes; none for steps that are to be eager."""
+        options, policy = self.options, self.options.policy
+        if options.cuda_graph_sizes is not None:
+            sizes = parse_graph_sizes(options.cuda_graph_sizes)
+        else:
+            sizes = tuple(default_ladder()) if self.device.capturable else ()
+        if options.enforce_eager or not sizes:
+            return {}
+        most = min(options.max_num_seqs, self.max_num_batched_tokens)
+        ladders = {1: ladder_up_to(sizes, most)}
+        if policy.dbo != "off" and policy.splits_all_layers and (options.ranks > 1 or policy.dbo == "on"):
+            lanes = policy.micro_batches
+            ladders[lanes] = ladder_up_to(sizes, -(-most // lanes))
+        return ladders
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.dtype_name]
 
@@ -244,6 +262,8 @@ class ResolvedConfig:
                 f"gpu_memory_utilization={options.gpu_memory_utilization} has no effect: the size of the KV cache is "
                 f"{self.cache.source}"
             )
+        if options.enforce_eager and options.cuda_graph_sizes is not None:
+            sentences.append(f"cuda_graph_sizes={options.cuda_graph_sizes} has no effect: enforce_eager is set")
         return sentences
 
     def cache_facts(self) -> dict[str, Any]:

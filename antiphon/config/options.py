@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from antiphon.config.graph_sizes import parse_graph_sizes
 from antiphon.core.bundled import BUNDLED_MODEL
 from antiphon.core.errors import OptionError
 from antiphon.core.options import Option, instance_of, number, one_of, option, options_of, whole
@@ -42,6 +43,11 @@ def _dtype(name: str, value: object) -> None:
             value=value,
         )
     one_of(("auto", *DTYPE_NAMES))(name, value)
+
+
+def _graph_sizes(name: str, value: object) -> None:
+    if value is not None:
+        parse_graph_sizes(value if isinstance(value, str) else repr(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +158,27 @@ class EngineOptions:
         check=_flag,
         help="Fill the rest of a step with part of a prompt.",
         doc="Without it, only prompts longer than a whole step are cut.",
+    )
+    enforce_eager: bool = option(
+        False,
+        check=_flag,
+        help="Launch every step kernel by kernel, without CUDA graphs.",
+        doc="For debugging: steps that only decode are several times slower on a GPU.",
+    )
+    cuda_graph_sizes: str | None = option(
+        None,
+        check=_graph_sizes,
+        help="Sequences per lane for which decode steps are captured as CUDA graphs, such as 1,2,4,8.",
+        shown_default="1, 2, 4, 8, then steps of 8 to 64, of 16 to 256 and of 32 to 512, up to `max_num_seqs`",
+        doc="A step is padded to the next size; one with more sequences is eager. On a CPU steps are padded, but there "
+        "is nothing to capture.",
+    )
+    async_scheduling: bool = option(
+        True,
+        check=_flag,
+        help="Prepare and launch a step while the one before still runs on the device.",
+        doc="A request that ends by an end-of-sequence token computes one token too many, which is dropped. Has no "
+        "effect on a CPU.",
     )
     seed: int = option(
         0, check=whole(0, 2**62 - 1), help="Seed of dummy weights, and of requests without a seed of their own."

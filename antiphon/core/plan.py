@@ -105,6 +105,7 @@ class Plan:
 
     part_tokens: tuple[tuple[int, ...], ...]  # [data-parallel replica][lane], real tokens
     graph: int = 0  # rows of every lane in a padded step; 0 in an eager one
+    eager: str = ""  # why the step is not padded: a short fixed text, counted in the statistics
     reason: str  # a short fixed text, counted in the statistics
     detail: str = ""  # the numbers behind the reason
     idle: bool = False  # no rank has work, and all ranks have seen the same messages

@@ -24,8 +24,11 @@ from antiphon.core.errors import AntiphonError, OptionError, first_line
 from antiphon.device.table import rank_device
 from antiphon.engine.cache.block_pool import BlockPool
 from antiphon.engine.cache.kv_cache import allocate_cache, measured_cache
+from antiphon.engine.graphs.build import make_padded_steps, measured_graphs, most_rows
+from antiphon.engine.graphs.padded_steps import CaptureReport
 from antiphon.engine.messages import LOADING, Ready, Starting
 from antiphon.engine.runner import Runner
+from antiphon.engine.sampling.new_tokens import NewTokens
 from antiphon.engine.sampling.sampler import Sampler
 from antiphon.engine.scheduling.scheduler import Scheduler
 from antiphon.engine.stats import ExpertLoad, StepStats
@@ -65,6 +68,7 @@ def build_engine(
     axes, replica = mesh.groups(group), mesh.place(group.rank).dp
     device = rank_device(config.device_kind, group.rank)
     device.activate()
+    device.own_stream()
     streams = device.streams()
     report(Starting(what="making the transport"))
     transport = make_transport(config, axes.ep, streams)
@@ -72,9 +76,14 @@ def build_engine(
     model = _load(config, transport, report)
     report(Starting(what="waiting until all ranks have loaded"))
     meet()
+    obstacle = _capture_obstacle(config, transport, model)
     sizing = "running the largest step, to size the KV cache"
     report(Starting(what=sizing if config.cache is None else "making the KV cache"))
-    cache = config.cache or measured_cache(config, model, streams=streams, group=group)
+    ladders = {} if obstacle and device.capturable else config.ladders
+    graphs_bytes = 0
+    if config.cache is None and ladders and device.capturable:
+        graphs_bytes = measured_graphs(config, model, transport, ladders)
+    cache = config.cache or measured_cache(config, model, streams=streams, group=group, beside_bytes=graphs_bytes)
     model.bind_kv_cache(
         allocate_cache(
             config.model,
@@ -97,15 +106,31 @@ def build_engine(
     recorder = StepRecorder()
     runner = Runner(model, streams=streams, recorder=recorder)
     runner.reserved_sms = transport.num_sms
+    new_tokens = NewTokens(most_rows(config, ladders), streams)
+    padded = make_padded_steps(config, model, runner, transport, new_tokens, ladders)
+    captured = CaptureReport(obstacle=obstacle)
+    if padded is not None and device.capturable:
+        captured = padded.capture(
+            ladders,
+            group,
+            report=lambda done, of: report(Starting(what=f"capturing decode steps, {done} of {of}")),
+        )
+        ladders = padded.ladders
+        transport.freeze()
     conditions = Conditions(device_kind=config.device_kind, data_path=transport.data_path)
+    stats = StepStats(options.policy.micro_batches)
+    stats.eager_reason = captured.obstacle
     return StepEngine(
         group=group,
         scheduler=scheduler,
-        planner=Planner(resolve_policy(options.policy, conditions).policy),
+        planner=Planner(resolve_policy(options.policy, conditions).policy, ladders),
         runner=runner,
+        padded=padded,
+        captured=captured,
         sampler=Sampler(
             model.logits,
             scheduler.requests,
+            new_tokens=new_tokens if device.queues and options.async_scheduling else None,
             vocab_size=config.model.vocab_size,
             eos_token_ids=config.model.eos_token_ids,
             pin_memory=device.pinned_memory,
@@ -113,11 +138,22 @@ def build_engine(
         transport=transport,
         cache=cache,
         recorder=recorder,
-        stats=StepStats(options.policy.micro_batches),
+        stats=stats,
         expert_load=ExpertLoad(
             model, num_experts=config.model.num_experts, num_ranks=mesh.ep, device=device.torch_device
         ),
     )
+
+
+def _capture_obstacle(config: ResolvedConfig, transport: Transport, model: CausalLM) -> str:
+    """Why decode steps are eager; "" if they are captured."""
+    if config.options.enforce_eager:
+        return "enforce_eager is set"
+    if not transport.streams.owner.capturable:
+        return f"work on {config.device_kind} cannot be captured"
+    if transport.capture_obstacle:
+        return f"transport {transport.name} cannot be captured: {transport.capture_obstacle}"
+    return model.capture_obstacle
 
 
 def _check_mesh(mesh: Mesh, group: RankGroup) -> None:

@@ -36,20 +36,36 @@ class SchedulerStats:
 
 
 class StepStats:
-    """Counts steps by plan, and serial steps by reason."""
+    """Counts steps by plan, serial steps by reason, and how steps were launched.
+
+    eager_reason: why no step is captured; "" if the reason depends on the step.
+    """
+
+    eager_reason: str = ""
 
     def __init__(self, micro_batches: int) -> None:
         self._by_plan: Counter[str] = Counter({"serial": 0, plan_kind(micro_batches): 0})
         self._serial_reasons: Counter[str] = Counter()
+        self._eager_reasons: Counter[str] = Counter()
+        self._synchronous_reasons: Counter[str] = Counter()
+        self._num_replayed = self._num_padded = 0
         self._last_plan = ""
         self.num_steps = 0
 
-    def add(self, plan: Plan) -> None:
-        """Count a step that has run."""
+    def add(self, plan: Plan, *, replayed: bool = False, synchronous: str = "") -> None:
+        """Count a step that was launched. synchronous: why the host had to wait for its tokens at once, if it had."""
         self.num_steps += 1
         self._by_plan[plan.kind] += 1
         if plan.num_lanes == 1:
             self._serial_reasons[plan.reason] += 1
+        self._num_replayed += replayed
+        self._num_padded += bool(plan.graph)
+        if not replayed:
+            # A prompt's step is eager in any case.
+            reason = plan.eager if plan.eager and not (plan.eager.startswith("no ") and self.eager_reason) else ""
+            self._eager_reasons[reason or self.eager_reason or "not captured"] += 1
+        if synchronous:
+            self._synchronous_reasons[synchronous] += 1
         self._last_plan = str(plan)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,6 +74,12 @@ class StepStats:
             "steps_by_plan": dict(self._by_plan),
             "serial_reasons": dict(self._serial_reasons),
             "last_plan": self._last_plan,
+            "graphs": {
+                "replayed": self._num_replayed,
+                "padded": self._num_padded,
+                "eager_reasons": dict(self._eager_reasons),
+            },
+            "synchronous_reasons": dict(self._synchronous_reasons),
         }
 
 

@@ -2,21 +2,31 @@
 
 scheduler ─► agreement ─► splitting ─► lanes ─► sampler ─► scheduler
    batch        plan        parts      hidden    tokens      outputs
+
+On a device that queues its work, a step is prepared and launched while the one before still runs; then the host takes
+the tokens of the one before.
+
+    host      prepare n ─ launch n ─ commit n-1 │ prepare n+1 ─ launch n+1 ─ commit n │ ...
+    device    ──── step n-1 ────────┤ step n ────────────────────────────┤ step n+1 ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from antiphon.comm import RankGroup, Transport
 from antiphon.config.cache import CacheSize
-from antiphon.core.batch import Batch, MicroBatch
+from antiphon.core.batch import PENDING_TOKEN, Batch, MicroBatch, upload
 from antiphon.core.plan import Plan
 from antiphon.core.policy import OverlapPolicy
+from antiphon.engine.graphs.padded_steps import CaptureReport, PaddedSteps
 from antiphon.engine.runner import Runner
-from antiphon.engine.sampling.sampler import Sampler
+from antiphon.engine.sampling.sampler import Sampler, Sampling
 from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.engine.scheduling.scheduler import Scheduler
 from antiphon.engine.stats import ExpertLoad, StepStats
@@ -27,53 +37,119 @@ from antiphon.timeline import StepRecorder
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did. There are no outputs if no rank had work."""
+    """What a call of `step` did. plan: of the step that it launched. outputs: of the steps that it committed."""
 
     plan: Plan
     outputs: list[TokenOutput]
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step whose tokens the host has not seen."""
+
+    batch: Batch
+    sampling: Sampling
+
+
 @dataclass(slots=True, kw_only=True)
 class StepEngine:
-    """The parts of one rank. An exception inside `step` is fatal, because its peers are already communicating."""
+    """The parts of one rank. An exception inside `step` is fatal, because its peers are already communicating.
+
+    padded: runs the steps without prefill whose size is in the planner's ladders; `None` if there are no such sizes.
+    """
 
     group: RankGroup
     scheduler: Scheduler
     planner: Planner
     runner: Runner
+    padded: PaddedSteps | None = None
     sampler: Sampler
     transport: Transport
     cache: CacheSize
     recorder: StepRecorder
     stats: StepStats
     expert_load: ExpertLoad
+    captured: CaptureReport = field(default_factory=CaptureReport)
     wave: int = 0  # of the newest message from the frontend
+    in_flight: deque[Launched] = field(default_factory=deque)  # at most one between two calls of `step`
 
     def step(self, new: Iterable[Request] = ()) -> StepResult:
-        """Run one step of the whole group; every rank must call it. new: requests that came since the last step."""
+        """Launch one step of the whole group; every rank must call it. new: requests that came since the last step.
+
+        The outputs are those of the step before where the device queues its work, and of this step elsewhere. When the
+        plan is idle, nothing is in flight.
+        """
         self.scheduler.add(new)
+        outputs: list[TokenOutput] = []
         batch = self.scheduler.next_batch()  # 1 what to run; may be empty
+        if not batch.requests and self.in_flight:
+            outputs += self._commit()  # what can run may depend on what it has found
+            batch = self.scheduler.next_batch()
         plan = self.planner.agree(batch, self.group, wave=self.wave)  # 2 one plan for all ranks
         if plan.is_empty:
-            return StepResult(plan, [])
-        number = self.stats.num_steps
-        with (
-            self.recorder.step(number, kind=plan.kind, num_tokens=batch.num_tokens),
-            self.expert_load.step(number),
-        ):
-            parts = split(batch, plan, block_size=self.scheduler.pool.block_size)  # 3 one micro-batch or several
-            policy = self.planner.policy
-            layers = slice(policy.start_layer, policy.end_layer)
-            hidden = self.runner.run(parts, whole=self._whole(batch, plan), layers=layers)  # 4 the lanes overlap here
-        sampled = self.sampler(join(hidden), batch)  # 5
-        self.stats.add(plan)
-        return StepResult(plan, self.scheduler.commit(batch, sampled))  # 6
+            return StepResult(plan, outputs + self._commit())
+        self._launch(batch, plan)  # 3, 4 and 5
+        synchronous = bool(self.in_flight[-1].sampling.reason)
+        outputs += self._commit(but=0 if synchronous else 1)  # 6 of the step before, while this one runs
+        return StepResult(plan, outputs)
+
+    def _launch(self, batch: Batch, plan: Plan) -> None:
+        number, kind = self.stats.num_steps, plan.kind
+        with self.recorder.step(number, kind=kind, num_tokens=batch.num_tokens), self.expert_load.step(number):
+            if plan.graph:
+                assert self.padded is not None
+                rows = self.padded.run(batch, plan, self._sources())  # one micro-batch or several, at a fixed size
+                sampling = self.sampler.launch(self.padded.hidden_XD, batch, rows=rows, greedy=True)
+            else:
+                parts = self._split(batch, plan)  # 3 one micro-batch or several
+                policy = self.planner.policy
+                layers = slice(policy.start_layer, policy.end_layer)
+                hidden = self.runner.run(parts, whole=self._whole(batch, plan), layers=layers)  # 4 the lanes overlap
+                sampling = self.sampler.launch(join(hidden), batch)  # 5
+        self.in_flight.append(Launched(batch, sampling))
+        self.scheduler.launched(batch)
+        replayed = self.padded is not None and self.padded.is_captured(plan)
+        self.stats.add(plan, replayed=replayed, synchronous=sampling.reason if self.runs_ahead else "")
+
+    def _commit(self, *, but: int = 0) -> list[TokenOutput]:
+        """Take the tokens of all steps in flight but the last `but`. Blocks the host until they have run."""
+        outputs: list[TokenOutput] = []
+        while len(self.in_flight) > but:
+            sampled = self.in_flight[0].sampling.wait()
+            outputs += self.scheduler.commit(self.in_flight.popleft().batch, sampled)
+        return outputs
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the tokens of the one before are known."""
+        return self.sampler.new_tokens is not None
+
+    def _sources(self) -> Mapping[int, int]:
+        return self.in_flight[-1].sampling.sources if self.in_flight else {}
+
+    def _split(self, batch: Batch, plan: Plan) -> list[MicroBatch]:
+        """The micro-batches of an eager step, on the device, with all of their token ids."""
+        parts = split(batch, plan, block_size=self.scheduler.pool.block_size)
+        if not self.in_flight:
+            return parts
+        streams = self.transport.streams
+        pin_memory = streams.owner.pinned_memory
+        parts = [part.to(streams.device, pin_memory=pin_memory) for part in parts]
+        for part in parts:
+            rows, indices = _pending_rows(part, self._sources())
+            if rows:
+                assert self.sampler.new_tokens is not None
+                rows_N, indices_N = upload(
+                    [torch.tensor(rows), torch.tensor(indices)], streams.device, pin_memory=pin_memory
+                )
+                part.token_ids_T.index_copy_(0, rows_N, self.sampler.new_tokens.ids_X[indices_N])
+        return parts
 
     def _whole(self, batch: Batch, plan: Plan) -> MicroBatch | None:
         """The unsplit micro-batch of a split step, if some of its layers run unsplit."""
         if plan.num_lanes == 1 or self.planner.policy.splits_all_layers:
             return None
-        (whole,) = split(batch, plan.unsplit(), block_size=self.scheduler.pool.block_size)
+        (whole,) = self._split(batch, plan.unsplit())
         return whole
 
     def reconfigure(self, policy: OverlapPolicy) -> None:
@@ -93,3 +169,14 @@ class StepEngine:
             "running": scheduler.num_running,
             "expert_tokens": self.expert_load.tokens_by_layer(),
         }
+
+
+def _pending_rows(part: MicroBatch, sources: Mapping[int, int]) -> tuple[Sequence[int], Sequence[int]]:
+    """The rows of a micro-batch whose token is pending, and where `NewTokens` has it."""
+    rows, indices, end = [], [], 0
+    for request in part.requests:
+        end += request.query_len
+        if request.token_ids[-1] == PENDING_TOKEN:
+            rows.append(end - 1)
+            indices.append(sources[request.request_id])
+    return rows, indices

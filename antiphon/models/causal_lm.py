@@ -25,6 +25,11 @@ class CausalLM(Protocol):
     @property
     def num_layers(self) -> int: ...
 
+    @property
+    def capture_obstacle(self) -> str:
+        """Why a step of this model cannot be captured in a CUDA graph on its device; "" if it can."""
+        ...
+
     def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, D] of the current micro-batch after the last norm; writes its keys and values."""
         ...
@@ -47,6 +52,10 @@ class CausalLM(Protocol):
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] in float32 at least."""
+        ...
+
+    def best_tokens(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """The token with the largest logit of each row: int64 [N]. The lowest of equally good ones."""
         ...
 
     def bind_kv_cache(self, cache_by_layer: torch.Tensor) -> None:

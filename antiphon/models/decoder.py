@@ -178,6 +178,12 @@ class Decoder(nn.Module):
     def num_layers(self) -> int:
         return self.config.num_layers
 
+    @property
+    def capture_obstacle(self) -> str:
+        if not self.backend.capturable:
+            return f"the attention backend {self.backend.name} cannot be captured"
+        return experts_obstacle(self.embed_tokens.weight)
+
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         return self.finish(self.run_layers(self.begin(token_ids_T, positions_T), range(self.num_layers)))
 
@@ -206,9 +212,15 @@ class Decoder(nn.Module):
         return self.norm.forward(x_TD) if residual_TD is None else self.norm.of_sum(x_TD, residual_TD)[0]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits_NV = F.linear(hidden_ND, head)
+        logits_NV = self._logits(hidden_ND)
         return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+    def best_tokens(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        return self._logits(hidden_ND).argmax(-1)  # a wider dtype has the same order
+
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits in the model's dtype."""
+        return F.linear(hidden_ND, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
     def bind_kv_cache(self, cache_by_layer: torch.Tensor) -> None:
         for layer, cache_blocks in zip(self.decoder_layers(), cache_by_layer, strict=True):

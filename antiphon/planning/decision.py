@@ -14,24 +14,35 @@ An idle rank, or one whose batch fits into a lane, adds nothing and never switch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from antiphon.core.plan import Plan, Proposal, plan_kind
 from antiphon.core.policy import NEVER, OverlapPolicy
 
+NO_LADDERS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
-def decide(proposals: Sequence[Proposal], policy: OverlapPolicy, ladder: Sequence[int] = ()) -> Plan:
+
+def decide(
+    proposals: Sequence[Proposal], policy: OverlapPolicy, ladders: Mapping[int, Sequence[int]] = NO_LADDERS
+) -> Plan:
     """The plan for the step that the ranks propose. proposals: in rank order; equal ones give an equal plan.
 
     While a message has reached only some ranks, the plan is empty, so that it takes effect at the same step on all.
-    ladder: ascending sizes to which steps without prefill are padded; if empty, no step is padded.
+    ladders: by number of lanes, ascending sizes of a lane to which steps without prefill are padded.
     """
     plan = _split_or_serial(proposals, policy)
-    if plan.is_empty or any(proposal.num_prefill_tokens for proposal in proposals):
+    if plan.is_empty:
         return plan
+    if any(proposal.num_prefill_tokens for proposal in proposals):
+        return replace(plan, eager="it has prompt tokens")
+    ladder = ladders.get(plan.num_lanes, ())
     longest = max(max(parts) for parts in plan.part_tokens)
-    return replace(plan, graph=next((size for size in ladder if size >= longest), 0))
+    size = next((size for size in ladder if size >= longest), 0)
+    if not size:
+        return replace(plan, eager="more sequences than the largest size" if ladder else f"no {plan.kind} sizes")
+    return replace(plan, graph=size)
 
 
 def _split_or_serial(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from antiphon.comm.group import RankGroup
@@ -11,24 +11,23 @@ from antiphon.core.batch import Batch
 from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
 from antiphon.planning.agreement import exchange
-from antiphon.planning.decision import decide
+from antiphon.planning.decision import NO_LADDERS, decide
 from antiphon.splitting import find_cut
 
 
 class Planner:
     """Proposes by the policy's cut rule, and decides by its thresholds. The policy changes only between runs.
 
-    ladder: as in `decide`, the same on all ranks. If only some layers are split, no step is padded.
+    ladders: as in `decide`, the same on all ranks. If only some layers are split, no split step is padded.
     """
 
-    def __init__(self, policy: OverlapPolicy, ladder: Sequence[int] = ()) -> None:
-        self.ladder = tuple(ladder)
+    def __init__(self, policy: OverlapPolicy, ladders: Mapping[int, Sequence[int]] = NO_LADDERS) -> None:
+        self.ladders = ladders
         self.policy = policy
 
     def agree(self, batch: Batch, group: RankGroup, *, wave: int = 0) -> Plan:
         """Agree on the plan of the next step. All ranks must call this together. Raises as `exchange` does."""
-        ladder = self.ladder if self.policy.splits_all_layers else ()
-        return decide(exchange(group, self.propose(batch, wave=wave)), self.policy, ladder)
+        return decide(exchange(group, self.propose(batch, wave=wave)), self.policy, self._ladders())
 
     def propose(self, batch: Batch, *, wave: int = 0) -> Proposal:
         """This rank's proposal for its batch. wave: as in `Proposal`."""
@@ -39,7 +38,7 @@ class Planner:
             num_prefill_tokens=batch.num_prefill_tokens,
             part_tokens=(batch.num_tokens,),
             wave=wave,
-            policy=zlib.crc32(repr((self.policy.fingerprint(), self.ladder)).encode()),
+            policy=zlib.crc32(repr((self.policy.fingerprint(), sorted(self.ladders.items()))).encode()),
         )
         if self.policy.dbo == "off":
             return whole
@@ -51,3 +50,8 @@ class Planner:
             imbalance_ratio=self.policy.imbalance_ratio,
         )
         return replace(whole, part_tokens=cut.part_tokens, refusal=cut.refusal)
+
+    def _ladders(self) -> Mapping[int, Sequence[int]]:
+        if self.policy.splits_all_layers:
+            return self.ladders
+        return {lanes: ladder for lanes, ladder in self.ladders.items() if lanes == 1}

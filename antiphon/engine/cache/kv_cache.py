@@ -49,8 +49,12 @@ def blocks_that_fit(*, total_bytes: int, used_bytes: int, utilization: float, by
     return max(0, int(total_bytes * utilization) - used_bytes) // bytes_per_block
 
 
-def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams, group: RankGroup) -> CacheSize:
+def measured_cache(
+    config: ResolvedConfig, model: CausalLM, *, streams: Streams, group: RankGroup, beside_bytes: int = 0
+) -> CacheSize:
     """Size the cache by what the largest unsplit step leaves free on the rank with the least room.
+
+    beside_bytes: memory that this rank needs besides, for captured steps.
 
     All ranks must call it together, with their weights loaded. It binds a cache of one block, which the caller
     replaces. Raises `OptionError`, on every rank, if a rank has no room for two blocks.
@@ -60,7 +64,7 @@ def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams,
     device = streams.owner
     device.reset_peak()
     run_largest_step(config, model, streams=streams, rank=group.rank)
-    used_bytes, total_bytes = device.peak_bytes(), device.memory().total_bytes
+    used_bytes, total_bytes = device.peak_bytes() + beside_bytes, device.memory().total_bytes
     device.reset_peak()
     utilization = config.options.gpu_memory_utilization
     bytes_per_block = block_bytes(config.model, block_size=config.options.block_size, dtype=config.dtype)
@@ -69,8 +73,8 @@ def measured_cache(config: ResolvedConfig, model: CausalLM, *, streams: Streams,
     )
     num_blocks, used_bytes, total_bytes = min(group.all_gather_object((num_blocks, used_bytes, total_bytes)))
     fact = (
-        f"{utilization:.0%} of {total_bytes / _GIB:.1f} GiB less {used_bytes / _GIB:.1f} GiB for weights, buffers and "
-        f"a step of {config.max_num_batched_tokens} tokens"
+        f"{utilization:.0%} of {total_bytes / _GIB:.1f} GiB less {used_bytes / _GIB:.1f} GiB for weights, buffers, "
+        f"{'captured steps, ' if beside_bytes else ''}and a step of {config.max_num_batched_tokens} tokens"
     )
     if num_blocks < 2:
         raise OptionError(

@@ -5,8 +5,8 @@
     inbox    the same bytes on the device; the small inputs are read from here
       └────► block tables [max_rows, max_blocks], one copy a lane
 
-There are two pinned buffers, so that the host fills one while the upload of the other may still run. A token id that the
-host does not know yet is read from `NewTokens`, by its index there (`sources_T`).
+There are two pinned buffers, so that the host fills one while the upload of the other may still run. A token id that
+the host does not know yet is read from `NewTokens`, by its index there (`sources_T`).
 
 Shapes: `T` rows of a lane, `B` blocks of the longest text.
 """
@@ -58,9 +58,7 @@ class LaneInputs:
             positions_T=self.positions_T,
             attention=AttentionMetadata(
                 slots_T=self.slots_T,
-                decodes=DecodeGroup(
-                    rows_N=None, block_table_NB=self.block_table_TB, seq_lens_N=self.seq_lens_T
-                ),
+                decodes=DecodeGroup(rows_N=None, block_table_NB=self.block_table_TB, seq_lens_N=self.seq_lens_T),
                 prefills=(),
             ),
             rows_by_rank=(num_rows,) * num_ranks,
@@ -93,9 +91,7 @@ class StaticInputs:
             ]
             self._lanes = [self._views(self._inbox, lane) for lane in range(num_lanes)]
             on_host = [[self._views(pinned, lane) for lane in range(num_lanes)] for pinned in self._pinned]
-        self._on_host = [
-            [{name: part.numpy() for name, part in views.items()} for views in lanes] for lanes in on_host
-        ]
+        self._on_host = [[{name: part.numpy() for name, part in views.items()} for views in lanes] for lanes in on_host]
         self._uploaded: list[Event | None] = [None, None]
         self._num_fills = 0
 
@@ -103,9 +99,7 @@ class StaticInputs:
         """The inputs of a lane of `num_rows` rows."""
         views = self._lanes[lane]
         rows = {name: views[name][:num_rows] for name in (*_LONG_FIELDS[1:], "seq_lens_T")}
-        return LaneInputs(
-            num_real_1=views["num_real_1"], block_table_TB=self._device_tables[lane][:num_rows], **rows
-        )
+        return LaneInputs(num_real_1=views["num_real_1"], block_table_TB=self._device_tables[lane][:num_rows], **rows)
 
     def fill(self, batch: Batch, plan: Plan, sources: Mapping[int, int]) -> list[int]:
         """Write the inputs of a step without prefill. Returns the row of each request, counted over all lanes.
@@ -124,8 +118,8 @@ class StaticInputs:
             requests = batch.requests[start : start + count]
             numbers = self._tables.rows_of(requests)
             width = self._fill_lane(self._on_host[place][lane], requests, numbers, plan.graph, sources)
-            table_NB = pinned[end : end + 4 * count * width].view(np.int32).reshape(count, width)
-            np.take(self._tables.table_NB[:, :width], numbers, axis=0, out=table_NB)
+            on_host = pinned[end : end + 4 * count * width].view(np.int32).reshape(count, width)
+            on_host[:] = self._tables.table_NB[numbers, :width]
             rows.extend(range(lane * plan.graph, lane * plan.graph + count))
             used_tables.append((count, width))
             start, end = start + count, end + 4 * count * width

@@ -1,6 +1,6 @@
 """The table of attention backends, and the choice of one.
 
-    backend, reason = choose_backend("auto", shape, dtype, block_size, device)
+backend, reason = choose_backend("auto", shape, dtype, block_size, device)
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def find_backend(name: str) -> type[AttentionBackend]:
     return found
 
 
-def refusals(
-    shape: AttentionShape, dtype: torch.dtype, block_size: int, device: torch.device
-) -> dict[str, str | None]:
+def refusals(shape: AttentionShape, dtype: torch.dtype, block_size: int, device: torch.device) -> dict[str, str | None]:
     """Of every backend, why it cannot be used; `None` if it can."""
     return {name: find_backend(name).refusal(device, shape, dtype, block_size) for name in BACKEND_NAMES}
 
