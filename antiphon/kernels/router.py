@@ -74,7 +74,7 @@ def choose_experts(
 def _refused(choice_TE: torch.Tensor, limit: GroupLimit) -> torch.Tensor:
     """Whether an expert is in none of the best groups: bool [T, E]."""
     size = choice_TE.shape[1] // limit.num_groups
-    scores_TG = choice_TE.unflatten(1, (limit.num_groups, size)).topk(limit.best_of_group, dim=-1).values.sum(-1)
+    scores_TG = choice_TE.view(-1, limit.num_groups, size).topk(limit.best_of_group, dim=-1).values.sum(-1)
     best_TG = scores_TG.sort(dim=-1, descending=True, stable=True).indices[:, : limit.top_groups]
     refused_TG = torch.ones_like(scores_TG, dtype=torch.bool).scatter_(1, best_TG, False)
     return refused_TG.repeat_interleave(size, dim=1)

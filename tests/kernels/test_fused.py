@@ -14,13 +14,13 @@ from antiphon.kernels.fused.experts import add_up, grouped_experts_fused, place_
 from antiphon.kernels.fused.gqa_write import norm_rotate_write_fused
 from antiphon.kernels.fused.latent_write import norm_rotate_write_latents_fused
 from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fused, rms_norm_fused
-from antiphon.kernels.fused.pack import pack_rows_fused
+from antiphon.kernels.fused.pack import add_parts_fused, pack_rows_fused
 from antiphon.kernels.fused.router import choose_experts_fused
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 from antiphon.kernels.latent_write import norm_rotate_write_latents
 from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, rms_norm
-from antiphon.kernels.pack import pack_rows
+from antiphon.kernels.pack import add_parts, pack_rows
 from antiphon.kernels.router import GroupLimit, Scoring, choose_experts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU they are interpreted: see conftest
@@ -231,6 +231,25 @@ def test_rope(shape: tuple[int, ...], interleaved: bool, dtype: torch.dtype, in_
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert torch.equal(heads[..., :16], plain)
+
+
+# ---- partial sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_parts", [3, 4, 8, 9, 15, 17])
+@pytest.mark.parametrize("shape", [(70, 32), (3, 7), (1, 1), (0, 8)], ids=str)
+def test_sums_of_parts(shape: tuple[int, int], num_parts: int, dtype: torch.dtype) -> None:
+    """In their order and rounded once: the first and the last cancel, and what comes between is small."""
+    parts = [randn(*shape, seed=seed, dtype=dtype) for seed in range(num_parts)]
+    parts[0] = parts[0] * 300
+    parts[-1] = -parts[0]
+    parts[1] = padded(parts[1], 8)
+    sum_TD, expected_TD = add_parts_fused(*parts), add_parts.reference(*parts)
+    assert sum_TD.dtype == dtype
+    if DEVICE.type == "cuda" or dtype != torch.bfloat16:
+        assert torch.equal(sum_TD, expected_TD)
+    torch.testing.assert_close(sum_TD, expected_TD, rtol=TOLERANCE[dtype], atol=1e-6)
 
 
 # ---- router
