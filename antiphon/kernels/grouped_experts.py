@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
 from antiphon.core.warn_once import warn_once
 from antiphon.kernels.dispatch import fused, takes_cuda_kernels
+from antiphon.kernels.expert_choice import GROUPED_KERNELS, ExpertChoice, is_unaligned, major_capability
 
-_ALIGNMENT_BYTES = 16  # torch's grouped GEMM requires it for strides
-_GROUPED_KERNELS = (9, 10)  # major compute capabilities for which torch up to 2.14 has a grouped kernel
+_APART = 16  # views of one buffer begin at multiples of so many numbers, for wide loads
 _MAX_VIEWS = 1024
 _LOOP_COST = "GEMMs run one after the other, and the host waits for the device in every layer"
 
@@ -30,12 +31,15 @@ class ExpertWorkspace:
 
     max_pairs: (row, expert) pairs, local or not, per pass; more rows take several passes over the weights.
     It bounds the memory, because buffers are sized for the case that all pairs are local.
+    choice: which kernels compute how many rows; `tune` measures it.
     """
 
     def __init__(self, *, max_pairs: int = 262_144) -> None:
         self.max_pairs = max_pairs
+        self.choice = ExpertChoice()
         self._buffers: dict[str, torch.Tensor] = {}
         self._views: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
+        self._frozen = False
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A view of a buffer, contents undefined; valid until the next `get` of that name."""
@@ -56,9 +60,38 @@ class ExpertWorkspace:
             self._views[key] = views
         return views
 
+    def get_apart(
+        self, name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
+        """Several views of one buffer that do not overlap, for use at the same time."""
+        key = ("apart", name, shapes, dtype, device)
+        views = self._views.get(key)
+        if views is None:
+            sizes = [math.prod(shape) for shape in shapes]
+            starts = [0, *accumulate(-(-size // _APART) * _APART for size in sizes)]
+            buffer = self.get(name, (starts[-1],), dtype, device)
+            with torch.inference_mode(False):
+                pairs = zip(starts, sizes, shapes, strict=False)
+                views = tuple(buffer[start : start + size].view(shape) for start, size, shape in pairs)
+            self._views[key] = views
+        return views
+
+    def freeze(self) -> None:
+        """Forbid growth from now on, because CUDA graphs hold the addresses of the buffers.
+
+        A call that needs more memory than any before then raises `AssertionError`. To be called after `reserve`, or
+        after a step of the largest batch.
+        """
+        self._frozen = True
+
     def _buffer(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[0] < size or buffer.dtype != dtype or buffer.device != device:
+            held = 0 if buffer is None else buffer.nbytes
+            assert not self._frozen, (
+                f"the experts need {size * dtype.itemsize} bytes for {name!r} but hold {held}, and may not grow, "
+                "because captured graphs use their memory; reserve room for the largest batch before capturing"
+            )
             self._buffers.pop(name, None)
             self._views.clear()  # they keep the memory alive
             del buffer  # free it before the larger one is allocated
@@ -114,13 +147,12 @@ def grouped_product(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.
 
     Rows after the last end are undefined. The host waits for a CUDA device unless the dtype is bfloat16.
     """
-    number_bytes = x_XD.element_size()
-    unaligned = x_XD.shape[1] * number_bytes % _ALIGNMENT_BYTES or weight_END.shape[1] * number_bytes % _ALIGNMENT_BYTES
+    unaligned = is_unaligned(x_XD.dtype, (x_XD.shape[1], weight_END.shape[1]))
     # On CUDA devices torch has a grouped kernel for bfloat16 only; its treatment of other dtypes varies by version.
     on_cuda = takes_cuda_kernels(x_XD)
     in_a_loop = x_XD.dtype == torch.float64 if x_XD.is_cpu else x_XD.dtype != torch.bfloat16 or not on_cuda
     if on_cuda:
-        _warn_of_loop(x_XD.dtype, bool(unaligned), _major(x_XD.device))
+        _warn_of_loop(x_XD.dtype, unaligned, major_capability(x_XD.device))
     if in_a_loop or unaligned or x_XD.shape[0] == 0:
         return grouped_product_reference(x_XD, weight_END, ends_E)
     ends_E = ends_E if ends_E.dtype == torch.int32 else ends_E.to(torch.int32)
@@ -136,16 +168,11 @@ def _warn_of_loop(dtype: torch.dtype, unaligned: bool, major: int) -> None:
             f"experts run one by one on a GPU in {kind}", cost=_LOOP_COST, remedy="use bfloat16 where speed matters"
         )
     elif unaligned:
-        fact = f"experts run one by one on a GPU, because their widths are not multiples of {_ALIGNMENT_BYTES} bytes"
+        fact = "experts run one by one on a GPU, because their widths are not multiples of 16 bytes"
         warn_once(fact, cost=_LOOP_COST, remedy="use a model with wider experts, or pad them with zeros")
-    elif major not in _GROUPED_KERNELS:
+    elif major not in GROUPED_KERNELS:
         fact = f"experts run one by one on a GPU, because torch has no grouped GEMM for compute capability {major}.x"
         warn_once(fact, cost=_LOOP_COST, remedy="use a GPU of compute capability 9 or 10")
-
-
-@lru_cache(maxsize=64)
-def _major(device: torch.device) -> int:
-    return int(torch.cuda.get_device_capability(device)[0])
 
 
 def grouped_product_reference(x_XD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

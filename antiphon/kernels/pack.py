@@ -40,7 +40,13 @@ def add_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
         return parts[0].clone()
     if len(parts) == 2:  # every device adds two numbers in wider precision and rounds once
         return torch.add(*parts)
-    wide = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
-    for part in parts[1:]:
+    return add_parts(*parts)
+
+
+@fused("pack")
+def add_parts(first_TD: torch.Tensor, *others_TD: torch.Tensor) -> torch.Tensor:
+    """The sum of tensors of one shape and dtype in their order, in float32 at least, rounded once; new."""
+    wide = first_TD.to(torch.promote_types(first_TD.dtype, torch.float32), copy=True)
+    for part in others_TD:
         wide += part
-    return wide.to(parts[0].dtype)
+    return wide.to(first_TD.dtype)

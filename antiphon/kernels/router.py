@@ -1,10 +1,11 @@
-"""Choosing experts from a router's logits, without groups.
+"""Choosing experts from a router's logits.
 
-Shapes: `T` tokens, `E` experts, `K` experts per token.
+Shapes: `T` tokens, `E` experts, `K` experts per token, `G` groups of experts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -19,6 +20,18 @@ class Scoring(Enum):
     SIGMOID = "sigmoid"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLimit:
+    """Of `num_groups` groups of neighboring experts, a token's experts are all in the best `top_groups`.
+
+    The score of a group is the sum of what its `best_of_group` best experts are chosen by.
+    """
+
+    num_groups: int
+    top_groups: int
+    best_of_group: int
+
+
 @fused("router")
 def choose_experts(
     logits_TE: torch.Tensor,
@@ -28,27 +41,43 @@ def choose_experts(
     bias_E: torch.Tensor | None = None,
     normalize: bool = False,
     scale: float = 1.0,
+    limit: GroupLimit | None = None,
     num_real_1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids [T, K] (int64) and weights [T, K] (logits' dtype) of each token's best experts, best first.
 
     logits_TE: float32 or float64. bias_E: same dtype, added to the scores for the choice only; not with softmax.
-    Ties go to the lower id. normalize: make the weights of a token add up to 1 before applying `scale`.
+    Ties go to the lower id, of groups too. normalize: make the weights of a token add up to 1 before applying `scale`.
     The ids of a token are distinct and in range even if logits are nan.
     num_real_1: int64 [1]; tokens from this index on are padding and get the id -1, with undefined weights.
     """
-    check_choice(logits_TE, top_k, scoring, bias_E)
+    check_choice(logits_TE, top_k, scoring, bias_E, limit)
     if scoring is Scoring.SOFTMAX:
-        scores_TE, choice_TE = logits_TE.softmax(-1), logits_TE  # softmax may round away differences between logits
+        scores_TE = logits_TE.softmax(-1)
+        choice_TE = scores_TE if limit else logits_TE  # softmax may round away differences between logits
     else:
         scores_TE = logits_TE.sigmoid()
         choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     choice_TE = choice_TE.masked_fill(choice_TE.isnan(), float("-inf"))
-    ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    ids_TE = choice_TE.sort(dim=-1, descending=True, stable=True).indices
+    if limit:
+        # Those of refused groups go behind all others, even behind ones at minus infinity.
+        refused_TE = _refused(choice_TE, limit).gather(1, ids_TE)
+        ids_TE = ids_TE.gather(1, refused_TE.to(torch.uint8).sort(dim=-1, stable=True).indices)
+    ids_TK = ids_TE[:, :top_k]
     weights_TK = scores_TE.gather(1, ids_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return ids_TK if num_real_1 is None else hide_padding(ids_TK, num_real_1), weights_TK * scale
+
+
+def _refused(choice_TE: torch.Tensor, limit: GroupLimit) -> torch.Tensor:
+    """Whether an expert is in none of the best groups: bool [T, E]."""
+    size = choice_TE.shape[1] // limit.num_groups
+    scores_TG = choice_TE.view(-1, limit.num_groups, size).topk(limit.best_of_group, dim=-1).values.sum(-1)
+    best_TG = scores_TG.sort(dim=-1, descending=True, stable=True).indices[:, : limit.top_groups]
+    refused_TG = torch.ones_like(scores_TG, dtype=torch.bool).scatter_(1, best_TG, False)
+    return refused_TG.repeat_interleave(size, dim=1)
 
 
 def hide_padding(ids_TK: torch.Tensor, num_real_1: torch.Tensor) -> torch.Tensor:
@@ -57,8 +86,15 @@ def hide_padding(ids_TK: torch.Tensor, num_real_1: torch.Tensor) -> torch.Tensor
     return ids_TK.masked_fill(tokens_T1 >= num_real_1, -1)
 
 
-def check_choice(logits_TE: torch.Tensor, top_k: int, scoring: Scoring, bias_E: torch.Tensor | None) -> None:
+def check_choice(
+    logits_TE: torch.Tensor, top_k: int, scoring: Scoring, bias_E: torch.Tensor | None, limit: GroupLimit | None
+) -> None:
     """Assert what `choose_experts` requires of its arguments."""
     assert logits_TE.dtype in (torch.float32, torch.float64), "logits are float32 or float64"
     assert bias_E is None or scoring is Scoring.SIGMOID, "softmax routing has no bias"
-    assert 1 <= top_k <= logits_TE.shape[1], "more experts per token than experts"
+    num_experts = logits_TE.shape[1]
+    assert 1 <= top_k <= num_experts, "more experts per token than experts"
+    if limit:
+        size, rest = divmod(num_experts, limit.num_groups)
+        assert rest == 0 and 1 <= limit.best_of_group <= size, "groups do not fit the experts"
+        assert 1 <= limit.top_groups <= limit.num_groups and top_k <= limit.top_groups * size, "groups leave too few"

@@ -1,6 +1,6 @@
 """Routers: which experts a token goes to, and with what weights.
 
-Shapes: `T` tokens, `D` hidden size, `E` experts, `K` experts per token, `G` groups of experts.
+Shapes: `T` tokens, `D` hidden size, `E` experts, `K` experts per token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from antiphon.comm import Routes
 from antiphon.kernels.dispatch import takes_cuda_kernels
-from antiphon.kernels.router import Scoring, choose_experts, hide_padding
+from antiphon.kernels.router import GroupLimit, Scoring, choose_experts
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import parameter
 
@@ -49,6 +49,13 @@ class RoutingConfig:
         """How many of its best experts determine a group's score."""
         return 2 if self.scores is Scoring.SIGMOID else 1
 
+    @property
+    def limit(self) -> GroupLimit | None:
+        """The groups to choose in; None if all of them are allowed."""
+        if self.top_groups >= self.num_groups:
+            return None
+        return GroupLimit(num_groups=self.num_groups, top_groups=self.top_groups, best_of_group=self.best_of_group)
+
 
 def check_groups(file: ConfigFile, routing: RoutingConfig) -> None:
     """Check that the groups fit the experts. Raises `ModelError` if not."""
@@ -73,7 +80,7 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, config: RoutingConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.limit = config, config.limit
         self.wide = torch.promote_types(dtype, torch.float32)
         self.weight = parameter(config.num_experts, hidden_size, dtype=dtype)
         biased = config.scores is Scoring.SIGMOID
@@ -83,17 +90,15 @@ class Router(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, num_real_1: torch.Tensor | None = None) -> Routes:
         """num_real_1: int64 [1], the number of tokens that are not padding; the others get the expert id -1."""
-        config, logits_TE = self.config, self._logits(x_TD)
-        if config.top_groups < config.num_groups:
-            routes = self._choose_in_groups(logits_TE)
-            return routes if num_real_1 is None else Routes(hide_padding(routes.ids_TK, num_real_1), routes.weights_TK)
+        config = self.config
         ids_TK, weights_TK = choose_experts(
-            logits_TE,
+            self._logits(x_TD),
             config.top_k,
             config.scores,
             bias_E=self.e_score_correction_bias,
             normalize=config.normalize,
             scale=config.scale,
+            limit=self.limit,
             num_real_1=num_real_1,
         )
         return Routes(ids_TK, weights_TK)
@@ -106,19 +111,3 @@ class Router(nn.Module):
             # Products of 16-bit numbers are exact in float32, so neither side needs converting.
             return torch.mm(x_TD, self.weight.t(), out_dtype=self.wide)
         return F.linear(x_TD.to(self.wide), self.weight.to(self.wide))
-
-    def _choose_in_groups(self, logits_TE: torch.Tensor) -> Routes:
-        """Choose among the experts of the best groups only."""
-        config = self.config
-        scores_TE = logits_TE.sigmoid() if config.scores is Scoring.SIGMOID else logits_TE.softmax(-1)
-        choice_TE = scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias
-        choice_TGe = choice_TE.view(-1, config.num_groups, config.num_experts // config.num_groups)
-        group_scores_TG = choice_TGe.topk(config.best_of_group, dim=-1).values.sum(-1)
-        best_TG = group_scores_TG.topk(config.top_groups, sorted=False).indices
-        refused_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TG, False)
-        choice_TE = choice_TGe.masked_fill(refused_TG.unsqueeze(-1), float("-inf")).flatten(1)
-        ids_TK = choice_TE.topk(config.top_k, sorted=False).indices
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if config.normalize:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return Routes(ids_TK, weights_TK * config.scale)

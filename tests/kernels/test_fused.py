@@ -14,14 +14,14 @@ from antiphon.kernels.fused.experts import add_up, grouped_experts_fused, place_
 from antiphon.kernels.fused.gqa_write import norm_rotate_write_fused
 from antiphon.kernels.fused.latent_write import norm_rotate_write_latents_fused
 from antiphon.kernels.fused.norm_rope import add_rms_norm_fused, apply_rope_fused, rms_norm_fused
-from antiphon.kernels.fused.pack import pack_rows_fused
+from antiphon.kernels.fused.pack import add_parts_fused, pack_rows_fused
 from antiphon.kernels.fused.router import choose_experts_fused
 from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 from antiphon.kernels.latent_write import norm_rotate_write_latents
 from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, rms_norm
-from antiphon.kernels.pack import pack_rows
-from antiphon.kernels.router import Scoring, choose_experts
+from antiphon.kernels.pack import add_parts, pack_rows
+from antiphon.kernels.router import GroupLimit, Scoring, choose_experts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU they are interpreted: see conftest
 # The interpreter cuts off what bfloat16 cannot hold; devices round.
@@ -233,6 +233,25 @@ def test_rope(shape: tuple[int, ...], interleaved: bool, dtype: torch.dtype, in_
     assert torch.equal(heads[..., :16], plain)
 
 
+# ---- partial sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_parts", [3, 4, 8, 9, 15, 17])
+@pytest.mark.parametrize("shape", [(70, 32), (3, 7), (1, 1), (0, 8)], ids=str)
+def test_sums_of_parts(shape: tuple[int, int], num_parts: int, dtype: torch.dtype) -> None:
+    """In their order and rounded once: the first and the last cancel, and what comes between is small."""
+    parts = [randn(*shape, seed=seed, dtype=dtype) for seed in range(num_parts)]
+    parts[0] = parts[0] * 300
+    parts[-1] = -parts[0]
+    parts[1] = padded(parts[1], 8)
+    sum_TD, expected_TD = add_parts_fused(*parts), add_parts.reference(*parts)
+    assert sum_TD.dtype == dtype
+    if DEVICE.type == "cuda" or dtype != torch.bfloat16:
+        assert torch.equal(sum_TD, expected_TD)
+    torch.testing.assert_close(sum_TD, expected_TD, rtol=TOLERANCE[dtype], atol=1e-6)
+
+
 # ---- router
 
 
@@ -254,6 +273,57 @@ def test_choice(
     assert ids_TK.dtype == torch.int64
     assert torch.equal(ids_TK, expected_ids_TK)
     torch.testing.assert_close(weights_TK, expected_TK, rtol=TOLERANCE[dtype], atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("scoring", "biased", "best"),
+    [(Scoring.SOFTMAX, False, 1), (Scoring.SIGMOID, False, 2), (Scoring.SIGMOID, True, 2)],
+)
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "num_groups", "top_groups"),
+    [(64, 6, 8, 3), (60, 6, 5, 2), (12, 4, 6, 2), (12, 3, 4, 1), (16, 3, 8, 7)],
+)
+def test_choice_in_groups(
+    num_experts: int,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    scoring: Scoring,
+    biased: bool,
+    best: int,
+    dtype: torch.dtype,
+) -> None:
+    """With equal experts and groups, and with padding."""
+    limit = GroupLimit(num_groups=num_groups, top_groups=top_groups, best_of_group=best)
+    logits_TE = padded(randn(37, num_experts, seed=20, dtype=dtype) * 2, 4)
+    logits_TE[3:6] = logits_TE[3:6].round()
+    logits_TE[6] = 0.5
+    bias_E = randn(num_experts, seed=21, dtype=dtype) if biased else None
+    options = {"bias_E": bias_E, "normalize": True, "scale": 2.5, "limit": limit}
+    num_real_1 = torch.tensor([33], device=DEVICE)
+    ids_TK, weights_TK = choose_experts_fused(logits_TE, top_k, scoring, num_real_1=num_real_1, **options)
+    expected_ids_TK, expected_TK = choose_experts.reference(logits_TE, top_k, scoring, **options)
+    assert torch.equal(ids_TK[:33], expected_ids_TK[:33])
+    assert ids_TK[33:].eq(-1).all()
+    torch.testing.assert_close(weights_TK, expected_TK, rtol=TOLERANCE[dtype], atol=0)
+    groups = [{expert // (num_experts // num_groups) for expert in ids} for ids in ids_TK[:33].tolist()]
+    assert max(map(len, groups)) == min(top_groups, top_k)
+
+
+@pytest.mark.parametrize("choose", [choose_experts_fused, choose_experts.reference])
+def test_refused_groups_are_refused_whatever_the_logits_hold(choose) -> None:  # type: ignore[no-untyped-def]
+    """The experts left in the allowed groups are taken even at minus infinity."""
+    inf = float("inf")
+    logits_TE = torch.tensor(
+        [[NAN] * 8, [-inf] * 8, [inf] * 8, [NAN, NAN, 1.0, 2.0, NAN, NAN, 3.0, NAN]], device=DEVICE
+    )
+    bias_E = torch.tensor([-inf] * 2 + [0.0] * 6, device=DEVICE)
+    limit = GroupLimit(num_groups=4, top_groups=2, best_of_group=2)
+    ids_TK, _ = choose(logits_TE, 4, Scoring.SIGMOID, limit=limit)
+    assert [sorted(ids) for ids in ids_TK.tolist()] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+    ids_TK, _ = choose(logits_TE[1:3], 4, Scoring.SIGMOID, bias_E=bias_E, limit=limit)
+    assert ids_TK.tolist() == [[2, 3, 4, 5]] * 2
 
 
 @pytest.mark.parametrize("num_real", [0, 1, 20, 37])

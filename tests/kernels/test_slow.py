@@ -118,7 +118,7 @@ def test_experts_that_run_one_by_one_on_a_gpu_are_said_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(grouped_experts, "_major", lambda device: major)
+    monkeypatch.setattr(grouped_experts, "major_capability", lambda device: major)
     x_XD, weight_END = some(5, width, dtype=dtype), some(2, 16, width, dtype=dtype, gpu=False)
     ends_E = torch.tensor([2, 5], dtype=torch.int32)
     for _ in range(3):

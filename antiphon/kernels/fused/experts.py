@@ -1,4 +1,6 @@
-"""The experts of one rank without host waits: places computed on the device, grouped GEMMs, weighted sum.
+"""The experts of one rank without host waits: places computed on the device, products, weighted sum.
+
+Few rows are computed by `antiphon.kernels.fused.small_experts`, many by grouped GEMMs:
 
     count      count the pairs of each expert in each block of pairs
     place      give each pair a place: in order of expert, then of row; -1 for the experts of other ranks
@@ -29,12 +31,14 @@ from antiphon.kernels.fused.launch import (
     power_of_two,
     stride_unit,
 )
+from antiphon.kernels.fused.small_experts import SMALL_DTYPES, multiply_few, place_few
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_product
 
 _MAX_BLOCKS = 128  # of pairs: about as many as SMs, but few enough counts to add up in every block
 _MIN_PART, _MAX_PART = 16, 128  # pairs that a block takes at a time
 _TILE_ELEMENTS = 8192
 _COUNTS_PER_LOAD = 4096
+_FEW_ROWS = 512
 
 
 # ---- the place of each pair
@@ -165,7 +169,8 @@ def place_pairs(
     num_rows, top_k = ids_RK.shape
     num_blocks, count, place = _count_and_place(num_rows, top_k, ids_RK.stride(), num_experts, first_expert)
     device = ids_RK.device
-    counts_NE = workspace.get("counts", (num_blocks, num_experts), torch.int32, device)
+    # More rows may take fewer blocks, so the buffer has room for all: it must not grow once it is frozen.
+    counts_NE = workspace.get("counts", (max(num_blocks, _MAX_BLOCKS), num_experts), torch.int32, device)
     places_RK = workspace.get("places", (num_rows, top_k), torch.int32, device)
     ends_E = workspace.get("ends", (num_experts,), torch.int32, device)
     count(ids_RK, counts_NE)
@@ -249,11 +254,14 @@ def _add_up(
     num_rows: int, size: int, stride_row: int, top_k: int, weights_strides: tuple[int, int], double: bool
 ) -> Launch:
     unit, block = stride_unit(stride_row), column_block(size)
+    if num_rows <= _FEW_ROWS:  # narrower, for more programs at a time
+        block = min(block, 256 if num_rows < _FEW_ROWS // 4 else 512)
     return Launch(
         _add_up_kernel,
         (num_rows, divide_up(size, block)),
         integers=(*weights_strides, stride_row // unit),
         constants={"D": size, "K": top_k, "UNIT": unit, "BLOCK_D": block, "DOUBLE": double},
+        num_warps=2 if num_rows <= _FEW_ROWS else 4,
     )
 
 
@@ -277,7 +285,11 @@ def grouped_experts_fused(
     first_expert: int = 0,
     workspace: ExpertWorkspace | None = None,
 ) -> torch.Tensor:
-    """See `grouped_experts`. The host never waits with bfloat16 on SM90 and later; else it waits in the GEMMs."""
+    """See `grouped_experts`. `ExpertChoice` says which kernels compute it.
+
+    The host waits for the device only if these are grouped products in another dtype than bfloat16, or not on SM90
+    or SM100. Otherwise a call can be captured in a CUDA graph, once a call of the same shape has compiled its kernels.
+    """
     num_rows, size = x_RD.shape
     out_RD = x_RD.new_empty(num_rows, size) if out_RD is None else out_RD
     if num_rows == 0:
@@ -287,27 +299,45 @@ def grouped_experts_fused(
         x_RD = x_RD.contiguous()
     assert out_RD.stride(1) == 1, "out_RD has gaps inside its rows"
     rows_per_pass = max(1, workspace.max_pairs // ids_RK.shape[1])
-    if num_rows <= rows_per_pass:
-        _one_pass(x_RD, ids_RK, weights_RK, gate_up_EGD, down_EDF, out_RD, first_expert, workspace)
-        return out_RD
-    for start in range(0, num_rows, rows_per_pass):
-        rows = slice(start, start + rows_per_pass)
-        _one_pass(
-            x_RD[rows], ids_RK[rows], weights_RK[rows], gate_up_EGD, down_EDF, out_RD[rows], first_expert, workspace
-        )
+    passes: list[tuple[torch.Tensor, ...]] = [(x_RD, ids_RK, weights_RK, out_RD)]
+    if num_rows > rows_per_pass:
+        passes = list(zip(*(tensor.split(rows_per_pass) for tensor in passes[0]), strict=True))
+    for x, ids, weights, out in passes:
+        compute = compute_few if workspace.choice.takes_small(x, down_EDF.shape[2]) else compute_many
+        compute(x, ids, weights, gate_up_EGD, down_EDF, out, first_expert=first_expert, workspace=workspace)
     return out_RD
 
 
-def _one_pass(
+def compute_few(
     x_RD: torch.Tensor,
     ids_RK: torch.Tensor,
     weights_RK: torch.Tensor,
     gate_up_EGD: torch.Tensor,
     down_EDF: torch.Tensor,
     out_RD: torch.Tensor,
+    *,
     first_expert: int,
     workspace: ExpertWorkspace,
 ) -> None:
+    """`grouped_experts` by the kernels for few rows; R above 0, rows dense, of one of `SMALL_DTYPES`."""
+    assert x_RD.dtype in SMALL_DTYPES, f"the kernels for few rows do not multiply {x_RD.dtype}"
+    places_RK, rows_X, ends_E = place_few(ids_RK, gate_up_EGD.shape[0], workspace, first_expert=first_expert)
+    y_XD = multiply_few(x_RD, rows_X, ends_E, gate_up_EGD, down_EDF, workspace)
+    add_up(y_XD, places_RK, weights_RK, out_RD)
+
+
+def compute_many(
+    x_RD: torch.Tensor,
+    ids_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    gate_up_EGD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    out_RD: torch.Tensor,
+    *,
+    first_expert: int,
+    workspace: ExpertWorkspace,
+) -> None:
+    """`grouped_experts` by grouped products; R above 0, rows dense."""
     size, width = x_RD.shape[1], down_EDF.shape[2]
     places_RK, ends_E = place_pairs(ids_RK, gate_up_EGD.shape[0], workspace, first_expert=first_expert)
     num_pairs = places_RK.numel()

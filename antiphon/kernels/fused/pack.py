@@ -1,4 +1,6 @@
-"""Packing tokens and routes into rows; the first program of each row also packs its routes.
+"""Packing tokens and routes into rows, and adding up partial sums.
+
+The first program of each row also packs its routes.
 
 Shapes: as in `antiphon.kernels.pack`.
 """
@@ -11,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_of_two, stride_unit
+from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two, stride_unit
 
 _MAX_COLUMNS = 2048
+_PARTS_AT_A_TIME = 8
+_SUM_BLOCK = 1024
 
 
 @triton.jit
@@ -91,3 +95,47 @@ def pack_rows_fused(
     if num_tokens:
         x_out, weights_out, ids_out, x, weights, ids = (stride[0] for stride in strides)
         _pack(num_tokens, size, top_k, (x_out, x), (weights_out, ids_out, weights, ids))(*tensors)
+
+
+@triton.jit
+def _add_kernel(
+    part_0, part_1, part_2, part_3, part_4, part_5, part_6, part_7, out, size,
+    NUM: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < size
+    parts = (part_0, part_1, part_2, part_3, part_4, part_5, part_6, part_7)
+    total = tl.load(part_0 + places, mask=mask, other=0).to(WIDE)
+    for number in tl.static_range(1, NUM):
+        total += tl.load(parts[number] + places, mask=mask, other=0).to(WIDE)
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
+
+
+@lru_cache(maxsize=NUM_SHAPES)
+def _add(size: int, num_parts: int, double: bool) -> Launch:
+    return Launch(
+        _add_kernel,
+        (divide_up(size, _SUM_BLOCK), 1),
+        integers=(size,),
+        constants={"NUM": num_parts, "DOUBLE": double, "BLOCK": _SUM_BLOCK},
+    )
+
+
+def add_parts_fused(first_TD: torch.Tensor, *others_TD: torch.Tensor) -> torch.Tensor:
+    """See `add_parts`. One launch for up to 8 parts; the sums of more of them stay wide in between."""
+    dtype = first_TD.dtype
+    parts = [first_TD, *others_TD]
+    while len(parts) > _PARTS_AT_A_TIME:
+        wide = torch.promote_types(dtype, torch.float32)
+        parts = [_add_some(parts[:_PARTS_AT_A_TIME], wide), *parts[_PARTS_AT_A_TIME:]]
+    return _add_some(parts, dtype)
+
+
+def _add_some(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(parts[0].shape, dtype=dtype, device=parts[0].device)
+    if out.numel():
+        parts = [part.contiguous() for part in parts]
+        unused = [parts[0]] * (_PARTS_AT_A_TIME - len(parts))
+        _add(out.numel(), len(parts), is_double(dtype))(*parts, *unused, out)
+    return out

@@ -1,4 +1,7 @@
-"""The best K of E experts in one launch: K times the largest of those left, in registers."""
+"""The best K of E experts in one launch: K times the largest of those left, in registers.
+
+Groups are chosen in the same way first, by sums of their best experts.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,43 @@ import triton
 import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
-from antiphon.kernels.router import Scoring, check_choice
+from antiphon.kernels.router import GroupLimit, Scoring, check_choice
 
 _TILE_ELEMENTS = 1024
+
+
+@triton.jit
+def _in_best_groups(
+    choice,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BEST_OF_GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Whether each expert is in one of the best groups."""
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    groups = tl.arange(0, BLOCK_G)[None, :]
+    scores = tl.full([BLOCK_T, BLOCK_G], float("-inf"), choice.dtype)
+    for group in tl.static_range(GROUPS):
+        left = tl.broadcast_to(experts // SIZE == group, [BLOCK_T, BLOCK_E])
+        score = tl.zeros([BLOCK_T], choice.dtype)[:, None]
+        for _ in tl.static_range(BEST_OF_GROUP):
+            best = tl.max(tl.where(left, choice, float("-inf")), 1)[:, None]
+            chosen = tl.min(tl.where(left & (choice == best), experts, BLOCK_E), 1)[:, None]
+            left = left & (experts != chosen)
+            score += best
+        scores = tl.where(groups == group, score, scores)
+    kept = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
+    left = tl.broadcast_to(groups < GROUPS, [BLOCK_T, BLOCK_G])
+    for _ in tl.static_range(TOP_GROUPS):
+        best = tl.max(tl.where(left, scores, float("-inf")), 1)[:, None]
+        chosen = tl.min(tl.where(left & (scores == best), groups, BLOCK_G), 1)[:, None]
+        left = left & (groups != chosen)
+        kept = kept | (experts // SIZE == chosen)
+    return kept
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -30,6 +67,10 @@ def _choose_kernel(
     BIASED: tl.constexpr,
     PADDED: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BEST_OF_GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,9 +92,11 @@ def _choose_kernel(
     else:
         raised = tl.exp(logits - tl.max(logits, 1)[:, None])
         scores = raised / tl.sum(raised, 1)[:, None]
-        choice = logits
+        choice = logits if GROUPS == 0 else scores
     choice = tl.where(choice == choice, choice, float("-inf"))  # nan comes last
     left = tl.broadcast_to(real, [BLOCK_T, BLOCK_E])
+    if GROUPS > 0:
+        left = left & _in_best_groups(choice, E // GROUPS, GROUPS, TOP_GROUPS, BEST_OF_GROUP, BLOCK_G, BLOCK_T, BLOCK_E)
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int64)
     weights = tl.zeros([BLOCK_T, BLOCK_K], WIDE)
     for slot in tl.static_range(K):
@@ -85,6 +128,7 @@ def _choose(
     padded: bool,
     normalize: bool,
     scale: float,
+    limit: GroupLimit | None,
     double: bool,
 ) -> Launch:
     block_e = power_of_two(num_experts)
@@ -101,6 +145,10 @@ def _choose(
             "BIASED": biased,
             "PADDED": padded,
             "NORMALIZE": normalize,
+            "GROUPS": limit.num_groups if limit else 0,
+            "TOP_GROUPS": limit.top_groups if limit else 0,
+            "BEST_OF_GROUP": limit.best_of_group if limit else 0,
+            "BLOCK_G": power_of_two(limit.num_groups) if limit else 1,
             "BLOCK_T": block_t,
             "BLOCK_E": block_e,
             "BLOCK_K": power_of_two(top_k),
@@ -117,10 +165,11 @@ def choose_experts_fused(
     bias_E: torch.Tensor | None = None,
     normalize: bool = False,
     scale: float = 1.0,
+    limit: GroupLimit | None = None,
     num_real_1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `choose_experts`."""
-    check_choice(logits_TE, top_k, scoring, bias_E)
+    check_choice(logits_TE, top_k, scoring, bias_E, limit)
     num_tokens, num_experts = logits_TE.shape
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
@@ -137,6 +186,7 @@ def choose_experts_fused(
         num_real_1 is not None,
         normalize,
         scale,
+        limit,
         is_double(logits_TE.dtype),
     )
     launch(
