@@ -4,6 +4,11 @@
 host memory before it waits, and 0 afterwards. A thread that makes no driver calls polls the words and records on the
 progress board what this rank waits for. If a code stays longer than the time limit, the thread reports which rank is
 missing and ends the process.
+
+An eager wait has a code of its own. In a captured step codes are constants: a thread that looks now and then may find
+the same one in every replay, although nothing is stuck. So each replay is preceded by a new number, its epoch, in one
+more word, and a wait is stuck if neither its code nor the epoch changes. A step contains each label once, so the same
+code in the same epoch is the same wait.
 """
 
 from __future__ import annotations
@@ -19,11 +24,15 @@ from dataclasses import dataclass, field
 import torch
 
 from antiphon.comm.progress import ProgressBoard
+from antiphon.device.cuda_stream_memory import StreamOperations
 
 logger = logging.getLogger("antiphon.comm")
 
 _MAX_WORDS = 64
 _LABELS = 4096
+_EAGER_NUMBERS = 2**24
+_CAPTURED_LABELS = 2**14  # 96 layers, 2 phases and 8 lanes need 1,536
+_OTHER_LABEL = "an exchange of a captured step"
 _PEERS = 64
 ALL_PEERS = _PEERS - 1
 """In place of a peer's rank: the wait is for all peers."""
@@ -33,22 +42,46 @@ _PERIOD_S = 0.2
 
 @dataclass(slots=True, eq=False)
 class WatchWord:
-    """The word of one stream. Its value is `code(label) + peer` while the stream waits, otherwise 0."""
+    """The word of one stream. Its value is `code(label) + peer` while the stream waits, otherwise 0.
+
+    A code is a number times 64: 1 to 2**24 for eager waits, in turn, and above that one for each label of captured
+    steps, which never changes because graphs hold it.
+    """
 
     address: int
     _labels: list[str] = field(default_factory=lambda: [""] * _LABELS)
     _number: int = 0
+    _captured: dict[str, int] = field(default_factory=dict)  # numbers by label
+    _captured_labels: list[str] = field(default_factory=lambda: [_OTHER_LABEL])
 
-    def code(self, label: str) -> int:
-        """Return the code for a new wait; the caller adds the rank of the peer, or `ALL_PEERS`."""
-        self._number = self._number % (2**24) + 1
+    def code(self, label: str, *, captured: bool = False) -> int:
+        """Return the code for a new wait; the caller adds the rank of the peer, or `ALL_PEERS`.
+
+        captured: the wait is being captured, so the code is the same for all waits with this label.
+        """
+        if captured:
+            return self._captured_number(label) * _PEERS
+        self._number = self._number % _EAGER_NUMBERS + 1
         self._labels[self._number % _LABELS] = label
         return self._number * _PEERS
 
     def explain(self, value: int) -> tuple[str, str]:
         """Decode a value into its label and the peers that the stream waits for."""
-        peer = value % _PEERS
-        return self._labels[value // _PEERS % _LABELS], "its peers" if peer == ALL_PEERS else f"rank {peer}"
+        number, peer = divmod(value, _PEERS)
+        if number > _EAGER_NUMBERS:
+            label = self._captured_labels[number - _EAGER_NUMBERS - 1]
+        else:
+            label = self._labels[number % _LABELS]
+        return label, "its peers" if peer == ALL_PEERS else f"rank {peer}"
+
+    def _captured_number(self, label: str) -> int:
+        number = self._captured.get(label)
+        if number is None:
+            if len(self._captured) == _CAPTURED_LABELS:
+                return _EAGER_NUMBERS + 1  # graphs hold all other numbers
+            self._captured_labels.append(label)
+            number = self._captured[label] = _EAGER_NUMBERS + len(self._captured_labels)
+        return number
 
 
 class DeviceWatch:
@@ -71,8 +104,11 @@ class DeviceWatch:
         self._board = board
         self._on_stuck = on_stuck
         with torch.inference_mode(False):
-            self._memory = torch.zeros(_MAX_WORDS, dtype=torch.int32, device="cpu", pin_memory=pin_memory)
-        self._values = self._memory.numpy()
+            self._memory = torch.zeros(_MAX_WORDS + 1, dtype=torch.int32, device="cpu", pin_memory=pin_memory)
+        self._values = self._memory.numpy()[:_MAX_WORDS]
+        self._epoch = self._memory.numpy()[_MAX_WORDS:]
+        self._num_epochs = 0
+        self._write_epoch: StreamOperations | None = None
         self._words: dict[str, WatchWord] = {}
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -88,12 +124,21 @@ class DeviceWatch:
             self._thread.start()
         return word
 
+    def next_epoch(self, stream: int) -> None:
+        """Queue a new epoch on the stream that is about to replay a captured step. stream: its raw handle."""
+        if self._write_epoch is None:
+            self._write_epoch = StreamOperations(flush=False)
+            self._write_epoch.write(int(self._epoch.ctypes.data), 0)
+        self._num_epochs = self._num_epochs % (2**31 - 1) + 1
+        self._write_epoch.set_value(0, self._num_epochs)
+        self._write_epoch.queue(stream)
+
     def close(self) -> None:
         """Stop the thread once no stream waits. Work abandoned at shutdown may still wait for a peer."""
         self._closed.set()
 
     def _watch(self) -> None:
-        since: dict[int, tuple[int, float]] = {}
+        since: dict[int, tuple[tuple[int, int], float]] = {}  # by place: code and epoch, and when they were first seen
         reported: set[int] = set()
         while True:
             if self._closed.wait(_PERIOD_S):
@@ -101,14 +146,15 @@ class DeviceWatch:
                     return
                 time.sleep(_PERIOD_S)
             now = time.monotonic()
+            epoch = int(self._epoch[0])
             for place, word in enumerate(list(self._words.values())):
                 value = int(self._values[place])
                 if value == 0:
                     if since.pop(place, None) is not None and place in reported:
                         reported.discard(place)
                         self._mark("computing")
-                elif place not in since or since[place][0] != value:
-                    since[place] = (value, now)
+                elif place not in since or since[place][0] != (value, epoch):
+                    since[place] = ((value, epoch), now)
                     reported.discard(place)
                 elif now - since[place][1] > self._timeout_s:
                     self._report(word, value, now - since[place][1])

@@ -14,6 +14,7 @@ class LocalTransport(Transport):
     """The rows are the tokens themselves, and the partial sums are the final sums."""
 
     name = "local"
+    capture_obstacle = ""
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from antiphon.comm.tokens import ExpertShape, Routes
+from antiphon.core.errors import OptionError
 from antiphon.kernels.pack import pack_rows
 
 _ROW_ALIGNMENT = 16
@@ -51,11 +52,26 @@ class LaneBuffers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[str, torch.Tensor] = {}
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """Let no buffer grow from now on: captured steps hold the addresses."""
+        self._frozen = True
 
     def get(self, name: str, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor [num_rows, width] of `dtype` with undefined contents."""
+        """A contiguous tensor [num_rows, width] of `dtype` with undefined contents.
+
+        Raises `OptionError` if the buffer would have to grow and is frozen.
+        """
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[0] < num_rows:
+            if self._frozen:
+                raise OptionError(
+                    f"the buffer for {name} would have to grow to {num_rows} rows",
+                    limit=f"captured steps hold its address, and it has {0 if buffer is None else buffer.shape[0]}",
+                    remedy="run a step of the largest size before the first capture",
+                    option="max_tokens",
+                )
             with torch.inference_mode(False):  # so that it can be used both inside and outside inference mode
                 buffer = torch.empty(num_rows, width, dtype=dtype, device=self._device)
             self._buffers[name] = buffer

@@ -67,6 +67,7 @@ class SimulatedTransport(Transport):
     """`inner` over a slower link."""
 
     name = "simulated"
+    capture_obstacle = "the host sleeps for as long as the simulated link is busy"
 
     def __init__(self, inner: Transport, link: Link) -> None:
         super().__init__(inner.shape, **inner.made_for)

@@ -11,6 +11,8 @@ The contract, which the tests check for every implementation:
 - Sources: `x_TD` is read before `dispatch` returns, or on a stream that waits for the compute stream's work so far.
 - Results: `Rows` belong to the transport and are valid until their combine is sent. The result of `combine` [T, D] is
   new and belongs to the caller. Both are safe to use on the compute stream once finished.
+- Captured steps: a transport without a `capture_obstacle` queues the same operations on the same addresses whenever
+  `tokens_by_rank` is the same, and never needs the host in between. Such a step is captured once and replayed.
 - Path: `through_host` says whether data goes through host memory even where devices can access each other.
 - Sums: the caller adds over the experts of one rank, in float32 at least; the transport defines how it adds over ranks.
 
@@ -36,6 +38,8 @@ from antiphon.runtime import Pending, Streams, current_lane
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+_SAYS_NOTHING_OF_CAPTURE = "its class does not say that it can be captured"
 
 DEFAULT_MAX_TOKENS = 8192
 """Default for the maximum number of tokens per lane and rank."""
@@ -107,6 +111,15 @@ class Transport(ABC):
     through_host: ClassVar[bool] = False  # data goes through host memory even where devices can access each other
     peers_reach: bool = False  # whether all devices may and can access each other's memory; set by `create_transport`
 
+    capture_obstacle: ClassVar[str] = _SAYS_NOTHING_OF_CAPTURE
+    """Why a step over this transport cannot be captured; "" if it can, on a device that is `capturable` and with the
+    same number of tokens on every rank. Not inherited: a subclass may do what cannot be captured."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "capture_obstacle" not in vars(cls):
+            cls.capture_obstacle = _SAYS_NOTHING_OF_CAPTURE
+
     def __init__(
         self,
         shape: ExpertShape,
@@ -149,6 +162,11 @@ class Transport(ABC):
         return Way("")
 
     @property
+    def capturable(self) -> bool:
+        """Whether a step over this transport can be captured; see `capture_obstacle`."""
+        return not self.capture_obstacle
+
+    @property
     def data_path(self) -> DataPath:
         """How the data travels; the same on all ranks."""
         if self.group.size == 1:
@@ -177,11 +195,13 @@ class Transport(ABC):
         label: the place in the model, such as "layer 3", for recordings and errors.
 
         Raises `LaneError` if called out of order, and `OptionError` for tensors that do not fit the shape or that
-        require a gradient.
+        require a gradient, and for a capture of what cannot be replayed.
         """
         self._check(x_TD, routes)
         if tokens_by_rank is not None:
             tokens_by_rank = self._checked_counts(tokens_by_rank, x_TD.shape[0])
+        if self.streams.capturing:
+            self._check_capture(tokens_by_rank)
         lane = self._lane_in(_Phase.IDLE, "dispatch")
         label = f"dispatch {label}".rstrip()
         flight = self.send_tokens(lane, x_TD, routes, tokens_by_rank, label)
@@ -223,6 +243,19 @@ class Transport(ABC):
         failed alone, its peers are in the middle of an exchange and the group must end.
         """
         self._phases = [_Phase.IDLE] * self.num_lanes
+
+    def freeze(self) -> None:  # noqa: B027 (a default, not a gap)
+        """Keep all buffers where they are from now on, because captured steps hold their addresses.
+
+        An exchange that needs a larger buffer then raises `OptionError`. By default nothing happens: no buffer grows.
+        """
+
+    def before_replay(self) -> None:  # noqa: B027 (a default, not a gap)
+        """Tell the device watch that a captured step is about to be replayed. Call it before each replay.
+
+        It queues a word on the compute stream, and the host does not wait. By default nothing happens: no device waits
+        for a peer.
+        """
 
     @abstractmethod
     def send_tokens(
@@ -311,6 +344,25 @@ class Transport(ABC):
                     remedy=f"use 0 to {shape.num_experts - 1}, and -1 for rows that are padding",
                     option="routes",
                 )
+
+    def _check_capture(self, tokens_by_rank: tuple[int, ...] | None) -> None:
+        """Refuse a capture whose replays would not do what is expected of them."""
+        if self.capture_obstacle:
+            raise OptionError(
+                f"a step over transport {self.name!r} cannot be captured",
+                limit=self.capture_obstacle,
+                remedy="run it eagerly",
+                option="transport",
+                value=self.name,
+            )
+        if tokens_by_rank is None or len(set(tokens_by_rank)) != 1:
+            raise OptionError(
+                f"a step with tokens_by_rank={tokens_by_rank} cannot be captured",
+                limit="its replays send the same number of tokens from every rank",
+                remedy="pad all ranks to one size",
+                option="tokens_by_rank",
+                value=tokens_by_rank,
+            )
 
     def _checked_counts(self, tokens_by_rank: Sequence[int], num_tokens: int) -> tuple[int, ...]:
         counts = tuple(tokens_by_rank)

@@ -2,6 +2,8 @@
 
     with protocol_world("copy-engine", size=2, num_lanes=2) as world:
         world.run(layers)
+        graphs = world.capture(layers)  # only on streams
+        world.replay(graphs)
         problems = check(world.logs())
 
 The transports and their media are the shipped code. They run over a driver that moves nothing, streams that are
@@ -17,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -25,9 +27,11 @@ import torch
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport
 from antiphon.comm.device_watch import WatchWord
 from antiphon.comm.slab.transport import SlabTransport
+from antiphon.device.cpu import CpuDevice
 from antiphon.runtime import CpuStreams, CudaStreams, Streams, current_lane, finish, run_lanes
 from tests.comm.world import MAX_TOKENS, World, make_shape
-from tests.support.protocol_log import LoggedEvent, record
+from tests.support.captured import Graph
+from tests.support.protocol_log import LoggedEvent, LoggedMailbox, record
 
 __all__ = [
     "FIRST_HANDLE",
@@ -62,6 +66,7 @@ class FakeDriver:
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     captured: list[tuple[Any, ...]] | None = None  # instead of `calls`, while a stream is captured
+    num_captures: int = 0
     num_replays: int = 0
 
     def _keep(self, call: tuple[Any, ...]) -> None:
@@ -83,6 +88,7 @@ class FakeDriver:
 
         def begin_capture(stream: int, mode: object) -> tuple[Any]:
             self.captured = []
+            self.num_captures += 1
             return (ok,)
 
         def end_capture(stream: int) -> tuple[Any, Any]:
@@ -124,8 +130,26 @@ class FakeDriver:
 class FakeStreams(CudaStreams):
     """Streams without a device: handles are numbers, events are new objects, and tensors are on the CPU."""
 
+    owner = CpuDevice("cpu")
+
     def __init__(self) -> None:
         self._handles: dict[str, int] = {"compute": FIRST_HANDLE}
+        self._capturing = False
+
+    @contextmanager
+    def captures(self) -> Iterator[None]:
+        """A context in which work counts as being captured."""
+        self._capturing = True
+        try:
+            yield
+        finally:
+            self._capturing = False
+
+    def join(self) -> None:
+        pass
+
+    def on_compute_stream(self) -> bool:
+        return True
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +177,8 @@ class FakeGroup(RankGroup):
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank=rank, size=size, process_group=object())  # type: ignore[arg-type]
+        self.epochs: list[int] = []  # the streams on which an epoch was queued
+        self.watch = SimpleNamespace(word=lambda stream: WatchWord(_WATCH_WORD), next_epoch=self.epochs.append)
 
     def all_gather_object(self, value: object) -> list[Any]:
         return [value] * self.size
@@ -161,7 +187,7 @@ class FakeGroup(RankGroup):
         pass
 
     def device_watch(self) -> Any:
-        return SimpleNamespace(word=lambda stream: WatchWord(_WATCH_WORD))
+        return self.watch
 
 
 class ProtocolWorld:
@@ -174,7 +200,25 @@ class ProtocolWorld:
 
     def run(self, layers: Layers) -> None:
         for transport in self.transports:
-            run_layers(transport, layers)
+            run_layers(transport, layers, streams=_streams_of(transport))
+
+    def capture(self, layers: Layers) -> list[Graph]:
+        """Capture the same work on every rank, which does not run."""
+        graphs = []
+        for transport, log in zip(self.transports, self.recorders, strict=True):
+            begin, rounds = len(log.events), dict(log.rounds)
+            with cast("FakeStreams", transport.streams).captures():
+                run_layers(transport, layers, streams=_streams_of(transport))
+            graphs.append(Graph(log.events[begin:], rounds))
+            del log.events[begin:]
+            log.rounds = rounds
+        return graphs
+
+    def replay(self, graphs: Sequence[Graph]) -> None:
+        """Replay every rank's graph, in the order in which its streams queued it."""
+        for transport, log, graph in zip(self.transports, self.recorders, graphs, strict=True):
+            transport.before_replay()
+            log.events += graph.replay(log.rounds)
 
     def is_watch_word(self, address: int) -> bool:
         return address == _WATCH_WORD
@@ -198,7 +242,7 @@ def protocol_world(
     smallest_chunk: in bytes; small, so that even small slabs go through host memory in several chunks.
     """
     driver = FakeDriver()
-    shape = shape or make_shape(torch.float32, num_experts=8, top_k=2, hidden_size=16)
+    shape = shape or make_shape(torch.float32, num_experts=24, top_k=2, hidden_size=16)
     with ExitStack() as stack:
         stack.enter_context(_fresh_media(driver))
         stack.enter_context(patch("torch.cuda.synchronize"))
@@ -270,6 +314,14 @@ def _shared_memories(rank: int, size: int, memories: list[torch.Tensor]) -> Iter
         patch("antiphon.comm.slab.shared_memory.share_host_memory", share),
     ):
         yield
+
+
+def _streams_of(transport: SlabTransport) -> Streams | None:
+    """The streams that a run should join: if they are logged, those that log it."""
+    mailbox = transport.mailbox
+    if isinstance(mailbox, LoggedMailbox):
+        mailbox = mailbox.inner
+    return getattr(mailbox, "streams", None)
 
 
 def run_layers(transport: Transport, layers: Layers, *, streams: Streams | None = None) -> None:

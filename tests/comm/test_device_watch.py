@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,34 +68,130 @@ class Clock:
         return self.now_s
 
 
-def test_waits_that_go_on_are_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is shorter than the limit and all together are longer. The board shows each wait and the last one's end."""
-    clock = Clock()
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch, clock: Clock, **options: Any) -> Iterator[tuple[DeviceWatch, list[int]]]:
+    """A watch with a limit of 2 s by this clock, and the exit codes with which it would have ended the process."""
     ends: list[int] = []
     monkeypatch.setattr(device_watch, "time", clock)
     monkeypatch.setattr(device_watch, "_PERIOD_S", 0.01)
     monkeypatch.setattr(os, "_exit", ends.append)
-    board = ProgressBoard(tmp_path / "board", size=2)
-    watch = DeviceWatch(rank=0, timeout_s=2.0, board=board, pin_memory=False)
-    word = watch.word("comm")
+    watch = DeviceWatch(rank=0, timeout_s=2.0, pin_memory=False, **options)
     try:
+        yield watch, ends
+    finally:
+        watch._values[:] = 0
+        watch.close()
+
+
+def pass_time(clock: Clock, seconds: float) -> None:
+    """Let the watch see the words at this time, and again `seconds` later."""
+    for later in (seconds, 0.0):
+        before = clock.num_looks
+        wait_until(lambda seen=before + 2: clock.num_looks >= seen, "a whole round of the watch")
+        clock.now_s += later
+
+
+def test_waits_that_go_on_are_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is shorter than the limit and all together are longer. The board shows each wait and the last one's end."""
+    clock = Clock()
+    board = ProgressBoard(tmp_path / "board", size=2)
+    with watched(monkeypatch, clock, board=board) as (watch, ends):
+        word = watch.word("comm")
         for layer in range(4):
             place = f"waiting on its device for dispatch layer {layer} from its peers"
             watch._values[0] = word.code(f"dispatch layer {layer}") + ALL_PEERS
-            before = clock.num_looks
-            wait_until(lambda seen=before + 2: clock.num_looks >= seen, "a whole round of the watch")
-            clock.now_s += 0.9
+            pass_time(clock, 0.9)
             wait_until(lambda place=place: place in board.describe(), place)
         watch._values[0] = 0
         wait_until(lambda: "was last computing" in board.describe(), "the end of the wait")
-    finally:
-        watch.close()
     assert not ends
+
+
+LABEL = "combine layer 7, lane 1"
+
+
+def test_replays_with_the_same_code_are_no_alarm_as_long_as_they_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch finds the same captured wait at each look, in another replay each time, until a replay stops."""
+    clock, streams = Clock(), []
+    said: list[str] = []
+
+    class Write:
+        """Stands in for `StreamOperations`, and runs at once."""
+
+        def __init__(self, *, flush: bool) -> None:
+            self.value = 0
+
+        def write(self, address: int, value: int) -> int:
+            assert address == int(watch._epoch.ctypes.data)
+            return 0
+
+        def set_value(self, number: int, value: int) -> None:
+            self.value = value
+
+        def queue(self, stream: int) -> None:
+            streams.append(stream)
+            watch._epoch[0] = self.value
+
+    monkeypatch.setattr(device_watch, "StreamOperations", Write)
+    with watched(monkeypatch, clock, on_stuck=said.append) as (watch, ends):
+        word = watch.word("compute")
+        value = word.code(LABEL, captured=True) + 3
+        for _ in range(8):
+            watch.next_epoch(77)
+            watch._values[0] = word.code(LABEL, captured=True) + 3
+            pass_time(clock, 0.9)
+        assert watch._values[0] == value
+        assert not ends and not said
+        assert streams == [77] * 8
+        pass_time(clock, 2.2)
+        wait_until(lambda: bool(ends), "the report")
+    assert ends == [1]
+    assert re.match(rf"rank 0 timed out after .* waiting on its device for {LABEL} from rank 3", said[0])
+
+
+def test_the_same_code_would_be_an_alarm_without_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    with watched(monkeypatch, clock) as (watch, ends):
+        word = watch.word("compute")
+        for _ in range(4):
+            watch._values[0] = word.code(LABEL, captured=True)
+            pass_time(clock, 0.9)
+        wait_until(lambda: bool(ends), "the report")
+
+
+def test_captured_codes_stay_and_differ_from_eager_ones() -> None:
+    watch = DeviceWatch(rank=0, timeout_s=1.0, pin_memory=False)
+    word = watch.word("compute")
+    watch.close()
+    labels = [
+        f"{phase} layer {n}, lane {lane}" for phase in ("dispatch", "combine") for n in range(96) for lane in (0, 1)
+    ]
+    codes = [word.code(label, captured=True) for label in labels]
+    for _ in range(5000):  # more than eager labels are kept
+        eager = word.code("an eager wait")
+        assert eager not in codes
+    assert [word.code(label, captured=True) for label in labels] == codes
+    assert len(set(codes)) == len(labels)
+    assert [word.explain(code + 1) for code in codes] == [(label, "rank 1") for label in labels]
+
+
+def test_captured_labels_beyond_the_table_share_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_watch, "_CAPTURED_LABELS", 3)
+    word = DeviceWatch(rank=0, timeout_s=1.0, pin_memory=False).word("compute")
+    codes = [word.code(f"layer {number}", captured=True) for number in range(5)]
+    assert len(set(codes)) == 4 and codes[3] == codes[4]
+    assert [word.explain(code)[0] for code in codes[:4]] == [
+        "layer 0",
+        "layer 1",
+        "layer 2",
+        "an exchange of a captured step",
+    ]
+    assert word.code("layer 1", captured=True) == codes[1]
 
 
 def test_codes_start_again_before_they_grow_out_of_a_word() -> None:
     word = DeviceWatch(rank=0, timeout_s=1.0, pin_memory=False).word("down")
     word._number = 2**24 - 1
     last, first = word.code("last"), word.code("first")
-    assert 0 < first < last < 2**31 - ALL_PEERS
+    assert 0 < first < last < word.code("captured", captured=True) < 2**31 - ALL_PEERS
     assert word.explain(first + 5) == ("first", "rank 5")

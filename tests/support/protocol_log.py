@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -25,7 +25,7 @@ from antiphon.comm.slab.mailbox import CommStreams, Exchange, Mailbox, MemoryNam
 from antiphon.comm.slab.shared_memory import FlaggedMemory, SharedMemoryMailbox, Words, flag_address
 from antiphon.comm.slab.transport import Layout, SlabTransport
 from antiphon.device.cuda_stream_memory import MemoryStep, Replay, StreamMemory, StreamOperations
-from antiphon.runtime import Event
+from antiphon.runtime import CudaStreams, Event
 
 NAMELESS = "memory without a name"
 """The prefix of the place of an access to memory that has no name."""
@@ -88,7 +88,7 @@ class MailboxLog:
         self._starts: list[int] = []
         self._flags: dict[int, str] = {}
         self._streams: dict[int | None, str] = {None: _HOST}
-        self._rounds: dict[int, int] = {}
+        self.rounds: dict[int, int] = {}  # by lane
         self.exchange: Exchange | None = None  # the one that the mailbox is working on
 
     # ---- names, which must be known before anything is logged
@@ -113,7 +113,7 @@ class MailboxLog:
 
     def packed(self, exchange: Exchange, slab: torch.Tensor) -> None:
         """A dispatch begins: this rank has written its slab."""
-        self._rounds[exchange.lane] = self._rounds.get(exchange.lane, 0) + 1
+        self.rounds[exchange.lane] = self.rounds.get(exchange.lane, 0) + 1
         self._tensor(Action.WRITE, slab, "pack", exchange)
 
     def experts(self, lane: int, rows: torch.Tensor, partials: torch.Tensor, label: str) -> None:
@@ -187,7 +187,7 @@ class MailboxLog:
         part: Exchange | _Part,
         stream: int | None,
     ) -> None:
-        lane, phase, label, number = part.lane, int(part.phase), part.label, self._rounds.get(part.lane, 0)
+        lane, phase, label, number = part.lane, int(part.phase), part.label, self.rounds.get(part.lane, 0)
         self.events.append(
             LoggedEvent(
                 self.rank, self._streams[stream], action, place, start, stop, operation, lane, phase, number, label
@@ -241,6 +241,9 @@ class LoggedMailbox(Mailbox):
             self._log_experts(exchange)
         else:
             self._log.summed(exchange, self._layout(exchange).home)
+
+    def before_replay(self) -> None:
+        self.inner.before_replay()
 
     def ready_ns(self, exchange: Exchange) -> Callable[[], int | None] | None:
         return self.inner.ready_ns(exchange)
@@ -333,7 +336,11 @@ class _Again:
 
 
 class _LoggedStreams:
-    """`CommStreams` that forward to others and log their events."""
+    """`CommStreams` that forward to others and log their events.
+
+    A comm stream forks from the compute stream when it is first used and first used after a join: see
+    `CudaStreams.queue_on`. Only joins by `join` are known here.
+    """
 
     def __init__(self, inner: CommStreams, log: MailboxLog, names: dict[int | None, str]) -> None:
         self._inner = inner
@@ -341,6 +348,11 @@ class _LoggedStreams:
         self._names = names
         self._numbers: dict[int, int] = {}  # by id, which an event keeps for as long as it can be waited for
         self._num_events = 0
+        self._forked: list[str] = []
+        self._start = ""  # the event of the first fork
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
     @property
     def compute_handle(self) -> int:
@@ -363,15 +375,34 @@ class _LoggedStreams:
     def queue_on(self, name: str, *, after: Event | None = None) -> int:
         handle = self._inner.queue_on(name, after=after)
         self._names.setdefault(handle, name)
+        if name not in self._forked:
+            if not self._forked:
+                self._start = self._passed(_COMPUTE)
+            self._forked.append(name)
+            if after is None:
+                self._log.passed(Action.AWAIT, self._start, name)
         if after is not None:
             self._log.passed(Action.AWAIT, self._name(after), name)
         return handle
 
+    def join(self) -> None:
+        """Join as `CudaStreams.join` does."""
+        cast("CudaStreams", self._inner).join()
+        for name in self._forked:
+            self._log.passed(Action.AWAIT, self._passed(name), _COMPUTE)
+        self._forked.clear()
+
     def _recorded(self, record: Callable[[], Event], stream: str) -> Event:
         event = record()
+        self._numbers[id(event)] = self._num_events + 1
+        self._passed(stream)
+        return event
+
+    def _passed(self, stream: str) -> str:
+        """Log that a new event is recorded, and return its name."""
         self._num_events += 1
-        self._numbers[id(event)] = self._num_events
-        self._log.passed(Action.RECORD, self._name(event), stream)
+        event = f"event {self._num_events}"
+        self._log.passed(Action.RECORD, event, stream)
         return event
 
     def _name(self, event: Event) -> str:

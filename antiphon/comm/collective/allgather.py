@@ -37,6 +37,7 @@ class AllGatherTransport(CollectiveTransport[PaddedExchange]):
     """All-gather of tokens, reduce-scatter of partial sums."""
 
     name = "allgather"
+    capture_obstacle = "on CPUs the host itself moves the rows"
 
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> PaddedExchange:
         assert tokens_by_rank is not None
@@ -93,6 +94,8 @@ class AllGatherTransport(CollectiveTransport[PaddedExchange]):
 class QueuedAllGatherTransport(AllGatherTransport):
     """`AllGatherTransport` on devices that queue their work."""
 
+    capture_obstacle = ""
+
     def __init__(self, shape: ExpertShape, *, max_ctas: int | None = None, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, max_ctas=max_ctas, **made_for)
         for lane in range(self.num_lanes):  # allocated now, so that the remaining memory can be measured
@@ -112,6 +115,14 @@ class QueuedAllGatherTransport(AllGatherTransport):
         """Return the sums, which the reduce-scatter has already added."""
         out_TD, exchange.out_TD = exchange.out_TD, None
         return (self._new_out(exchange) if out_TD is None else out_TD)[: exchange.num_tokens]
+
+    def freeze(self) -> None:
+        for buffers in self._buffers:
+            buffers.freeze()
+
+    def before_replay(self) -> None:
+        assert isinstance(self._link, QueuedGroup)
+        self._link.before_replay()
 
     def _new_out(self, exchange: PaddedExchange) -> torch.Tensor:
         shape = (exchange.padded, self.shape.hidden_size)

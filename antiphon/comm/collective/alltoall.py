@@ -51,6 +51,7 @@ class AllToAllTransport(CollectiveTransport[RoutedExchange]):
     """Exact routing over the process group's variable all-to-all."""
 
     name = "alltoall"
+    capture_obstacle = "the host reads the counts of rows before it can send them"
     wants_counts = False  # it exchanges its own counts of rows
 
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> RoutedExchange:

@@ -1,6 +1,8 @@
 """NCCL collectives on the current stream, on their own communicator and under the device watch.
 
 Used inside `streams.comm(...)`. The host never waits here. Work queued after `wait` may read what a collective brings.
+All of it can be captured: collectives are called without `async_op`, so torch's watchdog does not poll their events,
+and they stay in the order of the comm stream, so no order of a graph's branches lets two ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -90,9 +92,13 @@ class NcclGroup(QueuedGroup):
             backend.deregister_mem_pool(pool)
         self._pools.clear()
 
+    def before_replay(self) -> None:
+        self._group.device_watch().next_epoch(self._current())
+
     def _queue(self, label: str, operation: str, call: Any, *arguments: Any) -> Work:
         self._group.note(label, operation)
-        self._begin.set_value(self._code, self._word.code(located(label)) + ALL_PEERS)
+        code = self._word.code(located(label), captured=self._streams.capturing)
+        self._begin.set_value(self._code, code + ALL_PEERS)  # read when it is queued or captured
         self._begin.queue(self._current())
         call(*arguments, group=self._process_group)
         self._end.queue(self._current())

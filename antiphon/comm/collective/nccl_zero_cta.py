@@ -36,6 +36,7 @@ class NcclZeroCtaTransport(AllGatherTransport):
     """Every rank gets all tokens. Needs NVLink between all ranks."""
 
     name = "nccl-zero-cta"
+    capture_obstacle = "it is a baseline for eager steps, and its registered windows were never captured"
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:

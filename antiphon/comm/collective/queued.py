@@ -77,6 +77,9 @@ class QueuedGroup(Collectives):
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return self._queue(label, "reduce-scatter", call, out, parts)
 
+    def before_replay(self) -> None:
+        """See `Transport.before_replay`. By default the backend limits its waits."""
+
     def _queue(self, label: str, operation: str, call: Any, *arguments: Any) -> Work:
         launch = partial(call, *arguments, group=self._process_group, async_op=True)
         work = self._group.start(launch, label, operation)

@@ -23,6 +23,8 @@ from antiphon.comm.transport import Flight, MadeFor
 class QueuedAllToAllTransport(AllToAllTransport):
     """Exact routing over the variable all-to-all of the device's collective backend."""
 
+    capture_obstacle = AllToAllTransport.capture_obstacle
+
     def __init__(self, shape: ExpertShape, *, max_ctas: int | None = None, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, max_ctas=max_ctas, **made_for)
         num_ranks = self.group.size

@@ -3,6 +3,10 @@
     comm stream      ── after the compute so far ── copies to every peer ── flag 1 in every peer's memory
     compute stream   ── wait for every peer's flag ── flags to 0 ── experts, or the local sum
 
+In a captured step the wait also comes after this rank's own signal. A graph keeps only the order of its edges, and CUDA
+may run two branches one after the other: if every rank waited before it signaled, no wait would end. In an eager step
+the order of queueing does not matter on separate streams, so it has no such event.
+
 Boxes and flags lie in symmetric memory: | flags | dispatch box, combine box of lane 0 | of lane 1 | ...
 """
 
@@ -14,7 +18,7 @@ import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from antiphon.comm import needs
-from antiphon.comm.device_watch import WatchWord
+from antiphon.comm.device_watch import ALL_PEERS, WatchWord
 from antiphon.comm.group import RankGroup, located
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
@@ -23,7 +27,7 @@ from antiphon.comm.slab.transport import SlabTransport
 from antiphon.comm.tokens import ExpertShape
 from antiphon.device.cuda_stream_memory import StreamMemory, StreamOperations, check_stream_memory_operations
 from antiphon.machine.facts import Facts
-from antiphon.runtime import CudaStreams
+from antiphon.runtime import CudaStreams, Event
 
 _ALIGNMENT = 512
 _SET, _CLEAR = 1, 0
@@ -62,7 +66,11 @@ class PeerCopyMailbox(Mailbox):
         self._word = group.device_watch().word("compute")
         ways = [(lane, phase) for lane in range(num_lanes) for phase in Phase]
         self._signals = {way: self._make_signal(*way, flush=flush) for way in ways}
-        self._waits = {way: _Wait(self._flags_of(*way), self._word, flush=flush) for way in ways}
+        self._waits, self._captured_waits = (
+            {way: _Wait(self._flags_of(*way), self._word, captured=captured, flush=flush) for way in ways}
+            for captured in (False, True)
+        )
+        self._signaled: dict[tuple[int, Phase], Event] = {}  # while capturing: behind this rank's own signal
 
     def box(self, lane: int, phase: Phase) -> torch.Tensor:
         return self._boxes[lane][phase]
@@ -76,12 +84,23 @@ class PeerCopyMailbox(Mailbox):
                 self.memory.copy(target, source, num_bytes, stream)
 
     def signal(self, exchange: Exchange) -> None:
-        self.memory.run(self._signals[exchange.lane, exchange.phase], self.streams.queue_on("comm"))
+        way = exchange.lane, exchange.phase
+        self.memory.run(self._signals[way], self.streams.queue_on("comm"))
+        if self.streams.capturing:
+            self._signaled[way] = self.streams.record_on("comm")
 
     def wait(self, exchange: Exchange) -> None:
-        wait = self._waits[exchange.lane, exchange.phase]
+        way = exchange.lane, exchange.phase
+        if self.streams.capturing:
+            self.streams.wait(self._signaled.pop(way))
+            wait = self._captured_waits[way]
+        else:
+            wait = self._waits[way]
         wait.announce(located(exchange.label))
         self.memory.run(wait.operations, self.streams.compute_handle)
+
+    def before_replay(self) -> None:
+        self._group.device_watch().next_epoch(self.streams.compute_handle)
 
     def describe(self, names: MemoryNames) -> None:
         for lane, offsets in enumerate(self._offsets):
@@ -109,14 +128,23 @@ class PeerCopyMailbox(Mailbox):
 
 
 class _Wait:
-    """One batch of operations that waits for every peer's flag and then clears all of them."""
+    """One batch of operations that waits for every peer's flag and then clears all of them.
 
-    def __init__(self, flag_by_peer: dict[int, int], word: WatchWord, *, flush: bool) -> None:
+    An eager one tells the device watch for which peer it waits. A captured one writes a single code for all of them,
+    because each write crosses the bus, and captured exchanges are small.
+    """
+
+    def __init__(self, flag_by_peer: dict[int, int], word: WatchWord, *, captured: bool, flush: bool) -> None:
         self._word = word
+        self._captured = captured
         self.operations = StreamOperations(flush=flush)
         self._codes: list[tuple[int, int]] = []
+        together = captured and len(flag_by_peer) > 1
+        if together:
+            self._codes.append((self.operations.write(word.address, 0), ALL_PEERS))
         for peer, address in flag_by_peer.items():
-            self._codes.append((self.operations.write(word.address, 0), peer))
+            if not together:
+                self._codes.append((self.operations.write(word.address, 0), peer))
             self.operations.wait(address, _SET)
         for address in flag_by_peer.values():
             self.operations.write(address, _CLEAR)
@@ -124,7 +152,7 @@ class _Wait:
 
     def announce(self, label: str) -> None:
         """Set the codes by which the batch tells the device watch what it waits for."""
-        code = self._word.code(label)
+        code = self._word.code(label, captured=self._captured)
         for number, peer in self._codes:
             self.operations.set_value(number, code + peer)
 
@@ -133,6 +161,7 @@ class CopyEngineTransport(SlabTransport):
     """The slab protocol over peer copies by copy engines."""
 
     name = "copy-engine"
+    capture_obstacle = ""
     medium = PeerCopyMailbox
 
     @classmethod

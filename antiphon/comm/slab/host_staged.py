@@ -8,6 +8,9 @@ peer downloads the first one while the next is still being uploaded; copy engine
                                                                                              this rank's compute)
     compute stream   ── waits for the down stream
 
+In a captured step the down stream waits for a peer's chunk only after this rank has signaled its own chunk of that
+number. `copy_engine` says why: CUDA may run the branches of a graph one after the other.
+
 A slab that goes to all peers (dispatch) is uploaded once. A chunk's flag lies in the memory of the rank that waits for
 it.
 """
@@ -15,6 +18,7 @@ it.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,13 +122,16 @@ class HostStagedMailbox(Mailbox):
         # last use of the box. So the peers' slabs can arrive while this rank still computes.
         down = self.streams.queue_on("down")
         self._announce(exchange, down)
-        prepared = self._prepare(exchange, up, down)
-        if prepared is None:
-            self._upload(exchange, up)
-            self._download(exchange, down)
-        else:
+        if self.streams.capturing:  # there is no capture, and so no replay of a medium's own, inside a capture
+            signaled: list[Event] = []
+            self._upload(exchange, up, signaled)
+            self._download(exchange, down, signaled)
+        elif (prepared := self._prepare(exchange, up, down)) is not None:
             prepared.upload.queue(up)
             prepared.download.queue(down)
+        else:
+            self._upload(exchange, up)
+            self._download(exchange, down)
         self._arrived[exchange.lane][exchange.phase] = self.streams.record_on("down")
 
     def _prepare(self, exchange: Exchange, up: int, down: int) -> _Prepared | None:
@@ -149,8 +156,11 @@ class HostStagedMailbox(Mailbox):
         return prepared
 
     def signal(self, exchange: Exchange) -> None:
-        """Set the flags of the last chunks. Earlier ones directly follow their copies; a replay contains all flags."""
-        if not isinstance(exchange.prepared, _Prepared):
+        """Set the flags of the last chunks. Earlier ones directly follow their copies.
+
+        A replay and a captured step contain all flags.
+        """
+        if not self.streams.capturing and not isinstance(exchange.prepared, _Prepared):
             self._signal_last(exchange, self.streams.queue_on("up"))
 
     def wait(self, exchange: Exchange) -> None:
@@ -173,8 +183,14 @@ class HostStagedMailbox(Mailbox):
         for chunk in range(_MAX_CHUNKS):
             names.name_flag(self._flag(reader, lane, phase, source, chunk), reader, lane, phase, source, chunk)
 
-    def _upload(self, exchange: Exchange, stream: int) -> None:
-        """Copy chunk by chunk to this rank's memory, each followed by its flags; `signal` sets the last flags."""
+    def before_replay(self) -> None:
+        self._group.device_watch().next_epoch(self.streams.compute_handle)
+
+    def _upload(self, exchange: Exchange, stream: int, signaled: list[Event] | None = None) -> None:
+        """Copy chunk by chunk to this rank's memory, each followed by its flags; `signal` sets the last flags.
+
+        signaled: in a captured step, gets an event behind the flags of each chunk, here including the last.
+        """
         if not exchange.puts:
             return
         plans = {put.peer: chunks_of(put.source.numel()) for put in exchange.puts}
@@ -191,16 +207,23 @@ class HostStagedMailbox(Mailbox):
                     source = put.source.data_ptr() + chunk.start
                     self.memory.copy(target, source, chunk.num_bytes, stream)
                     uploaded = True
-                if number < len(chunks) - 1:
+                if number < len(chunks) - 1 or signaled is not None:
                     flags.append((put.peer, number))
             if flags:
                 self._signal(exchange, tuple(flags), stream)
+            if signaled is not None:
+                signaled.append(self.streams.record_on("up"))
 
-    def _download(self, exchange: Exchange, stream: int) -> None:
-        """Copy chunk by chunk from the peers' memory to this rank's box, each after waiting for its flag."""
+    def _download(self, exchange: Exchange, stream: int, signaled: Sequence[Event] = ()) -> None:
+        """Copy chunk by chunk from the peers' memory to this rank's box, each after waiting for its flag.
+
+        signaled: in a captured step, the events behind the flags of this rank's own chunks.
+        """
         box = self._boxes[exchange.lane][exchange.phase].data_ptr()
         plans = {arrival.peer: chunks_of(arrival.num_bytes) for arrival in exchange.arrivals}
         for number in range(max(map(len, plans.values()), default=0)):
+            if number < len(signaled):
+                self.streams.queue_on("down", after=signaled[number])
             for arrival in exchange.arrivals:
                 if number >= len(plans[arrival.peer]):
                     continue
@@ -252,7 +275,8 @@ class HostStagedMailbox(Mailbox):
     def _announce(self, exchange: Exchange, stream: int) -> None:
         """Tell the device watch what the down stream is about to wait for."""
         peer = exchange.arrivals[0].peer if len(exchange.arrivals) == 1 else ALL_PEERS
-        self._waiting.set_value(self._code, self._word.code(located(exchange.label)) + peer)
+        code = self._word.code(located(exchange.label), captured=self.streams.capturing)
+        self._waiting.set_value(self._code, code + peer)
         self.memory.run(self._waiting, stream)
 
 
@@ -273,6 +297,7 @@ class HostStagedTransport(SlabTransport):
     """The slab protocol through pinned host memory, by copy engines."""
 
     name = "host-staged"
+    capture_obstacle = ""
     through_host = True
     medium = HostStagedMailbox
 

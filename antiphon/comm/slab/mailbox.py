@@ -112,6 +112,9 @@ class Mailbox(ABC):
         """A function that gives the last slab's time of arrival, as in `Pending`; `None` if the medium cannot tell."""
         return None
 
+    def before_replay(self) -> None:  # noqa: B027 (a default, not a gap)
+        """See `Transport.before_replay`. By default nothing happens: on the CPU, the host limits its waits."""
+
     @abstractmethod
     def describe(self, names: MemoryNames) -> None:
         """Report the addresses of boxes, flags, and any other memory that slabs pass through."""

@@ -126,6 +126,7 @@ class SharedMemoryTransport(SlabTransport):
     """The slab protocol through the shared memory of one host, on CPUs."""
 
     name = "shared-memory"
+    capture_obstacle = "the host itself copies slabs and waits for flags"
     medium = SharedMemoryMailbox
 
     @classmethod

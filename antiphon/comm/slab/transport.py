@@ -35,7 +35,8 @@ _KEPT_LAYOUTS = 64
 class Layout:
     """Everything that follows from the token counts of one lane: views of its buffers, and what goes where.
 
-    It is cached per set of counts, because making it takes the host longer than sending.
+    It is cached per set of counts, because making it takes the host longer than sending. It owns no memory that a
+    captured step uses: boxes and sums live as long as the transport, and a capture copies the values of operations.
     """
 
     lane: int
@@ -73,6 +74,9 @@ class SlabTransport(StepwiseTransport[Layout]):
                 for _ in range(self.num_lanes)
             ]
         self._layouts: list[dict[tuple[int, ...], Layout]] = [{} for _ in range(self.num_lanes)]
+
+    def before_replay(self) -> None:
+        self.mailbox.before_replay()
 
     def plan(self, lane: int, routes: Routes, tokens_by_rank: tuple[int, ...] | None) -> Layout:
         assert tokens_by_rank is not None
