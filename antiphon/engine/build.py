@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from antiphon.comm import (
     Mesh,
@@ -25,7 +28,7 @@ from antiphon.device.table import rank_device
 from antiphon.engine.cache.block_pool import BlockPool
 from antiphon.engine.cache.kv_cache import allocate_cache, measured_cache
 from antiphon.engine.graphs.build import make_padded_steps, measured_graphs, most_rows
-from antiphon.engine.graphs.padded_steps import CaptureReport
+from antiphon.engine.graphs.padded_steps import CaptureReport, Ladders
 from antiphon.engine.messages import LOADING, Ready, Starting
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.new_tokens import NewTokens
@@ -46,6 +49,8 @@ from antiphon.models import (
 from antiphon.planning import Conditions, Planner, resolve_policy
 from antiphon.runtime import Streams
 from antiphon.timeline import StepRecorder
+
+logger = logging.getLogger("antiphon.engine")
 
 
 def build_engine(
@@ -79,7 +84,11 @@ def build_engine(
     obstacle = _capture_obstacle(config, transport, model)
     sizing = "running the largest step, to size the KV cache"
     report(Starting(what=sizing if config.cache is None else "making the KV cache"))
-    ladders = {} if obstacle and device.capturable else config.ladders
+    ladders: Ladders = {} if obstacle and device.capturable else config.ladders
+    with torch.inference_mode():
+        experts = model.prepare_experts(mesh.ep * config.max_num_batched_tokens)
+    if experts:
+        logger.info("%s", experts)
     graphs_bytes = 0
     if config.cache is None and ladders and device.capturable:
         graphs_bytes = measured_graphs(config, model, transport, ladders)
@@ -117,6 +126,7 @@ def build_engine(
         )
         ladders = padded.ladders
         transport.freeze()
+        model.freeze()
     conditions = Conditions(device_kind=config.device_kind, data_path=transport.data_path)
     stats = StepStats(options.policy.micro_batches)
     stats.eager_reason = captured.obstacle

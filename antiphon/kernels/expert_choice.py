@@ -54,7 +54,7 @@ class ExpertChoice:
         """The largest number of rows; 0 where the kernels for few rows cannot run."""
         if not x_RD.is_cuda or x_RD.dtype == torch.float64 or major_capability(x_RD.device) < _LEAST_MAJOR:
             return 0
-        if x_RD.dtype == torch.float32 or not runs_in_a_loop(x_RD.dtype, (x_RD.shape[1], width), x_RD.device):
+        if not runs_in_a_loop(x_RD.dtype, (x_RD.shape[1], width), x_RD.device):
             return self.small_rows
         # The alternative runs expert by expert while the host waits for the device in every layer.
         return _UNLIMITED
@@ -81,6 +81,18 @@ class ExpertChoice:
         nearest = [timing for timing in self.timings if timing.num_rows >= self.small_rows][:2]
         parts = [f"{t.num_rows} rows: {t.small_us:.0f} us, grouped products {t.grouped_us:.0f}" for t in nearest]
         return "; ".join([line, *parts])
+
+
+def capture_obstacle(weight: torch.Tensor) -> str:
+    """Why experts whose weights are like this one cannot be captured in a CUDA graph; "" if they can.
+
+    Captured steps are small. The kernels for few rows compute them, or grouped products that do not wait.
+    """
+    if weight.dtype == torch.float64:
+        return "experts run one by one in float64, and the host waits for the device"
+    if weight.is_cuda and major_capability(weight.device) < _LEAST_MAJOR:
+        return f"expert kernels need compute capability {_LEAST_MAJOR}.0, and it is {major_capability(weight.device)}.x"
+    return ""
 
 
 def runs_in_a_loop(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device) -> bool:

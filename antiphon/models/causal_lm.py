@@ -58,6 +58,17 @@ class CausalLM(Protocol):
         """The token with the largest logit of each row: int64 [N]. The lowest of equally good ones."""
         ...
 
+    def prepare_experts(self, num_rows: int) -> str:
+        """Measure which kernels compute the experts, and size their memory for `num_rows` rows. The choice, in words.
+
+        Call it with the weights loaded, before `freeze`. Does nothing on devices without a choice.
+        """
+        ...
+
+    def freeze(self) -> None:
+        """Forbid memory that captured steps use to move from now on: a call that needs more raises."""
+        ...
+
     def bind_kv_cache(self, cache_by_layer: torch.Tensor) -> None:
         """Give every layer its part of a cache of shape [layers, num_blocks, block_size, kv_width]."""
         ...

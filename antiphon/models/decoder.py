@@ -17,7 +17,10 @@ from torch import nn
 
 from antiphon.comm import Transport
 from antiphon.core.batch import MicroBatch
+from antiphon.kernels import expert_choice
 from antiphon.kernels.attention import AttentionBackend
+from antiphon.kernels.dispatch import takes_cuda_kernels
+from antiphon.kernels.expert_tuning import reserve_experts, tune_experts
 from antiphon.kernels.grouped_experts import ExpertWorkspace
 from antiphon.models.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
 from antiphon.models.attention.mla import LatentAttention, LatentAttentionConfig
@@ -166,7 +169,7 @@ class Decoder(nn.Module):
         self.config = config
         self.backend = backend
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        workspace = ExpertWorkspace()  # one for all layers and lanes: they queue on one stream
+        workspace = self.workspace = ExpertWorkspace()  # one for all layers and lanes: they queue on one stream
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, transport, workspace, backend) for layer in range(config.num_layers)
         )
@@ -182,7 +185,19 @@ class Decoder(nn.Module):
     def capture_obstacle(self) -> str:
         if not self.backend.capturable:
             return f"the attention backend {self.backend.name} cannot be captured"
-        return experts_obstacle(self.embed_tokens.weight)
+        return expert_choice.capture_obstacle(self.embed_tokens.weight)
+
+    def prepare_experts(self, num_rows: int) -> str:
+        experts = next((layer.mlp.experts for layer in self.decoder_layers() if isinstance(layer.mlp, MoELayer)), None)
+        if experts is None or not takes_cuda_kernels(self.embed_tokens.weight):
+            return ""
+        weights, top_k = (experts.gate_up_EGD, experts.down_EDF), self.config.top_k
+        tune_experts(self.workspace, *weights, num_experts=self.config.num_experts, top_k=top_k)
+        reserve_experts(self.workspace, num_rows, *weights, top_k=top_k)
+        return self.workspace.choice.describe()
+
+    def freeze(self) -> None:
+        self.workspace.freeze()
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         return self.finish(self.run_layers(self.begin(token_ids_T, positions_T), range(self.num_layers)))
