@@ -97,12 +97,17 @@ class RouteTable:
         self._rows_by_lane: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def ids(self, *, look_up: bool) -> torch.Tensor:
-        """The expert ids [T, K] of the current micro-batch; not to be changed. look_up: even if already known."""
+        """The expert ids [T, K] of the current micro-batch, -1 for padding; not to be changed.
+
+        look_up: even if already known.
+        """
         part = current_micro_batch()
         slots_T = part.attention.slots_T
         known_T, ids_TK = self._rows_by_lane.get(part.lane, (None, None))
         if look_up or known_T is not slots_T or ids_TK is None:
             ids_TK = self.table_NK[slots_T.remainder(self.table_NK.shape[0])]
+            if part.num_real_1 is not None:
+                ids_TK = hide_padding(ids_TK, part.num_real_1)
             self._rows_by_lane[part.lane] = (slots_T, ids_TK)
         return ids_TK
 
@@ -119,10 +124,7 @@ class TableRouter(nn.Module):
         table.num_users += 1
 
     def forward(self, x_TD: torch.Tensor, num_real_1: torch.Tensor | None = None) -> Routes:
-        ids_TK = self.table.ids(look_up=self.first)
-        if num_real_1 is not None:
-            ids_TK = hide_padding(ids_TK, num_real_1)
-        return Routes(ids_TK, self.router.forward(x_TD).weights_TK)
+        return Routes(self.table.ids(look_up=self.first), self.router.forward(x_TD).weights_TK)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of the router, under the names that it has without a table."""
