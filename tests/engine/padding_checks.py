@@ -50,19 +50,18 @@ def padded_and_not(
     group: RankGroup, model: str, transport: str, dbo: str, prompts_by_rank: list[dict[int, tuple[int, ...]]]
 ) -> list[dict[str, Any]]:
     """Generate without padding, then with it, in new engines."""
-    options = EngineConfig(
-        model=model,
-        ranks=group.size,
-        device="cpu",
-        transport=transport if group.size > 1 else "auto",
-        policy=OverlapPolicy(dbo=dbo),
-        max_model_len=64,
-    )
-    config = options.resolve()
     found = []
-    for ladder in ((), LADDER):
-        engine = build_engine(config, group)
-        engine.planner.ladder = ladder
+    for sizes in (None, ",".join(map(str, LADDER))):
+        options = EngineConfig(
+            model=model,
+            ranks=group.size,
+            device="cpu",
+            transport=transport if group.size > 1 else "auto",
+            policy=OverlapPolicy(dbo=dbo),
+            max_model_len=64,
+            cuda_graph_sizes=sizes,
+        )
+        engine = build_engine(options.resolve(), group)
         found.append(generate(engine, prompts_by_rank[group.rank], 6))
     return found
 
