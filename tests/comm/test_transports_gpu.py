@@ -36,7 +36,7 @@ def test_10_000_iterations_of_changing_sizes(transport: str) -> None:
     assert problems == ["", ""]
 
 
-@pytest.mark.parametrize("transport", ["local", "copy-engine", "host-staged", "allgather"])
+@pytest.mark.parametrize("transport", ["local", "copy-engine", "host-staged", "one-sided", "allgather"])
 def test_replays_give_what_eager_steps_give(transport: str) -> None:
     size = 1 if transport == "local" else 2
     check_name = "tests.comm.gpu_checks:replays_between_eager_steps"
