@@ -1,6 +1,7 @@
 """Transports by name: parsing the option, the choice of `auto`, and construction.
 
 auto | local | allgather | alltoall | copy-engine | host-staged | shared-memory
+one-sided                                   copy-engine, with a kernel for small exchanges; not measured yet
 nccl-zero-cta                               NCCL's own copy-engine collectives, as a baseline
 allgather:16ctas, alltoall:16ctas           NCCL limited to 16 blocks, for which the GEMMs of a split step leave SMs
 simulated[:INNER[:BANDWIDTH[:LATENCY]]]     such as simulated:alltoall:200MB/s:1ms
@@ -39,12 +40,13 @@ _CLASSES = {
     "copy-engine": ("antiphon.comm.slab.copy_engine:CopyEngineTransport",),
     "host-staged": ("antiphon.comm.slab.host_staged:HostStagedTransport",),
     "shared-memory": ("antiphon.comm.slab.shared_memory:SharedMemoryTransport",),
+    "one-sided": ("antiphon.comm.slab.one_sided:OneSidedTransport",),
     "nccl-zero-cta": ("antiphon.comm.collective.nccl_zero_cta:NcclZeroCtaTransport",),
 }
 """The class of each transport, followed by the one for devices that queue their work if it is different."""
 
-_BASELINES = ("nccl-zero-cta",)
-"""Transports for measurements only, which `usable_transports` leaves out."""
+_BASELINES = ("nccl-zero-cta", "one-sided")
+"""Transports to measure: a baseline, and one that was not measured yet. `usable_transports` leaves them out."""
 
 _LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 """The shape of DeepSeek-V3, the largest rows in common use."""

@@ -29,7 +29,7 @@ from tests.comm.world import (
 
 __all__ = ["SCENARIOS", "SLAB_TRANSPORTS", "transports_of"]
 
-SLAB_TRANSPORTS = ("shared-memory", "copy-engine", "host-staged")
+SLAB_TRANSPORTS = ("shared-memory", "copy-engine", "host-staged", "one-sided")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,7 +408,7 @@ def transports_of(size: int, kind: str = "cpu") -> list[str]:
     if kind.startswith("generic:"):
         return ["allgather", "alltoall"]
     if kind == "cuda":
-        return ["allgather", "alltoall", "copy-engine", "host-staged", "nccl-zero-cta"]
+        return ["allgather", "alltoall", "copy-engine", "host-staged", "nccl-zero-cta", "one-sided"]
     names = [
         "allgather",
         "alltoall",

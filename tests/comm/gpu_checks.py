@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 
 import torch
 
-from antiphon.comm import RankGroup
+from antiphon.comm import RankGroup, Transport
 from antiphon.comm.slab.mailbox import Phase
 from antiphon.comm.slab.transport import SlabTransport
-from antiphon.runtime import finish, run_lanes, streams_for
+from antiphon.runtime import find_device, finish, run_lanes, streams_for
 from tests.comm.protocol_checks import run_layers
 from tests.comm.world import MAX_TOKENS, World, exact_sums, make_shape, poison_arrivals
 from tests.support.protocol_log import LoggedEvent, record
 
-__all__ = ["logs_of_two_lanes", "many_iterations"]
+__all__ = ["logs_of_two_lanes", "many_iterations", "replays_between_eager_steps"]
+
+_NUM_LANES = 2
+_NUM_LAYERS = 4
+_PADDED = (3, MAX_TOKENS)
+"""Tokens per lane and rank in the captured steps. With rows of 32 KiB, the large ones go in chunks."""
 
 
 def many_iterations(group: RankGroup, name: str, num_iterations: int) -> str:
@@ -67,6 +73,92 @@ def logs_of_two_lanes(group: RankGroup, name: str) -> list[LoggedEvent]:
         run_layers(transport, lanes, streams=world.streams)
     torch.cuda.synchronize()
     return log.events
+
+
+def replays_between_eager_steps(group: RankGroup, name: str, num_replays: int) -> str:
+    """Replays of two sizes with new inputs each, against eager steps with the same inputs, to the last bit.
+
+    Eager steps of other sizes run in between. Results are poisoned before each replay, and compared on the device.
+    """
+    owner = find_device("cuda", group.rank)
+    owner.activate()
+    owner.own_stream()
+    world = World(group, owner.streams())
+    transport = world.make(name, make_shape(torch.bfloat16, top_k=4, hidden_size=1 << 14), num_lanes=_NUM_LANES)
+    choice = random.Random(3)
+    padded = {n: _Step(world, transport, [(n,) * group.size] * _NUM_LANES) for n in _PADDED}
+    changing = [
+        _Step(world, transport, [tuple(choice.choice([0, 1, 17, 64]) for _ in range(group.size)) for _ in range(2)])
+        for _ in range(3)
+    ]
+    for step in (*padded.values(), *changing):
+        step.fill(seed=0)
+        for _ in range(2):  # everything has run before it is captured, and a layout may be replayed by its medium
+            step.expected = step.run()
+    captured = {n: world.streams.capture(step.run) for n, step in padded.items()}
+    transport.freeze()
+    for number in range(num_replays):
+        n = choice.choice(_PADDED)
+        step, replay = padded[n], captured[n]
+        step.fill(seed=number)
+        if number % 3 == 0:
+            step.expected = step.run()
+        for result in replay.result:
+            result.fill_(torch.nan)
+        transport.before_replay()
+        replay.replay()
+        if number % 3:
+            replayed = [result.clone() for result in replay.result]
+            step.expected = step.run()
+            step.compare(replayed)
+        else:
+            step.compare(replay.result)
+        if number % 4 == 0:
+            other = changing[number // 4 % len(changing)]
+            other.compare(other.run())
+    torch.cuda.synchronize()
+    wrong = sum(int(step.wrong) for step in (*padded.values(), *changing))
+    return f"{wrong} numbers are wrong" if wrong else ""
+
+
+class _Step:
+    """Layers on lanes over inputs at fixed addresses. counts: tokens of every rank, for each lane."""
+
+    def __init__(self, world: World, transport: Transport, counts: list[tuple[int, ...]]) -> None:
+        self._world = world
+        self._transport = transport
+        self._counts = counts
+        self._inputs = [world.tokens(transport.shape, lane[world.rank], seed=0) for lane in counts]
+        self.expected: list[torch.Tensor] = []
+        self.wrong = torch.zeros((), dtype=torch.int64, device=world.streams.device)
+
+    def fill(self, *, seed: int) -> None:
+        """Write other tokens and routes into the inputs."""
+        for lane, into in enumerate(self._inputs):
+            new = self._world.tokens(self._transport.shape, len(into.x_TD), seed=(seed, lane, self._world.rank))
+            into.x_TD.copy_(new.x_TD)
+            into.routes.ids_TK.copy_(new.routes.ids_TK)
+            into.routes.weights_TK.copy_(new.routes.weights_TK)
+
+    def run(self) -> list[torch.Tensor]:
+        lanes = [partial(self._lane, lane) for lane in range(len(self._counts))]
+        return run_lanes(lanes, streams=self._world.streams)
+
+    def compare(self, results: list[torch.Tensor]) -> None:
+        for result, expected in zip(results, self.expected, strict=True):
+            self.wrong.add_((result != expected).sum())
+
+    def _lane(self, lane: int) -> torch.Tensor:
+        tokens, transport, counts = self._inputs[lane], self._transport, self._counts[lane]
+        x_TD = tokens.x_TD
+        for layer in range(_NUM_LAYERS):
+            label = f"layer {layer}"
+            rows = finish(transport.dispatch(x_TD, tokens.routes, tokens_by_rank=counts, label=label))
+            partial_RD = _partials(rows, transport.shape, self._world.group)
+            if rows.out_RD is not None:
+                partial_RD = rows.out_RD.copy_(partial_RD)
+            x_TD = (x_TD + finish(transport.combine(partial_RD, label=label))) * 0.03
+        return x_TD
 
 
 def _partials(rows, shape, group):  # type: ignore[no-untyped-def]

@@ -26,6 +26,7 @@ import torch
 
 from antiphon.comm import ExpertShape, RankGroup, Routes, Transport
 from antiphon.comm.device_watch import WatchWord
+from antiphon.comm.slab.mailbox import Exchange
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.device.cpu import CpuDevice
 from antiphon.runtime import CpuStreams, CudaStreams, Streams, current_lane, finish, run_lanes
@@ -53,6 +54,7 @@ _FRESH_MODULES = (
     "antiphon.device.cuda_stream_memory",
     "antiphon.comm.slab.copy_engine",
     "antiphon.comm.slab.host_staged",
+    "antiphon.comm.slab.one_sided",
 )
 FIRST_HANDLE = 100
 """The handle of the compute stream. Other streams get the following ones, in order of first use."""
@@ -172,6 +174,19 @@ class FakeStreams(CudaStreams):
         return self._handles.setdefault(name, FIRST_HANDLE + len(self._handles))
 
 
+class FakePuts:
+    """Stands in for kernels: nothing happens."""
+
+    def __init__(self, bases: list[int], flags: torch.Tensor, *, rank: int, num_lanes: int, word: int) -> None:
+        assert flags.numel() >= num_lanes * 2 * len(bases)
+
+    def put(self, exchange: Exchange, target: int, flag: int) -> None:
+        pass
+
+    def wait(self, exchange: Exchange, code: int) -> None:
+        pass
+
+
 class FakeGroup(RankGroup):
     """One of several ranks in this process, whose waits end at once."""
 
@@ -261,6 +276,7 @@ def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> Sl
         "shared-memory": ("shared_memory", "SharedMemoryTransport"),
         "copy-engine": ("copy_engine", "CopyEngineTransport"),
         "host-staged": ("host_staged", "HostStagedTransport"),
+        "one-sided": ("one_sided", "OneSidedTransport"),
     }[name]
     kind = getattr(import_module(f"antiphon.comm.slab.{module_name}"), class_name)
     streams: Streams = CpuStreams() if name == "shared-memory" else FakeStreams()
@@ -309,6 +325,7 @@ def _shared_memories(rank: int, size: int, memories: list[torch.Tensor]) -> Iter
     )
     with (
         patch("antiphon.comm.slab.copy_engine.symmetric_memory", symmetric),
+        patch("antiphon.comm.slab.one_sided.PutKernels", FakePuts),
         patch("antiphon.comm.slab.host_staged.share_host_memory", share),
         patch("antiphon.comm.slab.host_staged.unregister_host_memory", lambda memories: None),
         patch("antiphon.comm.slab.shared_memory.share_host_memory", share),

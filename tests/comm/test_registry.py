@@ -247,6 +247,7 @@ def test_exact_routing_for_many_gpus() -> None:
         ("copy-engine", {}, "shared-memory"),
         ("host-staged", {}, "shared-memory"),
         ("nccl-zero-cta", {}, "shared-memory"),
+        ("one-sided", {}, "shared-memory"),
         ("shared-memory", {"device_kind": "cuda"}, "host-staged"),
         ("alltoall:16ctas", {}, "alltoall"),
         ("copy-engine", {"device_kind": "cuda", "peer_access": False}, "host-staged"),

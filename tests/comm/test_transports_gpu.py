@@ -36,6 +36,14 @@ def test_10_000_iterations_of_changing_sizes(transport: str) -> None:
     assert problems == ["", ""]
 
 
+@pytest.mark.parametrize("transport", ["local", "copy-engine", "host-staged", "one-sided", "allgather"])
+def test_replays_give_what_eager_steps_give(transport: str) -> None:
+    size = 1 if transport == "local" else 2
+    check_name = "tests.comm.gpu_checks:replays_between_eager_steps"
+    problems = run_ranks(check_name, size, transport, 50, timeout_s=20, limit_s=300)
+    assert problems == [""] * size
+
+
 @pytest.mark.parametrize("transport", ["copy-engine", "host-staged"])
 def test_logs_of_two_devices_are_clean(transport: str) -> None:
     logs = run_ranks("tests.comm.gpu_checks:logs_of_two_lanes", 2, transport, timeout_s=20)

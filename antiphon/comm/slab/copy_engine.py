@@ -13,6 +13,7 @@ Boxes and flags lie in symmetric memory: | flags | dispatch box, combine box of 
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
@@ -36,6 +37,9 @@ _SET, _CLEAR = 1, 0
 class PeerCopyMailbox(Mailbox):
     """A mailbox in device memory that every rank maps."""
 
+    flag_sets: ClassVar[int] = 1
+    """How many words every lane, phase and peer has. A subclass may use the further ones."""
+
     def __init__(
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
     ) -> None:
@@ -45,7 +49,8 @@ class PeerCopyMailbox(Mailbox):
         flush = check_stream_memory_operations(streams.device, "transport copy-engine")
         # NVLink multicast needs permissions that a shared host does not grant, and nothing here uses it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        flags_end = aligned(num_lanes * len(Phase) * group.size * 4, _ALIGNMENT)
+        self._set_bytes = aligned(num_lanes * len(Phase) * group.size * 4, _ALIGNMENT)
+        flags_end = self.flag_sets * self._set_bytes
         lane_bytes = aligned(dispatch_bytes, _ALIGNMENT) + aligned(combine_bytes, _ALIGNMENT)
         with torch.inference_mode(False):
             self._memory = symmetric_memory.empty(
