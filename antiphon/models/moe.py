@@ -48,15 +48,15 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.shared_experts = shared_experts
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The sums over the routed experts and the output of the shared ones, if any; the next norm adds the two."""
         num_real_1 = current_micro_batch().num_real_1
         routes = self.gate(x_TD, num_real_1)
         sent = self.experts.dispatch(x_TD, routes)
         shared_TD = None if self.shared_experts is None else self.shared_experts.forward(x_TD)
         rows = finish(sent)  # switch, then wait: the other lane computes while our tokens travel
         back = self.experts.combine(self.experts.compute(rows))
-        routed_TD = finish(back)  # switch, then wait
-        return routed_TD if shared_TD is None else routed_TD + shared_TD
+        return finish(back), shared_TD  # switch, then wait
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """See `InParts`."""
