@@ -59,7 +59,7 @@ class ExpertChoice:
         # The alternative runs expert by expert while the host waits for the device in every layer.
         return _UNLIMITED
 
-    def settle(self, timings: tuple[Timing, ...]) -> None:
+    def resolve(self, timings: tuple[Timing, ...]) -> None:
         """Take the kernels for few rows up to the last measured number, from the smallest on, at which they win."""
         self.timings = tuple(sorted(timings, key=lambda timing: timing.num_rows))
         small_rows = 0

@@ -27,7 +27,7 @@ def tune_experts(
     """Measure on the current device which kernels compute how many rows fastest; whether there was a choice.
 
     Rows are random, and ids uniform over all `num_experts` of the model, of which the weights hold E. Takes about
-    0.1 s, beside the compilation of kernels that are used anyway, and leaves `workspace.choice` settled. There is no
+    0.1 s, beside the compilation of kernels that are used anyway, and resolves `workspace.choice`. There is no
     choice on CPUs and where grouped products run expert by expert.
 
     Both kinds are timed in CUDA graphs, because an engine replays them there, and because host time is not compared.
@@ -58,7 +58,7 @@ def tune_experts(
     except BaseException:
         choice.set_small_rows(before)
         raise
-    choice.settle(tuple(timings))
+    choice.resolve(tuple(timings))
     return True
 
 
@@ -87,8 +87,10 @@ def reserve_experts(
 ) -> None:
     """Grow the buffers to what any batch of up to `num_rows` rows takes, so that they can be frozen.
 
-    Both kinds of kernels are run on rows of padding, which compute nothing.
+    Both kinds of kernels are run on rows of padding, which compute nothing. CPUs need no buffers.
     """
+    if not takes_cuda_kernels(gate_up_EGD):
+        return
     size = gate_up_EGD.shape[2]
     dtype, device = gate_up_EGD.dtype, gate_up_EGD.device
     choice, before = workspace.choice, workspace.choice.small_rows

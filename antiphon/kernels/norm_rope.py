@@ -24,13 +24,19 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 
 @fused("norm_rope", one_dtype=("x_TD", "residual_TD", "weight_D"))
 def add_rms_norm(
-    x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+    x_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    *,
+    more_TD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(rms_norm(residual + x), residual + x)`: both [T, D], in x's dtype; the sum is rounded before the norm.
 
+    more_TD: added to x first, in x's dtype, with a rounding of its own.
     The norm is new. The sum may reuse the memory of `residual_TD`, which the caller must not use afterwards.
     """
-    sum_TD = residual_TD + x_TD
+    sum_TD = residual_TD + (x_TD if more_TD is None else x_TD + more_TD)
     return rms_norm.reference(sum_TD, weight_D, eps), sum_TD
 
 

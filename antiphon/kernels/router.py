@@ -22,7 +22,7 @@ class Scoring(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupLimit:
-    """Of `num_groups` groups of neighboring experts, a token's experts are all in the best `top_groups`.
+    """A token's experts are all in the best `top_groups` of `num_groups` groups of neighboring experts.
 
     The score of a group is the sum of what its `best_of_group` best experts are chosen by.
     """

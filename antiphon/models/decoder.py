@@ -133,20 +133,27 @@ class DecoderLayer(nn.Module):
             self.mlp = _moe_layer(config, layer, transport, workspace)
 
     def forward(
-        self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None, cos_TP: torch.Tensor, sin_TP: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output of the feed-forward, and the residual that it has yet to be added to.
+        self,
+        x_TD: torch.Tensor,
+        more_TD: torch.Tensor | None,
+        residual_TD: torch.Tensor | None,
+        cos_TP: torch.Tensor,
+        sin_TP: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The output of the feed-forward in one or two parts, and the residual that they have yet to be added to.
 
-        The next norm adds the two in one pass. x_TD, residual_TD: both results of the previous layer, or the embedding
-        and None.
+        The next norm adds them in one pass. x_TD, more_TD, residual_TD: the results of the previous layer, or the
+        embedding and twice None.
         """
         if residual_TD is None:
             normed_TD, residual_TD = self.input_layernorm.forward(x_TD), x_TD
         else:
-            normed_TD, residual_TD = self.input_layernorm.of_sum(x_TD, residual_TD)
+            normed_TD, residual_TD = self.input_layernorm.of_sum(x_TD, residual_TD, more_TD)
         attended_TD = self.self_attn.forward(normed_TD, cos_TP, sin_TP)
         normed_TD, residual_TD = self.post_attention_layernorm.of_sum(attended_TD, residual_TD)
-        return self.mlp.forward(normed_TD), residual_TD
+        if isinstance(self.mlp, MoELayer):
+            return *self.mlp.forward(normed_TD), residual_TD
+        return self.mlp.forward(normed_TD), None, residual_TD
 
 
 def _moe_layer(config: DecoderConfig, layer: int, transport: Transport, workspace: ExpertWorkspace) -> MoELayer:
@@ -218,9 +225,10 @@ class Decoder(nn.Module):
 
     def run_layers(self, state: LayerState, layers: range) -> LayerState:
         x_TD, residual_TD, cos_TP, sin_TP = state
+        more_TD = None
         for layer in self.decoder_layers(layers):
-            x_TD, residual_TD = layer.forward(x_TD, residual_TD, cos_TP, sin_TP)
-        return x_TD, residual_TD, cos_TP, sin_TP
+            x_TD, more_TD, residual_TD = layer.forward(x_TD, more_TD, residual_TD, cos_TP, sin_TP)
+        return x_TD if more_TD is None else x_TD + more_TD, residual_TD, cos_TP, sin_TP
 
     def finish(self, state: LayerState) -> torch.Tensor:
         x_TD, residual_TD, _, _ = state

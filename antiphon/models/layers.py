@@ -110,9 +110,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def of_sum(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of `residual + x`, and the sum itself, which may reuse the residual's memory."""
-        return add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
+    def of_sum(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, more_TD: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `residual + (x + more)`, and the sum itself, which may reuse the residual's memory."""
+        return add_rms_norm(x_TD, residual_TD, self.weight, self.eps, more_TD=more_TD)
 
 
 class GatedFeedForward(nn.Module):

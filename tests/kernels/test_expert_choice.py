@@ -72,7 +72,7 @@ def test_measured(
     assert choice.takes_small(rows(DEFAULT_SMALL_ROWS), 32)
     assert "not measured" in choice.describe()
     timings = [Timing(*sizes) for sizes in zip((32, 64, 128, 256), small, grouped, strict=True)]
-    choice.settle(tuple(timings[::-1]))
+    choice.resolve(tuple(timings[::-1]))
     assert choice.small_rows == expected
     for num_rows in (expected, expected + 1):
         assert choice.takes_small(rows(num_rows), 32) == (num_rows <= expected)
@@ -139,6 +139,7 @@ def test_reserved_memory_is_enough_for_all_smaller_batches(small_rows: int, monk
     """The kernels are interpreted here, and chosen as on a GPU."""
     monkeypatch.setattr(ExpertChoice, "takes_small", lambda self, x_RD, width: x_RD.shape[0] <= self.small_rows)
     monkeypatch.setattr("antiphon.kernels.expert_tuning.grouped_experts", grouped_experts_fused)
+    monkeypatch.setattr("antiphon.kernels.expert_tuning.takes_cuda_kernels", lambda tensor: True)
     workspace = ExpertWorkspace()
     workspace.choice.set_small_rows(small_rows)
     gate_up, down = torch.randn(3, 16, 8), torch.randn(3, 8, 8)

@@ -201,18 +201,22 @@ def test_rms_norm(shape: tuple[int, ...], eps: float, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 64), (3, 2100), (0, 8)], ids=str)
 @pytest.mark.parametrize("gap", [0, 16])
-def test_add_and_rms_norm(shape: tuple[int, int], gap: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("more", [False, True])
+def test_add_and_rms_norm(shape: tuple[int, int], gap: int, more: bool, dtype: torch.dtype) -> None:
     """The sum is in the memory of the residual, or new if that has gaps."""
     x_TD, residual_TD = padded(randn(*shape, seed=15, dtype=dtype), 8), randn(*shape, seed=16, dtype=dtype)
     residual_TD, before_TD = padded(residual_TD, gap) if gap else residual_TD, residual_TD.clone()
     weight_D = randn(shape[1], seed=17, dtype=dtype)
-    out_TD, sum_TD = add_rms_norm_fused(x_TD, residual_TD, weight_D, 1e-6)
-    expected_TD, expected_sum_TD = add_rms_norm.reference(x_TD, before_TD, weight_D, 1e-6)
+    more_TD = padded(randn(*shape, seed=18, dtype=dtype), 8) if more else None
+    out_TD, sum_TD = add_rms_norm_fused(x_TD, residual_TD, weight_D, 1e-6, more_TD=more_TD)
+    expected_TD, expected_sum_TD = add_rms_norm.reference(x_TD, before_TD, weight_D, 1e-6, more_TD=more_TD)
     assert torch.equal(residual_TD, before_TD if gap else sum_TD)
     if DEVICE.type == "cuda" or dtype != torch.bfloat16:
         assert torch.equal(sum_TD, expected_sum_TD)
-    torch.testing.assert_close(sum_TD, expected_sum_TD, rtol=TOLERANCE[dtype], atol=1e-6)
-    torch.testing.assert_close(out_TD, expected_TD, rtol=TOLERANCE[dtype], atol=1e-6)
+    # Interpreted, the sum of two numbers is cut off before the third is added.
+    atol = 0.05 if more and DEVICE.type != "cuda" and dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(sum_TD, expected_sum_TD, rtol=TOLERANCE[dtype], atol=atol)
+    torch.testing.assert_close(out_TD, expected_TD, rtol=TOLERANCE[dtype], atol=atol)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -15,8 +15,8 @@ from antiphon.kernels.gqa_write import HeadNorms, norm_rotate_write
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 from antiphon.kernels.mla_attention import prefill_attention
 from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, rms_norm
-from antiphon.kernels.pack import pack_rows
-from antiphon.kernels.router import Scoring, choose_experts
+from antiphon.kernels.pack import add_in_rank_order, add_parts, pack_rows
+from antiphon.kernels.router import GroupLimit, Scoring, choose_experts
 from antiphon.models.router import Router, RoutingConfig
 
 pytestmark = [
@@ -137,8 +137,11 @@ def test_norms() -> None:
     torch.testing.assert_close(out_THD, rms_norm.reference(q_THD, weight_D, 1e-6), rtol=1e-2, atol=1e-6)
     for size in (576, 2048, 7168):
         x_TD, residual_TD, weight_D = randn(777, size, seed=10), randn(777, size, seed=11), randn(size, seed=12)
-        both = add_rms_norm.reference(x_TD, residual_TD, weight_D, 1e-6)
-        for actual, expected in zip(add_rms_norm(x_TD, residual_TD, weight_D, 1e-6), both, strict=True):
+        more_TD = randn(777, size, seed=13) if size == 2048 else None
+        both = add_rms_norm.reference(x_TD, residual_TD, weight_D, 1e-6, more_TD=more_TD)
+        for actual, expected in zip(
+            add_rms_norm(x_TD, residual_TD, weight_D, 1e-6, more_TD=more_TD), both, strict=True
+        ):
             torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-6)
 
 
@@ -268,6 +271,39 @@ def test_packing() -> None:
     assert torch.equal(x_RD, x_TD)
     assert torch.equal(weights_RK, weights_TK)
     assert torch.equal(ids_RK.to(torch.int64), ids_TK)
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 8, 17])
+def test_sums_of_ranks(num_parts: int) -> None:
+    parts = [randn(333, 2048, seed=seed) for seed in range(num_parts)]
+    sum_TD = run_without_waiting(lambda: add_in_rank_order(parts))
+    assert torch.equal(sum_TD, add_parts.reference(*parts))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "num_groups", "top_groups", "scoring"),
+    [(256, 8, 8, 4, Scoring.SIGMOID), (160, 6, 8, 3, Scoring.SOFTMAX), (64, 6, 8, 7, Scoring.SIGMOID)],
+)
+def test_choice_in_groups(num_experts: int, top_k: int, num_groups: int, top_groups: int, scoring: Scoring) -> None:
+    """Of experts whose scores differ in their last bit only, the device may take the other."""
+    best = 2 if scoring is Scoring.SIGMOID else 1
+    limit = GroupLimit(num_groups=num_groups, top_groups=top_groups, best_of_group=best)
+    bias_E = randn(num_experts, seed=41, dtype=torch.float32) / 10 if scoring is Scoring.SIGMOID else None
+    for num_tokens in (1000, 1):
+        logits_TE = randn(num_tokens, num_experts, seed=42, dtype=torch.float32)
+        num_real_1 = torch.tensor([num_tokens - num_tokens // 5], device="cuda")
+        options = {"bias_E": bias_E, "normalize": True, "limit": limit, "num_real_1": num_real_1}
+
+        def choose(logits_TE=logits_TE, options=options):  # type: ignore[no-untyped-def]
+            return choose_experts(logits_TE, top_k, scoring, **options)
+
+        choose()
+        with no_waiting():
+            ids_TK, weights_TK = choose()
+        expected_ids_TK, expected_TK = choose_experts.reference(logits_TE, top_k, scoring, **options)
+        assert (ids_TK != expected_ids_TK).any(1).sum() <= num_tokens // 200
+        same = (ids_TK == expected_ids_TK).all(1)
+        torch.testing.assert_close(weights_TK[same], expected_TK[same], rtol=1e-5, atol=1e-7)
 
 
 def test_logits_of_a_router_are_not_rounded() -> None:

@@ -9,9 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from antiphon.kernels.fused import small_experts
+from antiphon.kernels.fused.direct import Driver
 from antiphon.kernels.fused.experts import compute_few, place_pairs
-from antiphon.kernels.fused.persistent import resident_programs
+from antiphon.kernels.fused.persistent import PersistentLaunch, resident_programs
 from antiphon.kernels.fused.small_experts import Tile, choose_tiles, place_few
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 
@@ -211,14 +214,43 @@ def test_only_the_width_of_tiles_depends_on_the_number_of_rows() -> None:
             assert all(width == sorted(width) for width in widths)
 
 
+H100 = SimpleNamespace(
+    multi_processor_count=132,
+    shared_memory_per_multiprocessor=228 << 10,
+    regs_per_multiprocessor=1 << 16,
+    max_threads_per_multi_processor=2048,
+)
+
+
 def test_resident_programs() -> None:
     """By shared memory, by registers, by threads; and one at least."""
-    h100 = SimpleNamespace(
-        shared_memory_per_multiprocessor=228 << 10,
-        regs_per_multiprocessor=1 << 16,
-        max_threads_per_multi_processor=2048,
-    )
-    assert resident_programs(80, 110_592, 4, h100) == 2
-    assert resident_programs(113, 20_000, 4, h100) == 4  # 120 registers of 128 threads
-    assert resident_programs(16, 0, 4, h100) == 16
-    assert resident_programs(255, 300_000, 8, h100) == 1
+    assert resident_programs(80, 110_592, 4, H100) == 2
+    assert resident_programs(113, 20_000, 4, H100) == 4  # 120 registers of 128 threads
+    assert resident_programs(16, 0, 4, H100) == 16
+    assert resident_programs(255, 300_000, 8, H100) == 1
+
+
+def test_a_persistent_launch_fills_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks the compiler once, before its first launch."""
+    events: list[object] = []
+
+    class FakeKernel:
+        def warmup(self, *args: object, grid: tuple[int, ...], **kwargs: object) -> SimpleNamespace:
+            events.append(("compiled", args, kwargs))
+            return SimpleNamespace(run=None, n_regs=80, metadata=SimpleNamespace(shared=110_592))
+
+        def __getitem__(self, grid: tuple[int, int]):  # type: ignore[no-untyped-def]
+            return lambda *args, **kwargs: events.append(("launched", grid))
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    always_hooked = Driver(device=lambda: 0, stream=lambda device: 0, hooked=lambda: True, direct=lambda compiled: None)
+    launch = PersistentLaunch(FakeKernel(), integers=(3,), constants={"D": 8}, driver=always_hooked)
+    x = torch.zeros(4)
+    launch(x)
+    launch(x)
+    assert events == [
+        ("compiled", (x, 3), {"D": 8, "num_warps": 4}),
+        ("launched", (264, 1)),
+        ("launched", (264, 1)),
+    ]

@@ -21,6 +21,7 @@ _ROPE_ELEMENTS = 1024
 def _norm_kernel(
     x,
     residual_TD,
+    more_TD,
     weight_D,
     out,
     sum_TD,
@@ -32,11 +33,12 @@ def _norm_kernel(
     EPS: tl.constexpr,
     D: tl.constexpr,
     ADD: tl.constexpr,
+    MORE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """Rows are (token, head) pairs; `out` and `sum_TD` are contiguous."""
+    """Rows are (token, head) pairs; `out`, `sum_TD` and `more_TD` are contiguous."""
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
@@ -46,6 +48,9 @@ def _norm_kernel(
     places = rows.to(tl.int64)[:, None] * D + columns[None, :]
     value = tl.load(x + starts[:, None] + columns[None, :], mask=mask, other=0)
     dtype = value.dtype
+    if MORE:
+        more = tl.load(more_TD + places, mask=mask, other=0)
+        value = (value.to(WIDE) + more.to(WIDE)).to(dtype)
     if ADD:
         residual = tl.load(residual_TD + tokens[:, None] * residual_stride + columns[None, :], mask=mask, other=0)
         value = (value.to(WIDE) + residual.to(WIDE)).to(dtype)
@@ -65,10 +70,11 @@ def _norm(
     size: int,
     strides: tuple[int, int],
     residual_stride: int | None,
+    more: bool,
     eps: float,
     double: bool,
 ) -> Launch:
-    """residual_stride: row stride of the residual that is added first; None if there is none."""
+    """residual_stride: row stride of the residual that is added first; None if there is none. more: a third addend."""
     block_d = power_of_two(size)
     block_r = max(1, _NORM_ELEMENTS // block_d)
     return Launch(
@@ -79,6 +85,7 @@ def _norm(
             "EPS": eps,
             "D": size,
             "ADD": residual_stride is not None,
+            "MORE": more,
             "BLOCK_R": block_r,
             "BLOCK_D": block_d,
             "DOUBLE": double,
@@ -98,13 +105,18 @@ def rms_norm_fused(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch
         return rms_norm_fused(x.reshape(-1, shape[-1]).contiguous(), weight_D, eps).view(shape)
     out = x.new_empty(shape)
     if num_rows:
-        launch = _norm(num_rows, num_heads, shape[-1], row_strides, None, eps, is_double(x.dtype))
-        launch(x, x, weight_D, out, out)
+        launch = _norm(num_rows, num_heads, shape[-1], row_strides, None, False, eps, is_double(x.dtype))
+        launch(x, x, x, weight_D, out, out)
     return out
 
 
 def add_rms_norm_fused(
-    x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+    x_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    *,
+    more_TD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `add_rms_norm`. The thread that reads an element of the residual also writes the sum there."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
@@ -112,8 +124,9 @@ def add_rms_norm_fused(
     num_tokens, size = x_TD.shape
     out_TD = x_TD.new_empty(num_tokens, size)
     if num_tokens:
-        launch = _norm(num_tokens, 1, size, (x_TD.stride(0), 0), size, eps, is_double(x_TD.dtype))
-        launch(x_TD, residual_TD, weight_D, out_TD, sum_TD)
+        has_more, double = more_TD is not None, is_double(x_TD.dtype)
+        launch = _norm(num_tokens, 1, size, (x_TD.stride(0), 0), size, has_more, eps, double)
+        launch(x_TD, residual_TD, x_TD if more_TD is None else more_TD.contiguous(), weight_D, out_TD, sum_TD)
     return out_TD, sum_TD
 
 

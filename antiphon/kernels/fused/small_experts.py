@@ -284,7 +284,7 @@ def _large_shared(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     properties: Any = torch.cuda.get_device_properties(device)
-    return bool(properties.shared_memory_per_block_optin >= _LARGE_SHARED_BYTES)
+    return bool(getattr(properties, "shared_memory_per_block_optin", 0) >= _LARGE_SHARED_BYTES)
 
 
 def multiply_few(
