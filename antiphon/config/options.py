@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import OptionError
+from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.options import Option, instance_of, number, one_of, option, options_of, whole
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sizes import asks_for_what_fits
@@ -23,6 +23,9 @@ DTYPE_NAMES = ("float32", "bfloat16", "float64")
 _DEVICE_KINDS = ("cpu", "cuda", "xpu", "npu", "generic", "generic:cuda", "generic:cpu")
 """The keys of `antiphon.device.table.DEVICES`, repeated here to avoid importing torch; a test compares them."""
 
+ATTENTION_BACKENDS = ("auto", "triton", "cudnn", "flashinfer", "torch")
+"""`auto` and the names in `antiphon.kernels.attention.registry`, repeated for the same reason."""
+
 _MODEL = "Model and ranks"
 _STEPS = "Steps and memory"
 _LONGEST_TIMEOUT_S = 86_400
@@ -30,6 +33,19 @@ _LONGEST_TIMEOUT_S = 86_400
 _text = instance_of(str, "a string")
 _flag = instance_of(bool, "True or False")
 _count = whole(1)
+
+
+def _attention_backend(name: str, value: object) -> None:
+    """vLLM's names are in capitals, and some have another ending: `own_attention_backend` knows them."""
+    if own_attention_backend(value) is None:
+        raise unknown_value(name, value, ATTENTION_BACKENDS)
+
+
+def own_attention_backend(value: object) -> str | None:
+    """Our name of an attention backend; `None` if there is none like it."""
+    name = str(value).lower().removesuffix("_attn").removesuffix("_mla")
+    name = "torch" if name == "torch_sdpa" else name
+    return name if name in ATTENTION_BACKENDS else None
 
 
 def _dtype(name: str, value: object) -> None:
@@ -108,6 +124,13 @@ class EngineOptions:
         check=_dtype,
         help=f"Data type of weights and activations: auto, {', '.join(DTYPE_NAMES)}.",
         doc="`auto`: `bfloat16` on GPUs, `float32` on CPUs. `float32` on GPUs is exact (no TF32) but slow.",
+    )
+    attention_backend: str = option(
+        "auto",
+        check=_attention_backend,
+        help=f"What computes the attention of decoding requests: {', '.join(ATTENTION_BACKENDS)}.",
+        doc="`auto`: `triton` on CUDA devices of compute capability 8.0 and later, else `torch`. See "
+        "[below](#attention-backends).",
     )
     max_num_batched_tokens: int | None = option(
         None,

@@ -16,7 +16,6 @@ from antiphon.models.moe import Experts, MoELayer
 from antiphon.models.router import Router
 from antiphon.runtime import CpuStreams
 
-
 DEFAULT_BLOCK_SIZE = 16
 """Tokens per block of the KV cache for which a model is built, unless its attention backend is given."""
 
