@@ -172,7 +172,7 @@ def _transports_table(transports: list[Usability]) -> Table:
 
 
 def _attention_refusals() -> dict[str, str | None]:
-    """Of every attention backend, why it cannot be used here for the shape of common models; `None` if it can."""
+    """Why each attention backend cannot be used here for the shape of common models; `None` for those that can."""
     device = find_device(resolve_device("auto", ranks=1)[0])
     with nullcontext() if device.fused_kernels else no_cuda_kernels():
         block_size = int(OPTION_DEFAULTS["block_size"])

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from antiphon.core.bundled import BUNDLED_MODEL
-from antiphon.core.errors import OptionError, unknown_value
+from antiphon.core.errors import OptionError
 from antiphon.core.options import Option, instance_of, number, one_of, option, options_of, whole
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sizes import asks_for_what_fits
@@ -35,14 +35,8 @@ _flag = instance_of(bool, "True or False")
 _count = whole(1)
 
 
-def _attention_backend(name: str, value: object) -> None:
-    """vLLM's names are in capitals, and some have another ending: `own_attention_backend` knows them."""
-    if own_attention_backend(value) is None:
-        raise unknown_value(name, value, ATTENTION_BACKENDS)
-
-
 def own_attention_backend(value: object) -> str | None:
-    """Our name of an attention backend; `None` if there is none like it."""
+    """Our name of an attention backend as we or vLLM call it, such as "TRITON_ATTN"; `None` if it is neither."""
     name = str(value).lower().removesuffix("_attn").removesuffix("_mla")
     name = "torch" if name == "torch_sdpa" else name
     return name if name in ATTENTION_BACKENDS else None
@@ -127,7 +121,7 @@ class EngineOptions:
     )
     attention_backend: str = option(
         "auto",
-        check=_attention_backend,
+        check=one_of(ATTENTION_BACKENDS),
         help=f"What computes the attention of decoding requests: {', '.join(ATTENTION_BACKENDS)}.",
         doc="`auto`: `triton` on CUDA devices of compute capability 8.0 and later, else `torch`. See "
         "[below](#attention-backends).",

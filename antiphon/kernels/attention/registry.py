@@ -33,7 +33,7 @@ def find_backend(name: str) -> type[AttentionBackend]:
 
 
 def refusals(shape: AttentionShape, dtype: torch.dtype, block_size: int, device: torch.device) -> dict[str, str | None]:
-    """Of every backend, why it cannot be used; `None` if it can."""
+    """Why each backend cannot be used; `None` for those that can."""
     return {name: find_backend(name).refusal(device, shape, dtype, block_size) for name in BACKEND_NAMES}
 
 
