@@ -20,6 +20,7 @@ import triton
 
 from antiphon.core.batch import AttentionMetadata, MicroBatch, PrefillSlice, use_micro_batch
 from antiphon.kernels.activation import gated_silu
+from antiphon.kernels.attention import choose_backend
 from antiphon.kernels.fused.direct import find_driver
 from antiphon.kernels.fused.norm_rope import _norm
 from antiphon.kernels.gqa_attention import prefill_attention
@@ -102,7 +103,8 @@ def pieces() -> dict[str, Call]:
         qk_norm_eps=1e-6,
         rope=RopeConfig(size=HEAD, theta=1e6, interleaved=False, yarn=None),
     )
-    attention = GroupedQueryAttention(config, 0, dtype=BF16).cuda()
+    backend, _ = choose_backend("auto", config.shape, BF16, 16, torch.device("cuda"))
+    attention = GroupedQueryAttention(config, 0, backend, dtype=BF16).cuda()
     for weight in attention.parameters():
         weight.copy_(torch.randn_like(weight) / HIDDEN**0.5)
     attention.cache_blocks = torch.zeros(TOKENS // 16, 16, config.kv_width, dtype=BF16, device="cuda")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import groupby
 
 import msgspec
@@ -16,11 +17,19 @@ from rich.text import Text
 
 import antiphon
 from antiphon.comm import Usability, usable_transports
+from antiphon.config.options import OPTION_DEFAULTS
+from antiphon.config.resolve import resolve_device
+from antiphon.device.table import find_device
+from antiphon.kernels.attention import AUTO_ORDER, AttentionShape, refusals
+from antiphon.kernels.dispatch import no_cuda_kernels
 from antiphon.machine.advice import Advice, advise, format_bytes, format_count, format_cpus
 from antiphon.machine.facts import UNLIMITED, Check, Facts, Gpus
 from antiphon.machine.probe import examine_machine
 
 _RANKS_WITHOUT_GPUS = 2
+_COMMON_ATTENTION = AttentionShape(
+    num_heads=32, num_kv_heads=4, key_size=128, value_size=128, scale=128**-0.5, latent=False
+)
 
 
 def run_doctor(
@@ -39,6 +48,7 @@ def run_doctor(
     device_kind = "cuda" if facts.gpus.devices else "cpu"
     ranks = (len(facts.gpus.devices) or _RANKS_WITHOUT_GPUS) if ranks is None else ranks
     transports = usable_transports(facts, ranks=ranks, device_kind=device_kind, peer_access=peer_access)
+    attention = _attention_refusals()
     advice = advise(facts, ranks=ranks, device_kind=device_kind)
     if as_json:
         report = {
@@ -47,6 +57,7 @@ def run_doctor(
             "device_kind": device_kind,
             "peer_access": peer_access,
             "transports": msgspec.to_builtins(transports),
+            "attention_backends": attention,
             "advice": msgspec.to_builtins(advice),
             "facts": msgspec.to_builtins(facts),
         }
@@ -59,6 +70,8 @@ def run_doctor(
         console.print(_table(describe(facts)))
         console.print(Text("\ntransports", style="bold"))
         console.print(_transports_table(transports))
+        console.print(Text("\nattention backends", style="bold"))
+        console.print(_attention_table(attention))
         if advice:
             console.print(Text("\nadvice", style="bold"))
             console.print(_table(_with_remedies(advice)))
@@ -155,6 +168,23 @@ def _transports_table(transports: list[Usability]) -> Table:
         table.add_row(Text(f"  {found.name}"), usable, Text(found.reason))
         if found.remedy:
             table.add_row("", "", Text(f"remedy: {found.remedy}"))
+    return table
+
+
+def _attention_refusals() -> dict[str, str | None]:
+    """Why each attention backend cannot be used here for the shape of common models; `None` for those that can."""
+    device = find_device(resolve_device("auto", ranks=1)[0])
+    with nullcontext() if device.fused_kernels else no_cuda_kernels():
+        block_size = int(OPTION_DEFAULTS["block_size"])
+        return refusals(_COMMON_ATTENTION, device.default_dtype, block_size, device.torch_device)
+
+
+def _attention_table(found: dict[str, str | None]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    chosen = next(name for name in AUTO_ORDER if found[name] is None)
+    for name, refusal in found.items():
+        usable = Text("yes", style="green") if refusal is None else Text("no", style="red")
+        table.add_row(Text(f"  {name}"), usable, Text(refusal or ("what auto chooses" if name == chosen else "")))
     return table
 
 

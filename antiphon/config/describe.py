@@ -15,6 +15,7 @@ def describe_config(config: ResolvedConfig) -> list[tuple[str, str]]:
         ("model", f"{config.options.model} ({_model(config)})"),
         ("ranks", f"{mesh.world} on {device}, {num_experts // mesh.ep} of {num_experts} experts each"),
         ("transport", f"{config.transport}: {config.transport_reason}"),
+        ("attention", config.attention or f"{config.options.attention_backend}: resolved when the ranks start"),
         ("KV cache", _cache(config)),
         ("steps", _steps(config)),
         ("dbo", _dbo(config)),

@@ -182,13 +182,16 @@ class ResolvedConfig:
     cache: CacheSize | None  # None: measured when the weights are loaded
     # set when the ranks have started
     device_name: str = ""
+    attention: str = ""  # the backend and the reason
     data_path: DataPath | None = None
 
     def started(
-        self, *, device_name: str, transport_name: str, data_path: DataPath, cache: CacheSize
+        self, *, device_name: str, transport_name: str, data_path: DataPath, cache: CacheSize, attention: str = ""
     ) -> ResolvedConfig:
         """Add what only the started ranks know, such as whether their devices can access each other's memory."""
-        started = replace(self, device_name=device_name, data_path=data_path, cache=cache)
+        started = replace(self, device_name=device_name, data_path=data_path, cache=cache, attention=attention)
+        if self.options.attention_backend == "auto":
+            logger.info("attention_backend: auto -> %s", attention)
         if self.options.policy.dbo == "auto" and self.data_path is None:
             logger.info("dbo: auto -> %s", started.resolved_policy.reason)
         if self.options.transport != "auto" or transport_name == self.transport.name:

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec
 
 from antiphon.config.aliases import translate
 from antiphon.config.engine_config import EngineConfig
-from antiphon.config.options import OPTIONS, parse_option
+from antiphon.config.options import OPTIONS, own_attention_backend, parse_option
 from antiphon.core.options import options_of
 from antiphon.core.policy import OverlapPolicy
 
@@ -20,6 +20,7 @@ logger = logging.getLogger("antiphon")
 _Given = ParamSpec("_Given")
 
 _FOREIGN_VARIABLE = "VLLM_ALL2ALL_BACKEND"
+_FOREIGN_ATTENTION = "VLLM_ATTENTION_BACKEND"
 
 
 def make_config(given: Mapping[str, Any]) -> EngineConfig:
@@ -39,6 +40,7 @@ def make_config(given: Mapping[str, Any]) -> EngineConfig:
     if os.environ.get(_FOREIGN_VARIABLE, "0") not in ("", "0"):
         setting = f"{_FOREIGN_VARIABLE}={os.environ[_FOREIGN_VARIABLE]}"
         notes.append(f"{setting} has no effect here; use transport='auto' or another of docs/options.md")
+    options["attention_backend"] = _attention_backend(options["attention_backend"], notes)
     for note in notes:
         logger.warning(note)
     policy = OverlapPolicy(**{one.field: options.pop(name) for name, one in options_of(OverlapPolicy).items()})
@@ -47,6 +49,17 @@ def make_config(given: Mapping[str, Any]) -> EngineConfig:
     options["device"] = str(options["device"])
     options["dtype"] = str(options["dtype"]).removeprefix("torch.")
     return EngineConfig(policy=policy, **options)
+
+
+def _attention_backend(given: Any, notes: list[str]) -> Any:
+    """Our name of the backend that was given, or that vLLM's variable asks for. A wrong one is left for the check."""
+    asked = os.environ.get(_FOREIGN_ATTENTION, "")
+    if given == "auto" and asked:
+        own = own_attention_backend(asked)
+        if own is not None:
+            return own
+        notes.append(f"{_FOREIGN_ATTENTION}={asked} has no effect here; use attention_backend='auto' or another")
+    return own_attention_backend(given) or given
 
 
 def shows_options(function: Callable[_Given, None]) -> Callable[_Given, None]:

@@ -24,6 +24,9 @@ DTYPE_NAMES = ("float32", "bfloat16", "float64")
 _DEVICE_KINDS = ("cpu", "cuda", "xpu", "npu", "generic", "generic:cuda", "generic:cpu")
 """The keys of `antiphon.device.table.DEVICES`, repeated here to avoid importing torch; a test compares them."""
 
+ATTENTION_BACKENDS = ("auto", "triton", "cudnn", "flashinfer", "torch")
+"""`auto` and the names in `antiphon.kernels.attention.registry`, repeated for the same reason."""
+
 _MODEL = "Model and ranks"
 _STEPS = "Steps and memory"
 _LONGEST_TIMEOUT_S = 86_400
@@ -31,6 +34,13 @@ _LONGEST_TIMEOUT_S = 86_400
 _text = instance_of(str, "a string")
 _flag = instance_of(bool, "True or False")
 _count = whole(1)
+
+
+def own_attention_backend(value: object) -> str | None:
+    """Our name of an attention backend as we or vLLM call it, such as "TRITON_ATTN"; `None` if it is neither."""
+    name = str(value).lower().removesuffix("_attn").removesuffix("_mla")
+    name = "torch" if name == "torch_sdpa" else name
+    return name if name in ATTENTION_BACKENDS else None
 
 
 def _dtype(name: str, value: object) -> None:
@@ -114,6 +124,13 @@ class EngineOptions:
         check=_dtype,
         help=f"Data type of weights and activations: auto, {', '.join(DTYPE_NAMES)}.",
         doc="`auto`: `bfloat16` on GPUs, `float32` on CPUs. `float32` on GPUs is exact (no TF32) but slow.",
+    )
+    attention_backend: str = option(
+        "auto",
+        check=one_of(ATTENTION_BACKENDS),
+        help=f"What computes the attention of decoding requests: {', '.join(ATTENTION_BACKENDS)}.",
+        doc="`auto`: `triton` on CUDA devices of compute capability 8.0 and later, else `torch`. See "
+        "[below](#attention-backends).",
     )
     max_num_batched_tokens: int | None = option(
         None,

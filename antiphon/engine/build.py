@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,10 +37,13 @@ from antiphon.engine.sampling.sampler import Sampler
 from antiphon.engine.scheduling.scheduler import Scheduler
 from antiphon.engine.stats import ExpertLoad, StepStats
 from antiphon.engine.step import StepEngine
+from antiphon.kernels.attention import AttentionBackend, choose_backend
+from antiphon.kernels.dispatch import no_cuda_kernels
 from antiphon.machine.advice import format_bytes
 from antiphon.machine.probe import examine_machine
 from antiphon.models import (
     CausalLM,
+    attention_shape,
     build_model,
     expert_shape,
     fill_dummy_weights,
@@ -78,7 +82,8 @@ def build_engine(
     report(Starting(what="making the transport"))
     transport = make_transport(config, axes.ep, streams)
     report(Starting(what=LOADING))
-    model = _load(config, transport, report)
+    backend, reason = _attention_backend(config, streams)
+    model = _load(config, transport, backend, report)
     report(Starting(what="waiting until all ranks have loaded"))
     meet()
     obstacle = _capture_obstacle(config, transport, model)
@@ -147,6 +152,7 @@ def build_engine(
         ),
         transport=transport,
         cache=cache,
+        attention=f"{backend.name}: {reason}",
         recorder=recorder,
         stats=stats,
         expert_load=ExpertLoad(
@@ -187,6 +193,7 @@ def ready_message(engine: StepEngine) -> Ready:
         transport_name=transport.name,
         data_path=transport.data_path,
         cache=engine.cache,
+        attention=engine.attention,
     )
 
 
@@ -240,11 +247,20 @@ def _refusal(config: ResolvedConfig) -> Refusal | None:
     return load_transport(config.transport, config.device_kind).refusal(examine_machine(), shape, world)
 
 
-def _load(config: ResolvedConfig, transport: Transport, report: Callable[[Starting], None]) -> CausalLM:
+def _attention_backend(config: ResolvedConfig, streams: Streams) -> tuple[AttentionBackend, str]:
+    """The backend for this rank's attention, and the reason. Raises `OptionError` if the given one cannot be used."""
+    name, shape = config.options.attention_backend, attention_shape(config.model)
+    with nullcontext() if streams.owner.fused_kernels else no_cuda_kernels():
+        return choose_backend(name, shape, config.dtype, config.options.block_size, streams.device)
+
+
+def _load(
+    config: ResolvedConfig, transport: Transport, backend: AttentionBackend, report: Callable[[Starting], None]
+) -> CausalLM:
     """Load this rank's part of the model onto the transport's device."""
     options = config.options
     try:
-        model = build_model(config.model, transport, config.routing)
+        model = build_model(config.model, transport, config.routing, attention_backend=backend)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -111,6 +111,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transport_name: str
     data_path: DataPath
     cache: CacheSize
+    attention: str = ""  # the attention backend and the reason
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):

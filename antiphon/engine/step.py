@@ -66,6 +66,7 @@ class StepEngine:
     sampler: Sampler
     transport: Transport
     cache: CacheSize
+    attention: str  # the attention backend and the reason
     recorder: StepRecorder
     stats: StepStats
     expert_load: ExpertLoad

@@ -34,6 +34,7 @@ TEXTS = {
     "transport": "alltoall",
     "dtype": "float64",
     "split": "request-boundary",
+    "attention_backend": "torch",
 }
 
 

@@ -22,6 +22,7 @@ from antiphon.core.errors import OptionError
 from antiphon.core.options import options_of
 from antiphon.core.policy import OverlapPolicy
 from antiphon.device.table import DEVICES
+from antiphon.kernels.attention import BACKEND_NAMES
 from tests.support.asked import AskedError, run_command, stop_before_start
 from tests.support.errors import raises
 
@@ -298,6 +299,7 @@ def test_the_options_of_llm_and_their_defaults_are_those_of_the_engine() -> None
 
 def test_the_kinds_of_devices_that_help_lists_are_those_of_the_table() -> None:
     assert ", ".join(("auto", *DEVICES)) in OPTIONS["device"].help
+    assert ", ".join(("auto", *BACKEND_NAMES)) in OPTIONS["attention_backend"].help
 
 
 @pytest.mark.parametrize(
@@ -415,6 +417,27 @@ def test_variables_of_other_engines_are_not_obeyed_and_said_so(
         LLM()
     assert ended.value.config.policy.dbo == "auto"
     assert [message[: len(start)] for message, start in zip(caplog.messages, told, strict=True)] == told
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("FLASHINFER", "flashinfer"), ("TRITON_ATTN", "triton"), ("TRITON_MLA", "triton"), ("TORCH_SDPA", "torch")],
+)
+def test_names_of_attention_backends_of_other_engines(given: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_config({"attention_backend": given}).attention_backend == meant
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", given)
+    assert make_config({}).attention_backend == meant
+    assert make_config({"attention_backend": "cudnn"}).attention_backend == "cudnn"
+
+
+def test_an_attention_backend_that_is_not_here_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with raises(OptionError, "attention_backend='FLASH_ATTN'", "triton"):
+        make_config({"attention_backend": "FLASH_ATTN"}).resolve()
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")
+    assert make_config({}).attention_backend == "auto"
+    assert "VLLM_ATTENTION_BACKEND=FLASH_ATTN has no effect here" in caplog.text
 
 
 # ---- what the start-up block says

@@ -35,6 +35,7 @@ WRONG: dict[str, list[Any]] = {
     "min_prefill_tokens_to_split": ["x", -1, None],
     "dbo_start_layer": ["x", -1, None, 99],
     "dbo_end_layer": ["x", 0, 99],
+    "attention_backend": [*TEXT, None, "flash-attn"],
     "max_num_batched_tokens": COUNT,
     "max_num_seqs": [*COUNT, None],
     "max_model_len": [*COUNT, 10**10],

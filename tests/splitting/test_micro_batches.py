@@ -1,6 +1,6 @@
 """Micro-batches against an independent computation: what each token writes and which slots its attention reads."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain, combinations_with_replacement, pairwise, product
 
 import pytest

@@ -33,7 +33,7 @@ def find_backend(name: str) -> type[AttentionBackend]:
 
 
 def refusals(shape: AttentionShape, dtype: torch.dtype, block_size: int, device: torch.device) -> dict[str, str | None]:
-    """Of every backend, why it cannot be used; `None` if it can."""
+    """Why each backend cannot be used; `None` for those that can."""
     return {name: find_backend(name).refusal(device, shape, dtype, block_size) for name in BACKEND_NAMES}
 
 
@@ -44,18 +44,19 @@ def choose_backend(
 
     Raises `OptionError` if the named backend cannot be used.
     """
-    passed_over = []
+    reasons: list[str] = []
     for candidate in AUTO_ORDER if name == "auto" else (name,):
         kind = find_backend(candidate)
         refusal = kind.refusal(device, shape, dtype, block_size)
         if refusal is None:
+            passed_over = [f"not {other}: {why}" for other, why in zip(AUTO_ORDER, reasons, strict=False)]
             reason = "as requested" if name != "auto" else "; ".join(passed_over) or "the first choice on CUDA devices"
             return kind(shape, dtype, block_size, device), reason
-        passed_over.append(f"not {candidate}: {refusal}")
+        reasons.append(refusal)
     usable = [other for other, why_not in refusals(shape, dtype, block_size, device).items() if why_not is None]
     raise OptionError(
         f"attention_backend={name!r} cannot be used",
-        limit=refusal,
+        limit=reasons[-1],
         remedy=f"use auto, {', '.join(usable[:-1])} or {usable[-1]}" if usable[1:] else f"use auto or {usable[0]}",
         option="attention_backend",
         value=name,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
 from antiphon.kernels.attention.base import AttentionBackend, AttentionShape
-from antiphon.kernels.dispatch import cuda_kernels_allowed
+from antiphon.kernels.attention.needs import block_refusal, device_refusal
 
 if TYPE_CHECKING:
     from antiphon.kernels.fused.attention_plan import Plan
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from antiphon.kernels.fused.paged_latent import PagedLatents
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LEAST_CAPABILITY = (8, 0)
 _LEAST_BLOCK = 16
 _LARGEST_HEAD = 256
 _LARGEST_LATENT = 512
@@ -33,15 +31,7 @@ class TritonBackend(AttentionBackend):
 
     @classmethod
     def refusal(cls, device: torch.device, shape: AttentionShape, dtype: torch.dtype, block_size: int) -> str | None:
-        if device.type != "cuda":
-            return f"it needs a CUDA device, and the device is {device.type}"
-        if not cuda_kernels_allowed():
-            return "kernels for CUDA devices are switched off for this device"
-        if find_spec("triton") is None:
-            return "the package triton is not installed"
-        if torch.version.cuda and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-            return "it needs compute capability 8.0 or later"
-        return _refusal_of_sizes(shape, dtype, block_size)
+        return device_refusal(device, "triton", "triton") or _refusal_of_sizes(shape, dtype, block_size)
 
     @property
     def takes_context(self) -> bool:
@@ -110,8 +100,8 @@ class TritonBackend(AttentionBackend):
 def _refusal_of_sizes(shape: AttentionShape, dtype: torch.dtype, block_size: int) -> str | None:
     if dtype not in _DTYPES:
         return f"it computes in bfloat16, float16 or float32, and the dtype is {str(dtype).removeprefix('torch.')}"
-    if block_size < _LEAST_BLOCK or block_size & (block_size - 1):
-        return f"it needs a block_size that is a power of two from {_LEAST_BLOCK} on, and it is {block_size}"
+    if found := block_refusal(block_size, _LEAST_BLOCK):
+        return found
     if shape.latent:
         latent, rope = shape.value_size, shape.key_size - shape.value_size
         if latent > _LARGEST_LATENT or rope > _LARGEST_ROPE:

@@ -233,7 +233,7 @@ def persistent_programs(
     properties = torch.cuda.get_device_properties(device)
     registers = divide_up(compiled.n_regs, 8) * 8 * 32 * num_warps
     per_processor = min(
-        properties.regs_per_multiprocessor // max(1, registers),
+        _triton_properties(device)["max_num_regs"] // max(1, registers),
         properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
         properties.max_threads_per_multi_processor // (32 * num_warps),
     )
@@ -245,5 +245,10 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have."""
     if device.type != "cuda":
         return 1 << 20
-    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return size
+    return _triton_properties(device)["max_shared_mem"]
+
+
+def _triton_properties(device: torch.device) -> dict[str, int]:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(index)
+    return properties

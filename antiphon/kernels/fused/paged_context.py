@@ -19,6 +19,9 @@ import triton.language as tl
 from antiphon.kernels.fused.attention_plan import shared_memory
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_of_two
 
+_TILES = ((128, 64, 5, 8), (64, 64, 3, 4), (64, 32, 3, 4), (32, 32, 1, 4))
+"""Tokens, positions, stages and warps. The first one that fits into shared memory is used."""
+
 
 @triton.jit
 def _attend_tile(
@@ -41,7 +44,7 @@ def _attend_tile(
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Positions begin:end. MASKED: some are hidden from some rows, or `end` cuts a tile. rows: positions of the tile."""
+    """Positions begin:end. MASKED: some are hidden from some rows, or `end` cuts a tile. rows: positions of rows."""
     columns = tl.arange(0, BLOCK_Q)
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
         positions = start + tl.arange(0, BLOCK_L)
@@ -151,12 +154,13 @@ def attend_context(
 @lru_cache(maxsize=64)
 def _tiles(device: torch.device, head_size: int, itemsize: int) -> tuple[int, int, int, int]:
     """Tokens, positions, stages and warps."""
-    for tokens, positions, stages, num_warps in ((128, 64, 5, 8), (64, 64, 3, 4), (64, 32, 3, 4), (32, 32, 1, 4)):
+    for tiles in _TILES:
+        tokens, positions, stages, _ = tiles
         # The load of the block ids takes part in the pipeline, so two stages are one buffer.
         needed = power_of_two(head_size) * itemsize * (tokens + 2 * positions * (stages // 2 + 1))
         if needed + (8 << 10) <= shared_memory(device):
-            break
-    return tokens, positions, stages, num_warps
+            return tiles
+    return _TILES[-1]
 
 
 @lru_cache(maxsize=NUM_SHAPES)

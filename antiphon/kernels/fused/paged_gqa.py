@@ -160,7 +160,7 @@ class PagedGroups:
         return out_NHQ
 
     def constants(self) -> dict[str, Any]:
-        """Of `attend_kernel`."""
+        """The constants of `attend_kernel`."""
         block_q = max(16, power_of_two(self.head_size))
         tile_bytes = 2 * _TILE * block_q * self.dtype.itemsize
         return {

@@ -183,7 +183,7 @@ class PagedLatents:
         return out_NHC
 
     def constants(self) -> dict[str, Any]:
-        """Of `attend_kernel`."""
+        """The constants of `attend_kernel`."""
         tiles = self.tiles
         block_c, block_p = max(16, power_of_two(self.latent_size)), max(16, power_of_two(self.rope_size))
         stages = tiles.stages

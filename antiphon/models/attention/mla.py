@@ -51,7 +51,7 @@ class LatentAttentionConfig:
 
     @property
     def shape(self) -> AttentionShape:
-        """Of decoding requests, whose queries and results are in latent space."""
+        """The shape for decoding requests, whose queries and results are in latent space."""
         return AttentionShape(
             num_heads=self.num_heads,
             num_kv_heads=1,
