@@ -38,8 +38,8 @@ class Traffic:
         params: dict[str, Any] = {}
         if self.sampled and dice.random() < 0.5:
             params = {"temperature": 0.8, "top_k": dice.choice([0, 5])}
-            if dice.random() < 0.3:
-                params |= {"logprobs": 2} if dice.random() < 0.5 else {"presence_penalty": 0.5}
+            if dice.random() < 0.5:
+                params |= {"logprobs": 2} if dice.random() < 0.3 else {"presence_penalty": 0.5}
             if dice.random() < 0.3:
                 params |= {"min_tokens": 5}
         stops = tuple(dice.randrange(5, self.vocab_size) for _ in range(self.ends))

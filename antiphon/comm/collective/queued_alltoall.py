@@ -60,7 +60,7 @@ class QueuedAllToAllTransport(AllToAllTransport):
 
         def launch() -> None:
             nonlocal work
-            counted.synchronize()  # type: ignore[attr-defined]  # the device watch or the backend limits the wait
+            counted.synchronize()  # the device watch or the backend limits the wait
             exchange.sent, exchange.received = counts.tolist()
             flight.num_bytes = exchange.remote_rows(self.group.rank) * self._format.row_bytes
             work = self._send_rows(exchange, label, after=ready)  # not after what the other lane has queued since

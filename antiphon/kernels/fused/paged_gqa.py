@@ -43,6 +43,7 @@ def attend_kernel(
     out_NHQ,
     num_requests,
     table_stride,
+    q_stride,
     SCALE: tl.constexpr,  # times log2(e)
     H: tl.constexpr,
     G: tl.constexpr,
@@ -78,7 +79,8 @@ def attend_kernel(
         if BLOCK_Q != Q:
             real = real & (columns < Q)[None, :]
         rows_H = request.to(tl.int64) * H + heads
-        q = tl.load(q_NHQ + rows_H[:, None] * Q + columns[None, :], mask=real, other=0.0)
+        q_heads = q_NHQ + request.to(tl.int64) * q_stride + heads * Q
+        q = tl.load(q_heads[:, None] + columns[None, :], mask=real, other=0.0)
         head_cache = cache + group * Q
         top = tl.full([BLOCK_H], float("-inf"), tl.float32)
         weight = tl.zeros([BLOCK_H], tl.float32)
@@ -148,12 +150,14 @@ class PagedGroups:
         """See `AttentionBackend.decode`; `plan` is from `make_plan` with the same chunk."""
         assert cache_blocks.is_contiguous() and block_table_NB.stride(1) == 1, "a cache or table with gaps"
         assert cache_blocks.shape[1] == self.block_size, f"blocks of {cache_blocks.shape[1]}, not {self.block_size}"
-        q_NHQ = q_NHQ.contiguous()
-        out_NHQ = torch.empty_like(q_NHQ)
+        if q_NHQ.stride()[1:] != (self.head_size, 1):  # heads side by side, as in a merged projection
+            q_NHQ = q_NHQ.contiguous()
         num_requests = q_NHQ.shape[0]
+        out_NHQ = q_NHQ.new_empty(q_NHQ.shape)
         if num_requests:
             memory = (plan.items_X, plan.first_N2, plan.part_XHV, plan.lse_XH)
-            attend = _attend(self, num_requests, block_table_NB.stride(0), plan.items_X.shape[0])
+            strides = (block_table_NB.stride(0), q_NHQ.stride(0))
+            attend = _attend(self, num_requests, strides, plan.items_X.shape[0])
             attend(q_NHQ, cache_blocks, block_table_NB, seq_lens_N, *memory, out_NHQ)
             combine = combine_launch(num_requests, self.num_heads, self.head_size, self.chunk)
             combine(seq_lens_N, *memory[1:], out_NHQ)
@@ -181,13 +185,14 @@ class PagedGroups:
 
 
 @lru_cache(maxsize=NUM_SHAPES)
-def _attend(attention: PagedGroups, num_requests: int, table_stride: int, capacity: int) -> Launch:
+def _attend(attention: PagedGroups, num_requests: int, strides: tuple[int, int], capacity: int) -> Launch:
+    """strides: of the block table's rows and of the requests' queries."""
     constants = attention.constants()
     units = capacity * attention.num_kv_heads * int(constants["TILES"])
     return Launch(
         attend_kernel,
         (min(units, _resident(attention)), 1),
-        integers=(num_requests, table_stride),
+        integers=(num_requests, *strides),
         constants=constants,
         num_warps=_NUM_WARPS,
     )
@@ -197,4 +202,4 @@ def _attend(attention: PagedGroups, num_requests: int, table_stride: int, capaci
 def _resident(attention: PagedGroups) -> int:
     dtype, i32, f32 = attention.dtype, torch.int32, torch.float32
     pointers = (dtype, dtype, i32, i32, i32, i32, f32, f32, dtype)
-    return persistent_programs(attend_kernel, pointers, 2, attention.constants(), _NUM_WARPS, attention.device)
+    return persistent_programs(attend_kernel, pointers, 3, attention.constants(), _NUM_WARPS, attention.device)
