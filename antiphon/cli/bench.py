@@ -230,7 +230,7 @@ def serve(
         float, typer.Option(help="1: Poisson arrivals; lower is burstier, higher is more even.")
     ] = 1.0,
     max_concurrency: MaxConcurrency = None,
-    num_warmups: Annotated[int, size_option("Number of warm-up requests, sent one by one.", least=0)] = 0,
+    num_warmups: Annotated[int, size_option("Number of warm-up requests, within --max-concurrency.", least=0)] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always generate all tokens.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     percentile_metrics: Annotated[str, typer.Option(help="Latencies to print; choose from the default.")] = (

@@ -72,7 +72,7 @@ def measure_decode(group: RankGroup, device: torch.device, options: Mapping[str,
     engine = build_engine(config, group)
     captured = engine.captured
     tell(group, f"engine ready, {captured.num_graphs} steps captured in {captured.time_s:.1f} s")
-    bench = _Bench(engine, asked, vocab_size=config.model.vocab_size)
+    bench = Bench(engine, asked, vocab_size=config.model.vocab_size)
     cells = []
     for context_len in asked.contexts:
         for sequences in asked.sequences:
@@ -102,7 +102,7 @@ def measure_decode(group: RankGroup, device: torch.device, options: Mapping[str,
     }
 
 
-class _Bench:
+class Bench:
     """The engine of one rank and the plans that it can be set to. All ranks must call its methods together."""
 
     def __init__(self, engine: StepEngine, options: DecodeOptions, *, vocab_size: int) -> None:
