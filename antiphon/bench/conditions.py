@@ -88,7 +88,11 @@ def parse_counts(text: str, option: str) -> list[int]:
     counts = [parse_size(name, f"--{option}") for name in parse_names(text, option)]
     if min(counts) < 1:
         raise OptionError(
-            f"--{option} {text!r} is not a list of counts", remedy="write integers such as 512,2k", option=option
+            f"--{option} {text!r} is not a list of counts",
+            limit="each must be at least 1",
+            remedy="write integers such as 512,2k",
+            option=option,
+            value=text,
         )
     return counts
 

@@ -139,6 +139,61 @@ def overlap(
 
 
 @bench_app.command()
+def decode(
+    model: Annotated[
+        str,
+        typer.Argument(help="A preset, the folder of a checkpoint, or the bundled model. Weights are always dummies."),
+    ] = BUNDLED_MODEL,
+    ranks: Ranks = 2,
+    device: Device = "auto",
+    sequences: Annotated[str, typer.Option(help="Sequences per rank, separated by commas.")] = "1,16,64,256",
+    context: Annotated[str, typer.Option(help="Tokens of each prompt, separated by commas.")] = "1024",
+    plans: Annotated[str, typer.Option(help="Plans to interleave: serial, dual, eager.")] = "serial,dual,eager",
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed in a row; of eager ones a quarter.")] = 24,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after a warm-up round.")] = 5,
+    kernels: Annotated[
+        int, typer.Option(min=0, help="Profile captured steps and print this many of their kernels; 0: none.")
+    ] = 0,
+    transport: Annotated[str, typer.Option(help="Transport of the engine, or auto.")] = "auto",
+    routing: Annotated[str, typer.Option(help="Routing: uniform, zipf:A, recorded:FILE, or model.")] = "uniform",
+    dtype: Annotated[str, typer.Option(help="Dtype: auto, float32, bfloat16, float64.")] = "auto",
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Use only the first N layers of the model.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, prompts and routing.")] = 0,
+    no_peer_access: NoPeerAccess = False,
+    timeout_s: TimeoutS = 120.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the decode steps of the engine: serial, with overlap, eager. Beside them, the least time they could take."""
+    from antiphon.bench.conditions import check_writable, parse_counts, parse_names, resolve_measured_device, write_json
+    from antiphon.bench.decode.cells import print_decode, run_decode
+    from antiphon.bench.decode.options import PLANS, DecodeOptions
+    from antiphon.config.resolve import resolve_peer_access
+
+    options = DecodeOptions(
+        model=model,
+        ranks=ranks,
+        device=resolve_measured_device(device, ranks, tuple(_DEFAULT_TOKENS)),
+        sequences=parse_counts(sequences, "sequences"),
+        contexts=parse_counts(context, "context"),
+        plans=parse_names(plans, "plans", PLANS),
+        steps=steps,
+        repeats=repeats,
+        kernels=kernels,
+        transport=transport,
+        routing=routing,
+        dtype=dtype,
+        num_layers=num_layers,
+        seed=seed,
+        peer_access=resolve_peer_access(not no_peer_access),
+        timeout_s=timeout_s,
+    )
+    check_writable(json_file, "json")
+    result = run_decode(options)
+    print_decode(result, _console())
+    write_json(result, json_file)
+
+
+@bench_app.command()
 def serve(
     base_url: Annotated[str | None, typer.Option(help="Address of the server, instead of --host and --port.")] = None,
     host: Annotated[str, typer.Option(help="Host of the server.")] = "127.0.0.1",
@@ -175,7 +230,7 @@ def serve(
         float, typer.Option(help="1: Poisson arrivals; lower is burstier, higher is more even.")
     ] = 1.0,
     max_concurrency: MaxConcurrency = None,
-    num_warmups: Annotated[int, size_option("Number of warm-up requests, sent one by one.", least=0)] = 0,
+    num_warmups: Annotated[int, size_option("Number of warm-up requests, within --max-concurrency.", least=0)] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always generate all tokens.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     percentile_metrics: Annotated[str, typer.Option(help="Latencies to print; choose from the default.")] = (

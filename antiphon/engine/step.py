@@ -94,6 +94,13 @@ class StepEngine:
         outputs += self._commit(but=0 if synchronous else 1)  # 6 of the step before, while this one runs
         return StepResult(plan, outputs)
 
+    def drain(self) -> list[TokenOutput]:
+        """Take the tokens of the step in flight, so that nothing is. Blocks the host until it has run.
+
+        Each rank may call it by itself.
+        """
+        return self._commit()
+
     def _launch(self, batch: Batch, plan: Plan) -> None:
         number, kind = self.stats.num_steps, plan.kind
         with self.recorder.step(number, kind=kind, num_tokens=batch.num_tokens), self.expert_load.step(number):

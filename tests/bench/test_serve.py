@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from antiphon.bench.serve.client import Answered, Target, request_body
 from antiphon.bench.serve.load import ServeOptions, run_serve, serve_figures
-from antiphon.bench.serve.result import DETAILS, result_path, write_result
+from antiphon.bench.serve.result import DETAILS, print_serve, result_path, write_result
 from antiphon.bench.serve.workload import Ask, Workload, arrival_times, make_asks, random_asks
 from antiphon.core.errors import OptionError
 from tests.support.errors import raises
@@ -179,6 +181,21 @@ def _is_of_known_pace(result: dict[str, Any]) -> bool:
         and result["median_e2el_ms"] < 900
         and result["duration"] < 2
     )
+
+
+@pytest.mark.parametrize(("max_concurrency", "at_once"), [(3, 3), (None, 1)])
+def test_warm_up_requests_are_as_many_at_once_as_the_load(max_concurrency: int | None, at_once: int) -> None:
+    with FakeServer(first_s=0.3).running() as fake:
+        workload = replace(SMALL, num_prompts=1)
+        options = ServeOptions(base_url=fake.url, workload=workload, num_warmups=4, max_concurrency=max_concurrency)
+        result = run_serve(options)
+    assert fake.most_at_once == at_once and len(fake.bodies) == 5
+    assert result["completed"] == 1 and result["total_output_tokens"] == SMALL.output_len
+    assert 0 < result["client_cpu_share"] < 1.5
+    for share, warned in ((0.3, False), (0.95, True)):
+        printed = io.StringIO()
+        print_serve(result | {"client_cpu_share": share}, options, Console(file=printed, width=120))
+        assert f"{share:.2f}" in printed.getvalue() and ("may be the limit" in printed.getvalue()) == warned
 
 
 @pytest.mark.processes  # it watches the clock

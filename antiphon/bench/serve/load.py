@@ -41,7 +41,8 @@ class ServeOptions:
     """The options of a load. Raises `OptionError` for invalid ones.
 
     model: `None` for the first one that the server lists. request_rate: requests per second, `inf` for all at once.
-    max_concurrency: maximum number of requests in flight. percentiles: 0 to 100, for `percentile_metrics`.
+    max_concurrency: maximum number of requests in flight, also of the warm-up requests, which without it are sent one by
+    one. percentiles: 0 to 100, for `percentile_metrics`.
     timeout_s: maximum silence of the server within a request.
     """
 
@@ -138,14 +139,21 @@ async def _run(options: ServeOptions) -> dict[str, Any]:
         async def ask(one: Ask) -> Answered:
             return await ask_server(client, one, target, keep_text=options.detailed)
 
-        for warming in asks[workload.num_prompts :]:
-            answered = await ask(warming)
+        asks, warmups = asks[: workload.num_prompts], asks[workload.num_prompts :]
+        # At the concurrency of the load, because a server also meets its larger steps for the first time.
+        at_once, most = [0.0] * len(warmups), options.max_concurrency or 1
+        for answered in (await timed_load(warmups, at_once, ask, max_concurrency=most))[0]:
             if answered.error:
                 raise OptionError("a warm-up request was not answered", limit=answered.error)
-        answers, duration_s = await timed_load(
-            asks[: workload.num_prompts], times, ask, max_concurrency=options.max_concurrency
-        )
-    return _head(options, model) | serve_figures(answers, duration_s, options.percentiles) | _tail(options, answers)
+        cpu_s = time.process_time()
+        answers, duration_s = await timed_load(asks, times, ask, max_concurrency=options.max_concurrency)
+        cpu_share = (time.process_time() - cpu_s) / duration_s
+    return (
+        _head(options, model)
+        | serve_figures(answers, duration_s, options.percentiles)
+        | {"client_cpu_share": cpu_share}
+        | _tail(options, answers)
+    )
 
 
 async def _first_model(client: httpx.AsyncClient, base_url: str) -> str:

@@ -15,6 +15,9 @@ from antiphon.bench.conditions import check_writable
 from antiphon.bench.serve.load import METRICS, ServeOptions
 from antiphon.core.lines import JSON_ESCAPES
 
+_BUSY_CLIENT = 0.8
+"""Share of a core from which the client may be what is measured."""
+
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "reasoning_texts", "errors")
 
 
@@ -60,6 +63,7 @@ def print_serve(result: dict[str, Any], options: ServeOptions, console: Console)
         ("output throughput (tokens/s)", f"{result['output_throughput']:.1f}"),
         ("total throughput (tokens/s)", f"{result['total_token_throughput']:.1f}"),
         ("peak concurrent requests", str(result["max_concurrent_requests"])),
+        ("CPU time of this client (share of a core)", f"{result['client_cpu_share']:.2f}"),
     ):
         table.add_row(text, value)
     console.print(table)
@@ -73,5 +77,7 @@ def print_serve(result: dict[str, Any], options: ServeOptions, console: Console)
             METRICS[name], *[f"{result[f'{column}_{name}_ms']:.2f}" if has_samples else "-" for column in columns]
         )
     console.print(times)
+    if result["client_cpu_share"] > _BUSY_CLIENT:
+        console.print("this client was busy almost all of the time, so it may be the limit", highlight=False)
     for text, count in list(result["failures"].items())[:5]:
         console.print(Text(f"{count} failed: {text}"))
