@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from antiphon.comm import OptionError, RankGroup, Routes, Transport, load_transport
+from antiphon.comm.collective import nccl
+from antiphon.comm.collective.allgather import PaddedExchange, QueuedAllGatherTransport
 from antiphon.comm.local import LocalTransport
 from antiphon.comm.registry import TransportSpec
 from antiphon.comm.row_format import LaneBuffers
@@ -259,3 +261,71 @@ def test_frozen_buffers_do_not_grow() -> None:
         with pytest.raises(OptionError, match="captured steps hold its address"):
             buffers.get(name, num_rows, 4, torch.float32)
     assert buffers.get("rows", 5, 4, torch.float32).data_ptr() == first.data_ptr()
+
+
+# ---- allgather over NCCL
+
+
+def test_allgather_freezes_what_is_large_enough_for_every_step() -> None:
+    transport = QueuedAllGatherTransport(
+        make_shape(), group=FakeGroup(0, 2), streams=FakeStreams(), num_lanes=2, max_tokens=16
+    )
+    transport.freeze()
+
+    def buffers_of(num_tokens: int) -> list[int]:
+        exchange = PaddedExchange(lane=1, num_tokens=num_tokens, padded=num_tokens)
+        buffers = transport._packed(exchange), transport._gathered(exchange), transport.partials_of(exchange)
+        return [buffer.data_ptr() for buffer in buffers]
+
+    assert buffers_of(16) == buffers_of(1) == buffers_of(9)
+    with pytest.raises(OptionError, match="captured steps hold its address"):
+        buffers_of(17)
+
+
+def test_nccl_tells_the_watch_constants_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    queued: list[tuple[int, int]] = []  # the code, and the stream
+
+    class Operations:
+        """Stands in for `StreamOperations`."""
+
+        value = 0
+
+        def __init__(self, *, flush: bool) -> None:
+            pass
+
+        def write(self, address: int, value: int) -> int:
+            return 0
+
+        def set_value(self, number: int, value: int) -> None:
+            self.value = value
+
+        def queue(self, stream: int) -> None:
+            queued.append((self.value, stream))
+
+    monkeypatch.setattr(nccl, "StreamOperations", Operations)
+    monkeypatch.setattr(nccl.NcclGroup, "_open", lambda self: None)
+    monkeypatch.setattr(nccl.NcclGroup, "_current", lambda self: 55)
+    group, streams, calls = FakeGroup(0, 2), FakeStreams(), []
+    link = nccl.NcclGroup(group, streams)
+
+    def collective(out: str, mine: str, **options: Any) -> None:
+        queued.append((-1, 0))
+        calls.append((out, mine, options))
+
+    def codes() -> list[int]:
+        queued.clear()
+        for label in ("dispatch layer 0", "combine layer 0"):
+            link._queue(label, "all-gather", collective, "out", "mine")
+        assert [code == -1 for code, _ in queued] == [False, True, False] * 2, "the watch is told before and after"
+        assert {stream for code, stream in queued if code != -1} == {55}
+        assert [code for code, _ in queued[2::3]] == [0, 0]
+        return [code for code, _ in queued[::3]]
+
+    eager = codes() + codes()
+    with streams.captures():
+        captured = [codes(), codes()]
+    assert len(set(eager)) == 4
+    assert captured[0] == captured[1] and len(set(captured[0])) == 2 and not set(captured[0]) & set(eager)
+    assert all("async_op" not in options for _, _, options in calls), "torch would watch the collective from a thread"
+    link.before_replay()
+    assert group.epochs == [55]

@@ -61,7 +61,6 @@ class OneSidedMailbox(PeerCopyMailbox):
         self.put_bytes = PUT_BYTES
         flags = self._memory[self._set_bytes : 2 * self._set_bytes].view(torch.int32)
         self.puts: Puts = PutKernels(self._bases, flags, rank=group.rank, num_lanes=num_lanes, word=self._word.address)
-        torch.cuda.synchronize(streams.device)  # what the kernels read is there before another stream uses it
 
     def goes_by_kernel(self, exchange: Exchange) -> bool:
         """Whether the exchange is small and even. All ranks answer alike: the slabs of both ends follow from counts."""
@@ -109,7 +108,7 @@ class OneSidedMailbox(PeerCopyMailbox):
 
 
 class PutKernels:
-    """`Puts` by the kernels of `antiphon.kernels.fused.put`, on the current stream.
+    """`Puts` by the kernels of `antiphon.kernels.fused.put`, on the current stream, which must be the compute stream.
 
     bases: the addresses of all ranks' memory. flags: this rank's, int32, [W] for each lane and phase. word: the address
     of the watch's word.

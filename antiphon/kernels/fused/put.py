@@ -22,7 +22,7 @@ import triton.language as tl
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up
 
 ALIGNMENT = 16
-"""Of slabs and their places, in bytes: one unit, two words of 8 bytes, so that a thread copies 16 bytes at once."""
+"""Slabs and their places are multiples of this, in bytes: one unit, two words, which a thread copies at once."""
 
 _UNIT: tl.constexpr = tl.constexpr(2)
 
