@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -53,6 +54,12 @@ def use_driver(driver: ctypes.CDLL) -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(
+        multi_processor_count=132,
+        shared_memory_per_multiprocessor=228 << 10,
+        regs_per_multiprocessor=1 << 16,
+        max_threads_per_multi_processor=2048,
+    )
     torch._C._cuda_getDevice = lambda: 0  # type: ignore[attr-defined]
     torch._C._cuda_getCurrentRawStream = lambda device: _STREAM  # type: ignore[attr-defined]
     triton.runtime.driver.set_active(CudaDriver())
@@ -75,7 +82,7 @@ def main() -> None:
     use_driver(driver)
     import torch
 
-    from antiphon.kernels.fused import activation, launch, norm_rope, pack, router
+    from antiphon.kernels.fused import activation, launch, norm_rope, pack, router, small_experts
     from antiphon.kernels.fused.direct import find_driver, launch_obstacle
     from antiphon.kernels.router import Scoring
 
@@ -109,16 +116,16 @@ def main() -> None:
 
     for odd in (0, 3):
         x, out, weight = memory(7, 48), memory(7, 48, odd=odd), memory(48)
-        norm = norm_rope._norm(7, 1, 48, (48, 0), None, 1e-6, False)
-        check(f"norm, {odd} numbers behind", lambda x=x, o=out, w=weight, n=norm: n(x, x, w, o, o))  # type: ignore[misc]
+        norm = norm_rope._norm(7, 1, 48, (48, 0), None, False, 1e-6, False)
+        check(f"norm, {odd} numbers behind", lambda x=x, o=out, w=weight, n=norm: n(x, x, x, w, o, o))  # type: ignore[misc]
     for size, many in ((20, 1 << 40), (16, 5)):
         constants = {"LEFT": 32, "RIGHT": True, "UNUSED": None}
         mixed = launch.Launch(_mixed_kernel, (3, 2), integers=(size, 1, many), constants=constants, num_warps=2)
         numbers = memory(32, dtype=torch.int64)
         check(f"mixed, {size}", lambda m=mixed, x=numbers: m(x, x))  # type: ignore[misc]
-    one_row = norm_rope._norm(1, 1, 48, (48, 0), 48, 1e-6, False)
+    one_row = norm_rope._norm(1, 1, 48, (48, 0), 48, True, 1e-6, False)
     row, sums = memory(1, 48), memory(1, 48)
-    check("norm of one row, added", lambda: one_row(row, row, weight, row, sums))
+    check("norm of one row, added", lambda: one_row(row, row, row, weight, row, sums))
     cos, sin, heads = memory(7, 8), memory(7, 8), memory(7, 3, 16)
     rope = norm_rope._rope(7, 3, 8, (48, 16), (48, 16), False, False)
     check("rope", lambda: rope(heads, cos, sin, heads))
@@ -128,6 +135,18 @@ def main() -> None:
     packed = [memory(7, 48), memory(7, 4, dtype=torch.float32), memory(7, 4, dtype=torch.int32)]
     tokens = [memory(7, 48), memory(7, 4, dtype=torch.float32), memory(7, 4, dtype=torch.int64)]
     check("pack", lambda: pack.pack_rows_fused(*packed, *tokens))
+    parts = [memory(7, 48) for _ in range(9)]
+    check("sum of parts", lambda: pack._add(7 * 48, 3, False)(*parts))
+    places, rows, x = memory(7, 2, dtype=torch.int32), memory(14, dtype=torch.int32), memory(7, 64)
+    ids = memory(7, 2, dtype=torch.int64)
+    place = small_experts._place(7, 2, (2, 1), 2, 0)
+    check("experts: place", lambda: place(ids, places, rows, ends))
+    weights, sums_of_pairs = (memory(2, 256, 64), memory(2, 64, 128)), memory(14, 64)
+    up_tile, down_tile = small_experts.choose_tiles(7, torch.bfloat16, large_shared=True)
+    up, down = small_experts._up(64, 2, 64, 128, up_tile), small_experts._down(2, 64, 128, down_tile)
+    acts = memory(14, 128)
+    check("experts: up", lambda: up(x, weights[0], rows, ends, acts))
+    check("experts: down", lambda: down(acts, weights[1], ends, sums_of_pairs))
     logits = memory(7, 16, dtype=torch.float32)
     empty = torch.Tensor.new_empty
     kept: dict[Any, torch.Tensor] = {}  # what a call makes has the same address in the next one
