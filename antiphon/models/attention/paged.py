@@ -23,19 +23,22 @@ def attend(
     prefill: computes [N, S, H, V] from the queries, keys and values of `N` slices of `S` new tokens, and from the slice
     if it has context (then N is 1) or None. decode: computes [N, H, V] from the queries of a group.
     """
+    decodes = metadata.decodes
+    if decodes is not None and not metadata.prefills:  # they are all rows, in order
+        return decode(q_THQ.contiguous(), decodes).flatten(1)
     runs, parts_TX = _prefill_runs(metadata.prefills), []
     for run in runs:
         start, stop = run[0].start, run[-1].stop
         new_T = [x if stop - start == x.shape[0] else x[start:stop] for x in (q_THQ, *keys_values_T)]
         new_NS = [x.view(len(run), -1, *x.shape[1:]) for x in new_T]
         parts_TX.append(prefill(*new_NS, run[0] if run[0].context_len else None).reshape(stop - start, -1))
-    if metadata.decodes is None and len(parts_TX) == 1:
+    if decodes is None and len(parts_TX) == 1:
         return parts_TX[0]  # one call computed all tokens
     out_TX = q_THQ.new_empty(q_THQ.shape[0], width)
     for run, part_TX in zip(runs, parts_TX, strict=True):
         out_TX[run[0].start : run[-1].stop] = part_TX
-    if metadata.decodes is not None:
-        out_TX[metadata.decodes.rows_N] = decode(q_THQ[metadata.decodes.rows_N], metadata.decodes).flatten(1)
+    if decodes is not None:
+        out_TX[decodes.rows_N] = decode(q_THQ[decodes.rows_N], decodes).flatten(1)
     return out_TX
 
 
