@@ -73,7 +73,7 @@ class Batch:
 class DecodeGroup:
     """All single-token slices, computed together."""
 
-    rows_N: torch.Tensor | None  # int64, their rows in the micro-batch; None: all of its rows
+    rows_N: torch.Tensor | None  # int64, their rows in the micro-batch, in order; None: all of its rows
     block_table_NB: torch.Tensor  # int32, padded with block 0, which is not read; may be wider than needed
     seq_lens_N: torch.Tensor  # int32, context plus the new token; 0 for padding
 

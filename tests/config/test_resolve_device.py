@@ -145,6 +145,7 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
     described = dict(describe_config(config))
     assert described["ranks"].startswith("1 on cuda, ")
     assert described["KV cache"].startswith("measured when the weights are loaded")
+    assert described["attention"] == "auto: resolved when the ranks start"
     with pytest.raises(AssertionError, match="not measured"):
         _ = config.kv_capacity_tokens
 
@@ -153,12 +154,14 @@ def test_on_cuda_auto_is_bfloat16_and_the_cache_is_measured_later(monkeypatch: p
         transport_name="local",
         data_path=DataPath.NONE,
         cache=CacheSize(num_blocks=101, source="90% of it"),
+        attention="triton: the first choice on CUDA devices",
     )
     assert started.kv_capacity_tokens == 1600
     described = dict(describe_config(started))
     assert described["ranks"].startswith("1 on Some GPU, ")
     assert described["KV cache"].startswith("1,600 tokens per rank (")
     assert "90% of it" in described["KV cache"]
+    assert described["attention"] == "triton: the first choice on CUDA devices"
     assert started.cache_facts() == {"tokens": 1600, "source": "90% of it"}
 
 
@@ -199,6 +202,7 @@ def test_the_ready_message_carries_the_cache() -> None:
         transport_name="host-staged",
         data_path=DataPath.HOST,
         cache=CacheSize(num_blocks=7, source="why"),
+        attention="torch: as requested",
     )
     assert decode_from_worker(encode(ready)) == ready
 

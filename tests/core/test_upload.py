@@ -95,3 +95,20 @@ def test_uploaded_tensors_are_views_of_one_copy() -> None:
         assert torch.equal(source, result)
         source += 100
         assert not result.numel() or not torch.equal(source, result)
+
+
+def test_tensors_of_several_dtypes_move_together_and_begin_at_multiples_of_16_bytes() -> None:
+    given = [
+        torch.arange(3, dtype=torch.int32),
+        torch.arange(10, 15),
+        torch.empty(0, dtype=torch.int32),
+        torch.tensor([[0.5, -1.0]], dtype=torch.float64),
+        torch.tensor([7], dtype=torch.int32),
+        torch.arange(12, dtype=torch.int32).view(3, 4).t(),
+    ]
+    moved = upload(given, torch.device("cpu"))
+    assert [tensor.dtype for tensor in moved] == [tensor.dtype for tensor in given]
+    assert all(torch.equal(new, old) for new, old in zip(moved, given, strict=True))
+    starts = [new.storage_offset() * new.itemsize for new in moved if new.numel()]
+    assert all(start % 16 == 0 for start in starts)
+    assert len({new.untyped_storage().data_ptr() for new in moved if new.numel()}) == 1, "one buffer"

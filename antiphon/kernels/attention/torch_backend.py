@@ -9,7 +9,7 @@ from antiphon.kernels.attention.base import AttentionBackend, AttentionShape
 
 
 class TorchBackend(AttentionBackend):
-    """See the module docstring. Widths of matrix products depend on the batch, so its bits may too."""
+    """See the module docstring. Sizes of GEMMs depend on the batch, so its bits may too."""
 
     name = "torch"
     capturable = True

@@ -179,7 +179,7 @@ class PagedGroups:
             "CHUNK": self.chunk,
             "CHUNK_BLOCKS": max(1, self.chunk // self.block_size),
             "BLOCK_L": _TILE,
-            # At least two programs a multiprocessor, where memory allows.
+            # At least two programs per SM, where memory allows.
             "STAGES": _STAGES if 2 * _STAGES * tile_bytes < shared_memory(self.device) else 2,
         }
 

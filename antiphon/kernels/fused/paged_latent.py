@@ -2,7 +2,7 @@
 value.
 
 Plan, sum of chunks and gathered block ids: as in `paged_gqa`. Up to 32 heads are limited by memory: 16 heads are the
-rows of a product, and two programs fit on a multiprocessor. More heads are limited by arithmetic: 64 heads are the
+rows of a product, and two programs fit on an SM. More heads are limited by arithmetic: 64 heads are the
 rows, if the device has the shared memory for it.
 
 Shapes: as in `paged_gqa`; `C` numbers of a latent, `P` of a rotary key.
@@ -61,7 +61,8 @@ def attend_kernel(
         request = packed // 65536
         item = packed % 65536
         next_work = work + tl.num_programs(0)
-        packed = tl.load(items_X + next_work // UNITS, mask=next_work < total, other=0)
+        if BLOCK_H <= 16:  # else registers are short
+            packed = tl.load(items_X + next_work // UNITS, mask=next_work < total, other=0)
         length = tl.load(lens_N + request).to(tl.int32)
         table = table_NB + request.to(tl.int64) * table_stride
         heads = (work % UNITS) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -72,8 +73,7 @@ def attend_kernel(
             real_c = real & (latent < C)[None, :]
         if BLOCK_P != P:
             real_r = real & (rope < P)[None, :]
-        rows_H = request.to(tl.int64) * H + heads
-        q_rows = q_NHX + rows_H[:, None] * (C + P)
+        q_rows = q_NHX + request.to(tl.int64) * (H * (C + P)) + heads[:, None] * (C + P)
         q_c = tl.load(q_rows + latent[None, :], mask=real_c, other=0.0)
         q_r = tl.load(q_rows + C + rope[None, :], mask=real_r, other=0.0)
         top = tl.full([BLOCK_H], float("-inf"), tl.float32)
@@ -116,12 +116,14 @@ def attend_kernel(
                 top = new_top
         acc = acc / weight[:, None]
         if length <= span * CHUNK:
-            target = out_NHC + rows_H[:, None] * C + latent[None, :]
+            target = out_NHC + request.to(tl.int64) * (H * C) + heads[:, None] * C + latent[None, :]
             tl.store(target, acc.to(out_NHC.dtype.element_ty), mask=real_c)
         else:
-            place = (tl.load(first_N2 + request) + item).to(tl.int64) * H + heads
-            tl.store(part_XHC + place[:, None] * C + latent[None, :], acc, mask=real_c)
-            tl.store(lse_XH + place, top + tl.log2(weight), mask=heads < H)
+            first = (tl.load(first_N2 + request) + item).to(tl.int64) * H
+            tl.store(part_XHC + first * C + heads[:, None] * C + latent[None, :], acc, mask=real_c)
+            tl.store(lse_XH + first + heads, top + tl.log2(weight), mask=heads < H)
+        if BLOCK_H > 16:
+            packed = tl.load(items_X + next_work // UNITS, mask=next_work < total, other=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ def attend(
     if it has context (then N is 1) or None. decode: computes [N, H, V] from the queries of a group.
     """
     decodes = metadata.decodes
-    if decodes is not None and decodes.rows_N is None:
+    if decodes is not None and not metadata.prefills:  # they are all rows, in order
         return decode(q_THQ, decodes).flatten(1)
     runs, parts_TX = _prefill_runs(metadata.prefills), []
     for run in runs:
