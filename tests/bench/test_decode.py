@@ -19,7 +19,7 @@ from antiphon.bench.decode.cells import print_decode, summarize_cells
 from antiphon.bench.decode.floor import ModelBytes, chosen_share, copy_bandwidth, step_bytes
 from antiphon.bench.decode.kernels import KernelRun, kernel_runs, kernel_table
 from antiphon.bench.decode.options import DecodeOptions
-from antiphon.bench.decode.rank import Bench, measure_decode
+from antiphon.bench.decode.rank import Bench, Cell, measure_decode
 from antiphon.cli import app
 from antiphon.comm import RankGroup
 from antiphon.config.cache import block_bytes
@@ -167,6 +167,30 @@ def test_a_plan_that_does_not_come_about_is_not_reported() -> None:
     assert dual.not_run.startswith("not padded: ") and not dual.ms
     assert not eager.not_run and eager.ms
     assert not engine.scheduler.requests and engine.planner.ladders == {1: (1,)}
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_replays_between_steps_change_no_text(runs_ahead: bool) -> None:
+    """On a CPU nothing is captured, but the padded step is the same function."""
+    options = replace(SMALL, sequences=[2], plans=["serial"])
+    texts = []
+    for replays in (False, True):
+        engine = build_engine(options.resolve(), ALONE)
+        if runs_ahead:  # as on a device that queues its work
+            assert engine.padded is not None
+            engine.sampler.new_tokens = engine.padded._new_tokens
+        bench, cell = bench_of(engine, options), Cell(sequences=2, context_len=20, plan="serial")
+        requests = bench._requests(2, 20)
+        bench._prefill(requests)
+        for _ in range(2):
+            bench._run(cell, requests, counts=True)
+            if replays:
+                bench._replay(cell)
+        assert cell.launch == "padded" and not cell.not_run and len(cell.ms) == 2
+        assert (cell.device_ms or 0) > 0 if replays else cell.device_ms is None
+        texts.append([request.output_ids for request in requests])
+        assert all(len(request.output_ids) == 1 + 2 * 4 for request in requests)
+    assert texts[0] == texts[1] and len({*map(tuple, texts[0])}) == 2
 
 
 def test_texts_that_do_not_fit_into_the_cache_are_not_run() -> None:

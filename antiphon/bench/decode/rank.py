@@ -1,8 +1,8 @@
-"""What each rank runs in `antiphon bench decode`: one engine, and for every context and number of sequences
+"""What each rank runs in `antiphon bench decode`: one engine, and this for every context and number of sequences:
 
     prefill until all sequences decode
     for repeat:            serial | dual | eager         the plans by turns, in the reverse order every second time
-        set the plan, 2 steps to settle, meet, `steps` steps, drain
+        set the plan, 2 untimed steps, meet, `steps` timed steps, drain
     replay the captured steps back to back: their time on the device, and their kernels
 
 The first repeat is a warm-up and shows which plans can run at all. All ranks have equal sequences, so that all of them
@@ -25,7 +25,7 @@ import torch
 from antiphon.bench.arm_clock import meet, tell
 from antiphon.bench.decode.floor import ModelBytes, copy_bandwidth
 from antiphon.bench.decode.kernels import kernel_table, profile_kernels
-from antiphon.bench.decode.options import SETTLE_STEPS, DecodeOptions
+from antiphon.bench.decode.options import UNTIMED_STEPS, DecodeOptions
 from antiphon.comm import RankGroup
 from antiphon.core.batch import Batch
 from antiphon.core.plan import Plan, plan_kind
@@ -184,7 +184,7 @@ class Bench:
         """One repeat of one plan. counts: whether its time does; the check of the plan always does."""
         engine, num_steps = self._engine, self._options.num_steps(cell.plan)
         with self._set(cell.plan):
-            for _ in range(SETTLE_STEPS):
+            for _ in range(UNTIMED_STEPS):
                 engine.step()
             engine.drain()
             context = sum(request.num_tokens for request in requests) / len(requests) + (num_steps - 1) / 2
