@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,31 @@ def test_replays_between_steps_change_no_text(runs_ahead: bool) -> None:
         texts.append([request.output_ids for request in requests])
         assert all(len(request.output_ids) == 1 + 2 * 4 for request in requests)
     assert texts[0] == texts[1] and len({*map(tuple, texts[0])}) == 2
+
+
+@pytest.mark.parametrize("fails_after_the_run", [False, True])
+def test_a_profiler_that_fails_costs_only_its_table(
+    fails_after_the_run: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Peers run the replays in any case, so this rank must too, once."""
+
+    def profile(run: Callable[[], None]) -> list[KernelRun]:
+        if fails_after_the_run:
+            run()
+        raise RuntimeError("the profiler is missing")
+
+    monkeypatch.setattr("antiphon.bench.decode.rank.profile_kernels", profile)
+    options = replace(SMALL, sequences=[2], plans=["serial"], kernels=3)
+    engine = build_engine(options.resolve(), ALONE)
+    assert engine.padded is not None
+    bench, cell = bench_of(engine, options), Cell(sequences=2, context_len=20, plan="serial")
+    bench._prefill(bench._requests(2, 20))
+    batch = engine.scheduler.next_batch()
+    plan = engine.planner.agree(batch, ALONE)
+    before = engine.padded._inputs._num_fills
+    bench._profile(cell, batch, plan)
+    assert cell.kernels is None and "the profiler is missing" in capsys.readouterr().err
+    assert engine.padded._inputs._num_fills == before + 5
 
 
 def test_texts_that_do_not_fit_into_the_cache_are_not_run() -> None:

@@ -28,6 +28,7 @@ from antiphon.bench.decode.kernels import kernel_table, profile_kernels
 from antiphon.bench.decode.options import UNTIMED_STEPS, DecodeOptions
 from antiphon.comm import RankGroup
 from antiphon.core.batch import Batch
+from antiphon.core.errors import first_line
 from antiphon.core.plan import Plan, plan_kind
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import ResolvedParams
@@ -238,16 +239,28 @@ class Bench:
             self._engine.padded.run(batch, plan, {})
 
     def _profile(self, cell: Cell, batch: Batch, plan: Plan) -> None:
+        """Profile replays on rank 0. A profiler that fails costs the table only: the peers wait for the replays."""
+        begun = ended = False
+
         def run() -> None:
+            nonlocal begun, ended
+            begun = True
             meet(self._engine.group)  # starting a profile takes seconds
             self._replays(batch, plan, _PROFILED_REPLAYS)
             self._device.synchronize()
+            ended = True
 
-        if self._engine.group.rank != 0:
+        if self._engine.group.rank == 0:
+            try:
+                runs = profile_kernels(run)
+                table = kernel_table(runs, num_steps=_PROFILED_REPLAYS, most=self._options.kernels)
+                cell.kernels = table.to_dict()
+            except Exception as error:
+                if begun and not ended:
+                    raise
+                tell(self._engine.group, f"no kernel table of {cell.plan} steps: {first_line(error)}")
+        if not begun:
             run()
-            return
-        table = kernel_table(profile_kernels(run), num_steps=_PROFILED_REPLAYS, most=self._options.kernels)
-        cell.kernels = table.to_dict()
 
 
 def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
