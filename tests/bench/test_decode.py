@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from antiphon.bench.decode.cells import print_decode, summarize_cells
 from antiphon.bench.decode.floor import ModelBytes, chosen_share, copy_bandwidth, step_bytes
 from antiphon.bench.decode.kernels import KernelRun, kernel_runs, kernel_table
 from antiphon.bench.decode.options import DecodeOptions
-from antiphon.bench.decode.rank import Bench, measure_decode
+from antiphon.bench.decode.rank import Bench, Cell, measure_decode
 from antiphon.cli import app
 from antiphon.comm import RankGroup
 from antiphon.config.cache import block_bytes
@@ -167,6 +168,55 @@ def test_a_plan_that_does_not_come_about_is_not_reported() -> None:
     assert dual.not_run.startswith("not padded: ") and not dual.ms
     assert not eager.not_run and eager.ms
     assert not engine.scheduler.requests and engine.planner.ladders == {1: (1,)}
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_replays_between_steps_change_no_text(runs_ahead: bool) -> None:
+    """On a CPU nothing is captured, but the padded step is the same function."""
+    options = replace(SMALL, sequences=[2], plans=["serial"])
+    texts = []
+    for replays in (False, True):
+        engine = build_engine(options.resolve(), ALONE)
+        if runs_ahead:  # as on a device that queues its work
+            assert engine.padded is not None
+            engine.sampler.new_tokens = engine.padded._new_tokens
+        bench, cell = bench_of(engine, options), Cell(sequences=2, context_len=20, plan="serial")
+        requests = bench._requests(2, 20)
+        bench._prefill(requests)
+        for _ in range(2):
+            bench._run(cell, requests, counts=True)
+            if replays:
+                bench._replay(cell)
+        assert cell.launch == "padded" and not cell.not_run and len(cell.ms) == 2
+        assert (cell.device_ms or 0) > 0 if replays else cell.device_ms is None
+        texts.append([request.output_ids for request in requests])
+        assert all(len(request.output_ids) == 1 + 2 * 4 for request in requests)
+    assert texts[0] == texts[1] and len({*map(tuple, texts[0])}) == 2
+
+
+@pytest.mark.parametrize("fails_after_the_run", [False, True])
+def test_a_profiler_that_fails_costs_only_its_table(
+    fails_after_the_run: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Peers run the replays in any case, so this rank must too, once."""
+
+    def profile(run: Callable[[], None]) -> list[KernelRun]:
+        if fails_after_the_run:
+            run()
+        raise RuntimeError("the profiler is missing")
+
+    monkeypatch.setattr("antiphon.bench.decode.rank.profile_kernels", profile)
+    options = replace(SMALL, sequences=[2], plans=["serial"], kernels=3)
+    engine = build_engine(options.resolve(), ALONE)
+    assert engine.padded is not None
+    bench, cell = bench_of(engine, options), Cell(sequences=2, context_len=20, plan="serial")
+    bench._prefill(bench._requests(2, 20))
+    batch = engine.scheduler.next_batch()
+    plan = engine.planner.agree(batch, ALONE)
+    before = engine.padded._inputs._num_fills
+    bench._profile(cell, batch, plan)
+    assert cell.kernels is None and "the profiler is missing" in capsys.readouterr().err
+    assert engine.padded._inputs._num_fills == before + 5
 
 
 def test_texts_that_do_not_fit_into_the_cache_are_not_run() -> None:

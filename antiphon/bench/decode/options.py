@@ -10,7 +10,7 @@ from antiphon.core.policy import OverlapPolicy
 
 PLANS = ("serial", "dual", "eager")
 
-SETTLE_STEPS = 2
+UNTIMED_STEPS = 2
 """Steps after a change of plan that are not timed."""
 
 _LANES = 2
@@ -45,7 +45,7 @@ class DecodeOptions:
     def room(self, sequences: int, context: int) -> int:
         """The most steps from the first prompt to the end of a cell, each of which may add a token to a text."""
         prefill = -(-sequences * context // (self.max_step_tokens - sequences)) + 1
-        timed = sum(SETTLE_STEPS + self.num_steps(plan) for plan in self.plans)
+        timed = sum(UNTIMED_STEPS + self.num_steps(plan) for plan in self.plans)
         return prefill + (1 + self.repeats) * timed + 1
 
     @property

@@ -1,8 +1,8 @@
-"""What each rank runs in `antiphon bench decode`: one engine, and for every context and number of sequences
+"""What each rank runs in `antiphon bench decode`: one engine, and this for every context and number of sequences:
 
     prefill until all sequences decode
     for repeat:            serial | dual | eager         the plans by turns, in the reverse order every second time
-        set the plan, 2 steps to settle, meet, `steps` steps, drain
+        set the plan, 2 untimed steps, meet, `steps` timed steps, drain
     replay the captured steps back to back: their time on the device, and their kernels
 
 The first repeat is a warm-up and shows which plans can run at all. All ranks have equal sequences, so that all of them
@@ -25,9 +25,10 @@ import torch
 from antiphon.bench.arm_clock import meet, tell
 from antiphon.bench.decode.floor import ModelBytes, copy_bandwidth
 from antiphon.bench.decode.kernels import kernel_table, profile_kernels
-from antiphon.bench.decode.options import SETTLE_STEPS, DecodeOptions
+from antiphon.bench.decode.options import UNTIMED_STEPS, DecodeOptions
 from antiphon.comm import RankGroup
 from antiphon.core.batch import Batch
+from antiphon.core.errors import first_line
 from antiphon.core.plan import Plan, plan_kind
 from antiphon.core.policy import OverlapPolicy
 from antiphon.core.sampling import ResolvedParams
@@ -184,7 +185,7 @@ class Bench:
         """One repeat of one plan. counts: whether its time does; the check of the plan always does."""
         engine, num_steps = self._engine, self._options.num_steps(cell.plan)
         with self._set(cell.plan):
-            for _ in range(SETTLE_STEPS):
+            for _ in range(UNTIMED_STEPS):
                 engine.step()
             engine.drain()
             context = sum(request.num_tokens for request in requests) / len(requests) + (num_steps - 1) / 2
@@ -238,16 +239,28 @@ class Bench:
             self._engine.padded.run(batch, plan, {})
 
     def _profile(self, cell: Cell, batch: Batch, plan: Plan) -> None:
+        """Profile replays on rank 0. A profiler that fails costs the table only: the peers wait for the replays."""
+        begun = ended = False
+
         def run() -> None:
+            nonlocal begun, ended
+            begun = True
             meet(self._engine.group)  # starting a profile takes seconds
             self._replays(batch, plan, _PROFILED_REPLAYS)
             self._device.synchronize()
+            ended = True
 
-        if self._engine.group.rank != 0:
+        if self._engine.group.rank == 0:
+            try:
+                runs = profile_kernels(run)
+                table = kernel_table(runs, num_steps=_PROFILED_REPLAYS, most=self._options.kernels)
+                cell.kernels = table.to_dict()
+            except Exception as error:
+                if begun and not ended:
+                    raise
+                tell(self._engine.group, f"no kernel table of {cell.plan} steps: {first_line(error)}")
+        if not begun:
             run()
-            return
-        table = kernel_table(profile_kernels(run), num_steps=_PROFILED_REPLAYS, most=self._options.kernels)
-        cell.kernels = table.to_dict()
 
 
 def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

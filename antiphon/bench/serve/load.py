@@ -41,8 +41,8 @@ class ServeOptions:
     """The options of a load. Raises `OptionError` for invalid ones.
 
     model: `None` for the first one that the server lists. request_rate: requests per second, `inf` for all at once.
-    max_concurrency: maximum number of requests in flight, also of the warm-up requests, which without it are sent one by
-    one. percentiles: 0 to 100, for `percentile_metrics`.
+    max_concurrency: maximum number of requests in flight. num_warmups: requests before the load, as many at once as
+    that, or one by one. percentiles: 0 to 100, for `percentile_metrics`.
     timeout_s: maximum silence of the server within a request.
     """
 
