@@ -122,13 +122,15 @@ def build_engine(
     runner.reserved_sms = transport.num_sms
     new_tokens = NewTokens(most_rows(config, ladders), streams)
     padded = make_padded_steps(config, model, runner, transport, new_tokens, ladders)
+    expert_load = ExpertLoad(model, num_experts=config.model.num_experts, num_ranks=mesh.ep, device=device.torch_device)
     captured = CaptureReport(obstacle=obstacle)
     if padded is not None and device.capturable:
-        captured = padded.capture(
-            ladders,
-            group,
-            report=lambda done, of: report(Starting(what=f"capturing decode steps, {done} of {of}")),
-        )
+        with expert_load.attached():
+            captured = padded.capture(
+                ladders,
+                group,
+                report=lambda done, of: report(Starting(what=f"capturing decode steps, {done} of {of}")),
+            )
         ladders = padded.ladders
         transport.freeze()
         model.freeze()
@@ -155,9 +157,7 @@ def build_engine(
         attention=f"{backend.name}: {reason}",
         recorder=recorder,
         stats=stats,
-        expert_load=ExpertLoad(
-            model, num_experts=config.model.num_experts, num_ranks=mesh.ep, device=device.torch_device
-        ),
+        expert_load=expert_load,
     )
 
 

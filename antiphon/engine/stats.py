@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from antiphon.comm import Routes
 from antiphon.core.plan import Plan, plan_kind
+from antiphon.kernels.router import PairCounts
 from antiphon.models import CausalLM
+from antiphon.models.checkpoint.dummy_routing import RouteTable, TableRouter
 from antiphon.models.moe import MoELayer
+from antiphon.models.router import Router
 
 
 @dataclass(slots=True)
@@ -90,13 +92,18 @@ class ExpertLoad:
     """Counts pairs of a token of this rank and an expert, by layer and by the rank of the expert.
 
     Padding is not counted. num_experts: of the whole model; each of `num_ranks` ranks holds an equal share, in order.
+    Captured steps count by a switch on the device, so that a replay counts in some steps and not in others.
     """
 
     def __init__(self, model: CausalLM | nn.Module, *, num_experts: int, num_ranks: int, device: torch.device) -> None:
         modules = model.modules() if isinstance(model, nn.Module) else ()
-        self._routers = [module.gate for module in modules if isinstance(module, MoELayer)]
+        routers = [module.gate for module in modules if isinstance(module, MoELayer)]
         self._num_ranks, self._experts_per_rank = num_ranks, num_experts // num_ranks
-        self._counts_LE = torch.zeros(len(self._routers), num_experts, dtype=torch.int64, device=device)
+        self._counts_LE = torch.zeros(len(routers), num_experts, dtype=torch.int64, device=device)
+        self._switch_1 = torch.zeros(1, dtype=torch.int32, device=device)
+        self._counters: list[tuple[Router | RouteTable, PairCounts]] = []
+        for layer, router in enumerate(routers):
+            self._add(layer, router)
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -104,25 +111,37 @@ class ExpertLoad:
         if number % _COUNTED_EVERY:
             yield
             return
-        hooks = [router.register_forward_hook(self._counter(place)) for place, router in enumerate(self._routers)]
+        self._switch_1.fill_(1)
+        try:
+            with self.attached():
+                yield
+        finally:
+            self._switch_1.zero_()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Make routers count inside the context, if the switch is on. A step that is captured inside always asks it."""
+        for counter, counts in self._counters:
+            counter.counts = counts
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for counter, _ in self._counters:
+                counter.counts = None
 
     def tokens_by_layer(self) -> list[list[int]]:
         """The pairs counted since the start, as [layer][rank]. Waits for the device."""
-        sums_LW = self._counts_LE.view(len(self._routers), self._num_ranks, self._experts_per_rank).sum(2)
+        sums_LW = self._counts_LE.view(len(self._counts_LE), self._num_ranks, self._experts_per_rank).sum(2)
         found: list[list[int]] = sums_LW.tolist()
         return found
 
-    def _counter(self, layer: int):  # type: ignore[no-untyped-def]  # torch's hooks have no useful type
-        counts_E = self._counts_LE[layer]
-
-        def count(_router: nn.Module, _inputs: object, routes: Routes) -> None:
-            ids_X = routes.ids_TK.flatten().to(torch.int64)
-            # Padding has the id -1. A boolean mask or bincount would make the host wait for the device.
-            counts_E.index_add_(0, ids_X.clamp(min=0), (ids_X >= 0).to(torch.int64))
-
-        return count
+    def _add(self, layer: int, router: nn.Module) -> None:
+        """Find what counts for this layer: its router, or the table that it shares with the layers before it."""
+        if isinstance(router, TableRouter):
+            users = router.table.num_users
+            if router.first:  # tables are shared by all layers or by none
+                counts = PairCounts(self._counts_LE[layer : layer + users], self._switch_1)
+                self._counters.append((router.table, counts))
+        else:
+            assert isinstance(router, Router), f"{type(router).__name__} cannot count"
+            self._counters.append((router, PairCounts(self._counts_LE[layer], self._switch_1)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 
@@ -32,6 +33,13 @@ class GroupLimit:
     best_of_group: int
 
 
+class PairCounts(NamedTuple):
+    """Where pairs of a token and an expert are counted while a switch on the device is on, also in captured steps."""
+
+    counts_E: torch.Tensor  # int64, or [L, E] to count the same pairs for L layers
+    switch_1: torch.Tensor  # int32 [1]: 1 if pairs are counted, else 0
+
+
 @fused("router")
 def choose_experts(
     logits_TE: torch.Tensor,
@@ -43,6 +51,7 @@ def choose_experts(
     scale: float = 1.0,
     limit: GroupLimit | None = None,
     num_real_1: torch.Tensor | None = None,
+    counts: PairCounts | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids [T, K] (int64) and weights [T, K] (logits' dtype) of each token's best experts, best first.
 
@@ -50,6 +59,7 @@ def choose_experts(
     Ties go to the lower id, of groups too. normalize: make the weights of a token add up to 1 before applying `scale`.
     The ids of a token are distinct and in range even if logits are nan.
     num_real_1: int64 [1]; tokens from this index on are padding and get the id -1, with undefined weights.
+    counts: where to count the pairs, padding excluded.
     """
     check_choice(logits_TE, top_k, scoring, bias_E, limit)
     if scoring is Scoring.SOFTMAX:
@@ -68,7 +78,18 @@ def choose_experts(
     weights_TK = scores_TE.gather(1, ids_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return ids_TK if num_real_1 is None else hide_padding(ids_TK, num_real_1), weights_TK * scale
+    ids_TK = ids_TK if num_real_1 is None else hide_padding(ids_TK, num_real_1)
+    if counts is not None:
+        count_pairs(ids_TK, counts)
+    return ids_TK, weights_TK * scale
+
+
+def count_pairs(ids_TK: torch.Tensor, counts: PairCounts) -> None:
+    """Count the pairs of these ids, of which -1 is padding. The host does not wait."""
+    ids_X = ids_TK.flatten().to(torch.int64)
+    counted_X = (ids_X >= 0).to(torch.int64) * counts.switch_1
+    counts_E = counts.counts_E
+    counts_E.index_add_(-1, ids_X.clamp(min=0), counted_X.expand(*counts_E.shape[:-1], -1))
 
 
 def _refused(choice_TE: torch.Tensor, limit: GroupLimit) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from antiphon.comm import Routes
 from antiphon.kernels.dispatch import takes_cuda_kernels
-from antiphon.kernels.router import GroupLimit, Scoring, choose_experts
+from antiphon.kernels.router import GroupLimit, PairCounts, Scoring, choose_experts
 from antiphon.models.config import ConfigFile
 from antiphon.models.layers import parameter
 
@@ -81,6 +81,7 @@ class Router(nn.Module):
     def __init__(self, hidden_size: int, config: RoutingConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.limit = config, config.limit
+        self.counts: PairCounts | None = None  # set while the load of the experts is counted
         self.wide = torch.promote_types(dtype, torch.float32)
         self.weight = parameter(config.num_experts, hidden_size, dtype=dtype)
         biased = config.scores is Scoring.SIGMOID
@@ -100,6 +101,7 @@ class Router(nn.Module):
             scale=config.scale,
             limit=self.limit,
             num_real_1=num_real_1,
+            counts=self.counts,
         )
         return Routes(ids_TK, weights_TK)
 

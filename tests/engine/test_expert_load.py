@@ -11,14 +11,22 @@ from torch import nn
 from antiphon import LLM, SamplingParams
 from antiphon.comm import Routes
 from antiphon.engine.stats import ExpertLoad
+from antiphon.kernels.router import PairCounts, Scoring, choose_experts, count_pairs
 from antiphon.models.moe import MoELayer
+from antiphon.models.router import Router, RoutingConfig
 from tests.support.prompts import mixed_prompts
 
 
-class FixedRouter(nn.Module):
+class FixedRouter(Router):
     """Returns the expert ids it is given."""
 
-    def forward(self, ids_TK: torch.Tensor) -> Routes:
+    def __init__(self) -> None:
+        routing = RoutingConfig(scores=Scoring.SOFTMAX, num_experts=6, top_k=2, normalize=False)
+        super().__init__(4, routing, dtype=torch.float32)
+
+    def forward(self, ids_TK: torch.Tensor, num_real_1: torch.Tensor | None = None) -> Routes:
+        if self.counts is not None:
+            count_pairs(ids_TK, self.counts)
         return Routes(ids_TK, torch.ones(ids_TK.shape))
 
 
@@ -37,6 +45,17 @@ def test_pairs_are_counted_by_layer_and_rank_of_the_expert() -> None:
         raise ValueError("boom")
     routers[0](ids_TK)
     assert load.tokens_by_layer() == [[8, 2, 6], [4, 0, 0]]
+
+
+def test_a_step_that_asks_the_switch_counts_only_while_it_is_on() -> None:
+    """As a captured step does, which is the same work in every step."""
+    logits_TE = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    counts = PairCounts(torch.zeros(6, dtype=torch.int64), torch.zeros(1, dtype=torch.int32))
+    num_real_1 = torch.tensor([5])
+    for switch in (0, 1, 0, 1):
+        counts.switch_1.fill_(switch)
+        ids_TK, _ = choose_experts(logits_TE, 2, Scoring.SOFTMAX, num_real_1=num_real_1, counts=counts)
+    assert counts.counts_E.tolist() == (2 * torch.bincount(ids_TK[:5].flatten(), minlength=6)).tolist()
 
 
 def tokens_of(llm: LLM) -> list[list[list[int]]]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, is_double, power_of_two
-from antiphon.kernels.router import GroupLimit, Scoring, check_choice
+from antiphon.kernels.router import GroupLimit, PairCounts, Scoring, check_choice
 
 _TILE_ELEMENTS = 1024
 
@@ -58,6 +58,8 @@ def _choose_kernel(
     num_real_1,
     ids_TK,
     weights_TK,
+    counts_E,
+    switch_1,
     num_tokens,
     stride_token,
     SCALE: tl.constexpr,
@@ -66,6 +68,7 @@ def _choose_kernel(
     SIGMOID: tl.constexpr,
     BIASED: tl.constexpr,
     PADDED: tl.constexpr,
+    COUNTED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
@@ -115,6 +118,9 @@ def _choose_kernel(
     mask = inside & (slots < K)
     tl.store(ids_TK + places, ids, mask=mask)
     tl.store(weights_TK + places, weights * SCALE, mask=mask)
+    if COUNTED:
+        counted = mask & (ids >= 0) & (tl.load(switch_1) != 0)
+        tl.atomic_add(counts_E + ids, tl.full([BLOCK_T, BLOCK_K], 1, tl.int64), mask=counted, sem="relaxed")
 
 
 @lru_cache(maxsize=NUM_SHAPES)
@@ -126,6 +132,7 @@ def _choose(
     scoring: Scoring,
     biased: bool,
     padded: bool,
+    counted: bool,
     normalize: bool,
     scale: float,
     limit: GroupLimit | None,
@@ -144,6 +151,7 @@ def _choose(
             "SIGMOID": scoring is Scoring.SIGMOID,
             "BIASED": biased,
             "PADDED": padded,
+            "COUNTED": counted,
             "NORMALIZE": normalize,
             "GROUPS": limit.num_groups if limit else 0,
             "TOP_GROUPS": limit.top_groups if limit else 0,
@@ -167,6 +175,7 @@ def choose_experts_fused(
     scale: float = 1.0,
     limit: GroupLimit | None = None,
     num_real_1: torch.Tensor | None = None,
+    counts: PairCounts | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `choose_experts`."""
     check_choice(logits_TE, top_k, scoring, bias_E, limit)
@@ -184,6 +193,7 @@ def choose_experts_fused(
         scoring,
         bias_E is not None,
         num_real_1 is not None,
+        counts is not None,
         normalize,
         scale,
         limit,
@@ -195,5 +205,6 @@ def choose_experts_fused(
         ids_TK if num_real_1 is None else num_real_1,
         ids_TK,
         weights_TK,
+        *((ids_TK, ids_TK) if counts is None else counts),
     )
     return ids_TK, weights_TK

@@ -24,7 +24,7 @@ from antiphon.comm import Routes
 from antiphon.core.batch import current_micro_batch
 from antiphon.core.errors import OptionError, unknown_value
 from antiphon.core.lines import json_lines
-from antiphon.kernels.router import hide_padding
+from antiphon.kernels.router import PairCounts, count_pairs, hide_padding
 from antiphon.models.layers import checkpoint_tensors
 from antiphon.models.router import Router
 
@@ -94,6 +94,7 @@ class RouteTable:
     def __init__(self, table_NK: torch.Tensor) -> None:
         self.table_NK = table_NK
         self.num_users = 0
+        self.counts: PairCounts | None = None  # of all layers that share the table, while the load is counted
         self._rows_by_lane: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def ids(self, *, look_up: bool) -> torch.Tensor:
@@ -109,6 +110,8 @@ class RouteTable:
             if part.num_real_1 is not None:
                 ids_TK = hide_padding(ids_TK, part.num_real_1)
             self._rows_by_lane[part.lane] = (slots_T, ids_TK)
+            if self.counts is not None:
+                count_pairs(ids_TK, self.counts)
         return ids_TK
 
 
