@@ -224,7 +224,9 @@ class ResolvedConfig:
         if self.data_path is None:
             cause = "resolved when the ranks know whether their devices reach each other"
             return ResolvedPolicy(policy, cause if policy.dbo == "auto" else "")
-        return resolve_policy(policy, Conditions(device_kind=self.device_kind, data_path=self.data_path))
+        captured = self.device.capturable and len(self.ladders) > 1
+        conditions = Conditions(device_kind=self.device_kind, data_path=self.data_path, captured=captured)
+        return resolve_policy(policy, conditions)
 
     @property
     def ladders(self) -> dict[int, tuple[int, ...]]:

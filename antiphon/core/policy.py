@@ -117,6 +117,11 @@ class OverlapPolicy:
     def splits_all_layers(self) -> bool:
         return self.start_layer == 0 and self.end_layer is None
 
+    @property
+    def measures_decode(self) -> bool:
+        """Whether measurements decide about decode steps, where there are any."""
+        return self.dbo == "auto" and self.decode_threshold == NEVER
+
     def threshold(self, *, decode_only: bool) -> int:
         """Minimum number of tokens on the busiest rank to split a step."""
         chosen = self.decode_threshold if decode_only else self.prefill_threshold

@@ -28,7 +28,7 @@ from antiphon.core.errors import AntiphonError, OptionError, first_line
 from antiphon.device.table import rank_device
 from antiphon.engine.cache.block_pool import BlockPool
 from antiphon.engine.cache.kv_cache import allocate_cache, measured_cache
-from antiphon.engine.graphs.build import make_padded_steps, measured_graphs, most_rows
+from antiphon.engine.graphs.build import make_padded_steps, measure_decode, measured_graphs, most_rows
 from antiphon.engine.graphs.padded_steps import CaptureReport, Ladders
 from antiphon.engine.messages import LOADING, Ready, Starting
 from antiphon.engine.runner import Runner
@@ -96,7 +96,7 @@ def build_engine(
         logger.info("%s", experts)
     graphs_bytes = 0
     if config.cache is None and ladders and device.capturable:
-        graphs_bytes = measured_graphs(config, model, transport, ladders)
+        graphs_bytes = measured_graphs(config, model, transport, ladders, group)
     cache = config.cache or measured_cache(config, model, streams=streams, group=group, beside_bytes=graphs_bytes)
     model.bind_kv_cache(
         allocate_cache(
@@ -134,13 +134,21 @@ def build_engine(
         ladders = padded.ladders
         transport.freeze()
         model.freeze()
-    conditions = Conditions(device_kind=config.device_kind, data_path=transport.data_path)
+    conditions = Conditions(
+        device_kind=config.device_kind, data_path=transport.data_path, captured=captured.num_graphs > 0
+    )
+    policy, measured = resolve_policy(options.policy, conditions).policy, None
+    if padded is not None and captured.num_graphs and policy.measures_decode:
+        report(Starting(what="measuring decode steps"))
+        measured = measure_decode(padded, config, cache, group, transport)
+        if measured is not None:
+            logger.info("decode steps: %s (measured)", measured.describe())
     stats = StepStats(options.policy.micro_batches)
     stats.eager_reason = captured.obstacle
     return StepEngine(
         group=group,
         scheduler=scheduler,
-        planner=Planner(resolve_policy(options.policy, conditions).policy, ladders),
+        planner=Planner(policy, ladders, measured),
         runner=runner,
         padded=padded,
         captured=captured,

@@ -6,6 +6,7 @@
 from antiphon.planning.agreement import exchange
 from antiphon.planning.auto import Conditions, ResolvedPolicy, resolve_policy
 from antiphon.planning.decision import decide
+from antiphon.planning.measured import MeasuredDecode
 from antiphon.planning.planner import Planner
 
-__all__ = ["Conditions", "Planner", "ResolvedPolicy", "decide", "exchange", "resolve_policy"]
+__all__ = ["Conditions", "MeasuredDecode", "Planner", "ResolvedPolicy", "decide", "exchange", "resolve_policy"]

@@ -6,6 +6,8 @@
     CPUs                                  off
     CPUs, the link is simulated           split from 512 tokens in prefill and 32 in decode
 
+Decode steps that are captured are measured when the engine starts (`measured`), and the rule is about prefill alone.
+
 tests/planning/test_resolve_policy.py compares the rule with the better of serial and split, over all step times in
 benchmarks/results.
 """
@@ -24,10 +26,14 @@ _CUDA_THRESHOLD = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """The conditions under which steps run, equal on all ranks. device_kind: a kind of device."""
+    """The conditions under which steps run, equal on all ranks.
+
+    device_kind: a kind of device. captured: whether decode steps of both plans are captured.
+    """
 
     device_kind: str
     data_path: DataPath
+    captured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,10 @@ class ResolvedPolicy:
         """What was chosen and why, in one sentence."""
         if not self.cause:
             return "as asked"
+        if self.policy.measures_decode:
+            prefill = self.policy.threshold(decode_only=False)
+            said = "never in prefill" if prefill >= NEVER else f"from {prefill} tokens per rank in prefill"
+            return f"{said}, as measured in decode: {self.cause}"
         return f"{'off' if self.policy.dbo == 'off' else self.policy.describe_thresholds()}: {self.cause}"
 
 
@@ -55,9 +65,11 @@ def resolve_policy(policy: OverlapPolicy, conditions: Conditions) -> ResolvedPol
     if conditions.data_path is DataPath.NONE:
         return ResolvedPolicy(replace(policy, dbo="off"), "one rank has no communication to hide")
     prefill, decode, cause = _rule(conditions)
+    if conditions.captured:
+        decode = NEVER
     given = {"prefill": policy.prefill_threshold, "decode": policy.decode_threshold}
     asked = [kind for kind, threshold in given.items() if threshold is not None]
-    if not asked and prefill == decode == NEVER:
+    if not asked and prefill == decode == NEVER and not conditions.captured:
         return ResolvedPolicy(replace(policy, dbo="off"), cause)
     resolved = replace(
         policy,

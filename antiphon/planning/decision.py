@@ -20,19 +20,26 @@ from types import MappingProxyType
 
 from antiphon.core.plan import Plan, Proposal, plan_kind
 from antiphon.core.policy import NEVER, OverlapPolicy
+from antiphon.planning.measured import MeasuredDecode
 
 NO_LADDERS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 def decide(
-    proposals: Sequence[Proposal], policy: OverlapPolicy, ladders: Mapping[int, Sequence[int]] = NO_LADDERS
+    proposals: Sequence[Proposal],
+    policy: OverlapPolicy,
+    ladders: Mapping[int, Sequence[int]] = NO_LADDERS,
+    measured: MeasuredDecode | None = None,
 ) -> Plan:
     """The plan for the step that the ranks propose. proposals: in rank order; equal ones give an equal plan.
 
     While a message has reached only some ranks, the plan is empty, so that it takes effect at the same step on all.
     ladders: by number of lanes, ascending sizes of a lane to which steps without prefill are padded.
+    measured: decides about steps without prefill under `auto`, unless the user has set a threshold for them.
     """
-    plan = _split_or_serial(proposals, policy)
+    if policy.dbo != "auto" or policy.decode_threshold != NEVER:
+        measured = None
+    plan = _split_or_serial(proposals, policy, measured)
     if plan.is_empty:
         return plan
     if any(proposal.num_prefill_tokens for proposal in proposals):
@@ -45,7 +52,7 @@ def decide(
     return replace(plan, graph=size)
 
 
-def _split_or_serial(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Plan:
+def _split_or_serial(proposals: Sequence[Proposal], policy: OverlapPolicy, measured: MeasuredDecode | None) -> Plan:
     if len({proposal.wave for proposal in proposals}) > 1:
         return Plan(part_tokens=((0,),) * len(proposals), reason="a message is under way")
     if not any(proposal.num_tokens for proposal in proposals):
@@ -54,7 +61,9 @@ def _split_or_serial(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Pl
         return _serial(proposals, "dbo is off")
     rank = max(range(len(proposals)), key=lambda r: (proposals[r].num_tokens, -r))
     busiest = proposals[rank]
-    if too_small := _too_small(busiest, rank, policy):
+    if any(proposal.num_prefill_tokens for proposal in proposals):
+        measured = None
+    if too_small := _too_small(busiest, rank, policy, measured):
         return _serial(proposals, *too_small)
     if not busiest.can_split:
         refusal = busiest.refusal.text
@@ -63,12 +72,23 @@ def _split_or_serial(proposals: Sequence[Proposal], policy: OverlapPolicy) -> Pl
     parts = _parts(proposals, num_lanes)
     if too_long := _too_long(parts, busiest, rank, policy):
         return _serial(proposals, *too_long)
+    if measured is not None:
+        reason = f"{plan_kind(num_lanes)} measured faster"
+        return Plan(part_tokens=parts, reason=reason, detail=_as_measured(busiest, rank, measured))
     threshold = policy.threshold(decode_only=busiest.decode_only)
     smallest = max(threshold, policy.min_total_tokens, num_lanes)
     return Plan(
         part_tokens=parts,
         reason=f"{plan_kind(num_lanes)} allowed",
         detail=f"{busiest.num_tokens} tokens on rank {rank}, split from {smallest}",
+    )
+
+
+def _as_measured(busiest: Proposal, rank: int, measured: MeasuredDecode) -> str:
+    size = measured.nearest(busiest.num_tokens)
+    return (
+        f"{busiest.num_tokens} sequences on rank {rank}; with {size.num_sequences}, a step takes "
+        f"{size.split_ms:.2f} ms split and {size.serial_ms:.2f} ms serial"
     )
 
 
@@ -107,8 +127,13 @@ def _too_long(
     )
 
 
-def _too_small(busiest: Proposal, rank: int, policy: OverlapPolicy) -> tuple[str, str] | None:
-    """Reason and numbers if the step is too small to be split: for the two absolute minimums, or for its threshold."""
+def _too_small(
+    busiest: Proposal, rank: int, policy: OverlapPolicy, measured: MeasuredDecode | None
+) -> tuple[str, str] | None:
+    """Reason and numbers if the step is too small to be split: for the two absolute minimums, or for its threshold.
+
+    measured: replaces the threshold.
+    """
     size = f"{busiest.num_tokens} tokens on rank {rank}"
     if busiest.num_tokens < policy.min_total_tokens:
         return (
@@ -121,6 +146,10 @@ def _too_small(busiest: Proposal, rank: int, policy: OverlapPolicy) -> tuple[str
             f"{busiest.num_prefill_tokens} of prompts among {size}, with prompts a step is split "
             f"from {policy.min_prefill_tokens} of them",
         )
+    if measured is not None:
+        if measured.nearest(busiest.num_tokens).splits:
+            return None
+        return "serial measured faster", _as_measured(busiest, rank, measured)
     kind, threshold = "decode" if busiest.decode_only else "prefill", policy.threshold(decode_only=busiest.decode_only)
     if busiest.num_tokens >= threshold:
         return None

@@ -12,22 +12,29 @@ from antiphon.core.plan import Plan, Proposal
 from antiphon.core.policy import OverlapPolicy
 from antiphon.planning.agreement import exchange
 from antiphon.planning.decision import NO_LADDERS, decide
+from antiphon.planning.measured import MeasuredDecode
 from antiphon.splitting import find_cut
 
 
 class Planner:
     """Proposes by the policy's cut rule, and decides by its thresholds. The policy changes only between runs.
 
-    ladders: as in `decide`, the same on all ranks. If only some layers are split, no split step is padded.
+    ladders, measured: as in `decide`, the same on all ranks. If only some layers are split, no split step is padded.
     """
 
-    def __init__(self, policy: OverlapPolicy, ladders: Mapping[int, Sequence[int]] = NO_LADDERS) -> None:
+    def __init__(
+        self,
+        policy: OverlapPolicy,
+        ladders: Mapping[int, Sequence[int]] = NO_LADDERS,
+        measured: MeasuredDecode | None = None,
+    ) -> None:
         self.ladders = ladders
+        self.measured = measured
         self.policy = policy
 
     def agree(self, batch: Batch, group: RankGroup, *, wave: int = 0) -> Plan:
         """Agree on the plan of the next step. All ranks must call this together. Raises as `exchange` does."""
-        return decide(exchange(group, self.propose(batch, wave=wave)), self.policy, self._ladders())
+        return decide(exchange(group, self.propose(batch, wave=wave)), self.policy, self._ladders(), self.measured)
 
     def propose(self, batch: Batch, *, wave: int = 0) -> Proposal:
         """This rank's proposal for its batch. wave: as in `Proposal`."""
@@ -38,7 +45,7 @@ class Planner:
             num_prefill_tokens=batch.num_prefill_tokens,
             part_tokens=(batch.num_tokens,),
             wave=wave,
-            policy=zlib.crc32(repr((self.policy.fingerprint(), sorted(self.ladders.items()))).encode()),
+            policy=zlib.crc32(repr((self.policy.fingerprint(), sorted(self.ladders.items()), self.measured)).encode()),
         )
         if self.policy.dbo == "off":
             return whole

@@ -81,8 +81,8 @@ class PaddedSteps:
     ) -> CaptureReport:
         """Capture every size, the largest first, which sizes the memory that all share.
 
-        report: called with the number of sizes done and of all. A size that cannot be captured on some rank is captured
-        on none; `ladders` then says what is left.
+        report: called with the number of sizes done and of all. The first size that cannot be captured on some rank
+        ends it on all; `ladders` then says what is left.
         """
         sizes = sorted(
             ((lanes, rows) for lanes, ladder in ladders.items() for rows in ladder),
@@ -93,14 +93,17 @@ class PaddedSteps:
         obstacle = ""
         for done, size in enumerate(sizes):
             report(done, len(sizes))
+            self._warm_up(size)
+            failed = ""
             try:
                 self._capture(size)
             except Exception as error:
-                obstacle = f"{size[0]} lanes of {size[1]} rows could not be captured: {first_line(error)}"
+                failed = f"{size[0]} lanes of {size[1]} rows could not be captured: {first_line(error)}"
+            obstacle = next(filter(None, group.all_gather_object(failed)), "")  # before the next one runs anywhere
+            if obstacle:
                 logger.warning("%s", obstacle)
+                self._captured.pop(size, None)
                 break
-        everywhere = set.intersection(*map(set, group.all_gather_object(list(self._captured))))
-        self._captured = {size: step for size, step in self._captured.items() if size in everywhere}
         report(len(sizes), len(sizes))
         return CaptureReport(
             num_graphs=len(self._captured),
@@ -135,11 +138,27 @@ class PaddedSteps:
 
     @torch.inference_mode()
     def _capture(self, size: Size) -> None:
+        self._captured[size] = self._streams.capture(lambda: self._step(size))
+
+    @torch.inference_mode()
+    def _warm_up(self, size: Size) -> None:
+        """Run the step with padding only, so that every kernel is compiled and every buffer has its size."""
         lanes, rows = size
         plan = Plan(part_tokens=((0,) * lanes,) * self._transport.group.size, graph=rows, reason="to be captured")
         self._inputs.fill(Batch(rank=0, requests=()), plan, {})
-        self._step(size)  # so that every kernel is compiled and every buffer has its size
-        self._captured[size] = self._streams.capture(lambda: self._step(size))
+        self._step(size)
+
+    def replay_ms(self, batch: Batch, plan: Plan, *, repeats: int) -> float:
+        """Milliseconds of a captured step on this rank, replayed back to back after one more that is not timed."""
+        captured = self._captured[plan.num_lanes, plan.graph]
+        timer = self._streams.owner.timer()
+        with torch.inference_mode():
+            self.run(batch, plan, {})
+            timer.start()
+            for _ in range(repeats):
+                self._transport.before_replay()
+                captured.replay()
+            return timer.elapsed_ms(timer.stop()) / repeats
 
     def _step(self, size: Size) -> None:
         """What is captured: everything between the static inputs and the new tokens."""
