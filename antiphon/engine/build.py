@@ -22,13 +22,14 @@ from antiphon.comm import (
 )
 from antiphon.comm.slab.transport import slab_bytes
 from antiphon.config.engine_config import ResolvedConfig
+from antiphon.config.graph_sizes import CaptureReport
 from antiphon.config.memory import is_out_of_memory
 from antiphon.core.errors import AntiphonError, OptionError, first_line
 from antiphon.device.table import rank_device
 from antiphon.engine.cache.block_pool import BlockPool
 from antiphon.engine.cache.kv_cache import allocate_cache, measured_cache
 from antiphon.engine.graphs.build import make_padded_steps, measured_graphs, most_rows
-from antiphon.engine.graphs.padded_steps import CaptureReport, Ladders
+from antiphon.engine.graphs.padded_steps import Ladders
 from antiphon.engine.messages import LOADING, Ready, Starting
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.new_tokens import NewTokens
@@ -117,7 +118,7 @@ def build_engine(
     runner.reserved_sms = transport.num_sms
     new_tokens = NewTokens(most_rows(config, ladders), streams)
     padded = make_padded_steps(config, model, runner, transport, new_tokens, ladders)
-    captured = CaptureReport(obstacle=obstacle)
+    captured = CaptureReport(sizes=ladders, obstacle=obstacle)
     if padded is not None and device.capturable:
         captured = padded.capture(
             ladders,
@@ -128,8 +129,6 @@ def build_engine(
         transport.freeze()
         model.freeze()
     conditions = Conditions(device_kind=config.device_kind, data_path=transport.data_path)
-    stats = StepStats(options.policy.micro_batches)
-    stats.eager_reason = captured.obstacle
     return StepEngine(
         group=group,
         scheduler=scheduler,
@@ -148,7 +147,7 @@ def build_engine(
         transport=transport,
         cache=cache,
         recorder=recorder,
-        stats=stats,
+        stats=StepStats(options.policy.micro_batches, obstacle=captured.obstacle),
         expert_load=ExpertLoad(
             model, num_experts=config.model.num_experts, num_ranks=mesh.ep, device=device.torch_device
         ),
@@ -187,6 +186,7 @@ def ready_message(engine: StepEngine) -> Ready:
         transport_name=transport.name,
         data_path=transport.data_path,
         cache=engine.cache,
+        captured=engine.captured,
     )
 
 

@@ -66,6 +66,7 @@ class Core:
             transport_name=ready.transport_name,
             data_path=ready.data_path,
             cache=ready.cache,
+            captured=ready.captured,
         )
         self._warn(but_not=self._warned)  # every `auto` is resolved now
         self.policy = self.config.resolved_policy
