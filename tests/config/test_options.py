@@ -210,11 +210,8 @@ def as_words(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     dashes = "-" if len(name) == 2 else "--"
-    words = (
-        [str(one) for one in value]
-        if isinstance(value, list)
-        else [value if isinstance(value, str) else json.dumps(value)]
-    )
+    values = value if isinstance(value, list) else [value]
+    words = [one if isinstance(one, str) else json.dumps(one) for one in values]
     return [f"{dashes}{flag}", *words]
 
 
