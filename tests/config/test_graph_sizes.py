@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 
-from antiphon import LLM
+from antiphon import LLM, SamplingParams
 from antiphon.comm import DataPath
 from antiphon.config.cache import CacheSize
 from antiphon.config.describe import describe_config
 from antiphon.config.engine_config import EngineConfig, ResolvedConfig
 from antiphon.config.graph_sizes import CaptureReport, default_ladder, ladder_up_to, parse_graph_sizes
 from antiphon.core.errors import OptionError
+from antiphon.core.plan import EagerReason
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.messages import Ready, decode_from_worker, encode
 from tests.support.asked import AskedError, run_command, stop_before_start
 from tests.support.errors import raises
 
 CPU = "work on cpu cannot be captured"
+PROMPTS = EagerReason.PROMPTS.text
 
 
 def test_the_default_ladder() -> None:
@@ -197,3 +199,23 @@ def test_the_ranks_report_reaches_the_frontend() -> None:
     assert decode_from_worker(encode(ready)) == ready
     with LLM(device="cpu", cuda_graph_sizes=[1, 2]) as llm:
         assert llm.config.captured == CaptureReport(sizes={1: (1, 2)}, obstacle=CPU)
+
+
+# ---- an engine on a CPU
+
+
+def test_steps_on_a_cpu_are_padded_if_sizes_are_given_and_texts_stay_the_same() -> None:
+    prompts, params = ["Once upon a time", "One day", "A cat"], SamplingParams(max_tokens=6, temperature=0)
+    found = []
+    for options in ({}, {"cuda_graph_sizes": "2,4"}, {"cuda_graph_sizes": "2,4", "enforce_eager": True}):
+        with LLM(device="cpu", **options) as llm:
+            texts = [output.text for output in llm.generate(prompts, params)]
+            found.append((texts, llm.stats()))
+    plain, padded, eager = found
+    assert plain[0] == padded[0] == eager[0]
+    steps = plain[1].steps
+    assert steps == padded[1].steps == eager[1].steps > 1
+    assert plain[1].graphs == {"replayed": 0, "padded": 0, "eager_reasons": {PROMPTS: 1, CPU: steps - 1}}
+    assert padded[1].graphs == {"replayed": 0, "padded": steps - 1, "eager_reasons": {PROMPTS: 1, CPU: steps - 1}}
+    assert eager[1].graphs["eager_reasons"] == {PROMPTS: 1, "enforce_eager is set": steps - 1}
+    assert plain[1].synchronous_reasons == {}  # a CPU has nothing to run ahead of
