@@ -44,7 +44,7 @@ def table(group: str) -> str:
 
 def _row(one: Option) -> str:
     flag = one.name.replace("_", "-")
-    flags = f"`--{flag}`" + (f", `--no-{flag}`" if one.default is True else "")
+    flags = f"`--{flag}`" + (f", `--no-{flag}`" if isinstance(one.default, bool) else "")
     return f"| `{one.name}` | {flags} | {_default(one)} | {f'{one.help} {one.doc}'.strip()} |\n"
 
 

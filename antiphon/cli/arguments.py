@@ -2,8 +2,8 @@
 
 It separates options of other engines from ours and suggests the nearest option for an unknown one. Typer still parses
 our own options. This module knows an option only by its kind: flag, whole, count or bytes (integers that may be
-written as 32k), number, text, or json. Kinds that may be repeated are texts and wholes; words also takes several texts
-at once.
+written as 32k), sizes (a text of one or more integers), number, text, or json. Kinds that may be repeated are texts and
+wholes; words also takes several texts at once, and sizes several integers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import yaml
 
 from antiphon.config.aliases import foreign_option, unknown_option
 from antiphon.core.errors import OptionError, is_number, is_whole
-from antiphon.core.sizes import parse_size
+from antiphon.core.sizes import joined_sizes, parse_size
 
 CONFIG_FLAG = "--config"
 
 SEVERAL_WORDS = "several words"
 """Marks a list option that takes all words up to the next option, as in `--served-model-name a b`."""
+
+SIZE_LIST = "several sizes"
+"""Marks a text option that takes all numbers that follow it, as in `--cuda-graph-sizes 1 2 4`, joined by commas."""
 
 _NEGATION = "no_"
 _SIZES = ("count", "bytes")
@@ -35,6 +38,7 @@ _WHAT = {
     "whole": "an integer",
     "count": "an integer or such as 32k",
     "bytes": "an integer or such as 20GiB",
+    "sizes": "a list such as 1,2,4",
     "number": "a number",
     "text": "a text",
     "json": "JSON",
@@ -102,6 +106,9 @@ def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
                 more = _words(left) if has_argument or not equals else []
                 found.ours += [f"{flag}={one}" for one in _texts(flag, [text] * bool(equals) + more)]
                 continue
+            if kind == "sizes":
+                found.ours.append(f"{flag}={_sizes(flag, text if equals else '', left)}")
+                continue
             values = [] if equals or kind == "flag" else [_next(flag, kind, left)]
             _check(flag, kind, values[0] if values else text)
             found.ours += [flag + equals + text, *values]
@@ -120,6 +127,9 @@ def separate(words: Sequence[str], options: Sequence[OwnOption]) -> Arguments:
             continue
         if option.kind == "words":
             found.foreign[name] = _texts(flag, [text] if equals else _words(left))
+            continue
+        if option.kind == "sizes":
+            found.foreign[name] = _sizes(flag, text if equals else "", left)
             continue
         found.foreign[name] = _from_text(flag, option.kind, text if equals else _next(flag, option.kind, left))
     return found
@@ -143,6 +153,14 @@ def _words(left: list[str]) -> list[str]:
     count = next((place for place, word in enumerate(left) if word.startswith("-")), len(left))
     taken, left[:] = left[:count], left[count:]
     return taken
+
+
+def _sizes(flag: str, text: str, left: list[str]) -> str:
+    """`text`, or the numbers at the beginning of `left`, which are removed from it; a JSON list is joined too."""
+    words = [text or _next(flag, "sizes", left)]
+    while not text and left and re.fullmatch(r"[\d,]+", left[0]):
+        words.append(left.pop(0))
+    return ",".join(words).strip("[]").replace(" ", "")
 
 
 def _texts(flag: str, words: Sequence[str]) -> list[str]:
@@ -278,6 +296,8 @@ def _value(option: str, kind: str, value: Any, where: str = "") -> Any:
     """Return the value after checking its kind; always a list for options that can be repeated."""
     if kind in _LISTS:
         return [_value(option, _LISTS[kind], item, where) for item in (value if isinstance(value, list) else [value])]
+    if kind == "sizes":
+        value = joined_sizes(value)
     if kind in _SIZES and isinstance(value, str):
         return parse_size(value, option, where=where, of_bytes=kind == "bytes")
     right = {
@@ -287,6 +307,7 @@ def _value(option: str, kind: str, value: Any, where: str = "") -> Any:
         "bytes": is_whole(value),
         "number": is_number(value),
         "text": isinstance(value, str),
+        "sizes": isinstance(value, str),
         "json": isinstance(value, Mapping) or is_whole(value),
     }[kind]
     if not right:

@@ -13,7 +13,16 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 import typer
 from typer.core import TyperCommand
 
-from antiphon.cli.arguments import SEVERAL_WORDS, Arguments, OwnOption, Size, read_config_file, separate, size_option
+from antiphon.cli.arguments import (
+    SEVERAL_WORDS,
+    SIZE_LIST,
+    Arguments,
+    OwnOption,
+    Size,
+    read_config_file,
+    separate,
+    size_option,
+)
 from antiphon.config.aliases import translate
 from antiphon.config.options import OPTIONS
 from antiphon.core.errors import OptionError
@@ -36,20 +45,22 @@ def engine_parameters() -> dict[str, Parameter]:
     config = typer.Option(help="A YAML file of options by name; the command line wins.")
     return {
         "model_argument": _parameter("model_argument", None, str | None, model_argument),
-        **{name: _parameter(name, one.default, one.type, _typer_option(one)) for name, one in OPTIONS.items()},
+        **{name: _parameter(name, one.default, one.type, *_typer_option(one)) for name, one in OPTIONS.items()},
         "config": _parameter("config", None, Path | None, config),
     }
 
 
-def _typer_option(one: Option) -> Any:
+def _typer_option(one: Option) -> tuple[Any, ...]:
+    """The option for typer, and a mark if it takes several words."""
+    if one.size == "list":
+        return typer.Option(help=one.help, metavar="SIZES"), SIZE_LIST
     if one.size:
-        return size_option(one.help, of_bytes=one.size == "bytes")
-    flags = [f"--{one.name.replace('_', '-')}"] if one.default is False else []  # without --no-...
-    return typer.Option(*flags, help=one.help)
+        return (size_option(one.help, of_bytes=one.size == "bytes"),)
+    return (typer.Option(help=one.help),)
 
 
-def _parameter(name: str, default: Any, kind: Any, shown: Any) -> Parameter:
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown])
+def _parameter(name: str, default: Any, kind: Any, *shown: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[(kind, *shown)])
 
 
 def engine_command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -146,6 +157,8 @@ def _kind(annotation: Any) -> str:
     plain, *marks = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
     if SEVERAL_WORDS in marks:
         return "words"
+    if SIZE_LIST in marks:
+        return "sizes"
     for size in (mark.parser for mark in marks if isinstance(getattr(mark, "parser", None), Size)):
         return "bytes" if size.of_bytes else "count"
     if get_origin(plain) in (Union, UnionType):

@@ -223,8 +223,22 @@ def _summary(outputs: list[GeneratedOutput], stats: EngineStats, seconds: float)
         f"{num_tokens} tokens in {seconds:.2f} s ({num_tokens / seconds:.0f} tokens/s)",
         f"{stats['steps']} steps: {plans}" + (f" (serial because {reasons})" if reasons else ""),
     ]
+    lines += _launches(stats)
     lines += _communication(stats)
     return "\n".join(lines)
+
+
+def _launches(stats: EngineStats) -> list[str]:
+    """A line on replayed steps, and on those that the host had to wait for; empty if there are none of both."""
+    lines = []
+    replayed, reasons = stats["graphs"]["replayed"], stats["graphs"]["eager_reasons"]
+    if replayed:
+        eager = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        lines.append(f"{replayed} of {stats['steps']} steps replayed" + (f" (eager because {eager})" if eager else ""))
+    if stats["synchronous_reasons"]:
+        waited = ", ".join(f"{reason}: {count}" for reason, count in stats["synchronous_reasons"].items())
+        lines.append(f"steps that the host waited for: {waited}")
+    return lines
 
 
 def _communication(stats: EngineStats) -> list[str]:

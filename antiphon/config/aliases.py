@@ -12,9 +12,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from antiphon.config.ascend_aliases import additional_config, as_object
+from antiphon.config.graph_sizes import only_sizes
 from antiphon.config.options import parse_option
-from antiphon.core.errors import OptionError
+from antiphon.core.errors import OptionError, is_whole, out_of_range, unknown_value
 from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRESHOLD
+from antiphon.core.sizes import joined_sizes
 
 _DBO_THRESHOLDS = {
     "dbo_decode_token_threshold": DEFAULT_DECODE_THRESHOLD,
@@ -39,7 +41,7 @@ class ForeignOption:
     """One option of another engine.
 
     names: as keyword arguments, the usual one first; on the command line with dashes, single letters with one.
-    kind: what its value is in that engine: flag, whole, count, bytes, number, text, words or json.
+    kind: what its value is in that engine: flag, whole, count, bytes, sizes, number, text, words or json.
     meaning: gets the name that was used, and the value. Raises `OptionError` if it is refused.
     """
 
@@ -130,6 +132,11 @@ def _is_so(*accepted: object, fact: str, remedy: str) -> Callable[[str, Any], Me
     return meaning
 
 
+def _not(ours: str) -> Callable[[str, Any], Meaning]:
+    """A flag that switches our option off."""
+    return lambda name, value: Meaning(own={ours: not value if isinstance(value, bool) else value})
+
+
 def _refused(fact: str, remedy: str) -> Callable[[str, Any], Meaning]:
     """Refuse everything but off."""
     return _is_so(False, fact=fact, remedy=remedy)
@@ -176,40 +183,61 @@ def _all2all_backend(name: str, value: object) -> Meaning:
 
 
 def _compilation_config(name: str, value: object) -> Meaning:
-    config = {"mode": value} if isinstance(value, int) else as_object(name, value)
+    """vLLM's configuration of graphs and compiler, or its level alone, as in `-O3`.
+
+    A level of 0 also switches graphs off there, unless a graph mode is given.
+    """
+    config = {"mode": value} if is_whole(value) else as_object(name, value)
     own: dict[str, Any] = {}
+    unless_given: dict[str, Any] = {}
     notes: list[str] = []
     for key, item in config.items():
-        text = str(item).lower()
-        if key == "cudagraph_mode" and text in _GRAPH_MODES:
-            own["enforce_eager"] = text in ("none", "0")
-            if text not in ("none", "0", *_FULL_DECODE_MODES):
-                notes.append(
-                    f"{name}: {key}={item!r}: whole decode steps are captured, and steps with prompts are eager"
-                )
-        elif key in ("mode", "level"):
-            if text not in ("none", "0"):
-                notes.append(f"{name}: {key}={item!r} has no effect: torch.compile is not used")
-        elif key == "cudagraph_capture_sizes":
-            if item:
-                own |= _capture_sizes(f"{name}: {key}", item).own
-        elif key == "compile_sizes" and not item:
+        where, text = f"{name}: {key}", str(item).lower()
+        if item is None:
             continue
-        else:
-            known = "cudagraph_mode, cudagraph_capture_sizes and mode are known"
+        if key == "cudagraph_mode":
+            if text not in _GRAPH_MODES:
+                raise unknown_value(where, item, _GRAPH_MODES)
+            own["enforce_eager"] = text in _NO_GRAPHS
+            if text in _OTHER_GRAPHS:
+                notes.append(f"{where}={item!r}: whole decode steps are captured, and steps with prompts are eager")
+        elif key in ("mode", "level"):
+            if text in _NO_GRAPHS:
+                unless_given["enforce_eager"] = True
+            else:
+                notes.append(f"{where}={item!r} has no effect: torch.compile is not used")
+        elif key == "cudagraph_capture_sizes":
+            own |= _capture_sizes(where, item).own
+        elif key == "max_cudagraph_capture_size":
+            meaning = _largest_capture_size(where, item)
+            own |= meaning.own
+            unless_given |= meaning.unless_given
+        elif item:
             raise OptionError(
-                f"{name}: {key}={item!r} is not supported", limit=known, remedy="leave it out", option=name, value=value
+                f"{where}={item!r} is not supported",
+                limit="cudagraph_mode, cudagraph_capture_sizes, max_cudagraph_capture_size and mode are known",
+                remedy="leave it out",
+                option=name,
+                value=value,
             )
-    return Meaning(own=own, note="; ".join(notes))
+    return Meaning(own=own, unless_given=unless_given, note="; ".join(notes))
 
 
-_FULL_DECODE_MODES = ("full_decode_only", "full_and_piecewise")
-_GRAPH_MODES = ("none", "0", *_FULL_DECODE_MODES, "full", "2", "piecewise", "1")
+_NO_GRAPHS = ("none", "0")
+_OTHER_GRAPHS = ("piecewise", "1", "full", "2")
+"""Modes that also capture steps with prompts, or only parts of a step."""
+_GRAPH_MODES = (*_NO_GRAPHS, *_OTHER_GRAPHS, "full_decode_only", "full_and_piecewise")
 
 
 def _capture_sizes(name: str, value: Any) -> Meaning:
-    words = value if isinstance(value, list | tuple) else [value]
-    return Meaning(own={"cuda_graph_sizes": ",".join(map(str, words))} if words else {})
+    return Meaning(own={"cuda_graph_sizes": only_sizes(joined_sizes(value))} if value else {})
+
+
+def _largest_capture_size(name: str, value: Any) -> Meaning:
+    """The largest of the default sizes; explicit sizes win, and 0 is no graphs."""
+    if not is_whole(value) or value < 0:
+        raise out_of_range(name, value, "an integer of at least 0")
+    return Meaning(unless_given={"cuda_graph_sizes": str(value)}) if value else Meaning(own={"enforce_eager": True})
 
 
 def _additional_config(name: str, value: object) -> Meaning:
@@ -297,7 +325,10 @@ FOREIGN_OPTIONS = (
     _option("disable_custom_all_reduce", "flag", _no_effect("there are no all-reduces")),
     # steps
     _option("compilation_config cc O", "json", _compilation_config),
-    _option("cudagraph_capture_sizes", "words", _capture_sizes),
+    _option("cudagraph_capture_sizes cuda_graph_bs", "sizes", _capture_sizes),
+    _option("max_cudagraph_capture_size cuda_graph_max_bs", "whole", _largest_capture_size),
+    _option("disable_cuda_graph", "flag", _same_as("enforce_eager")),
+    _option("disable_overlap_schedule", "flag", _not("async_scheduling")),
     _option("speculative_config", "json", _refused("there is no speculative decoding", "leave it out")),
     # cache and scheduling
     _option("enable_prefix_caching", "flag", _same_as("prefix_caching")),

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from antiphon.config.graph_sizes import only_sizes
 from antiphon.core.errors import OptionError
+from antiphon.core.sizes import joined_sizes
 
 _Result = tuple[Mapping[str, Any], list[str]]
 """Our options, and notes for the user."""
@@ -20,7 +22,11 @@ _Key = Callable[[str, Any], _Result]
 
 def additional_config(name: str, value: object) -> _Result:
     """Our options, and a sentence for each key without effect. Raises `OptionError` for a key that is refused."""
-    return _keys(name, as_object(name, value), _KEYS)
+    config, idle = _without_idle_sizes(
+        name, as_object(name, value), sizes="torchair_graph_batch_sizes", switch="enable_graph_mode"
+    )
+    own, notes = _keys(name, config, _KEYS)
+    return own, notes + idle
 
 
 def as_object(name: str, value: object) -> dict[str, Any]:
@@ -87,7 +93,17 @@ def _graph_mode(where: str, value: object) -> _Result:
 
 
 def _graph_sizes(where: str, value: Any) -> _Result:
-    return {"cuda_graph_sizes": ",".join(map(str, value))} if value else {}, []
+    return {"cuda_graph_sizes": only_sizes(joined_sizes(value))} if value else {}, []
+
+
+def _without_idle_sizes(
+    where: str, config: dict[str, Any], *, sizes: str, switch: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration without sizes of graphs that are not switched on, and a note if it had some."""
+    if config.get(switch) or not config.get(sizes):
+        return config, []
+    rest = {key: value for key, value in config.items() if key != sizes}
+    return rest, [f"{where}: {sizes}={config[sizes]!r} has no effect: {switch} is not set"]
 
 
 def _graphs(*known: str, **keys: _Key) -> _Key:
@@ -95,9 +111,9 @@ def _graphs(*known: str, **keys: _Key) -> _Key:
     meanings = {"enabled": _graph_mode, **dict.fromkeys(known, _no_effect(_OUR_GRAPHS)), **keys}
 
     def meaning(where: str, value: object) -> _Result:
-        config = as_object(where, value)
+        config, idle = _without_idle_sizes(where, as_object(where, value), sizes="graph_batch_sizes", switch="enabled")
         own, notes = _keys(where, config, meanings)
-        return (own if config.get("enabled", False) else {}), notes
+        return own, notes + idle
 
     return meaning
 

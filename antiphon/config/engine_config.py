@@ -15,7 +15,7 @@ import torch
 
 from antiphon.comm import DataPath, Mesh, TransportSpec, choose_transport, load_transport, parse_transport
 from antiphon.config.cache import CacheSize, block_bytes
-from antiphon.config.graph_sizes import default_ladder, ladder_up_to, parse_graph_sizes
+from antiphon.config.graph_sizes import CaptureReport, default_ladder, ladder_up_to, parse_graph_sizes
 from antiphon.config.options import DTYPE_NAMES, OPTION_DEFAULTS, EngineOptions
 from antiphon.config.resolve import (
     check_layers,
@@ -184,12 +184,22 @@ class ResolvedConfig:
     device_name: str = ""
     attention: str = ""  # the backend and the reason
     data_path: DataPath | None = None
+    captured: CaptureReport | None = None
 
     def started(
-        self, *, device_name: str, transport_name: str, data_path: DataPath, cache: CacheSize, attention: str = ""
+        self,
+        *,
+        device_name: str,
+        transport_name: str,
+        data_path: DataPath,
+        cache: CacheSize,
+        attention: str = "",
+        captured: CaptureReport | None = None,
     ) -> ResolvedConfig:
         """Add what only the started ranks know, such as whether their devices can access each other's memory."""
-        started = replace(self, device_name=device_name, data_path=data_path, cache=cache, attention=attention)
+        started = replace(
+            self, device_name=device_name, data_path=data_path, cache=cache, attention=attention, captured=captured
+        )
         if self.options.attention_backend == "auto":
             logger.info("attention_backend: auto -> %s", attention)
         if self.options.policy.dbo == "auto" and self.data_path is None:
@@ -238,11 +248,12 @@ class ResolvedConfig:
             sizes = tuple(default_ladder()) if self.device.capturable else ()
         if options.enforce_eager or not sizes:
             return {}
-        most = min(options.max_num_seqs, self.max_num_batched_tokens)
-        ladders = {1: ladder_up_to(sizes, most)}
+        limit = self.max_num_batched_tokens  # buffers hold no more rows
+        most = min(options.max_num_seqs, limit)
+        ladders = {1: ladder_up_to(sizes, most, limit=limit)}
         if policy.dbo != "off" and policy.splits_all_layers and (options.ranks > 1 or policy.dbo == "on"):
             lanes = policy.micro_batches
-            ladders[lanes] = ladder_up_to(sizes, -(-most // lanes))
+            ladders[lanes] = ladder_up_to(sizes, -(-most // lanes), limit=limit)
         return ladders
 
     @property

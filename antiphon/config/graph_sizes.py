@@ -1,44 +1,81 @@
-"""The sizes of padded steps: the ladder of a lane, from the options and the device."""
+"""The sizes of padded steps, from the options and the device, and what became of them on the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
 
 from antiphon.core.errors import OptionError
 
 LARGEST_SIZE = 512
 """Rows of a lane beyond which steps are eager by default: a step then takes longer than its launches."""
 
-_STRETCHES = ((8, 64), (16, 256), (32, LARGEST_SIZE))  # step, up to
+_STRETCHES = ((8, 64), (16, 256))  # step, up to
+_LAST_STEP = 32
 
 
-def default_ladder() -> Iterator[int]:
-    """1, 2, 4, 8, and then steps that pad by at most an eighth or so, without end at the top."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureReport:
+    """What a rank captured. sizes: ascending sizes of padded steps, by number of lanes, captured or not.
+
+    obstacle: why nothing is captured; "" if something is. num_bytes: of device memory that the graphs take.
+    """
+
+    num_graphs: int = 0
+    time_s: float = 0.0
+    num_bytes: int = 0
+    sizes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    obstacle: str = ""
+
+
+def default_ladder(largest: int = LARGEST_SIZE) -> Iterator[int]:
+    """1, 2, 4, 8, then steps of 8 to 64, of 16 to 256 and of 32 to `largest`, which is the last one."""
+    yield from takewhile(lambda size: size < largest, _endless_ladder())
+    yield largest
+
+
+def _endless_ladder() -> Iterator[int]:
     yield from (1, 2, 4, 8)
     size = 8
-    for stride, end in _STRETCHES:
+    for step, end in _STRETCHES:
         while size < end:
-            size += stride
+            size += step
             yield size
+    while True:
+        size += _LAST_STEP
+        yield size
 
 
 def parse_graph_sizes(text: str) -> tuple[int, ...]:
-    """Sizes written as "1,2,4,8", ascending and distinct. Raises `OptionError` for anything else."""
-    try:
-        sizes = tuple(sorted({int(word) for word in text.replace(",", " ").split()}))
-    except ValueError:
-        sizes = ()
-    if not sizes or sizes[0] < 1:
+    """The sizes that a text means, ascending and distinct.
+
+    Several numbers are the sizes themselves, as in "1,2,4,8". A single one, "64", is the largest size of the default
+    ladder, as in vLLM, and "64," is that size alone. Raises `OptionError` for anything else.
+    """
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
         raise OptionError(
             f"cuda_graph_sizes={text!r} is not a list of sizes",
-            remedy="write it like 1,2,4,8,16",
+            limit="a size is a number of sequences, at least 1",
+            remedy="write it like 1,2,4,8, or the largest size alone, like 64",
             option="cuda_graph_sizes",
             value=text,
         )
-    return sizes
+    sizes = tuple(sorted({int(word) for word in words}))
+    return sizes if len(words) > 1 or "," in text else tuple(default_ladder(sizes[0]))
 
 
-def ladder_up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """The sizes that steps of up to `most` rows need: those below it, and the first that holds it."""
-    enough = next((size for size in sizes if size >= most), sizes[-1] if sizes else 0)
-    return tuple(size for size in sizes if size <= enough)
+def only_sizes(text: Any) -> Any:
+    """The text for exactly the sizes in `text`, even if it is one. What is no text is not changed."""
+    return f"{text}," if isinstance(text, str) and "," not in text else text
+
+
+def ladder_up_to(sizes: tuple[int, ...], most: int, *, limit: int) -> tuple[int, ...]:
+    """The sizes that steps of up to `most` rows need, none above `limit` rows.
+
+    A size above what holds `most` becomes the first default size that does. Lanes may be uneven, so it is not `most`.
+    """
+    enough = min(limit, next(size for size in _endless_ladder() if size >= most))
+    return tuple(sorted({min(size, enough) for size in sizes}))

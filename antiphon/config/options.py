@@ -56,8 +56,7 @@ def _dtype(name: str, value: object) -> None:
 
 
 def _graph_sizes(name: str, value: object) -> None:
-    if value is not None:
-        parse_graph_sizes(value if isinstance(value, str) else repr(value))
+    parse_graph_sizes(value if isinstance(value, str) else repr(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,11 +183,13 @@ class EngineOptions:
     )
     cuda_graph_sizes: str | None = option(
         None,
+        size="list",
         check=_graph_sizes,
-        help="Sequences per lane for which decode steps are captured as CUDA graphs, such as 1,2,4,8.",
+        help="Sequences per lane for which decode steps are captured as CUDA graphs, such as 1,2,4,8; or the largest.",
         shown_default="1, 2, 4, 8, then steps of 8 to 64, of 16 to 256 and of 32 to 512, up to `max_num_seqs`",
-        doc="A step is padded to the next size; one with more sequences is eager. On a CPU steps are padded, but there "
-        "is nothing to capture.",
+        doc="A step is padded to the next size; one with more sequences is eager. A single number is the largest size: "
+        "32 means the default sizes up to 32, and `32,` only 32. A list also works. On a CPU steps are padded to the "
+        "sizes given here, but nothing is captured.",
     )
     async_scheduling: bool = option(
         True,

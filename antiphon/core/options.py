@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from antiphon.core.errors import OptionError, is_number, is_whole, out_of_range, unknown_value
-from antiphon.core.sizes import parse_size
+from antiphon.core.sizes import joined_sizes, parse_size
 
 Check = Callable[[str, object], None]
 """A function of an option's name and value that raises `OptionError` for a value that can never work."""
@@ -30,7 +30,8 @@ _KEY = "option"
 class Option:
     """One option. name: the one that users type. field: the dataclass field that declares it.
 
-    size: "count" or "bytes" if it may be written as a size, such as "32k". doc: what docs/options.md adds to `help`.
+    size: "count" or "bytes" if it may be written as a size, such as "32k"; "list" if it is a text such as "1,2,4" that
+    may be written as a list of numbers. doc: what docs/options.md adds to `help`.
     shown_default: how the docs write the default.
     """
 
@@ -48,6 +49,8 @@ class Option:
     @property
     def accepts(self) -> Any:
         """The type of value that a caller may pass."""
+        if self.size == "list":
+            return self.type | int | list[int]
         return self.type | str if self.size else self.type
 
     def check_value(self, value: object) -> None:
@@ -56,7 +59,12 @@ class Option:
             self.check(self.name, value)
 
     def parse(self, value: Any, *, alias: str = "") -> Any:
-        """Parse a string that stands for a size; return other values as they are. alias: how the user calls it."""
+        """Parse a string that stands for a size, and join a list; return other values as they are.
+
+        alias: how the user calls it.
+        """
+        if self.size == "list":
+            return joined_sizes(value)
         if not self.size or not isinstance(value, str):
             return value
         return parse_size(value, alias or self.name, of_bytes=self.size == "bytes")

@@ -36,6 +36,27 @@ _SERIAL_TEXT = {
 }
 
 
+class EagerReason(IntEnum):
+    """Why a step is not padded to a fixed size."""
+
+    NONE = 0
+    PROMPTS = 1
+    TOO_LARGE = 2
+    NO_SIZES = 3
+
+    @property
+    def text(self) -> str:
+        return _EAGER_TEXT[self]
+
+
+_EAGER_TEXT = {
+    EagerReason.NONE: "is padded",
+    EagerReason.PROMPTS: "it has prompt tokens",
+    EagerReason.TOO_LARGE: "more sequences than the largest size",
+    EagerReason.NO_SIZES: "no sizes for its number of lanes",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
     """What one rank proposes for the next step.
@@ -105,7 +126,7 @@ class Plan:
 
     part_tokens: tuple[tuple[int, ...], ...]  # [data-parallel replica][lane], real tokens
     graph: int = 0  # rows of every lane in a padded step; 0 in an eager one
-    eager: str = ""  # why the step is not padded: a short fixed text, counted in the statistics
+    eager: EagerReason = EagerReason.NONE  # why the step is not padded
     reason: str  # a short fixed text, counted in the statistics
     detail: str = ""  # the numbers behind the reason
     idle: bool = False  # no rank has work, and all ranks have seen the same messages

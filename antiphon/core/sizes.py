@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Any
 
-from antiphon.core.errors import OptionError
+from antiphon.core.errors import OptionError, is_whole
 
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)([kmgt])(i?b)?", re.IGNORECASE)
@@ -41,6 +42,13 @@ def parse_size(value: str | int, option: str | None = None, *, where: str = "", 
         fact = f"{shown} is {float(number):.15g}, which is not an integer"
         raise OptionError(fact, remedy=remedy, option=option, value=value)
     return int(number)
+
+
+def joined_sizes(value: Any) -> Any:
+    """A list of numbers as one text, "1,2,4", and a number as a text; other values as they are."""
+    if isinstance(value, list | tuple) and all(is_whole(item) or isinstance(item, str) for item in value):
+        return ",".join(map(str, value))
+    return str(value) if is_whole(value) else value
 
 
 def asks_for_what_fits(shown: str, option: str | None, value: object, remedy: str = "use a number") -> OptionError:

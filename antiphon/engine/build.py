@@ -23,13 +23,14 @@ from antiphon.comm import (
 )
 from antiphon.comm.slab.transport import slab_bytes
 from antiphon.config.engine_config import ResolvedConfig
+from antiphon.config.graph_sizes import CaptureReport
 from antiphon.config.memory import is_out_of_memory
 from antiphon.core.errors import AntiphonError, OptionError, first_line
 from antiphon.device.table import rank_device
 from antiphon.engine.cache.block_pool import BlockPool
 from antiphon.engine.cache.kv_cache import allocate_cache, measured_cache
 from antiphon.engine.graphs.build import make_padded_steps, measure_decode, measured_graphs, most_rows
-from antiphon.engine.graphs.padded_steps import CaptureReport, Ladders
+from antiphon.engine.graphs.padded_steps import Ladders
 from antiphon.engine.messages import LOADING, Ready, Starting
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.new_tokens import NewTokens
@@ -123,7 +124,7 @@ def build_engine(
     new_tokens = NewTokens(most_rows(config, ladders), streams)
     padded = make_padded_steps(config, model, runner, transport, new_tokens, ladders)
     expert_load = ExpertLoad(model, num_experts=config.model.num_experts, num_ranks=mesh.ep, device=device.torch_device)
-    captured = CaptureReport(obstacle=obstacle)
+    captured = CaptureReport(sizes=ladders, obstacle=obstacle)
     if padded is not None and device.capturable:
         with expert_load.attached():
             captured = padded.capture(
@@ -143,8 +144,6 @@ def build_engine(
         measured = measure_decode(padded, config, cache, group, transport)
         if measured is not None:
             logger.info("decode steps: %s (measured)", measured.describe())
-    stats = StepStats(options.policy.micro_batches)
-    stats.eager_reason = captured.obstacle
     return StepEngine(
         group=group,
         scheduler=scheduler,
@@ -164,7 +163,7 @@ def build_engine(
         cache=cache,
         attention=f"{backend.name}: {reason}",
         recorder=recorder,
-        stats=stats,
+        stats=StepStats(options.policy.micro_batches, obstacle=captured.obstacle),
         expert_load=expert_load,
     )
 
@@ -202,6 +201,7 @@ def ready_message(engine: StepEngine) -> Ready:
         data_path=transport.data_path,
         cache=engine.cache,
         attention=engine.attention,
+        captured=engine.captured,
     )
 
 

@@ -16,6 +16,7 @@ import zmq
 
 from antiphon.comm import DataPath
 from antiphon.config.cache import CacheSize
+from antiphon.config.graph_sizes import CaptureReport
 from antiphon.core.policy import OverlapPolicy
 from antiphon.engine.scheduling.request import Request, TokenOutput
 from antiphon.timeline import StepTimeline
@@ -105,12 +106,13 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The rank is ready for requests. The fields are the same on all ranks."""
+    """The rank is ready for requests. The fields are the same on all ranks, but for time and bytes of `captured`."""
 
     device_name: str
     transport_name: str
     data_path: DataPath
     cache: CacheSize
+    captured: CaptureReport
     attention: str = ""  # the attention backend and the reason
 
 

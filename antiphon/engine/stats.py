@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from antiphon.core.plan import Plan, plan_kind
+from antiphon.core.plan import EagerReason, Plan, plan_kind
 from antiphon.kernels.router import PairCounts
 from antiphon.models import CausalLM
 from antiphon.models.checkpoint.dummy_routing import RouteTable, TableRouter
@@ -40,12 +40,11 @@ class SchedulerStats:
 class StepStats:
     """Counts steps by plan, serial steps by reason, and how steps were launched.
 
-    eager_reason: why no step is captured; "" if the reason depends on the step.
+    obstacle: why nothing is captured; "" if something is (`CaptureReport.obstacle`).
     """
 
-    eager_reason: str = ""
-
-    def __init__(self, micro_batches: int) -> None:
+    def __init__(self, micro_batches: int, *, obstacle: str = "") -> None:
+        self._obstacle = obstacle
         self._by_plan: Counter[str] = Counter({"serial": 0, plan_kind(micro_batches): 0})
         self._serial_reasons: Counter[str] = Counter()
         self._eager_reasons: Counter[str] = Counter()
@@ -63,12 +62,16 @@ class StepStats:
         self._num_replayed += replayed
         self._num_padded += bool(plan.graph)
         if not replayed:
-            # A prompt's step is eager in any case.
-            reason = plan.eager if plan.eager and not (plan.eager.startswith("no ") and self.eager_reason) else ""
-            self._eager_reasons[reason or self.eager_reason or "not captured"] += 1
+            self._eager_reasons[self._eager_reason(plan)] += 1
         if synchronous:
             self._synchronous_reasons[synchronous] += 1
         self._last_plan = str(plan)
+
+    def _eager_reason(self, plan: Plan) -> str:
+        """Why a step was launched kernel by kernel. A padded step, and one without sizes, may only lack its graph."""
+        if self._obstacle and plan.eager in (EagerReason.NONE, EagerReason.NO_SIZES):
+            return self._obstacle
+        return plan.eager.text
 
     def to_dict(self) -> dict[str, Any]:
         return {

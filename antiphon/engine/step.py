@@ -21,10 +21,11 @@ import torch
 
 from antiphon.comm import RankGroup, Transport
 from antiphon.config.cache import CacheSize
+from antiphon.config.graph_sizes import CaptureReport
 from antiphon.core.batch import PENDING_TOKEN, Batch, MicroBatch, upload
 from antiphon.core.plan import Plan
 from antiphon.core.policy import OverlapPolicy
-from antiphon.engine.graphs.padded_steps import CaptureReport, PaddedSteps
+from antiphon.engine.graphs.padded_steps import PaddedSteps
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.sampler import Sampler, Sampling
 from antiphon.engine.scheduling.request import Request, TokenOutput

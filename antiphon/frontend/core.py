@@ -67,6 +67,7 @@ class Core:
             data_path=ready.data_path,
             cache=ready.cache,
             attention=ready.attention,
+            captured=ready.captured,
         )
         self._warn(but_not=self._warned)  # every `auto` is resolved now
         self.policy = self.config.resolved_policy

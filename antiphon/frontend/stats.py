@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,14 +19,19 @@ class EngineStats:
     plan in words, with its numbers.
     overlap: plan -> seconds of rank 0 (`time_s`, `communication_s`, `hidden_s`, `exposed_s`) and `num_bytes`. On GPUs,
     where the host only queues work and does not see data arrive, the middle three are `None`.
-    Summed over ranks: kv_blocks, unfinished and running requests, preemptions, and prefix_cache (tokens of admitted
-    texts, and how many of them were found; a preempted request is admitted again).
+    graphs: steps that were replayed from a graph (`replayed`) or padded to a fixed size (`padded`), and why the others
+    were eager (`eager_reasons`: reason -> steps); the same on all ranks.
+    Summed over ranks: synchronous_reasons (reason -> steps after which the host had to wait), kv_blocks, unfinished and
+    running requests, preemptions, and prefix_cache (tokens of admitted texts, and how many of them were found; a
+    preempted request is admitted again).
     kv_cache: tokens per rank, and where the size comes from. dbo_reason: what `auto` chose, and why.
     """
 
     steps: int
     steps_by_plan: dict[str, int]
     serial_reasons: dict[str, int]
+    graphs: dict[str, Any]
+    synchronous_reasons: dict[str, int]
     overlap: dict[str, dict[str, Any]]
     kv_blocks: dict[str, int]
     unfinished: int
@@ -46,10 +52,15 @@ class EngineStats:
         first = by_rank[0]
         blocks = {name: sum(rank["kv_blocks"][name] for rank in by_rank) for name in ("total", "free")}
         cached = {name: sum(rank["prefix_cache"][name] for rank in by_rank) for name in first["prefix_cache"]}
+        synchronous: Counter[str] = Counter()
+        for rank in by_rank:
+            synchronous.update(rank["synchronous_reasons"])
         return EngineStats(
             steps=first["steps"],
             steps_by_plan=first["steps_by_plan"],
             serial_reasons=first["serial_reasons"],
+            graphs=first["graphs"],
+            synchronous_reasons=dict(synchronous),
             overlap=first["overlap"],
             kv_blocks={**blocks, "block_size": first["kv_blocks"]["block_size"]},
             unfinished=sum(rank["unfinished"] for rank in by_rank),

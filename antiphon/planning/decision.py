@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from antiphon.core.plan import Plan, Proposal, plan_kind
+from antiphon.core.plan import EagerReason, Plan, Proposal, plan_kind
 from antiphon.core.policy import NEVER, OverlapPolicy
 from antiphon.planning.measured import MeasuredDecode
 
@@ -43,12 +43,12 @@ def decide(
     if plan.is_empty:
         return plan
     if any(proposal.num_prefill_tokens for proposal in proposals):
-        return replace(plan, eager="it has prompt tokens")
+        return replace(plan, eager=EagerReason.PROMPTS)
     ladder = ladders.get(plan.num_lanes, ())
     longest = max(max(parts) for parts in plan.part_tokens)
     size = next((size for size in ladder if size >= longest), 0)
     if not size:
-        return replace(plan, eager="more sequences than the largest size" if ladder else f"no {plan.kind} sizes")
+        return replace(plan, eager=EagerReason.TOO_LARGE if ladder else EagerReason.NO_SIZES)
     return replace(plan, graph=size)
 
 

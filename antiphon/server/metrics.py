@@ -165,6 +165,9 @@ _COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("prefix_cache_hits", "Tokens found in the prefix cache", ("rank",)),
     ("steps", "Steps by plan, the same on all ranks", ("plan",)),
     ("serial_steps", "Steps that were not split, by reason, the same on all ranks", ("reason",)),
+    ("steps_replayed", "Steps launched as one captured graph, the same on all ranks", ()),
+    ("steps_eager", "Steps launched kernel by kernel, by reason, the same on all ranks", ("reason",)),
+    ("steps_synchronous", "Steps after which the host waited for the tokens, by reason", ("rank", "reason")),
     (
         "communication_seconds",
         "Time of communication, hidden behind compute or exposed",
@@ -210,6 +213,8 @@ class _EngineCollector(Collector):
         self._counters["num_preemptions"].set(label, stats["preemptions"])
         self._counters["prefix_cache_queries"].set(label, cache["admitted_tokens"])
         self._counters["prefix_cache_hits"].set(label, cache["hit_tokens"])
+        for reason, count in stats["synchronous_reasons"].items():
+            self._counters["steps_synchronous"].set((rank, reason), count)
         for plan, sums in stats["overlap"].items():
             for what in ("hidden", "exposed"):
                 if sums[f"{what}_s"] is not None:  # not observed on GPUs: report nothing rather than 0
@@ -223,6 +228,9 @@ class _EngineCollector(Collector):
             self._counters["steps"].set((plan,), count)
         for reason, count in stats["serial_reasons"].items():
             self._counters["serial_steps"].set((reason,), count)
+        self._counters["steps_replayed"].set((), stats["graphs"]["replayed"])
+        for reason, count in stats["graphs"]["eager_reasons"].items():
+            self._counters["steps_eager"].set((reason,), count)
 
     def _take_expert_tokens(self, tokens_by_source: Sequence[Sequence[Sequence[int]]]) -> None:
         """tokens_by_source: [source rank][layer][expert's rank]. In every layer, a step waits for the busiest rank."""

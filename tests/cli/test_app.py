@@ -49,6 +49,16 @@ def test_generate_prints_one_json_object_a_prompt_and_the_statistics(one_rank: L
         assert word in ended.stderr
 
 
+STATS: dict[str, Any] = {
+    "steps": 3,
+    "steps_by_plan": {"dual": 3},
+    "serial_reasons": {},
+    "transport": "host-staged",
+    "graphs": {"replayed": 0, "padded": 0, "eager_reasons": {}},
+    "synchronous_reasons": {},
+}
+
+
 def test_generate_prints_texts_and_a_summary(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,9 +91,32 @@ def test_generate_prints_texts_and_a_summary(
     ],
 )
 def test_the_summary_claims_nothing_that_was_not_observed(by_plan: dict[str, Any], expected: list[str]) -> None:
-    stats = {"steps": 3, "steps_by_plan": {"dual": 3}, "serial_reasons": {}, "transport": "host-staged"}
-    summary = generate_module._summary([], {**stats, "overlap": by_plan}, 1.0)
+    summary = generate_module._summary([], {**STATS, "overlap": by_plan}, 1.0)
     assert summary.splitlines()[2:] == expected
+
+
+@pytest.mark.parametrize(
+    ("replayed", "eager", "synchronous", "expected"),
+    [
+        (0, {"work on cpu cannot be captured": 3}, {}, []),
+        (3, {}, {}, ["3 of 3 steps replayed"]),
+        (
+            1,
+            {"it has prompt tokens": 2},
+            {"logprobs": 2, "penalties": 1},
+            [
+                "1 of 3 steps replayed (eager because it has prompt tokens: 2)",
+                "steps that the host waited for: logprobs: 2, penalties: 1",
+            ],
+        ),
+    ],
+)
+def test_the_summary_says_how_steps_were_launched(
+    replayed: int, eager: dict[str, int], synchronous: dict[str, int], expected: list[str]
+) -> None:
+    graphs = {"replayed": replayed, "padded": replayed, "eager_reasons": eager}
+    stats = {**STATS, "overlap": {}, "graphs": graphs, "synchronous_reasons": synchronous}
+    assert generate_module._summary([], stats, 1.0).splitlines()[2:] == expected
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])

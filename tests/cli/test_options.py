@@ -135,7 +135,9 @@ def test_a_value_that_looks_like_an_option_stays_a_value(monkeypatch: pytest.Mon
         ("num-layers: null", [], {}),
         ("imbalance-ratio: 1", [], {"imbalance_ratio": 1.0}),
         ("model: org/file", ["org/name"], {"model": "org/name"}),
-        ("compilation-config: {cudagraph_mode: none}", [], {}),
+        ("compilation-config: {cudagraph_mode: none}", [], {"enforce_eager": True}),
+        ("max-cudagraph-capture-size: 8", ["--cuda-graph-sizes", "1", "2"], {"cuda_graph_sizes": "1,2"}),
+        ("cuda-graph-sizes: [1, 2]", ["--cuda-graph-sizes", "4,8"], {"cuda_graph_sizes": "4,8"}),
         ("", [], {}),
     ],
 )

@@ -101,7 +101,8 @@ def test_a_prompt_as_what_a_user_says(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert asked(monkeypatch, "--chat", "--prompt", "Hello", "--json") == 0
     (row, _) = map(json.loads, capsys.readouterr().out.split("\n")[:2])
     assert json.loads(row["prompt"]) == [[{"role": "user", "content": "Hello"}], SAID]
-    stats = {"steps": 1, "steps_by_plan": {}, "serial_reasons": {}, "overlap": {}, "transport": "local"}
+    stats: dict[str, Any] = {"steps": 1, "steps_by_plan": {}, "serial_reasons": {}, "overlap": {}, "transport": "local"}
+    stats |= {"graphs": {"replayed": 0, "padded": 0, "eager_reasons": {}}, "synchronous_reasons": {}}
     monkeypatch.setattr(Echo, "stats", lambda self: stats)
     words = (
         "--chat-template-kwargs",

@@ -127,15 +127,19 @@ def test_cors_options_without_origins_say_that_they_do_nothing() -> None:
 
 # ---- sizes
 
+SIZES = [name for name, one in OPTIONS.items() if one.size in ("count", "bytes")]
+
 
 def test_the_command_line_and_llm_take_the_same_options_as_sizes() -> None:
     kinds = {name: engine_options._kind(one.annotation) for name, one in engine_options.engine_parameters().items()}
     sizes = {name: kind for name, kind in kinds.items() if kind in ("count", "bytes")}
-    assert sizes == {name: one.size for name, one in OPTIONS.items() if one.size}
+    assert sizes == {name: OPTIONS[name].size for name in SIZES}
     assert {*sizes.values()} == {"count", "bytes"}
+    lists = [name for name, kind in kinds.items() if kind == "sizes"]
+    assert lists == [name for name, one in OPTIONS.items() if one.size == "list"] == ["cuda_graph_sizes"]
 
 
-@pytest.mark.parametrize("name", [name for name, one in OPTIONS.items() if one.size])
+@pytest.mark.parametrize("name", SIZES)
 def test_every_such_option_is_read_on_every_way(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     expected = make_config({name: 2048})
     assert make_config({name: "2K"}) == expected

@@ -26,6 +26,18 @@ KEYS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"torchair_graph_batch_sizes": [24]}, {}, ["torchair_graph_batch_sizes"]),
     ({"trace_recompiles": True}, {}, ["trace_recompiles"]),
     ({"enable_graph_mode": False, "trace_recompiles": False}, {}, []),
+    ({"enable_graph_mode": True}, {"enforce_eager": False}, []),
+    (
+        {"enable_graph_mode": True, "torchair_graph_batch_sizes": [24]},
+        {"enforce_eager": False, "cuda_graph_sizes": "24,"},
+        [],
+    ),
+    (
+        {"torchair_graph_config": {"enabled": True, "graph_batch_sizes": [1, 24], "use_cached_graph": True}},
+        {"enforce_eager": False, "cuda_graph_sizes": "1,24"},
+        ["torchair_graph_config: use_cached_graph"],
+    ),
+    ({"xlite_graph_config": {"enabled": True, "full_mode": True}}, {"enforce_eager": False}, ["xlite_graph_config"]),
     ({"ascend_scheduler_config": {}}, {}, []),
     ({"ascend_scheduler_config": {"enabled": False, "enable_chunked_prefill": True}}, {}, []),
     (
@@ -54,11 +66,8 @@ KEYS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     # (the configuration, the option of the error, what its remedy contains)
     ({"expert_tensor_parallel_size": 16}, "c: expert_tensor_parallel_size", "ranks=N"),
-    ({"enable_graph_mode": True}, "c: enable_graph_mode", "leave it out"),
-    ({"torchair_graph_config": {"enabled": True, "graph_batch_sizes": [24]}}, "c: torchair_graph_config", "leave it"),
     ({"torchair_graph_config": {"graph_batch_size": [28]}}, "c: torchair_graph_config", "'graph_batch_sizes'"),
     ({"torchair_graph_config": True}, "c: torchair_graph_config", '{"key": "value"}'),
-    ({"xlite_graph_config": {"enabled": True}}, "c: xlite_graph_config", "leave it out"),
     ({"dynamic_eplb": True}, "c: dynamic_eplb", "leave it out"),
     ({"expert_map_path": "map.json"}, "c: expert_map_path", "leave it out"),
     ({"init_redundancy_expert": 2}, "c: init_redundancy_expert", "leave it out"),
@@ -126,6 +135,7 @@ CONFIG_A = (
     '"init_torchair_graph_batch_sizes":true,"trace_recompiles":true,"ascend_scheduler_config":{},"enable_graph_mode":%s}'
 )
 MEANT_A = {
+    "enforce_eager": True,  # by -O 0
     "model": "deepseek-ai/DeepSeek-V2-Lite",
     "ranks": 2,
     "max_num_seqs": 24,
@@ -136,6 +146,7 @@ MEANT_A = {
     "gpu_memory_utilization": 0.95,
 }
 MEANT_B = {
+    "enforce_eager": True,
     "model": "deepseek-ai/DeepSeek-V2-Lite",
     "ranks": 2,
     "max_model_len": 32000,
@@ -160,16 +171,23 @@ THRESHOLDS = {"dbo_prefill_token_threshold": 512, "dbo_decode_token_threshold": 
         (
             ENGINE_B.replace("--enforce-eager ", "")
             + """--enable-dbo --compilation-config '{"cudagraph_mode": "full_decode_only"}'""",
-            "compilation_config",
+            MEANT_B | {"enforce_eager": False, "dbo": "on"} | THRESHOLDS,
         ),
         (ENGINE_A + f"--additional-config '{CONFIG_A % (1, 'false')}'", MEANT_A),
         (
             ENGINE_A + f"--additional-config '{CONFIG_A % (16, 'false')}'",
             "additional_config: expert_tensor_parallel_size",
         ),
-        (ENGINE_A + f"--additional-config '{CONFIG_A % (1, 'true')}'", "additional_config: enable_graph_mode"),
+        (
+            ENGINE_A + f"--additional-config '{CONFIG_A % (1, 'true')}'",
+            MEANT_A | {"enforce_eager": False, "cuda_graph_sizes": "24,"},
+        ),
+        (ENGINE_A + "--enforce-eager --additional-config '{\"enable_graph_mode\": true}'", "enforce_eager"),
         (ENGINE_A.replace("-O 0", "-O0") + "--quantization ascend", "quantization"),
-        (ENGINE_A.replace("-O 0", "-O3"), "O"),
+        (
+            ENGINE_A.replace("-O 0", "-O3").replace("--compilation_config 0 ", ""),
+            MEANT_A | {"enforce_eager": False},
+        ),
         (ENGINE_A + "-tp=8", "tp"),
     ],
 )
@@ -187,4 +205,5 @@ def test_command_lines_of_the_two_systems(
     assert isinstance(ended.value, AskedError), ended.value
     assert ended.value.config == make_config(outcome)
     assert all("has no effect" in message for message in caplog.messages)
-    assert len(caplog.messages) == 1 + ("additional" in line)  # one of --trust-remote-code
+    noted = ("--trust-remote-code", "--additional-config", "-O3")
+    assert len(caplog.messages) == sum(option in line for option in noted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,20 @@ class Refused:
     option: str = ""
 
 
+@dataclass(frozen=True)
 class Note:
-    """The option means nothing here, and one note says so."""
+    """One note says that the option, or a part of it, means nothing here. own: what the rest means."""
+
+    own: dict[str, Any] = field(default_factory=dict)
 
 
 SERVER = Refused("`antiphon serve`")
 LEAVE_OUT = Refused("leave it out")
 RANKS = Refused("ranks=N")
 NOTE = Note()
+EAGER = {"enforce_eager": True}
+MODE = "cudagraph_mode"
+SIZES = "cudagraph_capture_sizes"
 
 CASES: list[tuple[str, Any, dict[str, Any] | Refused | Note]] = [
     # (name, value, what it means in our options)
@@ -60,10 +66,11 @@ CASES: list[tuple[str, Any, dict[str, Any] | Refused | Note]] = [
     ("ubatch_size", 9, Refused("2 to 8", option="micro_batches")),
     ("additional_config", {}, SAME),
     ("additional_config", {"torchair_graph_config": {"enabled": False}}, SAME),
+    ("additional_config", {"torchair_graph_config": {"enabled": True}}, SAME),
     (
         "additional_config",
-        {"torchair_graph_config": {"enabled": True}},
-        Refused("leave it out", option="additional_config: torchair_graph_config"),
+        {"torchair_graph_config": {"enabled": True, "graph_batch_sizes": [4, 8]}},
+        {"cuda_graph_sizes": "4,8"},
     ),
     ("additional_config", {"ascend_scheduler_config": {"enabled": True}}, NOTE),
     (
@@ -99,18 +106,46 @@ CASES: list[tuple[str, Any, dict[str, Any] | Refused | Note]] = [
     ("data_parallel_rpc_port", 13345, RANKS),
     ("headless", True, RANKS),
     ("disable_custom_all_reduce", True, NOTE),
-    ("enforce_eager", True, SAME),
-    ("enforce_eager", False, LEAVE_OUT),
-    ("compilation_config", {"cudagraph_mode": "none"}, SAME),
-    ("compilation_config", {"cudagraph_mode": "NONE", "mode": 0, "cudagraph_capture_sizes": []}, SAME),
+    # graphs: vLLM, then SGLang
+    ("enforce_eager", True, EAGER),
+    ("enforce_eager", False, SAME),
+    ("cuda_graph_sizes", [1, 2, 4], {"cuda_graph_sizes": "1,2,4"}),
+    ("cuda_graph_sizes", "1,2,4", {"cuda_graph_sizes": "1,2,4"}),
+    ("cuda_graph_sizes", 32, {"cuda_graph_sizes": "32"}),
+    ("cuda_graph_sizes", [32], {"cuda_graph_sizes": "32"}),
+    (SIZES, [1, 2, 4], {"cuda_graph_sizes": "1,2,4"}),
+    (SIZES, [8], {"cuda_graph_sizes": "8,"}),
+    ("max_cudagraph_capture_size", 64, {"cuda_graph_sizes": "64"}),
+    ("max_cudagraph_capture_size", 0, EAGER),
     ("compilation_config", {}, SAME),
-    ("compilation_config", 0, SAME),
-    ("compilation_config", {"cudagraph_mode": "full_decode_only"}, Refused('{"cudagraph_mode": "none"}')),
-    ("compilation_config", 3, Refused('{"mode": 0}')),
+    ("compilation_config", {MODE: "none"}, EAGER),
+    ("compilation_config", {MODE: "NONE", "mode": 0, SIZES: []}, EAGER),
+    ("compilation_config", {MODE: 0}, EAGER),
+    ("compilation_config", {MODE: "full_decode_only", "level": 0}, SAME),
+    ("compilation_config", {MODE: "FULL_AND_PIECEWISE"}, SAME),
+    ("compilation_config", {MODE: None, "compile_sizes": []}, SAME),
+    ("compilation_config", {MODE: "full"}, NOTE),
+    ("compilation_config", {MODE: 2, SIZES: [2, 4]}, Note({"cuda_graph_sizes": "2,4"})),
+    ("compilation_config", {MODE: "PIECEWISE"}, NOTE),
+    ("cc", {MODE: 1}, NOTE),
+    ("compilation_config", {MODE: "fulll"}, Refused("'full'", option="compilation_config: cudagraph_mode")),
+    ("compilation_config", {SIZES: [1, 2], "max_cudagraph_capture_size": 2}, {"cuda_graph_sizes": "1,2"}),
+    ("compilation_config", {"max_cudagraph_capture_size": 16}, {"cuda_graph_sizes": "16"}),
+    ("compilation_config", {"mode": 3}, NOTE),
+    ("compilation_config", {"level": 0}, EAGER),
+    ("compilation_config", 0, EAGER),
+    ("compilation_config", 3, NOTE),
     ("compilation_config", {"splitting_ops": ["x"]}, LEAVE_OUT),
-    ("cc", {"cudagraph_mode": "full"}, Refused('{"cudagraph_mode": "none"}')),
-    ("cudagraph_capture_sizes", ["1", "2"], LEAVE_OUT),
-    ("async_scheduling", True, LEAVE_OUT),
+    ("disable_cuda_graph", True, EAGER),
+    ("disable_cuda_graph", False, SAME),
+    ("cuda_graph_max_bs", 16, {"cuda_graph_sizes": "16"}),
+    ("cuda_graph_max_bs", -1, Refused("0")),
+    ("cuda_graph_bs", [1, 2, 4], {"cuda_graph_sizes": "1,2,4"}),
+    # launching ahead
+    ("async_scheduling", True, SAME),
+    ("async_scheduling", False, {"async_scheduling": False}),
+    ("disable_overlap_schedule", True, {"async_scheduling": False}),
+    ("disable_overlap_schedule", False, SAME),
     ("speculative_config", {"method": "mtp"}, LEAVE_OUT),
     ("enable_prefix_caching", False, {"prefix_caching": False}),
     ("enable_prefix_caching", True, SAME),
@@ -176,7 +211,8 @@ def as_words(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     dashes = "-" if len(name) == 2 else "--"
-    words = value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)]
+    values = value if isinstance(value, list) else [value]
+    words = [one if isinstance(one, str) else json.dumps(one) for one in values]
     return [f"{dashes}{flag}", *words]
 
 
@@ -216,8 +252,8 @@ def test_options_of_other_engines(
         assert outcome.remedy in error.remedy, error
         return
     assert isinstance(error, AskedError), error
-    assert error.config == make_config(outcome if isinstance(outcome, dict) else {})
-    assert [name in note for note in caplog.messages] == [True] * (outcome is NOTE)
+    assert error.config == make_config(outcome.own if isinstance(outcome, Note) else outcome)
+    assert [name in note for note in caplog.messages] == [True] * isinstance(outcome, Note)
 
 
 @pytest.mark.parametrize("name", ["hf_token", "api_key"])
@@ -250,6 +286,12 @@ def test_no_name_is_both_ours_and_another_engines() -> None:
             ["--enable-dbo", "--no-enable-microbatching"],
             "dbo",
             "off",
+        ),
+        (
+            {"disable_cuda_graph": False, "enforce_eager": True},
+            ["--no-disable-cuda-graph", "--enforce-eager"],
+            "enforce_eager",
+            True,
         ),
         (
             {"microbatching_token_threshold": 5, "dbo_decode_token_threshold": 6},

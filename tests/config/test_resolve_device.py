@@ -18,6 +18,7 @@ from antiphon.config import resolve
 from antiphon.config.cache import CacheSize
 from antiphon.config.describe import describe_config
 from antiphon.config.engine_config import EngineConfig, ResolvedConfig
+from antiphon.config.graph_sizes import CaptureReport
 from antiphon.config.resolve import DEVICE_VARIABLE, resolve_device, resolve_peer_access
 from antiphon.core.errors import EngineError, OptionError
 from antiphon.core.policy import NEVER, OverlapPolicy
@@ -203,6 +204,7 @@ def test_the_ready_message_carries_the_cache() -> None:
         data_path=DataPath.HOST,
         cache=CacheSize(num_blocks=7, source="why"),
         attention="torch: as requested",
+        captured=CaptureReport(),
     )
     assert decode_from_worker(encode(ready)) == ready
 

@@ -16,6 +16,7 @@ from antiphon import LLM, SamplingParams
 from antiphon.comm import DataPath
 from antiphon.config.cache import CacheSize
 from antiphon.config.engine_config import EngineConfig
+from antiphon.config.graph_sizes import CaptureReport
 from antiphon.core.bundled import bundled_model
 from antiphon.core.errors import ModelError
 from antiphon.engine.messages import (
@@ -130,6 +131,7 @@ def test_the_ranks_go_on_together_when_the_last_one_has_loaded() -> None:
         transport_name="alltoall",
         data_path=DataPath.HOST,
         cache=CacheSize(num_blocks=2, source="why"),
+        captured=CaptureReport(),
     )
     loading = Starting(what=LOADING, bytes_read=1, num_bytes=2)
     script: list[tuple[int, FromWorker]] = [(0, loading), (0, Loaded()), (1, loading), (1, Loaded())]

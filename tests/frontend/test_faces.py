@@ -48,6 +48,9 @@ def test_statistics_are_a_value(one_rank: LLM) -> None:
     assert isinstance(stats, EngineStats)
     assert stats["steps"] == stats.steps >= 0
     assert json.loads(json.dumps(stats.to_dict()))["steps_by_plan"] == stats.steps_by_plan
+    graphs = stats["graphs"]
+    assert graphs["replayed"] == graphs["padded"] == 0  # on a CPU
+    assert sum(graphs["eager_reasons"].values()) == stats.steps
     with pytest.raises(KeyError, match="nothing"):
         stats["nothing"]
     with pytest.raises(FrozenInstanceError):

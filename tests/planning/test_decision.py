@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from antiphon.core.plan import MAX_LANES, Plan, Proposal, SerialReason
+from antiphon.core.plan import MAX_LANES, EagerReason, Plan, Proposal, SerialReason
 from antiphon.core.policy import DBO_MODES, NEVER, OverlapPolicy
 from antiphon.planning import decide
 
@@ -364,15 +364,22 @@ def test_a_step_is_padded_to_the_smallest_size_that_holds_every_rank(counts: tup
     assert plan.graph == size
     assert plan.part_tokens == tuple((count,) for count in counts)
     assert plan.rows_by_rank(0) == (tuple(counts) if not size else (size,) * len(counts))
-    assert plan.eager == ("more sequences than the largest size" if counts == (9, 0) else "")
+    assert plan.eager is (EagerReason.TOO_LARGE if counts == (9, 0) else EagerReason.NONE)
 
 
 def test_prefill_is_not_padded_and_nothing_is_without_a_ladder() -> None:
-    plan = decide(_tokens(3, 3, prefill=2), OverlapPolicy(dbo="off"), {1: (4, 8)})
-    assert (plan.graph, plan.eager) == (0, "it has prompt tokens")
-    for ladders in ({}, {2: (4, 8)}):
-        plan = decide(_tokens(3, 3), OverlapPolicy(dbo="off"), ladders)
-        assert (plan.graph, plan.eager) == (0, "no serial sizes")
+    ladders = {1: (4, 8)}
+    for proposals, known, reason in (
+        (_tokens(3, 3), ladders, EagerReason.NONE),
+        (_tokens(3, 3, prefill=2), ladders, EagerReason.PROMPTS),
+        (_tokens(3, 9), ladders, EagerReason.TOO_LARGE),
+        (_tokens(3, 3), {2: (4, 8)}, EagerReason.NO_SIZES),
+        (_tokens(3, 3), {}, EagerReason.NO_SIZES),
+        (_tokens(0, 0), ladders, EagerReason.NONE),  # it does not run
+    ):
+        plan = decide(proposals, OverlapPolicy(dbo="off"), known)
+        assert plan.eager is reason
+        assert bool(plan.graph) == (reason is EagerReason.NONE and not plan.is_empty)
 
 
 def test_each_lane_is_padded_to_the_longest_part_of_all_ranks() -> None:

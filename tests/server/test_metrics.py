@@ -35,6 +35,8 @@ def stats_of_rank(factor: int = 1) -> dict[str, Any]:
         "steps_by_plan": {"serial": 3 * factor, "dual": 7 * factor},
         "serial_reasons": {"below the decode threshold": 3 * factor},
         "last_plan": "dual",
+        "graphs": {"replayed": 4 * factor, "padded": 5 * factor, "eager_reasons": {"it has prompt tokens": 6 * factor}},
+        "synchronous_reasons": {"logprobs": 2 * factor},
         "overlap": {"dual": {name: value * factor for name, value in sums.items()}},
         "preemptions": 2 * factor,
         "prefix_cache": {"admitted_tokens": 50 * factor, "hit_tokens": 20 * factor},
@@ -99,6 +101,9 @@ def test_what_the_ranks_count_is_mirrored() -> None:
     assert found["prefix_cache_hits_total", ("1",)] == 20
     assert found["steps_total", ("dual",)] == 7  # from one rank: all run the same steps
     assert found["serial_steps_total", ("below the decode threshold",)] == 3
+    assert found["steps_replayed_total", ()] == 4
+    assert found["steps_eager_total", ("it has prompt tokens",)] == 6
+    assert [found["steps_synchronous_total", (rank, "logprobs")] for rank in "01"] == [2, 2]
     assert found["communication_seconds_total", ("dual", "1", "hidden")] == 2
     assert found["communication_seconds_total", ("dual", "1", "exposed")] == 1
     assert found["communication_bytes_total", ("dual", "0")] == 100

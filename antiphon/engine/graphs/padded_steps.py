@@ -14,11 +14,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from antiphon.comm import RankGroup, Transport
+from antiphon.config.graph_sizes import CaptureReport
 from antiphon.core.batch import Batch
 from antiphon.core.errors import first_line
 from antiphon.core.plan import Plan
@@ -36,16 +36,6 @@ Size = tuple[int, int]
 
 Ladders = Mapping[int, tuple[int, ...]]
 """Ascending sizes of a lane, by number of lanes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaptureReport:
-    """What was captured. obstacle: why steps are eager; "" if they are not."""
-
-    num_graphs: int = 0
-    time_s: float = 0.0
-    num_bytes: int = 0
-    obstacle: str = ""
 
 
 class PaddedSteps:
@@ -109,7 +99,8 @@ class PaddedSteps:
             num_graphs=len(self._captured),
             time_s=time.monotonic() - started,
             num_bytes=max(0, free_before - self._streams.owner.memory().free_bytes),
-            obstacle=obstacle if not self._captured else "",
+            sizes=self.ladders,
+            obstacle="" if self._captured else obstacle,
         )
 
     @property
