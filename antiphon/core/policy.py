@@ -22,6 +22,9 @@ _GROUP = "Overlap"
 NEVER = 2**62
 """A threshold that no step reaches."""
 
+MEASURED = NEVER + 1
+"""The same, for decode steps about which measurements at the start decide."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapPolicy:
@@ -120,7 +123,7 @@ class OverlapPolicy:
     @property
     def measures_decode(self) -> bool:
         """Whether measurements decide about decode steps, where there are any."""
-        return self.dbo == "auto" and self.decode_threshold == NEVER
+        return self.dbo == "auto" and self.decode_threshold == MEASURED
 
     def threshold(self, *, decode_only: bool) -> int:
         """Minimum number of tokens on the busiest rank to split a step."""
@@ -164,11 +167,17 @@ class OverlapPolicy:
         prefill, decode = self.threshold(decode_only=False), self.threshold(decode_only=True)
         if not prefill and not decode:
             return "always"
+        if self.measures_decode:
+            return f"{_from(prefill)} in prefill, as measured at the start in decode"
         if decode >= NEVER:
             return f"from {prefill} tokens per rank in prefill, never in decode"
         if prefill >= NEVER:
             return f"from {decode} tokens per rank in decode, never in prefill"
         return f"from {prefill} tokens per rank in prefill and {decode} in decode"
+
+
+def _from(threshold: int) -> str:
+    return "never" if threshold >= NEVER else f"from {threshold} tokens per rank"
 
 
 _OPTIONS = options_of(OverlapPolicy)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from antiphon.comm import DataPath
-from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRESHOLD, NEVER, OverlapPolicy
+from antiphon.core.policy import DEFAULT_DECODE_THRESHOLD, DEFAULT_PREFILL_THRESHOLD, MEASURED, NEVER, OverlapPolicy
 from antiphon.runtime import find_device
 
 _CUDA_THRESHOLD = 4096
@@ -48,10 +48,6 @@ class ResolvedPolicy:
         """What was chosen and why, in one sentence."""
         if not self.cause:
             return "as asked"
-        if self.policy.measures_decode:
-            prefill = self.policy.threshold(decode_only=False)
-            said = "never in prefill" if prefill >= NEVER else f"from {prefill} tokens per rank in prefill"
-            return f"{said}, as measured in decode: {self.cause}"
         return f"{'off' if self.policy.dbo == 'off' else self.policy.describe_thresholds()}: {self.cause}"
 
 
@@ -66,7 +62,7 @@ def resolve_policy(policy: OverlapPolicy, conditions: Conditions) -> ResolvedPol
         return ResolvedPolicy(replace(policy, dbo="off"), "one rank has no communication to hide")
     prefill, decode, cause = _rule(conditions)
     if conditions.captured:
-        decode = NEVER
+        decode = MEASURED
     given = {"prefill": policy.prefill_threshold, "decode": policy.decode_threshold}
     asked = [kind for kind, threshold in given.items() if threshold is not None]
     if not asked and prefill == decode == NEVER and not conditions.captured:

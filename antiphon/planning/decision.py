@@ -37,7 +37,7 @@ def decide(
     ladders: by number of lanes, ascending sizes of a lane to which steps without prefill are padded.
     measured: decides about steps without prefill under `auto`, unless the user has set a threshold for them.
     """
-    if policy.dbo != "auto" or policy.decode_threshold != NEVER:
+    if not policy.measures_decode:
         measured = None
     plan = _split_or_serial(proposals, policy, measured)
     if plan.is_empty:

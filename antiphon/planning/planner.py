@@ -28,9 +28,10 @@ class Planner:
         ladders: Mapping[int, Sequence[int]] = NO_LADDERS,
         measured: MeasuredDecode | None = None,
     ) -> None:
-        self.ladders = ladders
+        self.ladders = ladders  # fixed from here on, and so is `measured`
         self.measured = measured
         self.policy = policy
+        self._known_fingerprint: tuple[OverlapPolicy | None, int] = (None, 0)
 
     def agree(self, batch: Batch, group: RankGroup, *, wave: int = 0) -> Plan:
         """Agree on the plan of the next step. All ranks must call this together. Raises as `exchange` does."""
@@ -45,7 +46,7 @@ class Planner:
             num_prefill_tokens=batch.num_prefill_tokens,
             part_tokens=(batch.num_tokens,),
             wave=wave,
-            policy=zlib.crc32(repr((self.policy.fingerprint(), sorted(self.ladders.items()), self.measured)).encode()),
+            policy=self._fingerprint(),
         )
         if self.policy.dbo == "off":
             return whole
@@ -57,6 +58,15 @@ class Planner:
             imbalance_ratio=self.policy.imbalance_ratio,
         )
         return replace(whole, part_tokens=cut.part_tokens, refusal=cut.refusal)
+
+    def _fingerprint(self) -> int:
+        """Equal for planners that decide alike. Computed anew only for another policy, as it is sent in every step."""
+        policy, fingerprint = self._known_fingerprint
+        if policy is not self.policy:
+            told = repr((self.policy.fingerprint(), sorted(self.ladders.items()), self.measured))
+            fingerprint = zlib.crc32(told.encode())
+            self._known_fingerprint = (self.policy, fingerprint)
+        return fingerprint
 
     def _ladders(self) -> Mapping[int, Sequence[int]]:
         if self.policy.splits_all_layers:

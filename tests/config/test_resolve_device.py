@@ -281,12 +281,17 @@ def test_peer_copies_that_are_forbidden_cannot_be_asked_for(monkeypatch: pytest.
 
 
 def started_on_gpus(
-    monkeypatch: pytest.MonkeyPatch, data_path: DataPath, policy: OverlapPolicy, *, transport: str = "alltoall"
+    monkeypatch: pytest.MonkeyPatch,
+    data_path: DataPath,
+    policy: OverlapPolicy,
+    *,
+    transport: str = "alltoall",
+    enforce_eager: bool = True,
 ) -> ResolvedConfig:
     """What the front makes of what two ranks on GPUs have found."""
     machine_with(monkeypatch, 2)
     monkeypatch.setattr(config_module, "load_transport", lambda spec, kind: None)  # it needs CUDA's bindings
-    config = EngineConfig(ranks=2, transport=transport, policy=policy).resolve()
+    config = EngineConfig(ranks=2, transport=transport, policy=policy, enforce_eager=enforce_eager).resolve()
     cache = CacheSize(num_blocks=10, source="a test")
     return config.started(device_name="a GPU", transport_name=transport, data_path=data_path, cache=cache)
 
@@ -326,12 +331,43 @@ def test_the_transports_name_does_not_decide(transport: str, monkeypatch: pytest
     assert through_host.policy.threshold(decode_only=True) == 4096
 
 
+@pytest.mark.parametrize(
+    ("data_path", "asked", "expected"),
+    [
+        (
+            DataPath.PEERS,
+            {},
+            "auto: 2 micro-batches, cut by token, never in prefill, as measured at the start in decode: peer access is "
+            "in use, where overlap has not paid",
+        ),
+        (
+            DataPath.HOST,
+            {},
+            "auto: 2 micro-batches, cut by token, from 4096 tokens per rank in prefill, as measured at the start in "
+            "decode: data goes through host memory, where overlap has paid",
+        ),
+        (
+            DataPath.HOST,
+            {"decode_threshold": 64},
+            "auto: 2 micro-batches, cut by token, from 4096 tokens per rank in prefill and 64 in decode: decode as "
+            "asked, and data goes through host memory, where overlap has paid",
+        ),
+        (DataPath.PEERS, {"dbo": "off"}, "off: every step is serial"),
+    ],
+)
+def test_decode_steps_that_are_captured_are_measured(
+    data_path: DataPath, asked: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = started_on_gpus(monkeypatch, data_path, OverlapPolicy(**asked), enforce_eager=False)
+    assert dict(describe_config(started))["dbo"].partition("; a step has at most")[0] == expected
+
+
 def test_auto_is_open_until_the_ranks_have_looked(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine_with(monkeypatch, 2)
     monkeypatch.setattr(config_module, "load_transport", lambda spec, kind: None)
-    config = EngineConfig(ranks=2).resolve()
+    config = EngineConfig(ranks=2, enforce_eager=True).resolve()
     assert config.policy == OverlapPolicy()
     assert dict(describe_config(config))["dbo"] == (
         "auto: resolved when the ranks know whether their devices reach each other"

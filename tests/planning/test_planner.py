@@ -80,8 +80,8 @@ def test_wave_and_fingerprint_go_into_the_offer():
     others = [
         Planner(OverlapPolicy(dbo="on")),
         Planner(OverlapPolicy(dbo="off")),
-        Planner(policy, (4, 8)),
-        Planner(policy, (4,)),
+        Planner(policy, {1: (4, 8)}),
+        Planner(policy, {1: (4,)}),
     ]
     fingerprints = [planner.propose(batch_of((4, 0))).policy for planner in others]
     assert fingerprints[0] == proposal.policy
