@@ -16,7 +16,10 @@ from greenlet import getcurrent
 
 from antiphon.comm import Flight, Routes, Rows
 from antiphon.comm.collective.alltoall import AllToAllTransport
+from antiphon.comm.slab.copy_engine import CopyEngineTransport
+from antiphon.comm.slab.host_staged import HostStagedTransport
 from antiphon.comm.slab.mailbox import Exchange, Phase
+from antiphon.comm.slab.one_sided import OneSidedTransport
 from antiphon.comm.slab.shared_memory import SharedMemoryTransport
 from antiphon.core.warn_once import warn_once
 from antiphon.engine.worker import report_and_exit
@@ -140,3 +143,27 @@ class LoadsSlowly(AllToAllTransport):
             return allocate_cache(*places, **sizes)
 
         build.load_weights, build.allocate_cache = slow, after_an_exchange
+
+
+# ---- a peer that stops before a replay, on GPUs
+
+
+def _without_replay(kind: type[Any]) -> type[Any]:
+    """The transport, whose rank 1 launches a few captured steps and then no more, while its process lives on."""
+
+    class WithoutReplay(kind):  # type: ignore[misc]
+        capture_obstacle = ""
+        num_replays = 0
+
+        def before_replay(self) -> None:
+            super().before_replay()
+            self.num_replays += 1
+            if self.group.rank == 1 and self.num_replays > 20:
+                time.sleep(1000)
+
+    return WithoutReplay
+
+
+CopyEngineWithoutReplay = _without_replay(CopyEngineTransport)
+HostStagedWithoutReplay = _without_replay(HostStagedTransport)
+OneSidedWithoutReplay = _without_replay(OneSidedTransport)
