@@ -150,6 +150,7 @@ def build_engine(
         planner=Planner(policy, ladders, measured),
         runner=runner,
         padded=padded,
+        timer=device.timer() if device.queues else None,
         captured=captured,
         sampler=Sampler(
             model.logits,

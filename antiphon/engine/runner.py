@@ -9,8 +9,8 @@ If only some layers are split, the other layers run on one lane, over the whole 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from antiphon.core.batch import MicroBatch
 from antiphon.kernels.dispatch import no_cuda_kernels
 from antiphon.models import CausalLM, run_micro_batch
-from antiphon.runtime import Recorder, Streams, run_lanes
+from antiphon.runtime import LaneEvent, Recorder, Streams, run_lanes
 from antiphon.splitting import cut_tensors, join_tensors
 
 
@@ -33,6 +33,16 @@ class Runner:
         self._num_layers = model.num_layers
         self._streams = streams
         self._recorder = recorder
+
+    @contextmanager
+    def listening(self) -> Iterator[list[LaneEvent]]:
+        """Collect the events of the runs inside the context, instead of passing them to the recorder."""
+        collected = _Events()
+        before, self._recorder = self._recorder, collected
+        try:
+            yield collected.events
+        finally:
+            self._recorder = before
 
     @torch.inference_mode()
     def run(
@@ -78,3 +88,13 @@ class Runner:
         kernels = nullcontext() if self._fused_kernels else no_cuda_kernels()
         with carve_out, kernels:
             return run_lanes(functions, streams=self._streams, recorder=self._recorder)
+
+
+class _Events:
+    """A recorder that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.events: list[LaneEvent] = []
+
+    def on_event(self, event: LaneEvent) -> None:
+        self.events.append(event)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +50,7 @@ class StepStats:
         self._eager_reasons: Counter[str] = Counter()
         self._synchronous_reasons: Counter[str] = Counter()
         self._num_replayed = self._num_padded = 0
+        self._device_s: dict[str, float] = defaultdict(float)
         self._last_plan = ""
         self.num_steps = 0
 
@@ -66,6 +67,10 @@ class StepStats:
         if synchronous:
             self._synchronous_reasons[synchronous] += 1
         self._last_plan = str(plan)
+
+    def add_device_time(self, plan_kind: str, milliseconds: float) -> None:
+        """Add the time of a step on a device that queues its work, from its first kernel to its last."""
+        self._device_s[plan_kind] += milliseconds * 1e-3
 
     def _eager_reason(self, plan: Plan) -> str:
         """Why a step was launched kernel by kernel. A padded step, and one without sizes, may only lack its graph."""
@@ -85,6 +90,7 @@ class StepStats:
                 "eager_reasons": dict(self._eager_reasons),
             },
             "synchronous_reasons": dict(self._synchronous_reasons),
+            "device_seconds": dict(self._device_s),
         }
 
 

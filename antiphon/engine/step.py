@@ -25,6 +25,7 @@ from antiphon.config.graph_sizes import CaptureReport
 from antiphon.core.batch import PENDING_TOKEN, Batch, MicroBatch, upload
 from antiphon.core.plan import Plan
 from antiphon.core.policy import OverlapPolicy
+from antiphon.device.device import Reading, StepTimer
 from antiphon.engine.graphs.padded_steps import PaddedSteps
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.sampler import Sampler, Sampling
@@ -46,10 +47,12 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step whose tokens the host has not seen."""
+    """A step whose tokens the host has not seen. reading: its time on the device, if this queues its work."""
 
     batch: Batch
     sampling: Sampling
+    kind: str  # the plan's
+    reading: Reading | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +60,7 @@ class StepEngine:
     """The parts of one rank. An exception inside `step` is fatal, because its peers are already communicating.
 
     padded: runs the steps without prefill whose size is in the planner's ladders; `None` if there are no such sizes.
+    timer: of steps on a device that queues its work; `None` on others.
     """
 
     group: RankGroup
@@ -71,6 +75,7 @@ class StepEngine:
     recorder: StepRecorder
     stats: StepStats
     expert_load: ExpertLoad
+    timer: StepTimer | None = None
     captured: CaptureReport = field(default_factory=CaptureReport)
     wave: int = 0  # of the newest message from the frontend
     in_flight: deque[Launched] = field(default_factory=deque)  # at most one between two calls of `step`
@@ -104,10 +109,14 @@ class StepEngine:
 
     def _launch(self, batch: Batch, plan: Plan) -> None:
         number, kind = self.stats.num_steps, plan.kind
-        with self.recorder.step(number, kind=kind, num_tokens=batch.num_tokens), self.expert_load.step(number):
+        if self.timer is not None:
+            self.timer.start()
+        recording = self.recorder.step(number, kind=kind, num_tokens=batch.num_tokens)
+        with recording as timeline, self.expert_load.step(number):
             if plan.graph:
                 assert self.padded is not None
                 rows = self.padded.run(batch, plan, self._sources())  # one micro-batch or several, at a fixed size
+                timeline.replayed_bytes = self.padded.replayed_bytes(plan)
                 sampling = self.sampler.launch(self.padded.hidden_XD, batch, rows=rows, greedy=True)
             else:
                 parts = self._split(batch, plan)  # 3 one micro-batch or several
@@ -115,7 +124,8 @@ class StepEngine:
                 layers = slice(policy.start_layer, policy.end_layer)
                 hidden = self.runner.run(parts, whole=self._whole(batch, plan), layers=layers)  # 4 the lanes overlap
                 sampling = self.sampler.launch(join(hidden), batch)  # 5
-        self.in_flight.append(Launched(batch, sampling))
+        reading = None if self.timer is None else self.timer.stop()
+        self.in_flight.append(Launched(batch, sampling, kind, reading))
         self.scheduler.launched(batch)
         replayed = self.padded is not None and self.padded.is_captured(plan)
         self.stats.add(plan, replayed=replayed, synchronous=sampling.reason if self.runs_ahead else "")
@@ -124,8 +134,13 @@ class StepEngine:
         """Take the tokens of all steps in flight but the last `but`. Blocks the host until they have run."""
         outputs: list[TokenOutput] = []
         while len(self.in_flight) > but:
-            sampled = self.in_flight[0].sampling.wait()
-            outputs += self.scheduler.commit(self.in_flight.popleft().batch, sampled)
+            launched = self.in_flight[0]
+            sampled = launched.sampling.wait()
+            self.in_flight.popleft()
+            outputs += self.scheduler.commit(launched.batch, sampled)
+            if launched.reading is not None:
+                assert self.timer is not None
+                self.stats.add_device_time(launched.kind, self.timer.elapsed_ms(launched.reading))
         return outputs
 
     @property

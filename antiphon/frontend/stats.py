@@ -21,6 +21,7 @@ class EngineStats:
     where the host only queues work and does not see data arrive, the middle three are `None`.
     graphs: steps that were replayed from a graph (`replayed`) or padded to a fixed size (`padded`), and why the others
     were eager (`eager_reasons`: reason -> steps); the same on all ranks.
+    device_seconds: plan -> time of rank 0's steps, on a device that queues its work.
     Summed over ranks: synchronous_reasons (reason -> steps after which the host had to wait), kv_blocks, unfinished and
     running requests, preemptions, and prefix_cache (tokens of admitted texts, and how many of them were found; a
     preempted request is admitted again).
@@ -31,6 +32,7 @@ class EngineStats:
     steps_by_plan: dict[str, int]
     serial_reasons: dict[str, int]
     graphs: dict[str, Any]
+    device_seconds: dict[str, float]
     synchronous_reasons: dict[str, int]
     overlap: dict[str, dict[str, Any]]
     kv_blocks: dict[str, int]
@@ -60,6 +62,7 @@ class EngineStats:
             steps_by_plan=first["steps_by_plan"],
             serial_reasons=first["serial_reasons"],
             graphs=first["graphs"],
+            device_seconds=first["device_seconds"],
             synchronous_reasons=dict(synchronous),
             overlap=first["overlap"],
             kv_blocks={**blocks, "block_size": first["kv_blocks"]["block_size"]},

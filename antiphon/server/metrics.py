@@ -167,6 +167,7 @@ _COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("serial_steps", "Steps that were not split, by reason, the same on all ranks", ("reason",)),
     ("steps_replayed", "Steps launched as one captured graph, the same on all ranks", ()),
     ("steps_eager", "Steps launched kernel by kernel, by reason, the same on all ranks", ("reason",)),
+    ("step_device_seconds", "Time of steps on a device that queues its work", ("rank", "plan")),
     ("steps_synchronous", "Steps after which the host waited for the tokens, by reason", ("rank", "reason")),
     (
         "communication_seconds",
@@ -215,6 +216,8 @@ class _EngineCollector(Collector):
         self._counters["prefix_cache_hits"].set(label, cache["hit_tokens"])
         for reason, count in stats["synchronous_reasons"].items():
             self._counters["steps_synchronous"].set((rank, reason), count)
+        for plan, seconds in stats["device_seconds"].items():
+            self._counters["step_device_seconds"].set((rank, plan), seconds)
         for plan, sums in stats["overlap"].items():
             for what in ("hidden", "exposed"):
                 if sums[f"{what}_s"] is not None:  # not observed on GPUs: report nothing rather than 0

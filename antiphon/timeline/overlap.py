@@ -29,6 +29,7 @@ class StepTimeline:
     start_ns: int
     end_ns: int = 0
     events: list[LaneEvent] = field(default_factory=list)
+    replayed_bytes: int = 0  # sent by a replay, in which the host sees no events
 
     @property
     def duration_s(self) -> float:
@@ -48,6 +49,14 @@ class StepOverlap:
 
 def measure_overlap(step: StepTimeline) -> StepOverlap:
     """Compute the overlap of a finished step."""
+    if step.replayed_bytes:
+        return StepOverlap(
+            time_s=step.duration_s,
+            communication_s=None,
+            exposed_s=None,
+            hidden_s=None,
+            num_bytes=step.replayed_bytes,
+        )
     launched_ns: dict[int, int] = {}
     wait_start_ns: dict[int, int] = {}
     intervals: list[tuple[int, int]] = []

@@ -37,6 +37,7 @@ def stats_of_rank(factor: int = 1) -> dict[str, Any]:
         "last_plan": "dual",
         "graphs": {"replayed": 4 * factor, "padded": 5 * factor, "eager_reasons": {"it has prompt tokens": 6 * factor}},
         "synchronous_reasons": {"logprobs": 2 * factor},
+        "device_seconds": {"dual": 1.5 * factor},
         "overlap": {"dual": {name: value * factor for name, value in sums.items()}},
         "preemptions": 2 * factor,
         "prefix_cache": {"admitted_tokens": 50 * factor, "hit_tokens": 20 * factor},

@@ -27,6 +27,7 @@ from antiphon.engine.graphs.static_inputs import LaneInputs, StaticInputs
 from antiphon.engine.runner import Runner
 from antiphon.engine.sampling.new_tokens import NewTokens
 from antiphon.models import CausalLM
+from antiphon.runtime import EventKind
 from antiphon.splitting import join
 
 logger = logging.getLogger("antiphon.engine")
@@ -62,6 +63,7 @@ class PaddedSteps:
         self._transport = transport
         self._streams = transport.streams
         self._captured: dict[Size, Captured[None]] = {}
+        self._bytes: dict[Size, int] = {}  # that a step sends
         shape = transport.shape
         with torch.inference_mode(False):
             self.hidden_XD = torch.zeros(max_rows, shape.hidden_size, dtype=shape.dtype, device=self._streams.device)
@@ -124,6 +126,10 @@ class PaddedSteps:
             captured.replay()
         return rows
 
+    def replayed_bytes(self, plan: Plan) -> int:
+        """Bytes that a step sends to other ranks, if it is a replay. Otherwise its events tell, and this is 0."""
+        return self._bytes[plan.num_lanes, plan.graph] if self.is_captured(plan) else 0
+
     def is_captured(self, plan: Plan) -> bool:
         return (plan.num_lanes, plan.graph) in self._captured
 
@@ -137,7 +143,9 @@ class PaddedSteps:
         lanes, rows = size
         plan = Plan(part_tokens=((0,) * lanes,) * self._transport.group.size, graph=rows, reason="to be captured")
         self._inputs.fill(Batch(rank=0, requests=()), plan, {})
-        self._step(size)
+        with self._runner.listening() as events:
+            self._step(size)
+        self._bytes[size] = sum(event.num_bytes for event in events if event.kind is EventKind.ARRIVED)
 
     def replay_ms(self, batch: Batch, plan: Plan, *, repeats: int) -> float:
         """Milliseconds of a captured step on this rank, replayed back to back after one more that is not timed."""
