@@ -96,21 +96,31 @@ def test_items_are_longer_where_there_is_no_memory_for_so_many(lengths: list[int
     )
     table_NB, lens_N = texts.block_table_NB, texts.seq_lens_N
     plan = attention_plan.make_plan(
-        table_NB, lens_N, block_size=16, chunk=256, num_heads=4, value_size=16, most_positions=6 * 256
+        table_NB, lens_N, block_size=16, chunks=paged_gqa.CHUNKS, num_heads=4, value_size=16, most_positions=6 * 256
     )
-    assert int(plan.first_N2[-1]) == span
-    assert int(plan.first_N2[-2]) <= plan.items_X.shape[0] == 9
+    num_items = int(plan.first_N1[-1])
+    assert num_items <= plan.items_X4.shape[0] == 9
+    _, begins, ends, _ = plan.items_X4[:num_items].T
+    assert int((ends - begins).max()) == span * 256
     out_NHV = kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
     torch.testing.assert_close(out_NHV.double(), texts.expected(), rtol=1e-5, atol=1e-5)
 
 
 def test_whole_chunks_come_first_and_partial_results_lie_in_order() -> None:
-    lens_N = torch.tensor([600, 0, 256, 3], dtype=torch.int32, device=DEVICE)
-    table_NB = torch.zeros(4, 40, dtype=torch.int32, device=DEVICE)
-    plan = attention_plan.make_plan(table_NB, lens_N, block_size=16, chunk=256, num_heads=1, value_size=16)
-    assert plan.first_N2.tolist() == [0, 3, 3, 4, 5, 1]
-    items = [divmod(item, 65536) for item in plan.items_X[:5].tolist()]
-    assert items == [(0, 0), (0, 1), (2, 0), (0, 2), (3, 0)]
+    lens_N = torch.tensor([600, 0, 256, 3, 1500], dtype=torch.int32, device=DEVICE)
+    table_NB = torch.zeros(5, 100, dtype=torch.int32, device=DEVICE)
+    chunks = attention_plan.Chunks(short=256, long=1024, long_from=1500)
+    plan = attention_plan.make_plan(table_NB, lens_N, block_size=16, chunks=chunks, num_heads=1, value_size=16)
+    assert plan.first_N1.tolist() == [0, 3, 3, 4, 5, 7]
+    items = [tuple(item) for item in plan.items_X4[:7].tolist()]  # request, begin, end, place
+    whole = [(0, 0, 256, 0), (0, 256, 512, 1), (2, 0, 256, -1), (4, 0, 1024, 5)]
+    assert items == [*whole, (0, 512, 600, 2), (3, 0, 3, -1), (4, 1024, 1500, 6)]
+
+
+@pytest.mark.parametrize(("length", "most"), [(0, 0), (256, 1), (2047, 8), (2048, 8), (2049, 8), (9000, 9), (9217, 10)])
+def test_there_is_room_for_the_chunks_of_any_text_that_is_not_longer(length: int, most: int) -> None:
+    chunks = attention_plan.Chunks(short=256, long=1024, long_from=2049)
+    assert chunks.most(length) == most
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])
