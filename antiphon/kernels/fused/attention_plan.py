@@ -11,8 +11,8 @@ of a text does not depend on what else is in the batch.
 Only the plan knows how large chunks are. An item says all that `attend` must know: one load leads to the ids of its
 blocks, and the next to its keys and values. `combine` counts the items of a request.
 
-Items that are whole chunks come first. Otherwise, texts of equal length could give some of the persistent programs
-all the whole chunks, and others all the rests.
+Items of texts with long chunks come before the others, and whole chunks before the rests. Otherwise, texts of equal
+length could give some of the persistent programs all the whole chunks, and others all the rests.
 
 Memory for partial results is bounded: there are no more items than one for each request and one for each short chunk of
 `MOST_POSITIONS`. A step that would need more has items of 2, 4, ... chunks (`span`), and only then the last bits of a
@@ -58,37 +58,42 @@ def plan_kernel(
     """
     me = tl.program_id(0)
     length = tl.load(lens_N + me).to(tl.int32)
-    my_chunk = tl.where(length < LONG_FROM, SHORT, LONG)
+    long = length >= LONG_FROM
     span = length * 0
     total = capacity + 1
-    whole = span
-    whole_before = span
-    rests_before = span
+    first = span
+    whole_begin = span
+    rest_begin = span
     while total > capacity:
         span = tl.maximum(span * 2, 1)
-        whole_N = tl.zeros([BLOCK_N], tl.int32)
+        items_N = tl.zeros([BLOCK_N], tl.int32)  # of all requests
+        before_N = tl.zeros([BLOCK_N], tl.int32)  # of requests before mine
+        whole_N = tl.zeros([BLOCK_N], tl.int32)  # the rest: of requests with chunks like mine
+        same_N = tl.zeros([BLOCK_N], tl.int32)
         whole_before_N = tl.zeros([BLOCK_N], tl.int32)
-        rests_N = tl.zeros([BLOCK_N], tl.int32)
         rests_before_N = tl.zeros([BLOCK_N], tl.int32)
         start = me * 0
         while start < num_requests:
             others = start + tl.arange(0, BLOCK_N)
             lens = tl.load(lens_N + others, mask=others < num_requests, other=0).to(tl.int32)
-            sizes = span * tl.where(lens < LONG_FROM, SHORT, LONG)
+            sizes = span * tl.where(lens >= LONG_FROM, LONG, SHORT)
             wholes = lens // sizes
             rests = tl.where(lens > wholes * sizes, 1, 0)
-            whole_N += wholes
-            rests_N += rests
-            whole_before_N += tl.where(others < me, wholes, 0)
-            rests_before_N += tl.where(others < me, rests, 0)
+            items_N += wholes + rests
+            before_N += tl.where(others < me, wholes + rests, 0)
+            same = (lens >= LONG_FROM) == long
+            whole_N += tl.where(same, wholes, 0)
+            same_N += tl.where(same, wholes + rests, 0)
+            whole_before_N += tl.where(same & (others < me), wholes, 0)
+            rests_before_N += tl.where(same & (others < me), rests, 0)
             start += BLOCK_N
-        whole = tl.sum(whole_N, 0)
-        whole_before = tl.sum(whole_before_N, 0)
-        rests_before = tl.sum(rests_before_N, 0)
-        total = whole + tl.sum(rests_N, 0)
-    size = span * my_chunk
+        total = tl.sum(items_N, 0)
+        first = tl.sum(before_N, 0)
+        begin = tl.where(long, 0, total - tl.sum(same_N, 0))
+        whole_begin = begin + tl.sum(whole_before_N, 0)
+        rest_begin = begin + tl.sum(whole_N, 0) + tl.sum(rests_before_N, 0)
+    size = span * tl.where(long, LONG, SHORT)
     my_whole = length // size
-    first = whole_before + rests_before
     tl.store(first_N1 + me, first)
     if me == 0:
         tl.store(first_N1 + num_requests, total)
@@ -96,7 +101,7 @@ def plan_kernel(
     start = me * 0
     while start < my_whole:
         chunks = start + tl.arange(0, BLOCK_N)
-        items = items_X4 + (whole_before + chunks) * 4
+        items = items_X4 + (whole_begin + chunks) * 4
         mine = chunks < my_whole
         tl.store(items, me + chunks * 0, mask=mine)
         tl.store(items + 1, chunks * size, mask=mine)
@@ -104,7 +109,7 @@ def plan_kernel(
         tl.store(items + 3, tl.where(several, first + chunks, -1), mask=mine)
         start += BLOCK_N
     if length > my_whole * size:
-        item = items_X4 + (whole + rests_before) * 4
+        item = items_X4 + rest_begin * 4
         tl.store(item, me)
         tl.store(item + 1, my_whole * size)
         tl.store(item + 2, length)
