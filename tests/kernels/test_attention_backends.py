@@ -23,7 +23,7 @@ from antiphon.kernels.attention.torch_backend import TorchBackend
 from antiphon.kernels.attention.triton_backend import TritonBackend
 from antiphon.kernels.dispatch import no_cuda_kernels
 from antiphon.kernels.fused import attention_plan, paged_gqa, paged_latent
-from tests.kernels.paged_texts import grouped, latent, make_texts, relative_error
+from tests.kernels.paged_texts import Texts, grouped, latent, make_texts, relative_error
 from tests.support.errors import raises
 from tests.support.interpreted import mend_interpreter
 
@@ -95,6 +95,27 @@ def test_every_form_of_the_latent_kernel_is_right(halves: bool, late_sum: bool, 
     plan = attention_plan.make_plan(table_NB, lens_N, block_size=16, chunks=kernel.chunks, num_heads=20, value_size=48)
     out_NHV = kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
     torch.testing.assert_close(out_NHV.double(), texts.expected(), rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_texts_of_both_chunk_sizes_are_right_and_keep_their_bits_alone() -> None:
+    shape = grouped(4, 2, 16)
+    texts = make_texts(shape, [700, 599, 600, 0, 1300], block_size=16, dtype=FLOAT32, device=DEVICE)
+    kernel = paged_gqa.PagedGroups(
+        num_heads=4, num_kv_heads=2, head_size=16, scale=0.25, block_size=16, dtype=FLOAT32, device=DEVICE,
+        chunks=attention_plan.Chunks(short=256, long=512, long_from=600),
+    )  # fmt: skip
+
+    def decode(texts: Texts) -> torch.Tensor:
+        table_NB, lens_N = texts.block_table_NB, texts.seq_lens_N
+        plan = attention_plan.make_plan(
+            table_NB, lens_N, block_size=16, chunks=kernel.chunks, num_heads=4, value_size=16
+        )
+        return kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
+
+    together = decode(texts)
+    torch.testing.assert_close(together.double(), texts.expected(), rtol=1e-5, atol=1e-5)
+    for row in (0, 1, 4):
+        assert torch.equal(decode(texts.some([row])), together[[row]])
 
 
 def test_a_prepared_step_is_right_again_after_its_tensors_changed_and_the_plan_ran() -> None:

@@ -70,8 +70,8 @@ def attend_kernel(
     columns = tl.arange(0, BLOCK_Q)
     total = tl.load(first_N1 + num_requests) * UNITS
     work_0 = tl.program_id(0)
-    # No `for` carries a tuple, so the fields of the next item have names of their own.
-    next_request, next_begin, next_end, next_place = load_item(items_X4, work_0 // UNITS, work_0 < total)
+    # There is a place for an item for each program, so this need not wait for `total`.
+    next_request, next_begin, next_end, next_place = load_item(items_X4, work_0 // UNITS, work_0 >= 0)
     for work in tl.range(work_0, total, tl.num_programs(0)):
         request = next_request
         item_begin = next_begin
