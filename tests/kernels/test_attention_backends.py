@@ -6,6 +6,7 @@ Without a GPU the Triton kernels are interpreted, in float32: the interpreter's 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,8 @@ from antiphon.kernels.attention.flashinfer import FlashInferBackend
 from antiphon.kernels.attention.torch_backend import TorchBackend
 from antiphon.kernels.attention.triton_backend import TritonBackend
 from antiphon.kernels.dispatch import no_cuda_kernels
-from antiphon.kernels.fused import attention_plan, paged_gqa
-from tests.kernels.paged_texts import grouped, latent, make_texts, relative_error
+from antiphon.kernels.fused import attention_plan, paged_gqa, paged_latent
+from tests.kernels.paged_texts import Texts, grouped, latent, make_texts, relative_error
 from tests.support.errors import raises
 from tests.support.interpreted import mend_interpreter
 
@@ -46,6 +47,8 @@ CASES = {
     "latents": (latent(16, 64, 16), 16, [1, 0, 256, 257, 31]),
     "odd-latents": (latent(20, 48, 8), 64, [300, 0, 31]),
     "latents-of-many-heads": (latent(40, 32, 16), 16, [1, 512, 513]),
+    "latents-of-long-texts": (latent(4, 32, 16), 16, [2049, 2048, 1, 2047, 3100]),
+    "latents-in-large-blocks": (latent(16, 32, 16), 512, [600, 5, 0]),
     "nothing": (grouped(4, 2, 16), 16, [0, 0]),
 }
 
@@ -67,13 +70,52 @@ def test_torch_is_right(case: str) -> None:
     torch.testing.assert_close(out_NHV, texts.expected(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [grouped(8, 2, 32), latent(16, 32, 16)], ids=["grouped", "latent"])
-def test_bits_depend_neither_on_the_batch_nor_on_the_width_of_the_table(shape: AttentionShape) -> None:
-    texts = make_texts(shape, [700, 3, 513, 256, 90], block_size=16, dtype=FLOAT32, device=DEVICE)
+@pytest.mark.parametrize(
+    ("shape", "long"), [(grouped(8, 2, 32), 700), (latent(16, 32, 16), 700), (latent(16, 32, 16), 2100)]
+)
+def test_bits_depend_neither_on_the_batch_nor_on_the_width_of_the_table(shape: AttentionShape, long: int) -> None:
+    texts = make_texts(shape, [long, 3, 513, 256, 90], block_size=16, dtype=FLOAT32, device=DEVICE)
     backend = TritonBackend(shape, FLOAT32, 16, DEVICE)
     together = texts.decode(backend)
-    for rows, width in (([2], None), ([0], 60), ([4, 2, 0], 49), ([3, 1], 16)):
+    for rows, width in (([2], None), ([0], 140), ([4, 2, 0], 135), ([3, 1], 16)):
         assert torch.equal(texts.some(rows, width=width).decode(backend), together[rows])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("late_sum", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+def test_every_form_of_the_latent_kernel_is_right(halves: bool, late_sum: bool, ahead: bool) -> None:
+    texts = make_texts(latent(20, 48, 8), [300, 0, 31, 64], block_size=16, dtype=FLOAT32, device=DEVICE)
+    tiles = replace(paged_latent.FEW_HEADS, halves=halves, late_sum=late_sum, ahead=ahead, positions=64)
+    kernel = paged_latent.PagedLatents(
+        num_heads=20, latent_size=48, rope_size=8, scale=texts.shape.scale, block_size=16, dtype=FLOAT32,
+        device=DEVICE, own_tiles=tiles,
+    )  # fmt: skip
+    table_NB, lens_N = texts.block_table_NB, texts.seq_lens_N
+    plan = attention_plan.make_plan(table_NB, lens_N, block_size=16, chunks=kernel.chunks, num_heads=20, value_size=48)
+    out_NHV = kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
+    torch.testing.assert_close(out_NHV.double(), texts.expected(), rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_texts_of_both_chunk_sizes_are_right_and_keep_their_bits_alone() -> None:
+    shape = grouped(4, 2, 16)
+    texts = make_texts(shape, [700, 599, 600, 0, 1300], block_size=16, dtype=FLOAT32, device=DEVICE)
+    kernel = paged_gqa.PagedGroups(
+        num_heads=4, num_kv_heads=2, head_size=16, scale=0.25, block_size=16, dtype=FLOAT32, device=DEVICE,
+        chunks=attention_plan.Chunks(short=256, long=512, long_from=600),
+    )  # fmt: skip
+
+    def decode(texts: Texts) -> torch.Tensor:
+        table_NB, lens_N = texts.block_table_NB, texts.seq_lens_N
+        plan = attention_plan.make_plan(
+            table_NB, lens_N, block_size=16, chunks=kernel.chunks, num_heads=4, value_size=16
+        )
+        return kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
+
+    together = decode(texts)
+    torch.testing.assert_close(together.double(), texts.expected(), rtol=1e-5, atol=1e-5)
+    for row in (0, 1, 4):
+        assert torch.equal(decode(texts.some([row])), together[[row]])
 
 
 def test_a_prepared_step_is_right_again_after_its_tensors_changed_and_the_plan_ran() -> None:
@@ -96,21 +138,32 @@ def test_items_are_longer_where_there_is_no_memory_for_so_many(lengths: list[int
     )
     table_NB, lens_N = texts.block_table_NB, texts.seq_lens_N
     plan = attention_plan.make_plan(
-        table_NB, lens_N, block_size=16, chunk=256, num_heads=4, value_size=16, most_positions=6 * 256
+        table_NB, lens_N, block_size=16, chunks=paged_gqa.CHUNKS, num_heads=4, value_size=16, most_positions=6 * 256
     )
-    assert int(plan.first_N2[-1]) == span
-    assert int(plan.first_N2[-2]) <= plan.items_X.shape[0] == 9
+    num_items = int(plan.first_N1[-1])
+    assert num_items <= plan.items_X4.shape[0] == 9
+    _, begins, ends, _ = plan.items_X4[:num_items].T
+    assert int((ends - begins).max()) == span * 256
     out_NHV = kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
     torch.testing.assert_close(out_NHV.double(), texts.expected(), rtol=1e-5, atol=1e-5)
 
 
-def test_whole_chunks_come_first_and_partial_results_lie_in_order() -> None:
-    lens_N = torch.tensor([600, 0, 256, 3], dtype=torch.int32, device=DEVICE)
-    table_NB = torch.zeros(4, 40, dtype=torch.int32, device=DEVICE)
-    plan = attention_plan.make_plan(table_NB, lens_N, block_size=16, chunk=256, num_heads=1, value_size=16)
-    assert plan.first_N2.tolist() == [0, 3, 3, 4, 5, 1]
-    items = [divmod(item, 65536) for item in plan.items_X[:5].tolist()]
-    assert items == [(0, 0), (0, 1), (2, 0), (0, 2), (3, 0)]
+def test_large_items_come_first_and_partial_results_lie_in_order() -> None:
+    lens_N = torch.tensor([600, 0, 256, 3, 1500], dtype=torch.int32, device=DEVICE)
+    table_NB = torch.zeros(5, 100, dtype=torch.int32, device=DEVICE)
+    chunks = attention_plan.Chunks(short=256, long=1024, long_from=1500)
+    plan = attention_plan.make_plan(table_NB, lens_N, block_size=16, chunks=chunks, num_heads=1, value_size=16)
+    assert plan.first_N1.tolist() == [0, 3, 3, 4, 5, 7]
+    items = [tuple(item) for item in plan.items_X4[:7].tolist()]  # request, begin, end, place
+    long = [(4, 0, 1024, 5), (4, 1024, 1500, 6)]
+    whole = [(0, 0, 256, 0), (0, 256, 512, 1), (2, 0, 256, -1)]
+    assert items == [*long, *whole, (0, 512, 600, 2), (3, 0, 3, -1)]
+
+
+@pytest.mark.parametrize(("length", "most"), [(0, 0), (256, 1), (2047, 8), (2048, 8), (2049, 8), (9000, 9), (9217, 10)])
+def test_there_is_room_for_the_chunks_of_any_text_that_is_not_longer(length: int, most: int) -> None:
+    chunks = attention_plan.Chunks(short=256, long=1024, long_from=2049)
+    assert chunks.most(length) == most
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])

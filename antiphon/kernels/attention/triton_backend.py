@@ -44,7 +44,7 @@ class TritonBackend(AttentionBackend):
             block_table_NB,
             seq_lens_N,
             block_size=self.block_size,
-            chunk=self._kernel.chunk,
+            chunks=self._kernel.chunks,
             num_heads=self.shape.num_heads,
             value_size=self.shape.value_size,
         )

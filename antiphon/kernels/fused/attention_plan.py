@@ -1,17 +1,20 @@
 """What paged decode attention does around its main kernel: the plan of a step before it, the sum of chunks after it.
 
-A text is computed in chunks of `chunk` positions, counted from its start. An item is one chunk of one request; partial
-results of items are added up in order of position. So the result of a text does not depend on what else is in the
-batch.
+A text is computed in chunks, counted from its start. An item is one chunk of one request; partial results of items are
+added up in order of position. The size of a chunk depends on the length of its own text only (`Chunks`). So the result
+of a text does not depend on what else is in the batch.
 
     plan      once a step and lane: the list of items, and where the partial results of each request begin
     attend    one of `paged_gqa`, `paged_latent`: a persistent kernel over items and heads
     combine   adds up the partial results of texts that have several chunks
 
-Items that are whole chunks come first. Otherwise, texts of equal length could give some of the persistent programs
-all the whole chunks, and others all the rests.
+Only the plan knows how large chunks are. An item says all that `attend` must know: one load leads to the ids of its
+blocks, and the next to its keys and values. `combine` counts the items of a request.
 
-Memory for partial results is bounded: there are no more items than one for each request and one for each chunk of
+Items of texts with long chunks come before the others, and whole chunks before the rests. Otherwise, texts of equal
+length could give some of the persistent programs all the whole chunks, and others all the rests.
+
+Memory for partial results is bounded: there are no more items than one for each request and one for each short chunk of
 `MOST_POSITIONS`. A step that would need more has items of 2, 4, ... chunks (`span`), and only then the last bits of a
 text depend on the batch.
 
@@ -34,94 +37,128 @@ from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_o
 MOST_POSITIONS = 1 << 20
 """Positions whose chunks have partial results of their own: more than the KV cache of one GPU holds for most models."""
 
-MOST_REQUESTS = 1 << 15
-MOST_CHUNKS = 1 << 16  # an item is request * MOST_CHUNKS + chunk, in 32 bits
-
 _INTERPRETED_PROGRAMS = 6
 
 
 @triton.jit(do_not_specialize=["num_requests", "capacity"])
-def plan_kernel(lens_N, items_X, first_N2, num_requests, capacity, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Program n writes the items of request n, and to first_N2[n] where its partial results begin.
+def plan_kernel(
+    lens_N,
+    items_X4,
+    first_N1,
+    num_requests,
+    capacity,
+    SHORT: tl.constexpr,
+    LONG: tl.constexpr,
+    LONG_FROM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program n writes the items of request n, and to first_N1[n] where its partial results begin.
 
-    first_N2[N] is the number of items, first_N2[N + 1] the span.
+    first_N1[N] is the number of items.
     """
     me = tl.program_id(0)
     length = tl.load(lens_N + me).to(tl.int32)
+    long = length >= LONG_FROM
     span = length * 0
     total = capacity + 1
-    whole = span
-    whole_before = span
-    rests_before = span
+    first = span
+    whole_begin = span
+    rest_begin = span
     while total > capacity:
         span = tl.maximum(span * 2, 1)
-        size = span * CHUNK
-        whole_N = tl.zeros([BLOCK_N], tl.int32)
+        items_N = tl.zeros([BLOCK_N], tl.int32)  # of all requests
+        before_N = tl.zeros([BLOCK_N], tl.int32)  # of requests before mine
+        whole_N = tl.zeros([BLOCK_N], tl.int32)  # the rest: of requests with chunks like mine
+        same_N = tl.zeros([BLOCK_N], tl.int32)
         whole_before_N = tl.zeros([BLOCK_N], tl.int32)
-        rests_N = tl.zeros([BLOCK_N], tl.int32)
         rests_before_N = tl.zeros([BLOCK_N], tl.int32)
         start = me * 0
         while start < num_requests:
             others = start + tl.arange(0, BLOCK_N)
             lens = tl.load(lens_N + others, mask=others < num_requests, other=0).to(tl.int32)
-            rests = tl.where(lens % size > 0, 1, 0)
-            whole_N += lens // size
-            rests_N += rests
-            whole_before_N += tl.where(others < me, lens // size, 0)
-            rests_before_N += tl.where(others < me, rests, 0)
+            sizes = span * tl.where(lens >= LONG_FROM, LONG, SHORT)
+            wholes = lens // sizes
+            rests = tl.where(lens > wholes * sizes, 1, 0)
+            items_N += wholes + rests
+            before_N += tl.where(others < me, wholes + rests, 0)
+            same = (lens >= LONG_FROM) == long
+            whole_N += tl.where(same, wholes, 0)
+            same_N += tl.where(same, wholes + rests, 0)
+            whole_before_N += tl.where(same & (others < me), wholes, 0)
+            rests_before_N += tl.where(same & (others < me), rests, 0)
             start += BLOCK_N
-        whole = tl.sum(whole_N, 0)
-        whole_before = tl.sum(whole_before_N, 0)
-        rests_before = tl.sum(rests_before_N, 0)
-        total = whole + tl.sum(rests_N, 0)
-    my_whole = length // (span * CHUNK)
-    tl.store(first_N2 + me, whole_before + rests_before)
+        total = tl.sum(items_N, 0)
+        first = tl.sum(before_N, 0)
+        begin = tl.where(long, 0, total - tl.sum(same_N, 0))
+        whole_begin = begin + tl.sum(whole_before_N, 0)
+        rest_begin = begin + tl.sum(whole_N, 0) + tl.sum(rests_before_N, 0)
+    size = span * tl.where(long, LONG, SHORT)
+    my_whole = length // size
+    tl.store(first_N1 + me, first)
     if me == 0:
-        tl.store(first_N2 + num_requests, total)
-        tl.store(first_N2 + num_requests + 1, span)
+        tl.store(first_N1 + num_requests, total)
+    several = length > size
     start = me * 0
     while start < my_whole:
         chunks = start + tl.arange(0, BLOCK_N)
-        tl.store(items_X + whole_before + chunks, me * 65536 + chunks, mask=chunks < my_whole)
+        items = items_X4 + (whole_begin + chunks) * 4
+        mine = chunks < my_whole
+        tl.store(items, me + chunks * 0, mask=mine)
+        tl.store(items + 1, chunks * size, mask=mine)
+        tl.store(items + 2, (chunks + 1) * size, mask=mine)
+        tl.store(items + 3, tl.where(several, first + chunks, -1), mask=mine)
         start += BLOCK_N
-    if length % (span * CHUNK) > 0:
-        tl.store(items_X + whole + rests_before, me * 65536 + my_whole)
+    if length > my_whole * size:
+        item = items_X4 + rest_begin * 4
+        tl.store(item, me)
+        tl.store(item + 1, my_whole * size)
+        tl.store(item + 2, length)
+        tl.store(item + 3, tl.where(several, first + my_whole, -1))
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit
+def load_item(items_X4, number, there):
+    """The item's request, its first position, the position behind its last, and the place of its partial result.
+
+    The place is -1 if it is the whole text. All are 0 unless `there`.
+    """
+    item = items_X4 + number * 4
+    request = tl.load(item, mask=there, other=0)
+    begin = tl.load(item + 1, mask=there, other=0)
+    end = tl.load(item + 2, mask=there, other=0)
+    place = tl.load(item + 3, mask=there, other=0)
+    return request, begin, end, place
+
+
+@triton.jit
 def combine_kernel(
-    lens_N,
-    first_N2,
+    first_N1,
     part_XHV,
     lse_XH,
     out_NHV,
-    num_requests,
     H: tl.constexpr,
     V: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """HEADS heads of one request: all their partial results, BLOCK_C at a time, in order. Zeros for a length of 0."""
     request = tl.program_id(0)
-    length = tl.load(lens_N + request).to(tl.int32)
-    first = tl.load(first_N2 + request).to(tl.int64)
-    size = tl.load(first_N2 + num_requests + 1) * CHUNK
+    first = tl.load(first_N1 + request)
+    num_parts = tl.load(first_N1 + request + 1) - first
     columns = tl.arange(0, BLOCK_V)
     inside = columns < V
-    num_parts = (length + size - 1) // size
     if num_parts != 1:
         for number in tl.static_range(HEADS):
             head = tl.program_id(1) * HEADS + number
-            top = length * 0 - float("inf")
-            weight = length * 0.0
+            top = num_parts * 0 - float("inf")
+            weight = num_parts * 0.0
             acc_V = tl.zeros([BLOCK_V], tl.float32)
-            start = length * 0
+            start = num_parts * 0
             while start < num_parts:
                 parts = start + tl.arange(0, BLOCK_C)
                 there = parts < num_parts
-                place = (first + parts) * H + head
+                place = (first + parts).to(tl.int64) * H + head
                 lse_C = tl.load(lse_XH + place, mask=there, other=float("-inf"))
                 part_CV = tl.load(
                     part_XHV + place[:, None] * V + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0
@@ -142,11 +179,28 @@ def combine_kernel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """Positions of a chunk, by the length of its text.
+
+    Short chunks give a few short texts to many SMs. Long ones save partial results, which are written and read
+    again, and the start of an item.
+    """
+
+    short: int
+    long: int  # a multiple of `short`
+    long_from: int  # texts of so many positions have long chunks
+
+    def most(self, length: int) -> int:
+        """The largest number of chunks of a text with at most `length` positions."""
+        return max(divide_up(min(length, self.long_from - 1), self.short), divide_up(length, self.long))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The items of one step and lane, and memory for their partial results, which its layers use in turn."""
 
-    items_X: torch.Tensor  # int32
-    first_N2: torch.Tensor  # int32
+    items_X4: torch.Tensor  # int32, see `load_item`
+    first_N1: torch.Tensor  # int32
     part_XHV: torch.Tensor  # float32
     lse_XH: torch.Tensor  # float32, logarithms to base 2
 
@@ -156,7 +210,7 @@ def make_plan(
     seq_lens_N: torch.Tensor,
     *,
     block_size: int,
-    chunk: int,
+    chunks: Chunks,
     num_heads: int,
     value_size: int,
     most_positions: int = MOST_POSITIONS,
@@ -166,50 +220,65 @@ def make_plan(
     The capacity depends on shapes only, so the plan can be replayed in a graph with other lengths.
     """
     num_requests, width = block_table_NB.shape
-    most_chunks = divide_up(width * block_size, chunk)
-    assert num_requests <= MOST_REQUESTS and most_chunks <= MOST_CHUNKS, f"{num_requests} texts, {most_chunks} chunks"
-    capacity = min(num_requests * most_chunks, num_requests + most_positions // chunk)
+    capacity = min(num_requests * chunks.most(width * block_size), num_requests + most_positions // chunks.short)
     new = block_table_NB.new_empty
     plan = Plan(
-        items_X=new(capacity, dtype=torch.int32),
-        first_N2=new(num_requests + 2, dtype=torch.int32),
+        items_X4=new(capacity, 4, dtype=torch.int32),
+        first_N1=new(num_requests + 1, dtype=torch.int32),
         part_XHV=new(capacity, num_heads, value_size, dtype=torch.float32),
         lse_XH=new(capacity, num_heads, dtype=torch.float32),
     )
     if num_requests:
-        _plan(num_requests, capacity, chunk)(seq_lens_N, plan.items_X, plan.first_N2)
+        _plan(num_requests, capacity, chunks)(seq_lens_N, plan.items_X4, plan.first_N1)
     return plan
 
 
 @lru_cache(maxsize=NUM_SHAPES)
-def _plan(num_requests: int, capacity: int, chunk: int) -> Launch:
+def _plan(num_requests: int, capacity: int, chunks: Chunks) -> Launch:
     block_n = min(256, power_of_two(max(16, num_requests)))
     return Launch(
         plan_kernel,
         (num_requests, 1),
         integers=(num_requests, capacity),
-        constants={"CHUNK": chunk, "BLOCK_N": block_n},
+        constants={
+            "SHORT": chunks.short,
+            "LONG": chunks.long,
+            "LONG_FROM": chunks.long_from,
+            "BLOCK_N": block_n,
+        },
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineTiles:
+    """How a program of `combine_kernel` works."""
+
+    heads: int  # one after another
+    parts: int  # at a time
+    num_warps: int
+
+
+def combine_tiles(num_heads: int, value_size: int) -> CombineTiles:
+    """One warp a program: four took three times as long for 32 heads of 128 numbers."""
+    if value_size > 256:
+        return CombineTiles(heads=1, parts=4, num_warps=1)
+    return CombineTiles(heads=1 if num_heads % 2 else 2, parts=8, num_warps=1)
+
+
 @lru_cache(maxsize=NUM_SHAPES)
-def combine_launch(num_requests: int, num_heads: int, value_size: int, chunk: int) -> Launch:
-    """Takes seq_lens_N, first_N2, part_XHV, lse_XH and out_NHV. One warp a program: four took three times as long."""
-    wide = value_size > 256
-    heads = 1 if wide or num_heads % 2 else 2
+def combine_launch(num_requests: int, num_heads: int, value_size: int, tiles: CombineTiles) -> Launch:
+    """Takes first_N1, part_XHV, lse_XH and out_NHV."""
     return Launch(
         combine_kernel,
-        (num_requests, num_heads // heads),
-        integers=(num_requests,),
+        (num_requests, num_heads // tiles.heads),
         constants={
             "H": num_heads,
             "V": value_size,
-            "CHUNK": chunk,
             "BLOCK_V": power_of_two(value_size),
-            "BLOCK_C": 4 if wide else 8,
-            "HEADS": heads,
+            "BLOCK_C": tiles.parts,
+            "HEADS": tiles.heads,
         },
-        num_warps=1,
+        num_warps=tiles.num_warps,
     )
 
 

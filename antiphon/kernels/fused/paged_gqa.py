@@ -18,11 +18,20 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.fused.attention_plan import Plan, combine_launch, persistent_programs, shared_memory
+from antiphon.kernels.fused.attention_plan import (
+    Chunks,
+    CombineTiles,
+    Plan,
+    combine_launch,
+    combine_tiles,
+    load_item,
+    persistent_programs,
+    shared_memory,
+)
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_of_two
 
-CHUNK = 256
-"""Positions of an item. 512 is up to 5 % faster for 64 sequences and more, and up to 35 % slower for one of 4,096."""
+CHUNKS = Chunks(short=256, long=256, long_from=0)
+"""512 is up to 5 % faster for 64 sequences and more, and up to 35 % slower for one of 4,096."""
 
 _ROWS = 16  # the least that tensor cores take; query heads of one key/value head
 _TILE = 32
@@ -35,9 +44,8 @@ def attend_kernel(
     q_NHQ,
     cache,
     table_NB,
-    lens_N,
-    items_X,
-    first_N2,
+    items_X4,
+    first_N1,
     part_XHQ,
     lse_XH,
     out_NHQ,
@@ -52,24 +60,25 @@ def attend_kernel(
     TILES: tl.constexpr,  # of query heads per key/value head
     BLOCK_H: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr,
+    PART: tl.constexpr,  # positions whose block ids are in registers at a time
+    PART_BLOCKS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     PER: tl.constexpr = H // G
     UNITS: tl.constexpr = G * TILES
     columns = tl.arange(0, BLOCK_Q)
-    total = tl.load(first_N2 + num_requests) * UNITS
-    span = tl.load(first_N2 + num_requests + 1)
+    total = tl.load(first_N1 + num_requests) * UNITS
     work_0 = tl.program_id(0)
-    packed = tl.load(items_X + work_0 // UNITS, mask=work_0 < total, other=0)
+    # There is a place for an item for each program, so this need not wait for `total`.
+    next_request, next_begin, next_end, next_place = load_item(items_X4, work_0 // UNITS, work_0 >= 0)
     for work in tl.range(work_0, total, tl.num_programs(0)):
-        request = packed // 65536
-        item = packed % 65536
+        request = next_request
+        item_begin = next_begin
+        item_end = next_end
+        place = next_place
         next_work = work + tl.num_programs(0)
-        packed = tl.load(items_X + next_work // UNITS, mask=next_work < total, other=0)
-        length = tl.load(lens_N + request).to(tl.int32)
+        next_request, next_begin, next_end, next_place = load_item(items_X4, next_work // UNITS, next_work < total)
         table = table_NB + request.to(tl.int64) * table_stride
         unit = work % UNITS
         group = unit // TILES
@@ -85,21 +94,19 @@ def attend_kernel(
         top = tl.full([BLOCK_H], float("-inf"), tl.float32)
         weight = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, BLOCK_Q], tl.float32)
-        item_begin = item * span * CHUNK
-        item_end = tl.minimum(item_begin + span * CHUNK, length)
-        for begin in tl.range(item_begin, item_end, CHUNK):
-            end = tl.minimum(begin + CHUNK, item_end)
-            if CHUNK_BLOCKS > 1:
-                numbers = begin // BS + tl.arange(0, CHUNK_BLOCKS)
+        for begin in tl.range(item_begin, item_end, PART):
+            end = tl.minimum(begin + PART, item_end)
+            if PART_BLOCKS > 1:
+                numbers = begin // BS + tl.arange(0, PART_BLOCKS)
                 ids = tl.load(table + numbers, mask=numbers * BS < end, other=0).to(tl.int32)
             else:
                 only = tl.load(table + begin // BS).to(tl.int32)
             for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
                 positions = start + tl.arange(0, BLOCK_L)
                 seen = positions < end
-                if CHUNK_BLOCKS > 1:
+                if PART_BLOCKS > 1:
                     # A pipelined loop computes addresses past its last iteration, so the index is kept in range.
-                    block = tl.gather(ids, (positions - begin) // BS % CHUNK_BLOCKS, 0)
+                    block = tl.gather(ids, (positions - begin) // BS % PART_BLOCKS, 0)
                 else:
                     block = only + tl.zeros([BLOCK_L], tl.int32)
                 rows = head_cache + (block.to(tl.int64) * BS + positions % BS) * (2 * G * Q)
@@ -117,13 +124,13 @@ def attend_kernel(
                 acc = tl.dot(p.to(value.dtype), value, acc * old[:, None], input_precision="ieee")
                 top = new_top
         acc = acc / weight[:, None]
-        if length <= span * CHUNK:
+        if place < 0:
             target = out_NHQ + rows_H[:, None] * Q + columns[None, :]
             tl.store(target, acc.to(out_NHQ.dtype.element_ty), mask=real)
         else:
-            place = (tl.load(first_N2 + request) + item).to(tl.int64) * H + heads
-            tl.store(part_XHQ + place[:, None] * Q + columns[None, :], acc, mask=real)
-            tl.store(lse_XH + place, top + tl.log2(weight), mask=inside < PER)
+            rows_H = place.to(tl.int64) * H + heads
+            tl.store(part_XHQ + rows_H[:, None] * Q + columns[None, :], acc, mask=real)
+            tl.store(lse_XH + rows_H, top + tl.log2(weight), mask=inside < PER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +144,7 @@ class PagedGroups:
     block_size: int
     dtype: torch.dtype
     device: torch.device
-    chunk: int = CHUNK
+    chunks: Chunks = CHUNKS
 
     def decode(
         self,
@@ -147,7 +154,7 @@ class PagedGroups:
         seq_lens_N: torch.Tensor,
         plan: Plan,
     ) -> torch.Tensor:
-        """See `AttentionBackend.decode`; `plan` is from `make_plan` with the same chunk."""
+        """See `AttentionBackend.decode`; `plan` is from `make_plan` with the same chunks."""
         assert cache_blocks.is_contiguous() and block_table_NB.stride(1) == 1, "a cache or table with gaps"
         assert cache_blocks.shape[1] == self.block_size, f"blocks of {cache_blocks.shape[1]}, not {self.block_size}"
         if q_NHQ.stride()[1:] != (self.head_size, 1):  # heads side by side, as in a merged projection
@@ -155,13 +162,17 @@ class PagedGroups:
         num_requests = q_NHQ.shape[0]
         out_NHQ = q_NHQ.new_empty(q_NHQ.shape)
         if num_requests:
-            memory = (plan.items_X, plan.first_N2, plan.part_XHV, plan.lse_XH)
+            memory = (plan.items_X4, plan.first_N1, plan.part_XHV, plan.lse_XH)
             strides = (block_table_NB.stride(0), q_NHQ.stride(0))
-            attend = _attend(self, num_requests, strides, plan.items_X.shape[0])
-            attend(q_NHQ, cache_blocks, block_table_NB, seq_lens_N, *memory, out_NHQ)
-            combine = combine_launch(num_requests, self.num_heads, self.head_size, self.chunk)
-            combine(seq_lens_N, *memory[1:], out_NHQ)
+            attend = _attend(self, num_requests, strides, plan.items_X4.shape[0])
+            attend(q_NHQ, cache_blocks, block_table_NB, *memory, out_NHQ)
+            combine = combine_launch(num_requests, self.num_heads, self.head_size, self.combine_tiles)
+            combine(*memory[1:], out_NHQ)
         return out_NHQ
+
+    @property
+    def combine_tiles(self) -> CombineTiles:
+        return combine_tiles(self.num_heads, self.head_size)
 
     def constants(self) -> dict[str, Any]:
         """The constants of `attend_kernel`."""
@@ -176,8 +187,8 @@ class PagedGroups:
             "TILES": divide_up(self.num_heads // self.num_kv_heads, _ROWS),
             "BLOCK_H": _ROWS,
             "BLOCK_Q": block_q,
-            "CHUNK": self.chunk,
-            "CHUNK_BLOCKS": max(1, self.chunk // self.block_size),
+            "PART": self.chunks.long,
+            "PART_BLOCKS": max(1, self.chunks.long // self.block_size),
             "BLOCK_L": _TILE,
             # At least two programs per SM, where memory allows.
             "STAGES": _STAGES if 2 * _STAGES * tile_bytes < shared_memory(self.device) else 2,
@@ -201,5 +212,5 @@ def _attend(attention: PagedGroups, num_requests: int, strides: tuple[int, int],
 @lru_cache(maxsize=64)
 def _resident(attention: PagedGroups) -> int:
     dtype, i32, f32 = attention.dtype, torch.int32, torch.float32
-    pointers = (dtype, dtype, i32, i32, i32, i32, f32, f32, dtype)
+    pointers = (dtype, dtype, i32, i32, i32, f32, f32, dtype)
     return persistent_programs(attend_kernel, pointers, 3, attention.constants(), _NUM_WARPS, attention.device)
