@@ -387,7 +387,8 @@ class HostStagedTransport(SlabTransport):
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
         needed = slab_bytes(shape, world)
-        description = f"{format_bytes(needed)} of pinned host memory, no SMs"
+        sms = "no SMs" if facts.versions.triton is None else "SMs only for small exchanges"
+        description = f"{format_bytes(needed)} of pinned host memory, {sms}"
         tried, limit = facts.gpus.pinned_bytes, facts.host.locked_memory_bytes
         if limit is None or not tried <= limit < needed:
             return Way(description)

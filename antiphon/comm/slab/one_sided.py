@@ -15,12 +15,15 @@ from typing import Protocol, Unpack
 
 import torch
 
+from antiphon.comm import needs
 from antiphon.comm.group import RankGroup, located
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.slab.copy_engine import CopyEngineTransport, PeerCopyMailbox
 from antiphon.comm.slab.kernel_path import KernelMailbox, way_of
 from antiphon.comm.slab.mailbox import Exchange, MemoryNames, Phase
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import MadeFor
+from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams
 
 PUT_BYTES = 1 << 20
@@ -128,6 +131,18 @@ class OneSidedTransport(CopyEngineTransport):
     name = "one-sided"
     capture_obstacle = ""
     medium = OneSidedMailbox
+
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        refusal = super().refusal(facts, shape, world)
+        if refusal is None and facts is not None and facts.versions.triton is None:
+            return Refusal("Triton, which compiles its kernels, is missing", "`pip install triton`, or use copy-engine")
+        return refusal
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        found = needs.links(facts, world)
+        return Way(f"peer access between all {world.ranks} GPUs{found}, SMs only for small exchanges")
 
     def __init__(self, shape: ExpertShape, *, put_bytes: int = PUT_BYTES, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, **made_for)
