@@ -39,6 +39,9 @@ def resolve_measured_device(device: str, ranks: int, kinds: Sequence[str]) -> st
     return kind
 
 
+_NOT_BY_DEFAULT = ("local", "one-sided", "simulated")
+
+
 def resolve_transports(text: str | None, *, device: str, ranks: int, peer_access: bool) -> list[str]:
     """The requested transports, or all that this machine can use. Raises `OptionError` for an unknown name."""
     if text is None:
@@ -50,12 +53,15 @@ def resolve_transports(text: str | None, *, device: str, ranks: int, peer_access
 
 
 def _usable(device: str, ranks: int, peer_access: bool) -> list[str]:
-    """The transports that `antiphon doctor` reports as usable, except those for tests."""
+    """The transports that `antiphon doctor` reports as usable, except those for tests.
+
+    Without one-sided, which is copy-engine wherever two lanes run or steps are large.
+    """
     from antiphon.comm import usable_transports
     from antiphon.machine.probe import examine_machine  # takes seconds
 
     judged = usable_transports(examine_machine(), ranks=ranks, device_kind=device, peer_access=peer_access)
-    names = [found.name for found in judged if found.usable and found.name not in ("local", "simulated")]
+    names = [found.name for found in judged if found.usable and found.name not in _NOT_BY_DEFAULT]
     if "copy-engine" in names:
         names.insert(names.index("copy-engine"), "nccl-zero-cta")  # a baseline with the same requirements
     if not names:

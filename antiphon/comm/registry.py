@@ -1,7 +1,6 @@
 """Transports by name: parsing the option, the choice of `auto`, and construction.
 
-auto | local | allgather | alltoall | copy-engine | host-staged | shared-memory
-one-sided                                   copy-engine, with a kernel for small exchanges; not measured yet
+auto | local | allgather | alltoall | copy-engine | one-sided | host-staged | shared-memory
 nccl-zero-cta                               NCCL's own copy-engine collectives, as a baseline
 allgather:16ctas, alltoall:16ctas           NCCL limited to 16 blocks, for which the GEMMs of a split step leave SMs
 simulated[:INNER[:BANDWIDTH[:LATENCY]]]     such as simulated:alltoall:200MB/s:1ms
@@ -38,22 +37,22 @@ _CLASSES = {
         "antiphon.comm.collective.queued_alltoall:QueuedAllToAllTransport",
     ),
     "copy-engine": ("antiphon.comm.slab.copy_engine:CopyEngineTransport",),
+    "one-sided": ("antiphon.comm.slab.one_sided:OneSidedTransport",),
     "host-staged": ("antiphon.comm.slab.host_staged:HostStagedTransport",),
     "shared-memory": ("antiphon.comm.slab.shared_memory:SharedMemoryTransport",),
-    "one-sided": ("antiphon.comm.slab.one_sided:OneSidedTransport",),
     "nccl-zero-cta": ("antiphon.comm.collective.nccl_zero_cta:NcclZeroCtaTransport",),
 }
 """The class of each transport, followed by the one for devices that queue their work if it is different."""
 
-_BASELINES = ("nccl-zero-cta", "one-sided")
-"""Transports to measure: a baseline, and one that was not measured yet. `usable_transports` leaves them out."""
+_BASELINES = ("nccl-zero-cta",)
+"""Transports to compare with. `usable_transports` leaves them out."""
 
 _LARGE_SHAPE = ExpertShape(num_experts=256, top_k=8, hidden_size=7168, dtype=torch.bfloat16)
 """The shape of DeepSeek-V3, the largest rows in common use."""
 
 _SLABS_OF_GPUS = {
-    "copy-engine": "copies between peers take no SMs from compute",
-    "host-staged": "there is no peer access, and copies through host memory take no SMs",
+    "one-sided": "copies between peers take no SMs from compute, and small steps exchange by kernel",
+    "host-staged": "there is no peer access; copies by host memory take no SMs, and small steps exchange by kernel",
 }
 """The choices of `auto` on GPUs, and why. The first that is not refused is taken."""
 
@@ -117,8 +116,8 @@ def choose_transport(
 ) -> tuple[TransportSpec, str]:
     """The transport to use, with `auto` resolved, and why.
 
-    On GPUs `auto` prefers a transport that needs no SMs: copy-engine with peer access, otherwise host-staged. Both
-    send all tokens to all ranks, so with many ranks exact routing is worth more.
+    On GPUs `auto` prefers a transport that takes no SMs from compute: one-sided with peer access, otherwise
+    host-staged. Both send all tokens to all ranks, so with many ranks exact routing is worth more.
     A token with K experts reaches W(1 - (1 - 1/W)^K) of W ranks on average. `alltoall` sends one copy to each of these;
     `allgather` sends one to every rank, but without an exchange of counts that the host must wait for.
 

@@ -108,7 +108,7 @@ class EngineOptions:
     transport: str = option(
         "auto",
         check=_text,
-        help="auto, local, allgather, alltoall, copy-engine, host-staged, shared-memory, "
+        help="auto, local, allgather, alltoall, copy-engine, one-sided, host-staged, shared-memory, "
         "or simulated:INNER:BANDWIDTH:LATENCY.",
         doc="See [below](#transports).",
     )

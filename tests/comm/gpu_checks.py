@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
 from antiphon.comm import RankGroup, Transport
-from antiphon.comm.slab.mailbox import Phase
+from antiphon.comm.slab.mailbox import Exchange, Phase
 from antiphon.comm.slab.transport import SlabTransport
 from antiphon.runtime import find_device, finish, run_lanes, streams_for
 from tests.comm.protocol_checks import run_layers
 from tests.comm.world import MAX_TOKENS, World, exact_sums, make_shape, poison_arrivals
 from tests.support.protocol_log import LoggedEvent, record
 
-__all__ = ["logs_of_two_lanes", "many_iterations", "replays_between_eager_steps"]
+__all__ = ["logs_of_two_lanes", "many_iterations", "replays_between_eager_steps", "small_exchanges"]
 
-_NUM_LANES = 2
 _NUM_LAYERS = 4
 _PADDED = (3, MAX_TOKENS)
 """Tokens per lane and rank in the captured steps. With rows of 32 KiB, the large ones go in chunks."""
@@ -75,20 +76,83 @@ def logs_of_two_lanes(group: RankGroup, name: str) -> list[LoggedEvent]:
     return log.events
 
 
-def replays_between_eager_steps(group: RankGroup, name: str, num_replays: int) -> str:
+def small_exchanges(group: RankGroup, name: str, num_iterations: int) -> str:
+    """One lane, where small exchanges go by kernel: every size around the edges of slices, then many in turn.
+
+    Slabs have 16 bytes to 2 MiB. Boxes are poisoned behind every reader; sums must be exact to the last bit. A few
+    exchanges have other numbers of tokens on each rank, and the largest are too large, so copy engines come in between.
+    """
+    device = torch.device("cuda", group.rank)
+    torch.cuda.set_device(device)
+    world = World(group, streams_for(device))
+    sizes, naps = random.Random(5), random.Random(group.rank)
+    problems = []
+    for hidden_size in (8, 1024, 4096, 1 << 14):
+        shape = make_shape(torch.bfloat16, top_k=4, hidden_size=hidden_size)
+        transport = world.make(name, shape)
+        assert isinstance(transport, SlabTransport)
+        num_kernels = _count_kernels(transport)
+        known = {n: world.tokens(shape, n, seed=n) for n in (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64)}
+        expected = {n: exact_sums(shape, group, tokens) for n, tokens in known.items()}
+        wrong = {n: torch.zeros((), dtype=torch.int64, device=device) for n in known}
+
+        def layer(counts: tuple[int, ...]) -> None:
+            n = counts[group.rank]
+            rows = finish(transport.dispatch(known[n].x_TD, known[n].routes, tokens_by_rank=counts))  # noqa: B023
+            partial_RD = _partials(rows, shape, group)  # noqa: B023
+            poison_arrivals(transport, Phase.DISPATCH)  # noqa: B023
+            sums_TD = finish(transport.combine(rows.out_RD.copy_(partial_RD)))  # noqa: B023
+            wrong[n].add_((sums_TD != expected[n]).sum())  # noqa: B023
+            poison_arrivals(transport, Phase.COMBINE)  # noqa: B023
+
+        steps = [(n,) * group.size for n in known]
+        for _ in range(num_iterations // 4):
+            uneven = tuple(sizes.choice([*known]) for _ in range(group.size))
+            steps.append(uneven if sizes.random() < 0.1 else (sizes.choice([*known]),) * group.size)
+        for number, counts in enumerate(steps):
+            if naps.random() < 0.01:
+                time.sleep(naps.random() * 5e-3)
+            run_lanes([partial(layer, counts)], streams=world.streams)
+            if number % 500 == 499:
+                torch.cuda.synchronize()
+        problems += [f"{int(n)} numbers of {size} tokens are wrong" for size, n in wrong.items() if int(n)]
+        if num_kernels() < num_iterations // 4:
+            problems.append(f"hidden size {hidden_size}: only {num_kernels()} exchanges went by kernel")
+    return "; ".join(problems)
+
+
+def _count_kernels(transport: SlabTransport) -> Callable[[], int]:
+    """Count the exchanges that go by kernel from now on."""
+    mailbox: Any = transport.mailbox
+    inner, calls = mailbox.put_by_kernel, []
+
+    def put_by_kernel(exchange: Exchange) -> None:
+        calls.append(exchange.label)
+        inner(exchange)
+
+    mailbox.put_by_kernel = put_by_kernel
+    return lambda: len(calls)
+
+
+def replays_between_eager_steps(group: RankGroup, name: str, num_replays: int, num_lanes: int) -> str:
     """Replays of two sizes with new inputs each, against eager steps with the same inputs, to the last bit.
 
     Eager steps of other sizes run in between. Results are poisoned before each replay, and compared on the device.
+    With one lane, small exchanges may go by kernel.
     """
     owner = find_device("cuda", group.rank)
     owner.activate()
     owner.own_stream()
     world = World(group, owner.streams())
-    transport = world.make(name, make_shape(torch.bfloat16, top_k=4, hidden_size=1 << 14), num_lanes=_NUM_LANES)
+    transport = world.make(name, make_shape(torch.bfloat16, top_k=4, hidden_size=1 << 14), num_lanes=num_lanes)
     choice = random.Random(3)
-    padded = {n: _Step(world, transport, [(n,) * group.size] * _NUM_LANES) for n in _PADDED}
+    padded = {n: _Step(world, transport, [(n,) * group.size] * num_lanes) for n in _PADDED}
     changing = [
-        _Step(world, transport, [tuple(choice.choice([0, 1, 17, 64]) for _ in range(group.size)) for _ in range(2)])
+        _Step(
+            world,
+            transport,
+            [tuple(choice.choice([0, 1, 17, 64]) for _ in range(group.size)) for _ in range(num_lanes)],
+        )
         for _ in range(3)
     ]
     for step in (*padded.values(), *changing):

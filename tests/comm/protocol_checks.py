@@ -37,6 +37,7 @@ from tests.support.protocol_log import LoggedEvent, LoggedMailbox, record
 __all__ = [
     "FIRST_HANDLE",
     "MEDIA",
+    "NUM_EPOCHS",
     "FakeStreams",
     "Layers",
     "ProtocolWorld",
@@ -58,6 +59,9 @@ _FRESH_MODULES = (
 )
 FIRST_HANDLE = 100
 """The handle of the compute stream. Other streams get the following ones, in order of first use."""
+
+NUM_EPOCHS = 4
+"""The most slices of a slab that goes by kernel through host memory."""
 
 _WATCH_WORD = 1 << 60  # an address that is not in use
 
@@ -187,6 +191,18 @@ class FakePuts:
         pass
 
 
+class FakeHostKernels:
+    """Stands in for kernels: nothing happens."""
+
+    def __init__(self, bases: list[int], device: torch.device, *, rank: int, num_lanes: int, word: int) -> None:
+        pass
+
+    def exchange(
+        self, exchange: Exchange, box: torch.Tensor, *, target: int, target_step: int, flag: int, code: int
+    ) -> None:
+        pass
+
+
 class FakeGroup(RankGroup):
     """One of several ranks in this process, whose waits end at once."""
 
@@ -251,9 +267,11 @@ def protocol_world(
     shape: ExpertShape | None = None,
     smallest_chunk: int = 256,
     recorded: bool = True,
+    put_bytes: int | None = None,
 ) -> Iterator[ProtocolWorld]:
     """Transports whose runs are logged. They may be changed before they run.
 
+    put_bytes: the largest exchange that goes by kernel; by default none in `host-staged`, and many in `one-sided`.
     smallest_chunk: in bytes; small, so that even small slabs go through host memory in several chunks.
     """
     driver = FakeDriver()
@@ -263,15 +281,16 @@ def protocol_world(
         stack.enter_context(patch("torch.cuda.synchronize"))
         chunks = {"_SMALLEST_CHUNK": smallest_chunk, "_CHUNK_ALIGNMENT": 64}
         stack.enter_context(patch.multiple("antiphon.comm.slab.host_staged", **chunks))
+        stack.enter_context(patch("antiphon.comm.slab.host_staged.HostKernelMailbox.num_epochs", NUM_EPOCHS))
         memories: list[torch.Tensor] = []
         transports = []
         for rank in range(size):
             with _shared_memories(rank, size, memories):
-                transports.append(_make(name, shape, FakeGroup(rank, size), num_lanes))
+                transports.append(_make(name, shape, FakeGroup(rank, size), num_lanes, put_bytes))
         yield ProtocolWorld(transports, driver, recorded=recorded)
 
 
-def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> SlabTransport:
+def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int, put_bytes: int | None) -> SlabTransport:
     module_name, class_name = {
         "shared-memory": ("shared_memory", "SharedMemoryTransport"),
         "copy-engine": ("copy_engine", "CopyEngineTransport"),
@@ -280,7 +299,12 @@ def _make(name: str, shape: ExpertShape, group: RankGroup, num_lanes: int) -> Sl
     }[name]
     kind = getattr(import_module(f"antiphon.comm.slab.{module_name}"), class_name)
     streams: Streams = CpuStreams() if name == "shared-memory" else FakeStreams()
-    transport: SlabTransport = kind(shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=MAX_TOKENS)
+    limit = {} if name in ("shared-memory", "copy-engine") else {"put_bytes": put_bytes}
+    if put_bytes is None:
+        limit = {"put_bytes": 0} if name == "host-staged" else {}
+    transport: SlabTransport = kind(
+        shape, group=group, streams=streams, num_lanes=num_lanes, max_tokens=MAX_TOKENS, **limit
+    )
     return transport
 
 
@@ -326,6 +350,7 @@ def _shared_memories(rank: int, size: int, memories: list[torch.Tensor]) -> Iter
     with (
         patch("antiphon.comm.slab.copy_engine.symmetric_memory", symmetric),
         patch("antiphon.comm.slab.one_sided.PutKernels", FakePuts),
+        patch("antiphon.comm.slab.host_staged.LaunchedHostKernels", FakeHostKernels),
         patch("antiphon.comm.slab.host_staged.share_host_memory", share),
         patch("antiphon.comm.slab.host_staged.unregister_host_memory", lambda memories: None),
         patch("antiphon.comm.slab.shared_memory.share_host_memory", share),

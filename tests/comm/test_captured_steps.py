@@ -34,7 +34,14 @@ from tests.support.captured import Graph, finishes
 from tests.support.happens_before import check
 from tests.support.protocol_log import Action, LoggedMailbox
 
-MEDIA = ("copy-engine", "host-staged", "one-sided", "one-sided and copy-engine")
+MEDIA = (
+    "copy-engine",
+    "host-staged",
+    "host-staged by kernel",
+    "host-staged by kernel and copies",
+    "one-sided",
+    "one-sided and copy-engine",
+)
 NUM_ORDERS = 400
 NUM_LAYERS = 3
 
@@ -52,7 +59,8 @@ def changing(size: int, num_lanes: int, *, seed: int) -> Layers:
 @contextmanager
 def world_of(name: str, *, size: int, num_lanes: int) -> Iterator[ProtocolWorld]:
     """The ranks of a medium. Where it is two, combines of 12 tokens go by kernel, and the larger dispatches do not."""
-    with protocol_world(name.partition(" ")[0], size=size, num_lanes=num_lanes) as world:
+    put_bytes = 1 << 20 if "kernel" in name else None
+    with protocol_world(name.partition(" ")[0], size=size, num_lanes=num_lanes, put_bytes=put_bytes) as world:
         if "and" in name:
             for mailbox in mailboxes(world):
                 mailbox.put_bytes = size * 12 * 70
@@ -78,7 +86,12 @@ def num_finished(graphs: list[Graph], *, num_replays: int = 2) -> int:
 def test_replays_end_in_any_legal_order(name: str, num_lanes: int, size: int) -> None:
     with world_of(name, size=size, num_lanes=num_lanes) as world:
         graphs = world.capture(padded(size, num_lanes, 12, num_layers=2))
-    streams = {"host-staged": {"up", "down"}, "one-sided": set()}.get(name, {"comm"})
+    engines = {"up", "down"} if "host" in name else {"comm"}
+    programs = {"senders", "receivers"} if "host" in name else set()  # those of `one-sided` are the compute stream's
+    one_lane = {"host-staged by kernel": programs, "one-sided": programs}.get(name, engines)
+    if name == "host-staged by kernel and copies":
+        one_lane = engines | programs
+    streams = one_lane if num_lanes == 1 else engines
     assert {event.stream for event in graphs[0].events} == {"compute", *streams}
     if name == "host-staged":
         assert any("flag 2 " in event.place for event in graphs[0].events), "no slab went in several chunks"

@@ -130,7 +130,7 @@ def test_broken_kernels_are_found(broken: str, found: str) -> None:
     with protocol_world("one-sided", size=3, num_lanes=2) as world:
         for transport in world.transports:
             leave_out(broken)(cast("LoggedMailbox", transport.mailbox).inner)
-        world.run([[[6, 6, 6]] * 3] * 2)
+        world.run([[[6, 6, 6]] * 3])
         problems = check(world.logs())
     assert any(found in problem for problem in problems), problems
 
@@ -139,7 +139,7 @@ def test_small_and_large_exchanges_in_turn_are_clean() -> None:
     with protocol_world("one-sided", size=3, num_lanes=2) as world:
         for transport in world.transports:
             cast("Any", cast("LoggedMailbox", transport.mailbox).inner).put_bytes = 20 * 3 * 80
-        world.run([[[6, 6, 6], [40, 40, 40], [9, 0, 9], [20, 20, 20], [21, 21, 21]], [[21, 21, 21], [1, 1, 1]] * 3])
+        world.run([[[6, 6, 6], [40, 40, 40], [9, 0, 9], [20, 20, 20], [21, 21, 21], [1, 1, 1]]])
         logs = world.logs()
     assert check(logs) == []
     put_by = {event.stream for event in logs[0] if event.operation == "put"}

@@ -224,7 +224,7 @@ def test_weights_are_at_least_float32(dtype: torch.dtype, weight_dtype: torch.dt
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("auto", {}, "copy-engine"),
+        ("auto", {}, "one-sided"),
         ("auto", {"peer_access": False}, "host-staged"),
         ("host-staged", {}, "host-staged"),
         ("alltoall", {"peer_access": False}, "alltoall"),

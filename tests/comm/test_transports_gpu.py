@@ -36,11 +36,18 @@ def test_10_000_iterations_of_changing_sizes(transport: str) -> None:
     assert problems == ["", ""]
 
 
+@pytest.mark.parametrize("transport", ["host-staged", "one-sided"])
+def test_2000_small_exchanges_by_kernel(transport: str) -> None:
+    problems = run_ranks("tests.comm.gpu_checks:small_exchanges", 2, transport, 2000, timeout_s=20, limit_s=300)
+    assert problems == ["", ""]
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2])
 @pytest.mark.parametrize("transport", ["local", "copy-engine", "host-staged", "one-sided", "allgather"])
-def test_replays_give_what_eager_steps_give(transport: str) -> None:
+def test_replays_give_what_eager_steps_give(transport: str, num_lanes: int) -> None:
     size = 1 if transport == "local" else 2
     check_name = "tests.comm.gpu_checks:replays_between_eager_steps"
-    problems = run_ranks(check_name, size, transport, 50, timeout_s=20, limit_s=300)
+    problems = run_ranks(check_name, size, transport, 50, num_lanes, timeout_s=20, limit_s=300)
     assert problems == [""] * size
 
 

@@ -17,7 +17,7 @@ from tests.support.errors import raises
 
 MIB, GIB = 1 << 20, 1 << 30
 WORKS = Check(ok=True, detail="tried")
-ALL = ("local", "allgather", "alltoall", "copy-engine", "host-staged", "shared-memory", "simulated")
+ALL = ("local", "allgather", "alltoall", "copy-engine", "one-sided", "host-staged", "shared-memory", "simulated")
 
 
 def gpus(count: int = 2, **changes: Any) -> Gpus:
@@ -52,7 +52,9 @@ HOST = Host(
     socket_descriptors=WORKS,
     pidfd_getfd=WORKS,
 )
-VERSIONS = Versions(python="3.12", torch="2.11", nccl="2.28.9", cuda_bindings="13.0", backends=("gloo", "nccl"))
+VERSIONS = Versions(
+    python="3.12", torch="2.11", nccl="2.28.9", triton="3.6.0", cuda_bindings="13.0", backends=("gloo", "nccl")
+)
 
 
 def facts(
@@ -94,10 +96,28 @@ NCCL = ("allgather", "alltoall")
 GPU_CASES: list[tuple[str, Facts, tuple[str, ...], bool, str, str]] = [
     ("all is well", facts(), NCCL, True, "over NCCL 2.28.9, by peer access (NV18)", ""),
     ("all is well", facts(), ("copy-engine",), True, "peer access between all 2 GPUs (NV18), no SMs", ""),
-    ("all is well", facts(), ("host-staged",), True, "GiB of pinned host memory, no SMs", ""),
+    ("all is well", facts(), ("one-sided",), True, "all 2 GPUs (NV18), SMs only for small exchanges", ""),
+    ("all is well", facts(), ("host-staged",), True, "of pinned host memory, SMs only for small exchanges", ""),
+    ("no Triton", facts(versions={"triton": None}), ("copy-engine",), True, "no SMs", ""),
+    ("no Triton", facts(versions={"triton": None}), ("host-staged",), True, "GiB of pinned host memory, no SMs", ""),
+    (
+        "no Triton",
+        facts(versions={"triton": None}),
+        ("one-sided",),
+        False,
+        "Triton, which compiles",
+        "or use copy-engine",
+    ),
     ("all is well", facts(), ("shared-memory",), False, "needs CPUs, and the ranks run on GPUs", "use host-staged"),
     ("all is well", facts(), ("local",), False, "serves a single rank: there are 2", "--ranks 1"),
-    ("all is well", facts(), ("simulated",), True, "wraps allgather or alltoall or copy-engine or host-staged", ""),
+    (
+        "all is well",
+        facts(),
+        ("simulated",),
+        True,
+        "wraps allgather or alltoall or copy-engine or one-sided or host-staged",
+        "",
+    ),
     (
         "one GPU",
         facts(gpus=gpus(1)),

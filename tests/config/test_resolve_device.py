@@ -247,8 +247,8 @@ def test_closing_lets_the_weights_go_though_the_llm_is_kept() -> None:
 @pytest.mark.parametrize(
     ("transport", "peer_access", "found", "expected", "reason"),
     [
-        ("auto", True, "copy-engine", "copy-engine", "copies between peers"),
-        ("auto", True, "host-staged", "host-staged", "not copy-engine"),
+        ("auto", True, "one-sided", "one-sided", "copies between peers"),
+        ("auto", True, "host-staged", "host-staged", "not one-sided"),
         ("auto", False, "host-staged", "host-staged", "peer access"),
         ("alltoall", True, "alltoall", "alltoall", "as asked"),
         ("some.module:Class", True, "its-own-name", "some.module:Class", "as asked"),

@@ -186,7 +186,7 @@ def test_the_library_example_runs_under_torchrun() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_the_library_example_takes_the_gpus() -> None:
     printed = run_library_example()
-    assert len(re.findall(r"on cuda:[01] over (copy-engine|host-staged): two lanes give", printed)) == 2
+    assert len(re.findall(r"on cuda:[01] over (one-sided|host-staged): two lanes give", printed)) == 2
 
 
 def test_code_in_the_readme_is_the_code_of_the_package() -> None:

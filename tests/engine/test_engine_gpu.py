@@ -35,7 +35,7 @@ NUM_DEVICES = torch.cuda.device_count()
 one_gpu = [pytest.mark.gpu, pytest.mark.skipif(NUM_DEVICES < 1, reason="needs a CUDA device")]
 two_gpus = [pytest.mark.multigpu, pytest.mark.skipif(NUM_DEVICES < 2, reason="needs two CUDA devices")]
 
-TRANSPORTS = ("allgather", "alltoall", "copy-engine", "host-staged")
+TRANSPORTS = ("allgather", "alltoall", "copy-engine", "one-sided", "host-staged")
 RANKS = [
     pytest.param(1, "local", marks=one_gpu),
     *(pytest.param(2, transport, marks=two_gpus) for transport in TRANSPORTS),

@@ -64,6 +64,8 @@ class LoggedEvent(NamedTuple):
 
 def record(transport: SlabTransport) -> MailboxLog:
     """Log everything that `transport` queues. All ranks call it before their first exchange."""
+    from tests.support.kernel_log import log_kernels  # which stands on this module
+
     log, mailbox, rank = MailboxLog(transport.group.rank), transport.mailbox, transport.group.rank
     mailbox.describe(log)
     for lane, sums in enumerate(transport.partial_sums):
@@ -74,8 +76,7 @@ def record(transport: SlabTransport) -> MailboxLog:
         assert isinstance(mailbox, _StreamMailbox)
         mailbox.streams = log.follow(mailbox.streams)
         mailbox.memory = _LoggedStreamMemory(mailbox.memory, log)
-        if isinstance(mailbox, _PuttingMailbox):
-            mailbox.puts = _LoggedPuts(mailbox.puts, log, mailbox, rank)
+        log_kernels(mailbox, log, rank)
     transport.mailbox = LoggedMailbox(mailbox, transport, log)
     return log
 
@@ -110,6 +111,10 @@ class MailboxLog:
         """Wrap the streams so that their events are logged. Operations without a stream run on the compute stream."""
         self._streams[None] = self._streams[streams.compute_handle] = _COMPUTE
         return _LoggedStreams(streams, self, self._streams)
+
+    def name_programs(self, names: dict[int, str]) -> None:
+        """Log the programs of kernels like streams of these numbers."""
+        self._streams.update(names)
 
     # ---- what the transport and its caller do around the mailbox, on the compute stream
 
@@ -297,45 +302,6 @@ class _StreamMailbox(Protocol):
 
     streams: CommStreams
     memory: StreamMemory
-
-
-@runtime_checkable
-class _PuttingMailbox(Protocol):
-    """What the mailbox has whose kernels put slabs."""
-
-    puts: Any
-    _bases: list[int]
-
-    def _epoch_flag(self, lane: int, phase: Phase, source: int) -> int: ...
-
-
-class _LoggedPuts:
-    """Logs what the kernels of `one-sided` do on the compute stream.
-
-    Their flags are epochs, which nobody clears. An epoch that was seen counts as cleared, because the next one differs.
-    """
-
-    def __init__(self, inner: Any, log: MailboxLog, mailbox: _PuttingMailbox, rank: int) -> None:
-        self._inner = inner
-        self._log = log
-        self._mailbox = mailbox
-        self._rank = rank
-
-    def put(self, exchange: Exchange, target: int, flag: int) -> None:
-        self._inner.put(exchange, target, flag)
-        bases = self._mailbox._bases
-        for put in exchange.puts:
-            source, num_bytes = put.source.data_ptr(), put.source.numel()
-            self._log.copied(exchange, "put", bases[put.peer] + target, source, num_bytes)
-        for put in exchange.puts:
-            self._log.flag(Action.SET, exchange, "signal", bases[put.peer] + flag)
-
-    def wait(self, exchange: Exchange, code: int) -> None:
-        self._inner.wait(exchange, code)
-        for action in (Action.WAIT, Action.CLEAR):
-            for arrival in exchange.arrivals:
-                flag = self._mailbox._epoch_flag(exchange.lane, exchange.phase, arrival.peer)
-                self._log.flag(action, exchange, "wait", self._mailbox._bases[self._rank] + flag)
 
 
 _COPIES = {"up": "upload", "down": "download"}

@@ -1,7 +1,8 @@
-"""`host-staged`: the slab protocol through pinned host memory, for servers without peer access. Takes no SMs.
+"""`host-staged`: the slab protocol through pinned host memory, for servers without peer access.
 
 Each rank has memory that all ranks map: | flags | its outgoing slabs, lane by lane |. Slabs travel in chunks, so that a
-peer downloads the first one while the next is still being uploaded; copy engines work in both directions at once.
+peer downloads the first one while the next is still being uploaded; copy engines work in both directions at once, and
+take no SMs.
 
     up stream        ── chunk 0 to own memory ── flag at every peer ── chunk 1 ── flag ── ...
     down stream      ── wait for a peer's chunk 0, flag to 0 ── chunk 0 to own box ── ...   (queued at once, not after
@@ -13,6 +14,10 @@ number. `copy_engine` says why: CUDA may run the branches of a graph one after t
 
 A slab that goes to all peers (dispatch) is uploaded once. A chunk's flag lies in the memory of the rank that waits for
 it.
+
+Small exchanges go by one kernel on the compute stream, which uploads, waits and downloads (`kernel_path`).
+`antiphon.kernels.fused.host_exchange` explains it. It uses the same slabs with flags of its own:
+| flags of copies | epochs of kernels | slabs |.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Unpack
 
 import torch
 
@@ -29,10 +34,13 @@ from antiphon.comm.device_watch import ALL_PEERS
 from antiphon.comm.group import RankGroup, located
 from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.row_format import aligned
+from antiphon.comm.slab.host_kernels import HostKernels, LaunchedHostKernels
 from antiphon.comm.slab.host_memory import share_host_memory
+from antiphon.comm.slab.kernel_path import KernelMailbox
 from antiphon.comm.slab.mailbox import CommStreams, Exchange, Mailbox, MemoryNames, Phase
 from antiphon.comm.slab.transport import SlabTransport, slab_bytes
 from antiphon.comm.tokens import ExpertShape
+from antiphon.comm.transport import MadeFor
 from antiphon.device.cuda_stream_memory import (
     Replay,
     StreamMemory,
@@ -41,9 +49,13 @@ from antiphon.device.cuda_stream_memory import (
     register_host_memory,
     unregister_host_memory,
 )
+from antiphon.kernels.slices import LARGEST_SLAB, MAX_SLICES
 from antiphon.machine.advice import for_docker, format_bytes
 from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams, Event
+
+PUT_BYTES = 2 << 20
+"""Default for the largest exchange that goes by kernel: the slabs of all ranks together, in bytes."""
 
 _ALIGNMENT = 4096
 _SET, _CLEAR = 1, 0
@@ -69,7 +81,10 @@ def chunks_of(num_bytes: int) -> list[Chunk]:
 
 
 class HostStagedMailbox(Mailbox):
-    """A mailbox in host memory that every rank maps and pins."""
+    """A mailbox in host memory that every rank maps and pins, by copy engines."""
+
+    num_epochs: ClassVar[int] = 0
+    """How many words every lane, phase and peer has besides the flags of copies. A subclass may use them."""
 
     def __init__(
         self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
@@ -78,7 +93,9 @@ class HostStagedMailbox(Mailbox):
         self.streams: CommStreams = streams
         self.memory = StreamMemory()
         flush = check_stream_memory_operations(streams.device, "transport host-staged")
-        flags_end = aligned(num_lanes * len(Phase) * group.size * _MAX_CHUNKS * 4, _ALIGNMENT)
+        ways = num_lanes * len(Phase) * group.size
+        self._epochs_start = aligned(ways * _MAX_CHUNKS * 4, _ALIGNMENT)
+        flags_end = self._epochs_start + aligned(ways * self.num_epochs * 4, _ALIGNMENT)
         # Outgoing slabs: in dispatch one for all peers, in combine one for each.
         dispatch_slab, combine_slab = dispatch_bytes // group.size, combine_bytes // group.size
         self._slab_bytes = (aligned(dispatch_slab, _ALIGNMENT), aligned(combine_slab, _ALIGNMENT))
@@ -237,10 +254,12 @@ class HostStagedMailbox(Mailbox):
 
     def _slab_at(self, owner: int, lane: int, phase: Phase, reader: int) -> int:
         """The address of the slab that `owner` holds for `reader`."""
-        start = self._bases[owner] + self._lane_starts[lane]
-        if phase is Phase.DISPATCH:
-            return start
-        return start + self._slab_bytes[0] + reader * self._slab_bytes[1]
+        start = self._bases[owner] + self._slabs_start(lane, phase)
+        return start if phase is Phase.DISPATCH else start + reader * self._slab_bytes[phase]
+
+    def _slabs_start(self, lane: int, phase: Phase) -> int:
+        """The offset, in every rank's memory, of its slab for rank 0, or for all."""
+        return self._lane_starts[lane] + (0 if phase is Phase.DISPATCH else self._slab_bytes[0])
 
     def _flag(self, reader: int, lane: int, phase: Phase, source: int, chunk: int) -> int:
         way = (lane * len(Phase) + phase) * self._group.size + source
@@ -293,13 +312,68 @@ def _goes_in_chunks(exchange: Exchange) -> bool:
     return any(len(chunks_of(size)) > 1 for size in sizes)
 
 
+class HostKernelMailbox(KernelMailbox, HostStagedMailbox):
+    """The mailbox in host memory with kernels for small exchanges."""
+
+    num_epochs = MAX_SLICES
+    largest_slab = LARGEST_SLAB
+
+    def __init__(
+        self, group: RankGroup, streams: CudaStreams, *, num_lanes: int, dispatch_bytes: int, combine_bytes: int
+    ) -> None:
+        super().__init__(
+            group, streams, num_lanes=num_lanes, dispatch_bytes=dispatch_bytes, combine_bytes=combine_bytes
+        )
+        self._by_kernel = {}
+        self._compute_word = group.device_watch().word("compute")
+        self.kernels: HostKernels = LaunchedHostKernels(
+            self._bases, streams.device, rank=group.rank, num_lanes=num_lanes, word=self._compute_word.address
+        )
+
+    def put_by_kernel(self, exchange: Exchange) -> None:
+        lane, phase = exchange.lane, exchange.phase
+        self.kernels.exchange(
+            exchange,
+            self.box(lane, phase),
+            target=self._slabs_start(lane, phase),
+            target_step=0 if phase is Phase.DISPATCH else self._slab_bytes[phase],
+            flag=self._epochs_of(lane, phase),
+            code=self._compute_word.code(located(exchange.label), captured=True),
+        )
+
+    def wait_by_kernel(self, exchange: Exchange) -> None:
+        """The kernel of the put has waited."""
+
+    def describe(self, names: MemoryNames) -> None:
+        super().describe(names)
+        for lane in range(len(self._boxes)):
+            for phase in Phase:
+                for reader, base in enumerate(self._bases):
+                    for number in range(self._group.size * self.num_epochs):
+                        source, epoch = divmod(number, self.num_epochs)
+                        flag = base + self._epochs_of(lane, phase) + 4 * number
+                        names.name_flag(flag, reader, lane, phase, source, _MAX_CHUNKS + epoch)
+
+    def _epochs_of(self, lane: int, phase: Phase) -> int:
+        """The offset, in every reader's memory, of int32 [W, num_epochs], by sender."""
+        return self._epochs_start + 4 * (lane * len(Phase) + phase) * self._group.size * self.num_epochs
+
+
 class HostStagedTransport(SlabTransport):
-    """The slab protocol through pinned host memory, by copy engines."""
+    """The slab protocol through pinned host memory, by copy engines and, for small exchanges, by kernels.
+
+    put_bytes: the largest exchange that goes by kernel, the slabs of all ranks together, 0 for none.
+    """
 
     name = "host-staged"
     capture_obstacle = ""
     through_host = True
-    medium = HostStagedMailbox
+    medium = HostKernelMailbox
+
+    def __init__(self, shape: ExpertShape, *, put_bytes: int = PUT_BYTES, **made_for: Unpack[MadeFor]) -> None:
+        super().__init__(shape, **made_for)
+        assert isinstance(self.mailbox, HostKernelMailbox)
+        self.mailbox.use_kernels(put_bytes)
 
     @classmethod
     def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
@@ -313,7 +387,8 @@ class HostStagedTransport(SlabTransport):
     @classmethod
     def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
         needed = slab_bytes(shape, world)
-        description = f"{format_bytes(needed)} of pinned host memory, no SMs"
+        sms = "no SMs" if facts.versions.triton is None else "SMs only for small exchanges"
+        description = f"{format_bytes(needed)} of pinned host memory, {sms}"
         tried, limit = facts.gpus.pinned_bytes, facts.host.locked_memory_bytes
         if limit is None or not tried <= limit < needed:
             return Way(description)

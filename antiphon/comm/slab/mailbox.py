@@ -79,11 +79,15 @@ class Exchange:
     same_source: bool  # every peer gets the same slab at the same offset
     label: str = ""  # for recordings and errors: "dispatch layer 3"
     num_bytes: int = field(init=False)  # sent to the peers or received from them, whichever is more
+    slab_bytes: int = field(init=False)  # of each slab, if all that are sent and received are equal, else 0
     prepared: Any = None  # owned by the medium: its preparations for repeated use
 
     def __post_init__(self) -> None:
-        sent = sum(put.source.numel() for put in self.puts)
-        self.num_bytes = max(sent, sum(arrival.num_bytes for arrival in self.arrivals))
+        sent = [put.source.numel() for put in self.puts]
+        received = [arrival.num_bytes for arrival in self.arrivals]
+        self.num_bytes = max(sum(sent), sum(received))
+        sizes = {*sent, *received}
+        self.slab_bytes = sizes.pop() if len(sizes) == 1 else 0
 
 
 class Mailbox(ABC):

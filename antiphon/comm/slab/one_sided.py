@@ -6,12 +6,7 @@ A copy-engine exchange has a fixed cost of copies, flags and events that exceeds
 kernel does all of it in one launch. It runs on the compute stream, so it takes SMs and hides nothing: in a step as
 small as that there is nothing to compute beside it.
 
-An exchange goes by kernel if all its slabs are equal and together no larger than `put_bytes`. That follows from the
-numbers of tokens, which all ranks know, so both ends agree. All others go as in `copy-engine`. The two have flags of
-their own. Those of the kernels are epochs, which only grow, so a captured step holds no value that must change.
-
-The device watch costs nothing until a wait lasts long. Then the wait kernel itself writes the code to the stream's
-word. That code belongs to the label, in eager steps too, because a launch is kept for each code.
+`kernel_path` says which exchanges these are. All others go as in `copy-engine`, which keeps off the SMs throughout.
 """
 
 from __future__ import annotations
@@ -20,17 +15,20 @@ from typing import Protocol, Unpack
 
 import torch
 
+from antiphon.comm import needs
 from antiphon.comm.group import RankGroup, located
+from antiphon.comm.needs import Refusal, Way, World
 from antiphon.comm.slab.copy_engine import CopyEngineTransport, PeerCopyMailbox
+from antiphon.comm.slab.kernel_path import KernelMailbox, way_of
 from antiphon.comm.slab.mailbox import Exchange, MemoryNames, Phase
 from antiphon.comm.tokens import ExpertShape
 from antiphon.comm.transport import MadeFor
+from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams
 
 PUT_BYTES = 1 << 20
 """Default for the largest exchange that goes by kernel: the slabs of all ranks together, in bytes."""
 
-_SLAB_ALIGNMENT = 16
 _EPOCH = 1  # the number of a flag that holds an epoch, after those of copy engines
 _COUNTER_WORDS = 4  # of int32: each counter is aligned to 16 bytes, so that all ways share their compiled kernels
 
@@ -47,7 +45,7 @@ class Puts(Protocol):
         ...
 
 
-class OneSidedMailbox(PeerCopyMailbox):
+class OneSidedMailbox(KernelMailbox, PeerCopyMailbox):
     """A mailbox in device memory that every rank maps, and into which kernels put small slabs."""
 
     flag_sets = 2
@@ -58,39 +56,15 @@ class OneSidedMailbox(PeerCopyMailbox):
         super().__init__(
             group, streams, num_lanes=num_lanes, dispatch_bytes=dispatch_bytes, combine_bytes=combine_bytes
         )
-        self.put_bytes = PUT_BYTES
+        self._by_kernel = {}
         flags = self._memory[self._set_bytes : 2 * self._set_bytes].view(torch.int32)
         self.puts: Puts = PutKernels(self._bases, flags, rank=group.rank, num_lanes=num_lanes, word=self._word.address)
 
-    def goes_by_kernel(self, exchange: Exchange) -> bool:
-        """Whether the exchange is small and even. All ranks answer alike: the slabs of both ends follow from counts."""
-        if exchange.prepared is None:
-            exchange.prepared = self._is_small(exchange)
-        return bool(exchange.prepared)
-
-    def _is_small(self, exchange: Exchange) -> bool:
-        sizes = {put.source.numel() for put in exchange.puts} | {arrival.num_bytes for arrival in exchange.arrivals}
-        if len(sizes) != 1:
-            return False
-        num_bytes = min(sizes)
-        return 0 < num_bytes * self._group.size <= self.put_bytes and num_bytes % _SLAB_ALIGNMENT == 0
-
-    def put(self, exchange: Exchange) -> None:
-        if not self.goes_by_kernel(exchange):
-            super().put(exchange)
-            return
+    def put_by_kernel(self, exchange: Exchange) -> None:
         target = self._offsets[exchange.lane][exchange.phase] + exchange.puts[0].offset
         self.puts.put(exchange, target, self._epoch_flag(exchange.lane, exchange.phase, self._group.rank))
 
-    def signal(self, exchange: Exchange) -> None:
-        """Set the flags, unless the put kernel does."""
-        if not self.goes_by_kernel(exchange):
-            super().signal(exchange)
-
-    def wait(self, exchange: Exchange) -> None:
-        if not self.goes_by_kernel(exchange):
-            super().wait(exchange)
-            return
+    def wait_by_kernel(self, exchange: Exchange) -> None:
         self.puts.wait(exchange, self._word.code(located(exchange.label), captured=True))
 
     def describe(self, names: MemoryNames) -> None:
@@ -158,12 +132,19 @@ class OneSidedTransport(CopyEngineTransport):
     capture_obstacle = ""
     medium = OneSidedMailbox
 
+    @classmethod
+    def refusal(cls, facts: Facts | None, shape: ExpertShape, world: World) -> Refusal | None:
+        refusal = super().refusal(facts, shape, world)
+        if refusal is None and facts is not None and facts.versions.triton is None:
+            return Refusal("Triton, which compiles its kernels, is missing", "`pip install triton`, or use copy-engine")
+        return refusal
+
+    @classmethod
+    def way(cls, facts: Facts, shape: ExpertShape, world: World) -> Way:
+        found = needs.links(facts, world)
+        return Way(f"peer access between all {world.ranks} GPUs{found}, SMs only for small exchanges")
+
     def __init__(self, shape: ExpertShape, *, put_bytes: int = PUT_BYTES, **made_for: Unpack[MadeFor]) -> None:
         super().__init__(shape, **made_for)
         assert isinstance(self.mailbox, OneSidedMailbox)
-        self.mailbox.put_bytes = put_bytes
-
-
-def way_of(exchange: Exchange) -> int:
-    """The number of the exchange's lane and phase."""
-    return exchange.lane * len(Phase) + exchange.phase
+        self.mailbox.use_kernels(put_bytes)

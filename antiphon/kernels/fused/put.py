@@ -28,7 +28,7 @@ _UNIT: tl.constexpr = tl.constexpr(2)
 
 _BLOCK = 512
 _MAX_PROGRAMS = 32
-_NOTICE_NS = 200_000_000  # a wait that lasts longer shows on the device watch, which looks about as often
+NOTICE_NS = 200_000_000  # a wait that lasts longer shows on the device watch, which looks about as often
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def copy_to_peers(
 
 
 @triton.jit
-def _store_release(address, value):
+def store_release(address, value):
     """Write a 32-bit word that peers see after everything before, by one thread."""
     tl.inline_asm_elementwise(
         """
@@ -81,11 +81,11 @@ def _store_release(address, value):
 
 
 @triton.jit
-def _wait_for(address, epoch, word, code, notice_ns):
+def wait_for_epoch(address, epoch, word, code, notice_ns):
     """Spin until the 32-bit word has reached the epoch, by one thread. A long wait shows `code` in the watch's word.
 
-    Nothing ends the wait: the watch reports it and ends the process. Epochs are compared by their difference, so they
-    may wrap around.
+    Nothing ends the wait: the watch reports it and ends the process. The code is shown again and again, because another
+    program may share the word and clear it. Epochs are compared by their difference, so they may wrap around.
     """
     tl.inline_asm_elementwise(
         """
@@ -103,13 +103,13 @@ def _wait_for(address, epoch, word, code, notice_ns):
             sub.s32 %value, %value, $2;
             setp.ge.s32 %arrived, %value, 0;
             @%arrived bra ARRIVED;
-            @%shown bra LOOK;
             mov.u64 %now, %globaltimer;
             sub.u64 %now, %now, %start;
             setp.lt.u64 %short, %now, $5;
             @%short bra LOOK;
             st.relaxed.sys.global.u32 [$3], $4;
             setp.eq.u32 %shown, 0, 0;
+            mov.u64 %start, %globaltimer;
             bra LOOK;
         ARRIVED:
             @%shown st.relaxed.sys.global.u32 [$3], 0;
@@ -149,7 +149,7 @@ def _put_kernel(
         tl.store(epoch, number)
         for other in tl.static_range(SIZE - 1):
             peer = other + 1 if other >= RANK else other
-            _store_release(tl.load(bases_W + peer) + flag, number)
+            store_release(tl.load(bases_W + peer) + flag, number)
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def _wait_kernel(flags_W, epoch, word, code, notice_ns, RANK: tl.constexpr, SIZE
     number = tl.load(epoch)
     for other in tl.static_range(SIZE - 1):
         peer = other + 1 if other >= RANK else other
-        _wait_for((flags_W + peer).to(tl.int64), number, word, code + peer, notice_ns.to(tl.int64))
+        wait_for_epoch((flags_W + peer).to(tl.int64), number, word, code + peer, notice_ns.to(tl.int64))
     tl.debug_barrier()
 
 
@@ -177,7 +177,7 @@ def _wait(word: int, code: int, rank: int, size: int) -> Launch:
     return Launch(
         _wait_kernel,
         (1, 1),
-        integers=(word, code, _NOTICE_NS),
+        integers=(word, code, NOTICE_NS),
         constants={"RANK": rank, "SIZE": size},
         num_warps=1,
     )
