@@ -23,6 +23,7 @@ GROUPED_KERNELS = (9, 10)
 _ALIGNMENT_BYTES = 16  # torch's grouped GEMM requires it for strides
 _LEAST_MAJOR = 8  # below it there are no tensor cores for bfloat16
 _UNLIMITED = 1 << 62
+_FLOAT32_ROWS = 4096  # captured steps have fewer; larger batches take longer here than expert by expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class ExpertChoice:
         """The largest number of rows; 0 where the kernels for few rows cannot run."""
         if not x_RD.is_cuda or x_RD.dtype == torch.float64 or major_capability(x_RD.device) < _LEAST_MAJOR:
             return 0
+        if x_RD.dtype == torch.float32:
+            return max(self.small_rows, _FLOAT32_ROWS)
         if not runs_in_a_loop(x_RD.dtype, (x_RD.shape[1], width), x_RD.device):
             return self.small_rows
         # The alternative runs expert by expert while the host waits for the device in every layer.

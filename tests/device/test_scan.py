@@ -20,13 +20,17 @@ KNOWS_CUDA = (
     "machine/",  # asks what there is
     "kernels/fused/",
     "kernels/dispatch.py",  # takes tensors on CUDA devices to the fused kernels
-    "kernels/grouped_experts.py",  # warns of compute capabilities
+    "kernels/expert_choice.py",  # chooses kernels by compute capability
+    "kernels/expert_tuning.py",  # times kernels in graphs
+    "kernels/attention/",  # backends for one maker's devices say what they need
     "comm/slab/copy_engine.py",
     "comm/slab/host_staged.py",
     "comm/collective/nccl.py",
     "comm/collective/nccl_zero_cta.py",
 )
 COMPARES = (
+    "kernels/attention/",  # refusals of backends for CUDA devices
+    "kernels/fused/",  # size their grids for the device, or for the interpreter
     "machine/advice.py",  # of NVIDIA's driver, to those who run on it
     "cli/doctor.py",
 )

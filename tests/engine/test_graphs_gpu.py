@@ -40,11 +40,11 @@ def check(eager: dict[str, Any], captured: dict[str, Any], *, least: int) -> Non
 @pytest.mark.parametrize("small_cache", [False, True], ids=["", "preemptions"])
 @pytest.mark.parametrize("how", [pytest.param("one rank", marks=one_gpu)])
 def test_ten_thousand_replays_give_the_texts_of_eager_steps(how: str, small_cache: bool) -> None:
-    memory = {"kv_cache_memory": 14 * 30_720} if small_cache else {"kv_cache_memory": 40_000_000}
-    traffic = Traffic(seed=5, num_requests=400 if small_cache else 9000, vocab_size=3000, ends=3, most_open=14)
+    memory = {"kv_cache_memory": 7 * 30_720} if small_cache else {"kv_cache_memory": 40_000_000}
+    traffic = Traffic(seed=5, num_requests=200 if small_cache else 9000, vocab_size=3000, ends=3, most_open=14)
     arms = [OPTIONS | memory | {"enforce_eager": True, "cuda_graph_sizes": None}, OPTIONS | memory]
     eager, captured = of_engines(RankGroup(rank=0, size=1), traffic, arms)
-    check(eager, captured, least=500 if small_cache else 10_000)
+    check(eager, captured, least=200 if small_cache else 10_000)
     assert bool(captured["stats"]["preemptions"]) == small_cache
 
 

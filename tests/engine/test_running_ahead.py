@@ -34,7 +34,7 @@ def found() -> list[dict[str, Any]]:
         AHEAD | {"cuda_graph_sizes": SIZES},
         AHEAD | {"cuda_graph_sizes": SIZES, "dbo": "on"},
         AHEAD | {"cuda_graph_sizes": "1,2", "async_scheduling": False},
-        AHEAD | {"cuda_graph_sizes": SIZES, "kv_cache_memory": 12 * BLOCK_BYTES},
+        AHEAD | {"cuda_graph_sizes": SIZES, "kv_cache_memory": 6 * BLOCK_BYTES},
     ]
     return of_engines(RankGroup(rank=0, size=1), TRAFFIC, arms)
 

@@ -52,6 +52,18 @@ def test_right_and_the_same_bits_alone(name: str, block_size: int) -> None:
         assert torch.equal(texts.some(rows, width=width).decode(backend), out_NHV[rows])
 
 
+@pytest.mark.parametrize("name", ["qwen3", "glm", "deepseek-lite", "deepseek"])
+def test_many_more_items_than_programs(name: str) -> None:
+    """Every program computes several items, which begin and end anywhere in their texts."""
+    lengths = [700 + 61 * number for number in range(64)]
+    texts = make_texts(SHAPES[name], lengths, block_size=16, dtype=BFLOAT16, device=CUDA)
+    backend, _ = choose_backend("triton", SHAPES[name], BFLOAT16, 16, CUDA)
+    out_NHV = texts.decode(backend)
+    assert_right(out_NHV, texts)
+    for rows in ([0], [63], [40, 3]):
+        assert torch.equal(texts.some(rows).decode(backend), out_NHV[rows])
+
+
 @pytest.mark.parametrize("name", ["qwen3", "deepseek-lite", "deepseek"])
 def test_one_graph_serves_other_lengths(name: str) -> None:
     texts, backend = make(SHAPES[name], 16)

@@ -37,7 +37,7 @@ def rows(num_rows: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 64, *
         (torch.bfloat16, 64, 12, None),
         (torch.bfloat16, 63, 9, None),
         (torch.float16, 64, 9, None),
-        (torch.float32, 64, 9, DEFAULT_SMALL_ROWS),
+        (torch.float32, 64, 9, 4096),
         (torch.float64, 64, 9, 0),
         (torch.bfloat16, 64, 7, 0),
     ],

@@ -71,14 +71,17 @@ def attend_kernel(
     total = tl.load(first_N1 + num_requests) * UNITS
     work_0 = tl.program_id(0)
     # There is a place for an item for each program, so this need not wait for `total`.
-    next_request, next_begin, next_end, next_place = load_item(items_X4, work_0 // UNITS, work_0 >= 0)
+    next_request, _, next_end, next_place = load_item(items_X4, work_0 // UNITS, work_0 >= 0)
     for work in tl.range(work_0, total, tl.num_programs(0)):
         request = next_request
-        item_begin = next_begin
+        # Not carried over from the iteration before, as the rest is: Triton 3.6 drops a carried lower bound of a loop
+        # that contains a pipelined one, and every iteration would begin where the first one did. Chunks begin at
+        # multiples of PART; where the compiler sees it, it need not divide for every row of the cache.
+        item_begin = tl.load(items_X4 + work // UNITS * 4 + 1) // PART * PART
         item_end = next_end
         place = next_place
         next_work = work + tl.num_programs(0)
-        next_request, next_begin, next_end, next_place = load_item(items_X4, next_work // UNITS, next_work < total)
+        next_request, _, next_end, next_place = load_item(items_X4, next_work // UNITS, next_work < total)
         table = table_NB + request.to(tl.int64) * table_stride
         unit = work % UNITS
         group = unit // TILES

@@ -222,7 +222,7 @@ FEW_HEADS = LatentTiles(
     positions=32,
     stages=3,
     num_warps=4,
-    chunks=Chunks(short=256, long=512, long_from=2049),
+    chunks=Chunks(short=256, long=1024, long_from=4096),
     halves=True,
     late_sum=True,
     ahead=True,
