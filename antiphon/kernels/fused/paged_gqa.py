@@ -190,8 +190,8 @@ class PagedGroups:
             "TILES": divide_up(self.num_heads // self.num_kv_heads, _ROWS),
             "BLOCK_H": _ROWS,
             "BLOCK_Q": block_q,
-            "PART": self.chunks.long,
-            "PART_BLOCKS": max(1, self.chunks.long // self.block_size),
+            "PART": self.chunks.short,  # every chunk begins at a multiple of it
+            "PART_BLOCKS": max(1, self.chunks.short // self.block_size),
             "BLOCK_L": _TILE,
             # At least two programs per SM, where memory allows.
             "STAGES": _STAGES if 2 * _STAGES * tile_bytes < shared_memory(self.device) else 2,
