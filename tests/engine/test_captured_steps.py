@@ -17,7 +17,8 @@ CAPTURED = AHEAD | {"cuda_graph_sizes": SIZES}
 def test_replays_give_the_texts_of_eager_steps() -> None:
     group = RankGroup(rank=0, size=1)
     (eager,) = of_engines(group, TRAFFIC, [{"device": "cpu"}])
-    arms = [CAPTURED, CAPTURED | {"dbo": "on"}, CAPTURED | {"kv_cache_memory": 5 * BLOCK_BYTES, "prefix_caching": False}]
+    small_cache = {"kv_cache_memory": 5 * BLOCK_BYTES, "prefix_caching": False}
+    arms = [CAPTURED, CAPTURED | {"dbo": "on"}, CAPTURED | small_cache]
     for captured in of_engines_that_capture(group, TRAFFIC, arms):
         alike(eager["tokens"], captured["tokens"])
         graphs, steps = captured["stats"]["graphs"], captured["stats"]["steps"]
