@@ -234,8 +234,8 @@ class ResolvedConfig:
         if self.data_path is None:
             cause = "resolved when the ranks know whether their devices reach each other"
             return ResolvedPolicy(policy, cause if policy.dbo == "auto" else "")
-        captured = self.device.capturable and len(self.ladders) > 1
-        conditions = Conditions(device_kind=self.device_kind, data_path=self.data_path, captured=captured)
+        measured = self.captured is not None and bool(self.captured.measured)
+        conditions = Conditions(device_kind=self.device_kind, data_path=self.data_path, decode_measured=measured)
         return resolve_policy(policy, conditions)
 
     @property
@@ -278,6 +278,8 @@ class ResolvedConfig:
                 f"gpu_memory_utilization={options.gpu_memory_utilization} has no effect: the size of the KV cache is "
                 f"{self.cache.source}"
             )
+        if not options.async_scheduling and not self.device.queues:
+            sentences.append("async_scheduling=False has no effect: steps on a CPU are never launched ahead")
         if options.enforce_eager and options.cuda_graph_sizes is not None:
             sentences.append(f"cuda_graph_sizes={options.cuda_graph_sizes} has no effect: enforce_eager is set")
         return sentences

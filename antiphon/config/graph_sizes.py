@@ -21,6 +21,7 @@ class CaptureReport:
     """What a rank captured. sizes: ascending sizes of padded steps, by number of lanes, captured or not.
 
     obstacle: why nothing is captured; "" if something is. num_bytes: of device memory that the graphs take.
+    measured: what both plans of decode steps were found to be good for, in words; "" if they were not measured.
     """
 
     num_graphs: int = 0
@@ -28,6 +29,7 @@ class CaptureReport:
     num_bytes: int = 0
     sizes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     obstacle: str = ""
+    measured: str = ""
 
 
 def default_ladder(largest: int = LARGEST_SIZE) -> Iterator[int]:

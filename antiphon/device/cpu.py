@@ -66,7 +66,7 @@ class CpuDevice(HostDevice):
     def activate(self) -> None:
         return
 
-    def streams(self) -> Streams:
+    def streams(self, *, own_compute: bool = False) -> Streams:
         return CpuStreams(self)
 
     def timer(self) -> StepTimer:
@@ -89,6 +89,9 @@ class CpuStreams:
     def __init__(self, owner: Device | None = None) -> None:
         self.owner = owner if owner is not None else CpuDevice("cpu")
         self.device = self.owner.torch_device
+
+    def current(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def record(self) -> Event:
         return _HAPPENED

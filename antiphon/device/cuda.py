@@ -37,13 +37,8 @@ class CudaDevice(GenericDevice):
     def describe(self) -> str:
         return str(torch.cuda.get_device_name(self.torch_device))
 
-    def streams(self) -> Streams:
-        return CudaStreams(self.torch_device)
-
-    def own_stream(self) -> None:
-        stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(self.current_stream())
-        self.set_stream(stream)
+    def streams(self, *, own_compute: bool = False) -> Streams:
+        return CudaStreams(self.torch_device, own_compute=own_compute)
 
     def new_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.torch_device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
@@ -77,11 +72,15 @@ class CudaDevice(GenericDevice):
 
 
 class CudaStreams(GenericStreams):
-    """`Streams` of one CUDA device."""
+    """`Streams` of one CUDA device. own_compute: see `Device.streams`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, own_compute: bool = False) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         super().__init__(CudaDevice("cuda", index))
+        if own_compute:
+            compute = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            compute.wait_stream(self._compute)
+            self._compute = compute
         self._compute_handle: int = self._compute.cuda_stream
         self._start: torch.cuda.Event | None = None  # on the compute stream, where a run first forked
         self._capturing = False
@@ -135,10 +134,19 @@ class CudaStreams(GenericStreams):
         # Other threads may call the driver meanwhile, such as that of a process group.
         capture = torch.cuda.graph(graph, pool=self._pool, stream=self._compute, capture_error_mode="thread_local")
         self._start, self._capturing = None, True
+        cause: Exception | None = None
         try:
             with capture:
-                result = run()
+                try:
+                    result = run()
+                except Exception as error:
+                    cause = error
+                    raise
+        except Exception as error:
+            # Ending a capture that has failed fails as well, and torch raises that error.
+            raise error if cause is None else cause from None
         finally:
+            self._forked.clear()
             self._start, self._capturing = None, False
         return CudaGraph(graph, result)
 

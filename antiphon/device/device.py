@@ -7,7 +7,7 @@
     ...                                 # run something
     used = device.peak_bytes()          # of the whole device, other processes included
 
-The compute stream is the caller's, or the engine's own (`Device.own_stream`). A rank also has one comm stream, and
+The compute stream is the caller's, or the engine's own (`Device.streams`). A rank also has one comm stream, and
 further named ones if its transport needs them (an upload and a download stream). A transport uses them in the same way
 on every device:
 
@@ -124,20 +124,17 @@ class Device(ABC):
     def activate(self) -> None:
         """Make it the current device of this process, and turn TF32 off so that float32 GEMMs keep their precision."""
 
-    def own_stream(self) -> None:  # noqa: B027 (a default, not a gap)
-        """Make a stream of our own the current one, behind all work queued so far. Call it before `streams`.
-
-        The default stream of a CUDA device waits for all others and cannot be captured. Does nothing on devices that
-        have no such stream.
-        """
-
     @abstractmethod
     def synchronize(self) -> None:
         """Block the host until all work launched on the device is complete."""
 
     @abstractmethod
-    def streams(self) -> Streams:
-        """Streams of the device, with the current one as the compute stream. Call it once per rank."""
+    def streams(self, *, own_compute: bool = False) -> Streams:
+        """Streams of the device, with the current one as the compute stream. Call it once per rank.
+
+        own_compute: a new compute stream instead, behind all work queued so far, on devices that can be captured: the
+        default stream of a CUDA device waits for all others and cannot be. Work with it inside `Streams.current`.
+        """
 
     @abstractmethod
     def timer(self) -> StepTimer:
@@ -187,6 +184,10 @@ class Streams(Protocol):
     @property
     def device(self) -> torch.device:
         """The `torch.device` of the tensors of transports that use these streams."""
+        ...
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make the compute stream the current one of this thread inside the context."""
         ...
 
     def record(self) -> Event:

@@ -85,7 +85,7 @@ class GenericDevice(Device):
     def synchronize(self) -> None:
         torch.accelerator.synchronize(self.torch_device)
 
-    def streams(self) -> Streams:
+    def streams(self, *, own_compute: bool = False) -> Streams:
         return GenericStreams(self)
 
     def timer(self) -> StepTimer:
@@ -143,6 +143,18 @@ class GenericStreams:
         self._compute = owner.current_stream()
         self._comm: dict[str, Any] = {}
         self._forked: set[str] = set()  # comm streams with work that the compute stream has not joined
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        if self.on_compute_stream():
+            yield
+            return
+        before = self._calls.current_stream()
+        self._calls.set_stream(self._compute)
+        try:
+            yield
+        finally:
+            self._calls.set_stream(before)
 
     def record(self) -> Event:
         event: Event = self._current().record_event()

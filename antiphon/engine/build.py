@@ -75,11 +75,24 @@ def build_engine(
     options = config.options
     mesh = options.mesh if mesh is None else mesh
     _check_mesh(mesh, group)
-    axes, replica = mesh.groups(group), mesh.place(group.rank).dp
     device = rank_device(config.device_kind, group.rank)
     device.activate()
-    device.own_stream()
-    streams = device.streams()
+    streams = device.streams(own_compute=True)
+    with streams.current():
+        return _build(config, group, mesh, streams, report, meet)
+
+
+def _build(
+    config: ResolvedConfig,
+    group: RankGroup,
+    mesh: Mesh,
+    streams: Streams,
+    report: Callable[[Starting], None],
+    meet: Callable[[], None],
+) -> StepEngine:
+    """`build_engine`, with the compute stream current."""
+    options, device = config.options, streams.owner
+    axes, replica = mesh.groups(group), mesh.place(group.rank).dp
     report(Starting(what="making the transport"))
     transport = make_transport(config, axes.ep, streams)
     report(Starting(what=LOADING))
@@ -92,13 +105,15 @@ def build_engine(
     report(Starting(what=sizing if config.cache is None else "making the KV cache"))
     ladders: Ladders = {} if obstacle and device.capturable else config.ladders
     with torch.inference_mode():
-        experts = model.prepare_experts(mesh.ep * config.max_num_batched_tokens)
+        num_rows = mesh.ep * config.max_num_batched_tokens
+        experts = model.prepare_experts(num_rows, group.all_gather_object)
     if experts:
         logger.info("%s", experts)
-    graphs_bytes = 0
+    # Requests that decode beside prompts, which the largest step has none of, in one lane or in several.
+    beside_bytes = model.decode_bytes(options.max_num_seqs, -(-config.max_model_len // options.block_size))
     if config.cache is None and ladders and device.capturable:
-        graphs_bytes = measured_graphs(config, model, transport, ladders, group)
-    cache = config.cache or measured_cache(config, model, streams=streams, group=group, beside_bytes=graphs_bytes)
+        beside_bytes += measured_graphs(config, model, transport, ladders, group)
+    cache = config.cache or measured_cache(config, model, streams=streams, group=group, beside_bytes=beside_bytes)
     model.bind_kv_cache(
         allocate_cache(
             config.model,
@@ -135,15 +150,15 @@ def build_engine(
         ladders = padded.ladders
         transport.freeze()
         model.freeze()
-    conditions = Conditions(
-        device_kind=config.device_kind, data_path=transport.data_path, captured=captured.num_graphs > 0
-    )
-    policy, measured = resolve_policy(options.policy, conditions).policy, None
-    if padded is not None and captured.num_graphs and policy.measures_decode:
+    conditions = Conditions(device_kind=config.device_kind, data_path=transport.data_path, decode_measured=True)
+    measured = None
+    if padded is not None and captured.num_graphs and resolve_policy(options.policy, conditions).policy.measures_decode:
         report(Starting(what="measuring decode steps"))
         measured = measure_decode(padded, config, cache, group, transport)
         if measured is not None:
-            logger.info("decode steps: %s (measured)", measured.describe())
+            captured = replace(captured, measured=measured.describe())
+    conditions = replace(conditions, decode_measured=measured is not None)
+    policy = resolve_policy(options.policy, conditions).policy
     return StepEngine(
         group=group,
         scheduler=scheduler,

@@ -86,8 +86,12 @@ class StepEngine:
         The outputs are those of the step before where the device queues its work, and of this step elsewhere. When the
         plan is idle, nothing is in flight.
         """
+        with self.transport.streams.current():
+            return self._step(new)
+
+    def _step(self, new: Iterable[Request]) -> StepResult:
         self.scheduler.add(new)
-        outputs: list[TokenOutput] = []
+        outputs = self._commit(but=1)  # there are two only after an interrupt
         batch = self.scheduler.next_batch()  # 1 what to run; may be empty
         if not batch.requests and self.in_flight:
             outputs += self._commit()  # what can run may depend on what it has found
@@ -105,21 +109,23 @@ class StepEngine:
 
         Each rank may call it by itself.
         """
-        return self._commit()
+        with self.transport.streams.current():
+            return self._commit()
 
     def _launch(self, batch: Batch, plan: Plan) -> None:
         number, kind = self.stats.num_steps, plan.kind
-        if self.timer is not None:
-            self.timer.start()
         recording = self.recorder.step(number, kind=kind, num_tokens=batch.num_tokens)
         with recording as timeline, self.expert_load.step(number):
             if plan.graph:
                 assert self.padded is not None
-                rows = self.padded.run(batch, plan, self._sources())  # one micro-batch or several, at a fixed size
+                rows = self.padded.fill(batch, plan, self._sources())  # 3 one micro-batch or several, at a fixed size
+                self._start_timer()
+                self.padded.launch(plan)  # 4 the lanes overlap inside
                 timeline.replayed_bytes = self.padded.replayed_bytes(plan)
-                sampling = self.sampler.launch(self.padded.hidden_XD, batch, rows=rows, greedy=True)
+                sampling = self.sampler.launch(self.padded.hidden_XD, batch, rows=rows, greedy=True)  # 5
             else:
                 parts = self._split(batch, plan)  # 3 one micro-batch or several
+                self._start_timer()
                 policy = self.planner.policy
                 layers = slice(policy.start_layer, policy.end_layer)
                 hidden = self.runner.run(parts, whole=self._whole(batch, plan), layers=layers)  # 4 the lanes overlap
@@ -142,6 +148,10 @@ class StepEngine:
                 assert self.timer is not None
                 self.stats.add_device_time(launched.kind, self.timer.elapsed_ms(launched.reading))
         return outputs
+
+    def _start_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.start()
 
     @property
     def runs_ahead(self) -> bool:
@@ -183,6 +193,8 @@ class StepEngine:
     def statistics(self) -> dict[str, Any]:
         """Return the counters since the start and the state of the KV cache."""
         scheduler, pool = self.scheduler, self.scheduler.pool
+        with self.transport.streams.current():  # behind the steps that count
+            expert_tokens = self.expert_load.tokens_by_layer()
         blocks = {"total": pool.num_usable, "free": pool.num_free, "block_size": pool.block_size}
         return {
             **self.stats.to_dict(),
@@ -191,7 +203,7 @@ class StepEngine:
             "kv_blocks": blocks,
             "unfinished": scheduler.num_unfinished,
             "running": scheduler.num_running,
-            "expert_tokens": self.expert_load.tokens_by_layer(),
+            "expert_tokens": expert_tokens,
         }
 
 

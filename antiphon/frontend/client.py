@@ -90,7 +90,7 @@ class InProcessClient:
         except Exception as error:
             self._ended = f"a step failed on rank 0: {type(error).__name__}: {error}"
             raise EngineError(self._ended) from error
-        except BaseException:  # Ctrl-C: nothing of this step has been committed
+        except BaseException:  # Ctrl-C: the caller aborts its requests; what is in flight is taken by the next step
             engine.transport.reset()
             raise
 

@@ -2,13 +2,14 @@
 
 Up to some number of rows the time is that of reading the weights, and the kernels of
 `antiphon.kernels.fused.small_experts` read them at nearly full bandwidth; for large batches torch's grouped products
-win. Where they cross depends on the GPU and on the model's shape, so `ExpertWorkspace.tune` measures it at the start
-of an engine. The choice is by the number of rows alone, padding and rows without local experts included: how many
+win. Where they cross depends on the GPU and on the model's shape, so `tune_experts` measures it at the start of an
+engine. The choice is by the number of rows alone, padding and rows without local experts included: how many
 pairs are local is known on the device only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -23,6 +24,7 @@ GROUPED_KERNELS = (9, 10)
 _ALIGNMENT_BYTES = 16  # torch's grouped GEMM requires it for strides
 _LEAST_MAJOR = 8  # below it there are no tensor cores for bfloat16
 _UNLIMITED = 1 << 62
+_MARGIN = 1.03  # grouped products must be faster by more than repeated measurements differ
 _FLOAT32_ROWS = 4096  # captured steps have fewer; larger batches take longer here than expert by expert
 
 
@@ -45,11 +47,15 @@ class ExpertChoice:
 
     def takes_small(self, x_RD: torch.Tensor, width: int) -> bool:
         """Whether the kernels for few rows compute these rows. width: of an expert."""
+        return x_RD.shape[0] <= self.limit(x_RD, width)
+
+    def limit(self, x_RD: torch.Tensor, width: int) -> int:
+        """The largest number of rows like these that the kernels for few rows compute; 0 where they cannot run."""
         key = (x_RD.dtype, x_RD.device, x_RD.shape[1], width)
         limit = self._limits.get(key)
         if limit is None:
             limit = self._limits[key] = self._limit(x_RD, width)
-        return x_RD.shape[0] <= limit
+        return limit
 
     def _limit(self, x_RD: torch.Tensor, width: int) -> int:
         """The largest number of rows; 0 where the kernels for few rows cannot run."""
@@ -67,7 +73,7 @@ class ExpertChoice:
         self.timings = tuple(sorted(timings, key=lambda timing: timing.num_rows))
         small_rows = 0
         for timing in self.timings:
-            if timing.small_us > timing.grouped_us:
+            if timing.small_us > timing.grouped_us * _MARGIN:
                 break
             small_rows = timing.num_rows
         self.set_small_rows(small_rows)
@@ -76,6 +82,10 @@ class ExpertChoice:
         """Take the kernels for few rows up to this number, wherever both kinds can run without waiting."""
         self.small_rows = small_rows
         self._limits.clear()
+
+    def agree(self, small_rows_by_rank: Sequence[int]) -> None:
+        """Take the smallest number of all ranks, so that every rank rounds alike."""
+        self.set_small_rows(min(small_rows_by_rank))
 
     def describe(self) -> str:
         """One line for the start of an engine."""

@@ -93,14 +93,10 @@ def reserve_experts(
         return
     size = gate_up_EGD.shape[2]
     dtype, device = gate_up_EGD.dtype, gate_up_EGD.device
-    choice, before = workspace.choice, workspace.choice.small_rows
+    choice = workspace.choice
     x_RD = torch.zeros(num_rows, size, dtype=dtype, device=device)
     ids_RK = torch.full((num_rows, top_k), -1, dtype=torch.int32, device=device)
     weights_RK = torch.zeros(num_rows, top_k, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    try:
-        for small_rows in {0, min(before, num_rows)}:
-            choice.set_small_rows(small_rows)
-            few = slice(0, small_rows or num_rows)
-            grouped_experts(x_RD[few], ids_RK[few], weights_RK[few], gate_up_EGD, down_EDF, workspace=workspace)
-    finally:
-        choice.set_small_rows(before)
+    most_small = choice.limit(x_RD, down_EDF.shape[2])
+    for few in {num_rows, max(1, min(most_small, num_rows))}:
+        grouped_experts(x_RD[:few], ids_RK[:few], weights_RK[:few], gate_up_EGD, down_EDF, workspace=workspace)

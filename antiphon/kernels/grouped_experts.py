@@ -31,7 +31,7 @@ class ExpertWorkspace:
 
     max_pairs: (row, expert) pairs, local or not, per pass; more rows take several passes over the weights.
     It bounds the memory, because buffers are sized for the case that all pairs are local.
-    choice: which kernels compute how many rows; `tune` measures it.
+    choice: which kernels compute how many rows; `tune_experts` measures it.
     """
 
     def __init__(self, *, max_pairs: int = 262_144) -> None:
@@ -40,6 +40,7 @@ class ExpertWorkspace:
         self._buffers: dict[str, torch.Tensor] = {}
         self._views: dict[tuple[object, ...], tuple[torch.Tensor, ...]] = {}
         self._frozen = False
+        self._retired: list[torch.Tensor] = []  # buffers that only captured graphs use
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A view of a buffer, contents undefined; valid until the next `get` of that name."""
@@ -77,21 +78,23 @@ class ExpertWorkspace:
         return views
 
     def freeze(self) -> None:
-        """Forbid growth from now on, because CUDA graphs hold the addresses of the buffers.
+        """Keep every buffer alive from now on, because CUDA graphs hold their addresses.
 
-        A call that needs more memory than any before then raises `AssertionError`. To be called after `reserve`, or
-        after a step of the largest batch.
+        To be called after `reserve_experts`. A call that needs more memory than was reserved then gets a larger buffer
+        beside the old one, with one warning: that memory is in nobody's budget.
         """
         self._frozen = True
 
     def _buffer(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[0] < size or buffer.dtype != dtype or buffer.device != device:
-            held = 0 if buffer is None else buffer.nbytes
-            assert not self._frozen, (
-                f"the experts need {size * dtype.itemsize} bytes for {name!r} but hold {held}, and may not grow, "
-                "because captured graphs use their memory; reserve room for the largest batch before capturing"
-            )
+            if self._frozen and buffer is not None:
+                self._retired.append(buffer)
+                warn_once(
+                    f"the experts need {size * dtype.itemsize} bytes for {name!r} and had reserved {buffer.nbytes}",
+                    cost="both stay allocated, because captured graphs use the smaller one",
+                    remedy="report it: batches larger than the largest step should not come",
+                )
             self._buffers.pop(name, None)
             self._views.clear()  # they keep the memory alive
             del buffer  # free it before the larger one is allocated
@@ -101,7 +104,7 @@ class ExpertWorkspace:
     @property
     def num_bytes(self) -> int:
         """Bytes held by all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes for buffer in [*self._buffers.values(), *self._retired])
 
 
 @fused("experts")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -58,15 +58,23 @@ class CausalLM(Protocol):
         """The token with the largest logit of each row: int64 [N]. The lowest of equally good ones."""
         ...
 
-    def prepare_experts(self, num_rows: int) -> str:
+    def prepare_experts(self, num_rows: int, agree: Callable[[int], Sequence[int]]) -> str:
         """Measure which kernels compute the experts, and size their memory for `num_rows` rows. The choice, in words.
 
-        Call it with the weights loaded, before `freeze`. Does nothing on devices without a choice.
+        Call it with the weights loaded, before `freeze`. Does nothing on devices without a choice. agree: returns what
+        every rank has measured, so that all choose alike.
+        """
+        ...
+
+    def decode_bytes(self, num_requests: int, width: int) -> int:
+        """Bytes that attention of so many decoding requests needs in a step, besides what prompts need.
+
+        width: blocks of the longest text.
         """
         ...
 
     def freeze(self) -> None:
-        """Forbid memory that captured steps use to move from now on: a call that needs more raises."""
+        """Keep memory that captured steps use where it is from now on."""
         ...
 
     def bind_kv_cache(self, cache_by_layer: torch.Tensor) -> None:

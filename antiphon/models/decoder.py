@@ -8,7 +8,7 @@ Parameters are named as in Hugging Face checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -190,18 +190,20 @@ class Decoder(nn.Module):
 
     @property
     def capture_obstacle(self) -> str:
-        if not self.backend.capturable:
-            return f"the attention backend {self.backend.name} cannot be captured"
-        return expert_choice.capture_obstacle(self.embed_tokens.weight)
+        return self.backend.capture_obstacle or expert_choice.capture_obstacle(self.embed_tokens.weight)
 
-    def prepare_experts(self, num_rows: int) -> str:
+    def prepare_experts(self, num_rows: int, agree: Callable[[int], Sequence[int]]) -> str:
         experts = next((layer.mlp.experts for layer in self.decoder_layers() if isinstance(layer.mlp, MoELayer)), None)
         if experts is None or not takes_cuda_kernels(self.embed_tokens.weight):
             return ""
         weights, top_k = (experts.gate_up_EGD, experts.down_EDF), self.config.top_k
         tune_experts(self.workspace, *weights, num_experts=self.config.num_experts, top_k=top_k)
+        self.workspace.choice.agree(agree(self.workspace.choice.small_rows))
         reserve_experts(self.workspace, num_rows, *weights, top_k=top_k)
         return self.workspace.choice.describe()
+
+    def decode_bytes(self, num_requests: int, width: int) -> int:
+        return self.backend.step_bytes(num_requests, width)
 
     def freeze(self) -> None:
         self.workspace.freeze()

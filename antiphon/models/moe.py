@@ -13,7 +13,6 @@ from torch import nn
 
 from antiphon.comm import Routes, Rows, Transport
 from antiphon.core.batch import current_micro_batch
-from antiphon.kernels.expert_tuning import reserve_experts, tune_experts
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
 from antiphon.models.layers import GatedFeedForward, checkpoint_tensors, parameter
 from antiphon.runtime import Pending, finish
@@ -108,29 +107,6 @@ class Experts(nn.Module):
 
     def combine(self, partial_RD: torch.Tensor) -> Pending[torch.Tensor]:
         return self.transport.combine(partial_RD, label=self.label)
-
-    def tune(self) -> str | None:
-        """Measure which kernels compute how many rows fastest, for all layers that share the workspace.
-
-        A line for the start of an engine; None where there is no choice. See `tune_experts`.
-        """
-        if self.workspace is None:
-            return None
-        shape = self.transport.shape
-        tuned = tune_experts(
-            self.workspace, self.gate_up_EGD, self.down_EDF, num_experts=shape.num_experts, top_k=shape.top_k
-        )
-        return self.workspace.choice.describe() if tuned else None
-
-    def reserve(self, max_rows: int) -> None:
-        """Take the memory for up to `max_rows` rows received, and no more from now on; see `ExpertWorkspace.freeze`.
-
-        For all layers that share the workspace; before CUDA graphs are captured.
-        """
-        if self.workspace is not None:
-            top_k = self.transport.shape.top_k
-            reserve_experts(self.workspace, max_rows, self.gate_up_EGD, self.down_EDF, top_k=top_k)
-            self.workspace.freeze()
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint names of this rank's experts, and the views that they fill; see `InParts`."""

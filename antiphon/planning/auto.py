@@ -28,12 +28,12 @@ _CUDA_THRESHOLD = 4096
 class Conditions:
     """The conditions under which steps run, equal on all ranks.
 
-    device_kind: a kind of device. captured: whether decode steps of both plans are captured.
+    device_kind: a kind of device. decode_measured: whether captured decode steps of both plans were measured.
     """
 
     device_kind: str
     data_path: DataPath
-    captured: bool = False
+    decode_measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ def resolve_policy(policy: OverlapPolicy, conditions: Conditions) -> ResolvedPol
     if conditions.data_path is DataPath.NONE:
         return ResolvedPolicy(replace(policy, dbo="off"), "one rank has no communication to hide")
     prefill, decode, cause = _rule(conditions)
-    if conditions.captured:
+    if conditions.decode_measured:
         decode = MEASURED
     given = {"prefill": policy.prefill_threshold, "decode": policy.decode_threshold}
     asked = [kind for kind, threshold in given.items() if threshold is not None]
-    if not asked and prefill == decode == NEVER and not conditions.captured:
+    if not asked and prefill == decode == NEVER and not conditions.decode_measured:
         return ResolvedPolicy(replace(policy, dbo="off"), cause)
     resolved = replace(
         policy,

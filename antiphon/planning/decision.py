@@ -147,7 +147,7 @@ def _too_small(
             f"from {policy.min_prefill_tokens} of them",
         )
     if measured is not None:
-        if measured.nearest(busiest.num_tokens).splits:
+        if measured.splits(busiest.num_tokens):
             return None
         return "serial measured faster", _as_measured(busiest, rank, measured)
     kind, threshold = "decode" if busiest.decode_only else "prefill", policy.threshold(decode_only=busiest.decode_only)

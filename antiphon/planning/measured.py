@@ -25,9 +25,14 @@ class MeasuredSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredDecode:
-    """The measured sizes, ascending."""
+    """The measured sizes, ascending. most_serial: the most sequences of a serial step that is captured."""
 
     sizes: tuple[MeasuredSize, ...]
+    most_serial: int = 0  # 0: any number
+
+    def splits(self, num_sequences: int) -> bool:
+        """Whether to split a step. One that is captured only if it is split is: an eager step takes far longer."""
+        return 0 < self.most_serial < num_sequences or self.nearest(num_sequences).splits
 
     def nearest(self, num_sequences: int) -> MeasuredSize:
         """The smallest measured size that holds so many sequences, else the largest."""
@@ -45,7 +50,7 @@ class MeasuredDecode:
         return f"split at {', '.join(map(str, split))} sequences"
 
 
-def combine(by_rank: Sequence[Sequence[tuple[int, float, float]]]) -> MeasuredDecode | None:
+def combine(by_rank: Sequence[Sequence[tuple[int, float, float]]], *, most_serial: int = 0) -> MeasuredDecode | None:
     """From every rank's (sequences, serial ms, split ms), in the same order; `None` if there are none."""
     sizes = tuple(
         MeasuredSize(
@@ -53,4 +58,4 @@ def combine(by_rank: Sequence[Sequence[tuple[int, float, float]]]) -> MeasuredDe
         )
         for rows in zip(*by_rank, strict=True)
     )
-    return MeasuredDecode(sizes=sizes) if sizes else None
+    return MeasuredDecode(sizes=sizes, most_serial=most_serial) if sizes else None

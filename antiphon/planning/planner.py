@@ -28,7 +28,7 @@ class Planner:
         ladders: Mapping[int, Sequence[int]] = NO_LADDERS,
         measured: MeasuredDecode | None = None,
     ) -> None:
-        self.ladders = ladders  # fixed from here on, and so is `measured`
+        self.ladders = ladders
         self.measured = measured
         self.policy = policy
         self._known_fingerprint: tuple[OverlapPolicy | None, int] = (None, 0)
@@ -60,7 +60,7 @@ class Planner:
         return replace(whole, part_tokens=cut.part_tokens, refusal=cut.refusal)
 
     def _fingerprint(self) -> int:
-        """Equal for planners that decide alike. Computed anew only for another policy, as it is sent in every step."""
+        """Equal for planners made alike. Computed anew only for another policy, because it is sent in every step."""
         policy, fingerprint = self._known_fingerprint
         if policy is not self.policy:
             told = repr((self.policy.fingerprint(), sorted(self.ladders.items()), self.measured))

@@ -142,8 +142,7 @@ def replays_between_eager_steps(group: RankGroup, name: str, num_replays: int, n
     """
     owner = find_device("cuda", group.rank)
     owner.activate()
-    owner.own_stream()
-    world = World(group, owner.streams())
+    world = World(group, owner.streams(own_compute=True))
     transport = world.make(name, make_shape(torch.bfloat16, top_k=4, hidden_size=1 << 14), num_lanes=num_lanes)
     choice = random.Random(3)
     padded = {n: _Step(world, transport, [(n,) * group.size] * num_lanes) for n in _PADDED}

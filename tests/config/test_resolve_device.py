@@ -293,7 +293,10 @@ def started_on_gpus(
     monkeypatch.setattr(config_module, "load_transport", lambda spec, kind: None)  # it needs CUDA's bindings
     config = EngineConfig(ranks=2, transport=transport, policy=policy, enforce_eager=enforce_eager).resolve()
     cache = CacheSize(num_blocks=10, source="a test")
-    return config.started(device_name="a GPU", transport_name=transport, data_path=data_path, cache=cache)
+    captured = CaptureReport(measured="" if enforce_eager else "serial at every size")
+    return config.started(
+        device_name="a GPU", transport_name=transport, data_path=data_path, cache=cache, captured=captured
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from antiphon.comm import RankGroup
 from tests.engine.test_running_ahead import AHEAD, BLOCK_BYTES, SIZES, alike
 from tests.engine.traffic import Traffic, of_engines
-from tests.support.fake_graphs import of_engines_that_capture
+from tests.support.fake_graphs import fake_graphs, of_engines_that_capture
 from tests.support.ranks import run_ranks
 
 TRAFFIC = Traffic(seed=4, num_requests=24, vocab_size=300, most_tokens=24)
@@ -26,6 +26,17 @@ def test_replays_give_the_texts_of_eager_steps() -> None:
         assert graphs["eager_reasons"] == {"it has prompt tokens": steps - graphs["replayed"]}
         assert captured["stats"]["device_seconds"]
     assert captured["stats"]["preemptions"]
+
+
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_a_capture_that_fails_inside_a_layer_costs_only_its_size(fails_at: int) -> None:
+    group = RankGroup(rank=0, size=1)
+    (eager,) = of_engines(group, TRAFFIC, [{"device": "cpu"}])
+    with fake_graphs(fails_at=fails_at, inside=True) as graphs:
+        (captured,) = of_engines(group, TRAFFIC, [CAPTURED])
+    alike(eager["tokens"], captured["tokens"])
+    assert len(graphs) == len(SIZES.split(",")) - 1
+    assert captured["stats"]["graphs"]["replayed"] > 10
 
 
 def test_what_cannot_be_captured_says_why() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -73,6 +74,30 @@ def test_a_peer_that_never_replays_is_named(kind: str) -> None:
         llm.generate(mixed_prompts(6), SamplingParams(max_tokens=300, ignore_eos=True, temperature=0.0))
     assert re.search(r" [4-9]\.\d s .*dispatch layer \d, lane \d", str(raised.error))
     assert_no_new_workers(before)
+
+
+@pytest.mark.parametrize("dbo", [pytest.param("on", marks=one_gpu)])
+def test_two_engines_in_one_process_and_their_threads_take_turns(dbo: str) -> None:
+    """Each has a compute stream of its own, which is current only while it works."""
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    prompts = mixed_prompts(3)
+    options = {"device": "cuda", "dtype": "float32", "dbo": dbo, "kv_cache_memory": 40_000_000}
+    default = torch.cuda.current_stream()
+    with LLM(**options) as first, LLM(**options) as second:
+        expected = [output.outputs[0].token_ids for output in first.generate(prompts, params)]
+        found: list[list[tuple[int, ...]]] = []
+
+        def generate(llm: LLM) -> None:
+            found.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+
+        for llm in (second, first, second):
+            thread = threading.Thread(target=generate, args=(llm,))
+            thread.start()
+            thread.join(120)
+            generate(llm)
+        assert found == [expected] * 6
+        assert first.stats()["graphs"]["replayed"] > 10
+        assert torch.cuda.current_stream() == default
 
 
 @pytest.mark.parametrize("dbo", [pytest.param("off", marks=one_gpu)])

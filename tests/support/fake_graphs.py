@@ -16,7 +16,10 @@ from unittest import mock
 from antiphon.comm import RankGroup
 from antiphon.device.generic import GenericStreams
 from antiphon.device.generic_cpu import PretendedDevice
+from antiphon.models.moe import Experts
 from tests.engine.traffic import Traffic, of_engines
+
+_REFUSED = "operation not permitted when stream is capturing"
 
 
 @dataclass(slots=True)
@@ -31,8 +34,12 @@ class FakeGraph:
 
 
 @contextmanager
-def fake_graphs(*, fails_at: int = -1) -> Iterator[list[FakeGraph]]:
-    """Let the pretended accelerator capture. Yields the graphs made. fails_at: the number of a capture that raises."""
+def fake_graphs(*, fails_at: int = -1, inside: bool = False) -> Iterator[list[FakeGraph]]:
+    """Let the pretended accelerator capture. Yields the graphs made.
+
+    fails_at: the number of a capture that raises. inside: in the middle of the first layer, for a transport that sends
+    nothing, because a capture would not either.
+    """
     graphs: list[FakeGraph] = []
     num_captures = 0
 
@@ -40,7 +47,10 @@ def fake_graphs(*, fails_at: int = -1) -> Iterator[list[FakeGraph]]:
         nonlocal num_captures
         num_captures += 1
         if num_captures == fails_at + 1:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            if inside:
+                with mock.patch.object(Experts, "combine", side_effect=RuntimeError(_REFUSED)):
+                    run()
+            raise RuntimeError(_REFUSED)
         graphs.append(FakeGraph(run))
         return graphs[-1]
 

@@ -220,6 +220,10 @@ class Bench:
 
     def _replay(self, cell: Cell) -> None:
         """The time of the next step on the device, and its kernels. Replays change nothing that the step would not."""
+        with self._engine.transport.streams.current():
+            self._replay_on_current_stream(cell)
+
+    def _replay_on_current_stream(self, cell: Cell) -> None:
         engine = self._engine
         batch = engine.scheduler.next_batch()
         plan = engine.planner.agree(batch, engine.group, wave=engine.wave)
@@ -236,7 +240,8 @@ class Bench:
     def _replays(self, batch: Batch, plan: Plan, number: int) -> None:
         assert self._engine.padded is not None
         for _ in range(number):
-            self._engine.padded.run(batch, plan, {})
+            self._engine.padded.fill(batch, plan, {})
+            self._engine.padded.launch(plan)
 
     def _profile(self, cell: Cell, batch: Batch, plan: Plan) -> None:
         """Profile replays on rank 0. A profiler that fails costs the table only: the peers wait for the replays."""

@@ -107,6 +107,9 @@ class PeerCopyMailbox(Mailbox):
     def before_replay(self) -> None:
         self._group.device_watch().next_epoch(self.streams.compute_handle)
 
+    def reset_after_failure(self) -> None:
+        self._signaled.clear()
+
     def describe(self, names: MemoryNames) -> None:
         for lane, offsets in enumerate(self._offsets):
             for phase in Phase:

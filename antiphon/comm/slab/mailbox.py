@@ -116,6 +116,9 @@ class Mailbox(ABC):
         """A function that gives the last slab's time of arrival, as in `Pending`; `None` if the medium cannot tell."""
         return None
 
+    def reset_after_failure(self) -> None:  # noqa: B027 (a default, not a gap)
+        """Forget exchanges that a failed run, such as a capture, has begun; see `Transport.reset`."""
+
     def before_replay(self) -> None:  # noqa: B027 (a default, not a gap)
         """See `Transport.before_replay`. By default nothing happens: on the CPU, the host limits its waits."""
 

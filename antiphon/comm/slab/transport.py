@@ -75,6 +75,10 @@ class SlabTransport(StepwiseTransport[Layout]):
             ]
         self._layouts: list[dict[tuple[int, ...], Layout]] = [{} for _ in range(self.num_lanes)]
 
+    def reset(self) -> None:
+        super().reset()
+        self.mailbox.reset_after_failure()
+
     def before_replay(self) -> None:
         self.mailbox.before_replay()
 

@@ -4,9 +4,10 @@
              ▲                                                        │ hold: by others as well
              └───── taken for something else ◄──── free, known ◄──────┘ give_back by the last holder
 
-A block can be published when it is full and its step has committed. Its key stands for all tokens of the text up to
-its end, so a request whose text begins with the same tokens can hold the block instead of computing them again. A
-block that nobody holds keeps its contents until it is taken for something else, the one given back first going first.
+A block can be published when it is full and its step has been launched: later steps run after it. Its key stands for
+all tokens of the text up to its end, so a request whose text begins with the same tokens can hold the block instead of
+computing them again. A block that nobody holds keeps its contents until it is taken for something else, the one given
+back first going first.
 """
 
 from __future__ import annotations

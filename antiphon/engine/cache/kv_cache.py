@@ -54,7 +54,7 @@ def measured_cache(
 ) -> CacheSize:
     """Size the cache by what the largest unsplit step leaves free on the rank with the least room.
 
-    beside_bytes: memory that this rank needs besides, for captured steps.
+    beside_bytes: memory that this rank needs besides, for decode steps and their graphs.
 
     All ranks must call it together, with their weights loaded. It binds a cache of one block, which the caller
     replaces. Raises `OptionError`, on every rank, if a rank has no room for two blocks.
@@ -74,7 +74,7 @@ def measured_cache(
     num_blocks, used_bytes, total_bytes = min(group.all_gather_object((num_blocks, used_bytes, total_bytes)))
     fact = (
         f"{utilization:.0%} of {total_bytes / _GIB:.1f} GiB less {used_bytes / _GIB:.1f} GiB for weights, buffers, "
-        f"{'captured steps, ' if beside_bytes else ''}and a step of {config.max_num_batched_tokens} tokens"
+        f"{'decode steps, ' if beside_bytes else ''}and a step of {config.max_num_batched_tokens} tokens"
     )
     if num_blocks < 2:
         raise OptionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 
 from antiphon.comm import RankGroup, Transport
@@ -41,8 +42,9 @@ def make_padded_steps(
         return None
     block_size = config.options.block_size
     inputs = StaticInputs(
-        num_lanes=max(ladders),
-        max_rows=max(ladder[-1] for ladder in ladders.values()),
+        rows_by_lane=[
+            max(ladder[-1] for lanes, ladder in ladders.items() if lanes > lane) for lane in range(max(ladders))
+        ],
         max_blocks=-(-config.max_model_len // block_size),
         block_size=block_size,
         streams=transport.streams,
@@ -56,9 +58,13 @@ def measured_graphs(
     """Bytes of device memory that capturing all sizes will take, measured on a few of them.
 
     All ranks must call it together. It binds a cache of one block, which the caller replaces. The largest sizes
-    show what all graphs share, the smallest one what every further graph adds.
+    show what all graphs share, the smallest ones what every further graph adds.
     """
+    # Ranks get here at different times: wait here rather than inside a step, whose time limit may be shorter.
+    group.all_gather_object("experts are ready")
     device = transport.streams.owner
+    device.release_unused()
+    free_before = device.memory().free_bytes
     cache = allocate_cache(
         config.model,
         num_blocks=1,
@@ -71,12 +77,14 @@ def measured_graphs(
     runner = Runner(model, streams=transport.streams)
     padded = make_padded_steps(config, model, runner, transport, new_tokens, ladders)
     assert padded is not None
-    largest = padded.capture({lanes: ladder[-1:] for lanes, ladder in ladders.items()}, group)
-    smallest = padded.capture({1: ladders[1][:1]}, group)
-    num_sizes = sum(map(len, ladders.values()))
-    del padded, cache
+    padded.capture({lanes: ladder[-1:] for lanes, ladder in ladders.items()}, group)
+    num_bytes = free_before - device.memory().free_bytes
+    for lanes, ladder in ladders.items():
+        smallest = padded.capture({lanes: ladder[:1]}, group)
+        num_bytes += (len(ladder) - 1) * smallest.num_bytes
+    del padded, cache, new_tokens
     device.release_unused()
-    return largest.num_bytes + num_sizes * smallest.num_bytes
+    return num_bytes
 
 
 def measure_decode(
@@ -88,7 +96,7 @@ def measure_decode(
     """
     ladders, lanes = padded.ladders, config.options.policy.micro_batches
     found = []
-    for size in (size for size in _MEASURED_SIZES if size in ladders.get(1, ())):
+    for size in _measured_sizes(ladders.get(1, ())):
         rows = next((rows for rows in ladders.get(lanes, ()) if rows * lanes >= size), 0)
         if not rows:
             continue
@@ -104,7 +112,13 @@ def measure_decode(
                 group.all_gather_object("ready")  # so that no rank's time contains another one's delay
                 ms.append(padded.replay_ms(batch, plan, repeats=_REPLAYS))
         found.append((size, median(times[0]), median(times[1])))
-    return combine(group.all_gather_object(found))
+    return combine(group.all_gather_object(found), most_serial=ladders.get(1, (0,))[-1])
+
+
+def _measured_sizes(ladder: Sequence[int]) -> Sequence[int]:
+    """Enough sizes of a ladder to see where another plan becomes faster, the largest among them."""
+    chosen = [size for size in ladder if size in _MEASURED_SIZES or size == ladder[-1]]
+    return chosen if len(chosen) > 2 else ladder[1:] or ladder
 
 
 def _decoding(config: ResolvedConfig, cache: CacheSize, num_sequences: int, rank: int) -> Batch:

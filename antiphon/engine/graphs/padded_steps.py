@@ -19,8 +19,9 @@ import torch
 
 from antiphon.comm import RankGroup, Transport
 from antiphon.config.graph_sizes import CaptureReport
+from antiphon.config.memory import is_out_of_memory
 from antiphon.core.batch import Batch
-from antiphon.core.errors import first_line
+from antiphon.core.errors import OptionError, first_line
 from antiphon.core.plan import Plan
 from antiphon.device.device import Captured
 from antiphon.engine.graphs.static_inputs import LaneInputs, StaticInputs
@@ -31,6 +32,8 @@ from antiphon.runtime import EventKind
 from antiphon.splitting import join
 
 logger = logging.getLogger("antiphon.engine")
+
+_MOST_FAILED = 2  # sizes in a row
 
 Size = tuple[int, int]
 """Lanes of a step, and rows of each."""
@@ -73,8 +76,9 @@ class PaddedSteps:
     ) -> CaptureReport:
         """Capture every size, the largest first, which sizes the memory that all share.
 
-        report: called with the number of sizes done and of all. The first size that cannot be captured on some rank
-        ends it on all; `ladders` then says what is left.
+        report: called with the number of sizes done and of all. A size that cannot be captured on some rank is captured
+        on none, and two in a row end it; `ladders` then says what is left. Raises `OptionError` if a size does not fit
+        into the memory of this rank.
         """
         sizes = sorted(
             ((lanes, rows) for lanes, ladder in ladders.items() for rows in ladder),
@@ -82,7 +86,7 @@ class PaddedSteps:
             reverse=True,
         )
         started, free_before = time.monotonic(), self._streams.owner.memory().free_bytes
-        obstacle = ""
+        obstacle, num_failed = "", 0
         for done, size in enumerate(sizes):
             report(done, len(sizes))
             self._warm_up(size)
@@ -91,10 +95,16 @@ class PaddedSteps:
                 self._capture(size)
             except Exception as error:
                 failed = f"{size[0]} lanes of {size[1]} rows could not be captured: {first_line(error)}"
-            obstacle = next(filter(None, group.all_gather_object(failed)), "")  # before the next one runs anywhere
-            if obstacle:
-                logger.warning("%s", obstacle)
-                self._captured.pop(size, None)
+            failures = [text for text in group.all_gather_object(failed) if text]  # before the next one runs anywhere
+            if not failures:
+                num_failed = 0
+                continue
+            obstacle, num_failed = failures[0], num_failed + 1
+            logger.warning("%s", obstacle)
+            self._captured.pop(size, None)
+            self._transport.reset()  # nothing of a capture is in flight
+            group.clear_order()
+            if num_failed == _MOST_FAILED:
                 break
         report(len(sizes), len(sizes))
         return CaptureReport(
@@ -112,19 +122,22 @@ class PaddedSteps:
         return {number: tuple(sorted(rows for lane, rows in self._captured if lane == number)) for number in lanes}
 
     @torch.inference_mode()
-    def run(self, batch: Batch, plan: Plan, sources: Mapping[int, int]) -> Sequence[int]:
-        """Launch a step of `plan.graph` rows a lane. Returns the row of each request in `hidden_XD`.
+    def fill(self, batch: Batch, plan: Plan, sources: Mapping[int, int]) -> Sequence[int]:
+        """Write the inputs of a step of `plan.graph` rows a lane. Returns the row of each request in `hidden_XD`.
 
-        The best token after every row is in the new tokens, at the same index. sources: see `StaticInputs.fill`.
+        sources: see `StaticInputs.fill`.
         """
-        rows = self._inputs.fill(batch, plan, sources)
+        return self._inputs.fill(batch, plan, sources)
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> None:
+        """Launch the step that was filled. The best token after every row is in the new tokens, at the same index."""
         captured = self._captured.get((plan.num_lanes, plan.graph))
         if captured is None:
             self._step((plan.num_lanes, plan.graph))
         else:
             self._transport.before_replay()
             captured.replay()
-        return rows
 
     def replayed_bytes(self, plan: Plan) -> int:
         """Bytes that a step sends to other ranks, if it is a replay. Otherwise its events tell, and this is 0."""
@@ -143,8 +156,19 @@ class PaddedSteps:
         lanes, rows = size
         plan = Plan(part_tokens=((0,) * lanes,) * self._transport.group.size, graph=rows, reason="to be captured")
         self._inputs.fill(Batch(rank=0, requests=()), plan, {})
-        with self._runner.listening() as events:
-            self._step(size)
+        try:
+            with self._runner.listening() as events:
+                self._step(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OptionError(
+                f"a decode step of {lanes} x {rows} sequences does not fit into the memory that the cache leaves free",
+                limit=first_line(error),
+                remedy="use smaller cuda_graph_sizes, a lower max_num_seqs, a smaller KV cache, or enforce_eager",
+                option="cuda_graph_sizes",
+                value=rows,
+            ) from error
         self._bytes[size] = sum(event.num_bytes for event in events if event.kind is EventKind.ARRIVED)
 
     def replay_ms(self, batch: Batch, plan: Plan, *, repeats: int) -> float:
@@ -152,7 +176,8 @@ class PaddedSteps:
         captured = self._captured[plan.num_lanes, plan.graph]
         timer = self._streams.owner.timer()
         with torch.inference_mode():
-            self.run(batch, plan, {})
+            self.fill(batch, plan, {})
+            self.launch(plan)
             timer.start()
             for _ in range(repeats):
                 self._transport.before_replay()

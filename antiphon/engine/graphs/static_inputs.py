@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -69,25 +70,25 @@ class LaneInputs:
 class StaticInputs:
     """The inputs of this rank's padded steps.
 
-    max_rows: of one lane. max_blocks: blocks of the longest text. Results of `fill` and `lane` are views of the same
-    memory, valid until the next `fill`, on the compute stream.
+    rows_by_lane: the most rows of each lane. max_blocks: blocks of the longest text. Results of `fill` and `lane` are
+    views of the same memory, valid until the next `fill`, on the compute stream.
     """
 
-    def __init__(self, *, num_lanes: int, max_rows: int, max_blocks: int, block_size: int, streams: Streams) -> None:
+    def __init__(self, *, rows_by_lane: Sequence[int], max_blocks: int, block_size: int, streams: Streams) -> None:
         self._block_size = block_size
-        self._max_rows = max_rows
+        self._rows_by_lane = tuple(rows_by_lane)
         self._streams = streams
-        self._tables = BlockTables(num_lanes * max_rows, max_blocks)
-        longs, lengths = 1 + (len(_LONG_FIELDS) - 1) * max_rows, max_rows + max_rows % 2
-        self._lane_bytes = 8 * longs + 4 * lengths
-        self._head_bytes = num_lanes * self._lane_bytes
-        size = self._head_bytes + 4 * num_lanes * max_rows * max_blocks
+        num_lanes, most_rows = len(rows_by_lane), max(rows_by_lane[0], sum(rows_by_lane[1:]) + rows_by_lane[-1])
+        self._tables = BlockTables(most_rows, max_blocks)
+        # Where the small inputs of each lane begin; behind those of the lanes in use come their block tables.
+        self._starts = [0, *accumulate(_lane_bytes(rows) for rows in rows_by_lane)]
+        size = self._starts[-1] + 4 * most_rows * max_blocks
         pin = streams.owner.pinned_memory
         with torch.inference_mode(False):  # so that they can be used both inside and outside inference mode
             self._inbox = torch.zeros(size, dtype=torch.uint8, device=streams.device)
             self._pinned = [torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=pin) for _ in range(2)]
             self._device_tables = [
-                torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=streams.device) for _ in range(num_lanes)
+                torch.zeros(rows, max_blocks, dtype=torch.int32, device=streams.device) for rows in rows_by_lane
             ]
             self._lanes = [self._views(self._inbox, lane) for lane in range(num_lanes)]
             on_host = [[self._views(pinned, lane) for lane in range(num_lanes)] for pinned in self._pinned]
@@ -112,7 +113,8 @@ class StaticInputs:
             uploaded.synchronize()  # of the step before the last one
         rows: list[int] = []
         used_tables: list[tuple[int, int]] = []
-        start, end = 0, self._head_bytes
+        start = 0
+        end = head_bytes = self._starts[plan.num_lanes]
         pinned = self._pinned[place].numpy()
         for lane, count in enumerate(plan.part_tokens[batch.rank]):
             requests = batch.requests[start : start + count]
@@ -125,7 +127,7 @@ class StaticInputs:
             start, end = start + count, end + 4 * count * width
         self._inbox[:end].copy_(self._pinned[place][:end], non_blocking=True)
         self._uploaded[place] = self._streams.record()
-        offset = self._head_bytes
+        offset = head_bytes
         for lane, (count, width) in enumerate(used_tables):
             if num_bytes := 4 * count * width:
                 table_NB = self._inbox[offset : offset + num_bytes].view(torch.int32).view(count, width)
@@ -164,10 +166,16 @@ class StaticInputs:
 
     def _views(self, memory: torch.Tensor, lane: int) -> dict[str, torch.Tensor]:
         """The small inputs of a lane at full size, in `memory`."""
-        offset, views = lane * self._lane_bytes, {}
+        offset, num_rows, views = self._starts[lane], self._rows_by_lane[lane], {}
         for name in _LONG_FIELDS:
-            num_bytes = 8 * (1 if name == "num_real_1" else self._max_rows)
+            num_bytes = 8 * (1 if name == "num_real_1" else num_rows)
             views[name] = memory[offset : offset + num_bytes].view(torch.int64)
             offset += num_bytes
-        views["seq_lens_T"] = memory[offset : offset + 4 * self._max_rows].view(torch.int32)
+        views["seq_lens_T"] = memory[offset : offset + 4 * num_rows].view(torch.int32)
         return views
+
+
+def _lane_bytes(num_rows: int) -> int:
+    """Bytes of a lane's small inputs, a multiple of 16."""
+    num_bytes = 8 * (1 + (len(_LONG_FIELDS) - 1) * num_rows) + 4 * num_rows
+    return -(-num_bytes // 16) * 16

@@ -70,6 +70,18 @@ class AttentionBackend(ABC):
         self.device = device
 
     @property
+    def capture_obstacle(self) -> str:
+        """Why steps with this backend are not captured in CUDA graphs; "" if they are."""
+        return "" if self.capturable else f"the attention backend {self.name} cannot be captured"
+
+    def step_bytes(self, num_requests: int, width: int) -> int:
+        """Bytes of memory that a step with so many decoding requests holds besides its results; 0 if little.
+
+        width: columns of the block table.
+        """
+        return 0
+
+    @property
     def takes_context(self) -> bool:
         """Whether `attend_context` is to be called for a slice of several tokens with context."""
         return False

@@ -19,6 +19,12 @@ class TorchBackend(AttentionBackend):
     def refusal(cls, device: torch.device, shape: AttentionShape, dtype: torch.dtype, block_size: int) -> str | None:
         return None
 
+    @property
+    def capture_obstacle(self) -> str:
+        if self.device.type != "cuda":
+            return ""
+        return "the attention backend torch would copy every text padded to max_model_len in a captured step"
+
     def prepare(self, block_table_NB: torch.Tensor, seq_lens_N: torch.Tensor) -> None:
         return None
 

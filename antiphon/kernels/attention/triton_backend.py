@@ -37,6 +37,18 @@ class TritonBackend(AttentionBackend):
     def takes_context(self) -> bool:
         return not self.shape.latent and self.dtype.itemsize == 2
 
+    def step_bytes(self, num_requests: int, width: int) -> int:
+        from antiphon.kernels.fused.attention_plan import plan_bytes
+
+        shape = self.shape
+        return plan_bytes(
+            num_requests,
+            width * self.block_size,
+            chunks=self._kernel.chunks,
+            num_heads=shape.num_heads,
+            value_size=shape.value_size,
+        )
+
     def prepare(self, block_table_NB: torch.Tensor, seq_lens_N: torch.Tensor) -> Plan:
         from antiphon.kernels.fused.attention_plan import make_plan
 

@@ -220,7 +220,7 @@ def make_plan(
     The capacity depends on shapes only, so the plan can be replayed in a graph with other lengths.
     """
     num_requests, width = block_table_NB.shape
-    capacity = min(num_requests * chunks.most(width * block_size), num_requests + most_positions // chunks.short)
+    capacity = _capacity(num_requests, width * block_size, chunks, most_positions)
     new = block_table_NB.new_empty
     plan = Plan(
         items_X4=new(capacity, 4, dtype=torch.int32),
@@ -231,6 +231,17 @@ def make_plan(
     if num_requests:
         _plan(num_requests, capacity, chunks)(seq_lens_N, plan.items_X4, plan.first_N1)
     return plan
+
+
+def plan_bytes(num_requests: int, most_length: int, *, chunks: Chunks, num_heads: int, value_size: int) -> int:
+    """Bytes of a plan for texts of at most `most_length` positions."""
+    capacity = _capacity(num_requests, most_length, chunks, MOST_POSITIONS)
+    return 4 * (capacity * (4 + num_heads * (value_size + 1)) + num_requests + 1)
+
+
+def _capacity(num_requests: int, most_length: int, chunks: Chunks, most_positions: int) -> int:
+    """The most items of a plan."""
+    return min(num_requests * chunks.most(most_length), num_requests + most_positions // chunks.short)
 
 
 @lru_cache(maxsize=NUM_SHAPES)
