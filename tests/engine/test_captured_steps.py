@@ -36,7 +36,7 @@ def test_a_capture_that_fails_inside_a_layer_costs_only_its_size(fails_at: int) 
         (captured,) = of_engines(group, TRAFFIC, [CAPTURED])
     alike(eager["tokens"], captured["tokens"])
     assert len(graphs) == len(SIZES.split(",")) - 1
-    assert captured["stats"]["graphs"]["replayed"] > 10
+    assert captured["stats"]["graphs"]["replayed"] > 5
 
 
 def test_what_cannot_be_captured_says_why() -> None:
@@ -53,7 +53,7 @@ def test_two_ranks_replay_measure_and_agree() -> None:
         off, on, auto = found
         for one in (on, auto):
             alike(off["tokens"], one["tokens"])
-            assert one["stats"]["graphs"]["replayed"] > 10
+            assert one["stats"]["graphs"]["replayed"] > 5
         assert on["stats"]["steps_by_plan"]["dual"]
         reasons = auto["stats"]["serial_reasons"]
         measured = auto["stats"]["steps_by_plan"]["dual"] + reasons.get("serial measured faster", 0)
@@ -68,7 +68,7 @@ def test_a_size_that_one_rank_cannot_capture_is_captured_on_none() -> None:
     stats = [one["stats"] for (one,) in found]
     assert stats[0]["graphs"] == stats[1]["graphs"]
     # The two largest sizes are captured before: 12 and 8 rows. Larger steps than those do not come.
-    assert stats[0]["graphs"]["replayed"] > 10
+    assert stats[0]["graphs"]["replayed"] > 5
 
 
 @pytest.mark.processes

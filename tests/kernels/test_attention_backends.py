@@ -22,7 +22,7 @@ from antiphon.kernels.attention.flashinfer import FlashInferBackend
 from antiphon.kernels.attention.torch_backend import TorchBackend
 from antiphon.kernels.attention.triton_backend import TritonBackend
 from antiphon.kernels.dispatch import no_cuda_kernels
-from antiphon.kernels.fused import attention_plan, paged_gqa, paged_latent
+from antiphon.kernels.fused import attention_items, paged_gqa, paged_latent
 from tests.kernels.paged_texts import Texts, grouped, latent, make_texts, relative_error
 from tests.support.errors import raises
 from tests.support.interpreted import mend_interpreter
@@ -92,8 +92,10 @@ def test_every_form_of_the_latent_kernel_is_right(halves: bool, late_sum: bool, 
         device=DEVICE, own_tiles=tiles,
     )  # fmt: skip
     table_NB, lens_N = texts.block_table_NB, texts.seq_lens_N
-    plan = attention_plan.make_plan(table_NB, lens_N, block_size=16, chunks=kernel.chunks, num_heads=20, value_size=48)
-    out_NHV = kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
+    items = attention_items.list_items(
+        table_NB, lens_N, block_size=16, chunks=kernel.chunks, num_heads=20, value_size=48
+    )
+    out_NHV = kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, items)
     torch.testing.assert_close(out_NHV.double(), texts.expected(), rtol=1e-5, atol=1e-5)
 
 
@@ -102,15 +104,15 @@ def test_grouped_texts_of_both_chunk_sizes_are_right_and_keep_their_bits_alone()
     texts = make_texts(shape, [700, 599, 600, 0, 1300], block_size=16, dtype=FLOAT32, device=DEVICE)
     kernel = paged_gqa.PagedGroups(
         num_heads=4, num_kv_heads=2, head_size=16, scale=0.25, block_size=16, dtype=FLOAT32, device=DEVICE,
-        chunks=attention_plan.Chunks(short=256, long=512, long_from=600),
+        chunks=attention_items.Chunks(short=256, long=512, long_from=600),
     )  # fmt: skip
 
     def decode(texts: Texts) -> torch.Tensor:
         table_NB, lens_N = texts.block_table_NB, texts.seq_lens_N
-        plan = attention_plan.make_plan(
+        items = attention_items.list_items(
             table_NB, lens_N, block_size=16, chunks=kernel.chunks, num_heads=4, value_size=16
         )
-        return kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
+        return kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, items)
 
     together = decode(texts)
     torch.testing.assert_close(together.double(), texts.expected(), rtol=1e-5, atol=1e-5)
@@ -137,32 +139,32 @@ def test_items_are_longer_where_there_is_no_memory_for_so_many(lengths: list[int
         num_heads=4, num_kv_heads=2, head_size=16, scale=0.25, block_size=16, dtype=FLOAT32, device=DEVICE
     )
     table_NB, lens_N = texts.block_table_NB, texts.seq_lens_N
-    plan = attention_plan.make_plan(
+    items = attention_items.list_items(
         table_NB, lens_N, block_size=16, chunks=paged_gqa.CHUNKS, num_heads=4, value_size=16, most_positions=6 * 256
     )
-    num_items = int(plan.first_N1[-1])
-    assert num_items <= plan.items_X4.shape[0] == 9
-    _, begins, ends, _ = plan.items_X4[:num_items].T
+    num_items = int(items.first_N1[-1])
+    assert num_items <= items.items_X4.shape[0] == 9
+    _, begins, ends, _ = items.items_X4[:num_items].T
     assert int((ends - begins).max()) == span * 256
-    out_NHV = kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, plan)
+    out_NHV = kernel.decode(texts.q_NHQ, texts.cache_blocks, table_NB, lens_N, items)
     torch.testing.assert_close(out_NHV.double(), texts.expected(), rtol=1e-5, atol=1e-5)
 
 
 def test_large_items_come_first_and_partial_results_lie_in_order() -> None:
     lens_N = torch.tensor([600, 0, 256, 3, 1500], dtype=torch.int32, device=DEVICE)
     table_NB = torch.zeros(5, 100, dtype=torch.int32, device=DEVICE)
-    chunks = attention_plan.Chunks(short=256, long=1024, long_from=1500)
-    plan = attention_plan.make_plan(table_NB, lens_N, block_size=16, chunks=chunks, num_heads=1, value_size=16)
-    assert plan.first_N1.tolist() == [0, 3, 3, 4, 5, 7]
-    items = [tuple(item) for item in plan.items_X4[:7].tolist()]  # request, begin, end, place
+    chunks = attention_items.Chunks(short=256, long=1024, long_from=1500)
+    items = attention_items.list_items(table_NB, lens_N, block_size=16, chunks=chunks, num_heads=1, value_size=16)
+    assert items.first_N1.tolist() == [0, 3, 3, 4, 5, 7]
+    found = [tuple(item) for item in items.items_X4[:7].tolist()]  # request, begin, end, place
     long = [(4, 0, 1024, 5), (4, 1024, 1500, 6)]
     whole = [(0, 0, 256, 0), (0, 256, 512, 1), (2, 0, 256, -1)]
-    assert items == [*long, *whole, (0, 512, 600, 2), (3, 0, 3, -1)]
+    assert found == [*long, *whole, (0, 512, 600, 2), (3, 0, 3, -1)]
 
 
 @pytest.mark.parametrize(("length", "most"), [(0, 0), (256, 1), (2047, 8), (2048, 8), (2049, 8), (9000, 9), (9217, 10)])
 def test_there_is_room_for_the_chunks_of_any_text_that_is_not_longer(length: int, most: int) -> None:
-    chunks = attention_plan.Chunks(short=256, long=1024, long_from=2049)
+    chunks = attention_items.Chunks(short=256, long=1024, long_from=2049)
     assert chunks.most(length) == most
 
 

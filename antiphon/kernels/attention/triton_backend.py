@@ -11,7 +11,7 @@ from antiphon.kernels.attention.base import AttentionBackend, AttentionShape
 from antiphon.kernels.attention.needs import block_refusal, device_refusal
 
 if TYPE_CHECKING:
-    from antiphon.kernels.fused.attention_plan import Plan
+    from antiphon.kernels.fused.attention_items import ItemList
     from antiphon.kernels.fused.paged_gqa import PagedGroups
     from antiphon.kernels.fused.paged_latent import PagedLatents
 
@@ -23,7 +23,7 @@ _LARGEST_ROPE = 128
 
 
 class TritonBackend(AttentionBackend):
-    """See `antiphon.kernels.fused.attention_plan`. Prompts with context are read from the cache too, unless latent."""
+    """See `antiphon.kernels.fused.attention_items`. Prompts with context are read from the cache too, unless latent."""
 
     name = "triton"
     capturable = True
@@ -38,10 +38,10 @@ class TritonBackend(AttentionBackend):
         return not self.shape.latent and self.dtype.itemsize == 2
 
     def step_bytes(self, num_requests: int, width: int) -> int:
-        from antiphon.kernels.fused.attention_plan import plan_bytes
+        from antiphon.kernels.fused.attention_items import items_bytes
 
         shape = self.shape
-        return plan_bytes(
+        return items_bytes(
             num_requests,
             width * self.block_size,
             chunks=self._kernel.chunks,
@@ -49,10 +49,10 @@ class TritonBackend(AttentionBackend):
             value_size=shape.value_size,
         )
 
-    def prepare(self, block_table_NB: torch.Tensor, seq_lens_N: torch.Tensor) -> Plan:
-        from antiphon.kernels.fused.attention_plan import make_plan
+    def prepare(self, block_table_NB: torch.Tensor, seq_lens_N: torch.Tensor) -> ItemList:
+        from antiphon.kernels.fused.attention_items import list_items
 
-        return make_plan(
+        return list_items(
             block_table_NB,
             seq_lens_N,
             block_size=self.block_size,
@@ -67,7 +67,7 @@ class TritonBackend(AttentionBackend):
         cache_blocks: torch.Tensor,
         block_table_NB: torch.Tensor,
         seq_lens_N: torch.Tensor,
-        prepared: Plan,
+        prepared: ItemList,
     ) -> torch.Tensor:
         return self._kernel.decode(q_NHQ, cache_blocks, block_table_NB, seq_lens_N, prepared)
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.fused.attention_plan import shared_memory
+from antiphon.kernels.fused.attention_items import shared_memory
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_of_two
 
 _TILES = ((128, 64, 5, 8), (64, 64, 3, 4), (64, 32, 3, 4), (32, 32, 1, 4))

@@ -1,6 +1,6 @@
 """Grouped-query attention of decoding requests over the paged cache, read once and where it lies.
 
-Plan and sum of chunks: `attention_plan`. Ids of a chunk's blocks are loaded before its positions and gathered from
+Items and sum of chunks: `attention_items`. Ids of a chunk's blocks are loaded before its positions and gathered from
 registers, so the loads of keys and values depend on no other load of the loop.
 
 Shapes: `N` requests, `B` columns of the block table, `H` query heads, `G` key/value heads, `Q` numbers of a head,
@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.fused.attention_plan import (
+from antiphon.kernels.fused.attention_items import (
     Chunks,
     CombineTiles,
-    Plan,
+    ItemList,
     combine_launch,
     combine_tiles,
     load_item,
@@ -155,9 +155,9 @@ class PagedGroups:
         cache_blocks: torch.Tensor,
         block_table_NB: torch.Tensor,
         seq_lens_N: torch.Tensor,
-        plan: Plan,
+        items: ItemList,
     ) -> torch.Tensor:
-        """See `AttentionBackend.decode`; `plan` is from `make_plan` with the same chunks."""
+        """See `AttentionBackend.decode`; `items` is from `list_items` with the same chunks."""
         assert cache_blocks.is_contiguous() and block_table_NB.stride(1) == 1, "a cache or table with gaps"
         assert cache_blocks.shape[1] == self.block_size, f"blocks of {cache_blocks.shape[1]}, not {self.block_size}"
         if q_NHQ.stride()[1:] != (self.head_size, 1):  # heads side by side, as in a merged projection
@@ -165,9 +165,9 @@ class PagedGroups:
         num_requests = q_NHQ.shape[0]
         out_NHQ = q_NHQ.new_empty(q_NHQ.shape)
         if num_requests:
-            memory = (plan.items_X4, plan.first_N1, plan.part_XHV, plan.lse_XH)
+            memory = (items.items_X4, items.first_N1, items.part_XHV, items.lse_XH)
             strides = (block_table_NB.stride(0), q_NHQ.stride(0))
-            attend = _attend(self, num_requests, strides, plan.items_X4.shape[0])
+            attend = _attend(self, num_requests, strides, items.items_X4.shape[0])
             attend(q_NHQ, cache_blocks, block_table_NB, *memory, out_NHQ)
             combine = combine_launch(num_requests, self.num_heads, self.head_size, self.combine_tiles)
             combine(*memory[1:], out_NHQ)

@@ -1,8 +1,8 @@
 """Absorbed latent attention of decoding requests over the paged cache: a tile of latents is loaded once, as key and
 value.
 
-Plan and sum of chunks: `attention_plan`. Up to 32 heads are limited by memory: 16 heads are the rows of a product, and
-two programs fit on an SM. More heads are limited by arithmetic: 64 heads are the rows, if the device has the shared
+Items and sum of chunks: `attention_items`. Up to 32 heads are limited by memory: 16 heads are the rows of a product,
+and two programs fit on an SM. More heads are limited by arithmetic: 64 heads are the rows, if the device has the shared
 memory for it.
 
 Scores of a tile are a sum of 576 products for few columns, so a warp has few independent products, and the latency of
@@ -24,10 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.kernels.fused.attention_plan import (
+from antiphon.kernels.fused.attention_items import (
     Chunks,
     CombineTiles,
-    Plan,
+    ItemList,
     combine_launch,
     combine_tiles,
     load_item,
@@ -277,7 +277,7 @@ class PagedLatents:
         cache_blocks: torch.Tensor,
         block_table_NB: torch.Tensor,
         seq_lens_N: torch.Tensor,
-        plan: Plan,
+        items: ItemList,
     ) -> torch.Tensor:
         """See `AttentionBackend.decode`: queries [N, H, C + P], results [N, H, C]."""
         assert cache_blocks.is_contiguous() and block_table_NB.stride(1) == 1, "a cache or table with gaps"
@@ -286,8 +286,8 @@ class PagedLatents:
         num_requests = q_NHX.shape[0]
         out_NHC = q_NHX.new_empty(num_requests, self.num_heads, self.latent_size)
         if num_requests:
-            memory = (plan.items_X4, plan.first_N1, plan.part_XHV, plan.lse_XH)
-            attend = _attend(self, num_requests, block_table_NB.stride(0), plan.items_X4.shape[0])
+            memory = (items.items_X4, items.first_N1, items.part_XHV, items.lse_XH)
+            attend = _attend(self, num_requests, block_table_NB.stride(0), items.items_X4.shape[0])
             attend(q_NHX, cache_blocks, block_table_NB, *memory, out_NHC)
             combine = combine_launch(num_requests, self.num_heads, self.latent_size, self.combine_tiles)
             combine(*memory[1:], out_NHC)

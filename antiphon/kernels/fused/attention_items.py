@@ -1,14 +1,14 @@
-"""What paged decode attention does around its main kernel: the plan of a step before it, the sum of chunks after it.
+"""What paged decode attention does around its main kernel: the list of its items before it, the sum of chunks after it.
 
 A text is computed in chunks, counted from its start. An item is one chunk of one request; partial results of items are
 added up in order of position. The size of a chunk depends on the length of its own text only (`Chunks`). So the result
 of a text does not depend on what else is in the batch.
 
-    plan      once a step and lane: the list of items, and where the partial results of each request begin
+    list      once a step and lane: the list of items, and where the partial results of each request begin
     attend    one of `paged_gqa`, `paged_latent`: a persistent kernel over items and heads
     combine   adds up the partial results of texts that have several chunks
 
-Only the plan knows how large chunks are. An item says all that `attend` must know: one load leads to the ids of its
+Only the list knows how large chunks are. An item says all that `attend` must know: one load leads to the ids of its
 blocks, and the next to its keys and values. `combine` counts the items of a request.
 
 Items of texts with long chunks come before the others, and whole chunks before the rests. Otherwise, texts of equal
@@ -41,7 +41,7 @@ _INTERPRETED_PROGRAMS = 6
 
 
 @triton.jit(do_not_specialize=["num_requests", "capacity"])
-def plan_kernel(
+def items_kernel(
     lens_N,
     items_X4,
     first_N1,
@@ -196,7 +196,7 @@ class Chunks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ItemList:
     """The items of one step and lane, and memory for their partial results, which its layers use in turn."""
 
     items_X4: torch.Tensor  # int32, see `load_item`
@@ -205,7 +205,7 @@ class Plan:
     lse_XH: torch.Tensor  # float32, logarithms to base 2
 
 
-def make_plan(
+def list_items(
     block_table_NB: torch.Tensor,
     seq_lens_N: torch.Tensor,
     *,
@@ -214,41 +214,41 @@ def make_plan(
     num_heads: int,
     value_size: int,
     most_positions: int = MOST_POSITIONS,
-) -> Plan:
-    """Queue the plan of a step. seq_lens_N: int32, at most block_size times the width of the table.
+) -> ItemList:
+    """Queue the list of a step. seq_lens_N: int32, at most block_size times the width of the table.
 
-    The capacity depends on shapes only, so the plan can be replayed in a graph with other lengths.
+    The capacity depends on shapes only, so it can be replayed in a graph with other lengths.
     """
     num_requests, width = block_table_NB.shape
     capacity = _capacity(num_requests, width * block_size, chunks, most_positions)
     new = block_table_NB.new_empty
-    plan = Plan(
+    items = ItemList(
         items_X4=new(capacity, 4, dtype=torch.int32),
         first_N1=new(num_requests + 1, dtype=torch.int32),
         part_XHV=new(capacity, num_heads, value_size, dtype=torch.float32),
         lse_XH=new(capacity, num_heads, dtype=torch.float32),
     )
     if num_requests:
-        _plan(num_requests, capacity, chunks)(seq_lens_N, plan.items_X4, plan.first_N1)
-    return plan
+        _list(num_requests, capacity, chunks)(seq_lens_N, items.items_X4, items.first_N1)
+    return items
 
 
-def plan_bytes(num_requests: int, most_length: int, *, chunks: Chunks, num_heads: int, value_size: int) -> int:
-    """Bytes of a plan for texts of at most `most_length` positions."""
+def items_bytes(num_requests: int, most_length: int, *, chunks: Chunks, num_heads: int, value_size: int) -> int:
+    """Bytes of a list for texts of at most `most_length` positions."""
     capacity = _capacity(num_requests, most_length, chunks, MOST_POSITIONS)
     return 4 * (capacity * (4 + num_heads * (value_size + 1)) + num_requests + 1)
 
 
 def _capacity(num_requests: int, most_length: int, chunks: Chunks, most_positions: int) -> int:
-    """The most items of a plan."""
+    """The most items of a list."""
     return min(num_requests * chunks.most(most_length), num_requests + most_positions // chunks.short)
 
 
 @lru_cache(maxsize=NUM_SHAPES)
-def _plan(num_requests: int, capacity: int, chunks: Chunks) -> Launch:
+def _list(num_requests: int, capacity: int, chunks: Chunks) -> Launch:
     block_n = min(256, power_of_two(max(16, num_requests)))
     return Launch(
-        plan_kernel,
+        items_kernel,
         (num_requests, 1),
         integers=(num_requests, capacity),
         constants={
