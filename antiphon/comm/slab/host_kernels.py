@@ -10,8 +10,10 @@ from antiphon.comm.slab.kernel_path import way_of
 from antiphon.comm.slab.mailbox import Exchange, Phase
 from antiphon.kernels.slices import MAX_SLICES
 
-NUM_PROGRAMS = 32
-"""The most programs that send, and the most that receive. Each takes a part of an SM as long as the exchange lasts."""
+NUM_PROGRAMS = 16
+"""The most programs that send, and the most that receive: of 8, 16, 32 and 64 the best up to 64 tokens.
+
+Each takes a part of an SM as long as the exchange lasts."""
 
 
 class HostKernels(Protocol):

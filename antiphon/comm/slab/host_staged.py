@@ -54,8 +54,10 @@ from antiphon.machine.advice import for_docker, format_bytes
 from antiphon.machine.facts import Facts
 from antiphon.runtime import CudaStreams, Event
 
-PUT_BYTES = 2 << 20
-"""Default for the largest exchange that goes by kernel: the slabs of all ranks together, in bytes."""
+PUT_BYTES = 640 << 10
+"""Default for the largest exchange that goes by kernel: the slabs of all ranks together, in bytes.
+
+On 2 x H100 with PCIe 5 kernels were faster than copies up to 64 tokens of 4,160 bytes, and slower from 128 on."""
 
 _ALIGNMENT = 4096
 _SET, _CLEAR = 1, 0

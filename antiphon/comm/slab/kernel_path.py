@@ -66,7 +66,7 @@ class KernelMailbox(Mailbox):
 
     def signal(self, exchange: Exchange) -> None:
         """Set the flags, unless a kernel does."""
-        if not self._by_kernel[exchange.lane, exchange.phase]:
+        if not self._by_kernel.get((exchange.lane, exchange.phase), False):
             super().signal(exchange)  # type: ignore[safe-super]
 
     def wait(self, exchange: Exchange) -> None:
