@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,8 +87,12 @@ class StepEngine:
         The outputs are those of the step before where the device queues its work, and of this step elsewhere. When the
         plan is idle, nothing is in flight.
         """
-        with self.transport.streams.current():
+        with self._on_compute_stream():
             return self._step(new)
+
+    def _on_compute_stream(self) -> AbstractContextManager[None]:
+        """Whatever thread calls, and whatever stream it has made current. A CPU has only one."""
+        return nullcontext() if self.timer is None else self.transport.streams.current()
 
     def _step(self, new: Iterable[Request]) -> StepResult:
         self.scheduler.add(new)
@@ -109,7 +114,7 @@ class StepEngine:
 
         Each rank may call it by itself.
         """
-        with self.transport.streams.current():
+        with self._on_compute_stream():
             return self._commit()
 
     def _launch(self, batch: Batch, plan: Plan) -> None:
@@ -193,7 +198,7 @@ class StepEngine:
     def statistics(self) -> dict[str, Any]:
         """Return the counters since the start and the state of the KV cache."""
         scheduler, pool = self.scheduler, self.scheduler.pool
-        with self.transport.streams.current():  # behind the steps that count
+        with self._on_compute_stream():  # behind the steps that count
             expert_tokens = self.expert_load.tokens_by_layer()
         blocks = {"total": pool.num_usable, "free": pool.num_free, "block_size": pool.block_size}
         return {
