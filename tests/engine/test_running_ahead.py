@@ -11,7 +11,7 @@ from antiphon.comm import RankGroup
 from tests.engine.traffic import Traffic, of_engines
 from tests.support.ranks import run_ranks
 
-TRAFFIC = Traffic(seed=3, num_requests=30, vocab_size=300)
+TRAFFIC = Traffic(seed=3, num_requests=18, vocab_size=300)
 AHEAD: dict[str, Any] = {"device": "generic:cpu"}
 SIZES = "1,2,4,8,12"
 BLOCK_BYTES = 30_720  # of 16 tokens of the bundled model, in float32

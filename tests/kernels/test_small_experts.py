@@ -126,7 +126,7 @@ def run(
         (1, 1, 5, 1, 19, 13),
         (32, 4, 10, 5, 160, 72),
         (300, 2, 8, 3, 40, 33),
-        (512, 2, 10, 5, 32, 32),
+        pytest.param(512, 2, 10, 5, 32, 32, marks=pytest.mark.slow),
     ],
     ids=["some-elsewhere", "mostly-here", "none-here", "one-row", "32-rows", "300-rows", "512-rows"],
 )
