@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up, power_of_two
+from antiphon.kernels.fused.persistent import resident_programs
 
 MOST_POSITIONS = 1 << 20
 """Positions whose chunks have partial results of their own: more than the KV cache of one GPU holds for most models."""
@@ -311,24 +312,14 @@ def persistent_programs(
         compiled = kernel.warmup(*pointers, *[16] * num_integers, **constants, num_warps=num_warps, grid=(1,))
         compiled._init_handles()
     properties = torch.cuda.get_device_properties(device)
-    registers = divide_up(compiled.n_regs, 8) * 8 * 32 * num_warps
-    per_processor = min(
-        _triton_properties(device)["max_num_regs"] // max(1, registers),
-        properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
-        properties.max_threads_per_multi_processor // (32 * num_warps),
-    )
-    count: int = properties.multi_processor_count * max(1, per_processor)
-    return count
+    per_sm = resident_programs(compiled.n_regs, compiled.metadata.shared, num_warps, properties)
+    return per_sm * int(properties.multi_processor_count)
 
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have."""
     if device.type != "cuda":
         return 1 << 20
-    return _triton_properties(device)["max_shared_mem"]
-
-
-def _triton_properties(device: torch.device) -> dict[str, int]:
     index = torch.cuda.current_device() if device.index is None else device.index
     properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(index)
-    return properties
+    return properties["max_shared_mem"]
