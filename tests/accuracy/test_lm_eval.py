@@ -84,6 +84,7 @@ def scores_of(found: dict[str, Any]) -> list[float]:
     return [scores["exact_match,strict-match"], scores["exact_match,flexible-extract"]]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_scores_are_equal_with_overlap_off_and_on(two_ranks: LLM, tasks: TaskManager) -> None:
     lm = AntiphonLM(llm=two_ranks)

@@ -57,7 +57,7 @@ def test_one_rank(tmp_path: Path, kind: str, dbo: str) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("transport", ["alltoall", "allgather", "shared-memory"])
+@pytest.mark.parametrize("transport", ["alltoall", pytest.param("allgather", marks=pytest.mark.slow), "shared-memory"])
 def test_two_ranks_of_which_one_runs_out_of_work(transport: str) -> None:
     by_rank = [PROMPTS, {number: PROMPTS[number] for number in (1, 2)}]
     found = run_ranks("tests.engine.padding_checks:padded_and_not", 2, str(bundled_model()), transport, "on", by_rank)

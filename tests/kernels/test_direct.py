@@ -357,6 +357,7 @@ def test_the_installed_triton_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_obstacle() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself is used (test_launch.py)")
 def test_the_installed_launcher_gets_the_same_from_triton_and_directly(tmp_path: Path) -> None:
     """Its compiler, its launcher in C and all that lies between, over a driver that writes down what is launched."""
