@@ -22,8 +22,8 @@ from antiphon.kernels.latent_write import norm_rotate_write_latents
 from antiphon.kernels.norm_rope import add_rms_norm, apply_rope, rms_norm
 from antiphon.kernels.pack import add_parts, pack_rows
 from antiphon.kernels.router import GroupLimit, Scoring, choose_experts
+from tests.kernels.tensors import DEVICE, NAN, make_ids, padded, randn, relative_error
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU they are interpreted: see conftest
 # The interpreter cuts off what bfloat16 cannot hold; devices round.
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -31,34 +31,11 @@ TOLERANCE = {
     torch.bfloat16: 1.5e-2 if DEVICE.type == "cuda" else 3e-2,
 }
 DTYPES = list(TOLERANCE)
-NAN = float("nan")
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, interpreting
 
 
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
-
-
-def padded(x: torch.Tensor, gap: int, filling: float = NAN) -> torch.Tensor:
-    """The same values as a view of rows that are `gap` longer."""
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] + gap), filling)
-    wide[..., : x.shape[-1]] = x
-    return wide[..., : x.shape[-1]]
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
-
-
 # ---- experts
-
-
-def make_ids(num_rows: int, top_k: int, num_ids: int, *, seed: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Different ids in each row."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(num_rows, num_ids, generator=generator).argsort(1)[:, :top_k].to(dtype).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,43 +18,23 @@ from antiphon.kernels.fused.experts import compute_few, place_pairs
 from antiphon.kernels.fused.persistent import PersistentLaunch, resident_programs
 from antiphon.kernels.fused.small_experts import Tile, choose_tiles, place_few
 from antiphon.kernels.grouped_experts import ExpertWorkspace, grouped_experts
+from tests.kernels import tensors
+from tests.kernels.tensors import DEVICE, NAN, padded, randn, relative_error
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU they are interpreted: see conftest
 # The interpreter multiplies the bits of 16-bit numbers, not their values.
 TOLERANCE = {torch.float32: 1e-5}
 if DEVICE.type == "cuda":
     TOLERANCE |= {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
-NAN = float("nan")
+
+make_ids = partial(tensors.make_ids, dtype=torch.int32)  # as the router chooses them
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, interpreting
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
-
-
-def padded(x: torch.Tensor, gap: int, filling: float = NAN) -> torch.Tensor:
-    """The same values as a view of rows that are `gap` longer."""
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] + gap), filling)
-    wide[..., : x.shape[-1]] = x
-    return wide[..., : x.shape[-1]]
-
-
-def make_ids(num_rows: int, top_k: int, num_ids: int, *, seed: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """Different ids in each row."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(num_rows, num_ids, generator=generator).argsort(1)[:, :top_k].to(dtype).to(DEVICE)
 
 
 def make_weights(num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     gate_up = randn(num_experts, 2 * width, hidden, seed=5) / hidden**0.5
     down = randn(num_experts, hidden, width, seed=6) / width**0.5
     return gate_up.to(dtype), down.to(dtype)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
 # ---- places
