@@ -20,11 +20,9 @@ import triton
 import triton.language as tl
 
 from antiphon.kernels.fused.launch import NUM_SHAPES, Launch, divide_up
+from antiphon.kernels.slices import ALIGNMENT
 
-ALIGNMENT = 16
-"""Slabs and their places are multiples of this, in bytes: one unit, two words, which a thread copies at once."""
-
-_UNIT: tl.constexpr = tl.constexpr(2)
+_UNIT: tl.constexpr = tl.constexpr(2)  # words in `ALIGNMENT` bytes, which a thread copies at once
 
 _BLOCK = 512
 _MAX_PROGRAMS = 32
