@@ -17,7 +17,7 @@ from antiphon.core.warn_once import warn_once
 from antiphon.kernels.dispatch import fused, takes_cuda_kernels
 from antiphon.kernels.expert_choice import GROUPED_KERNELS, ExpertChoice, is_unaligned, major_capability
 
-_APART = 16  # views of one buffer begin at multiples of so many numbers, for wide loads
+_APART = 16  # views of one buffer start at multiples of this many elements, for wide loads
 _MAX_VIEWS = 1024
 _LOOP_COST = "GEMMs run one after the other, and the host waits for the device in every layer"
 

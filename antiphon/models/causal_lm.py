@@ -67,7 +67,7 @@ class CausalLM(Protocol):
         ...
 
     def decode_bytes(self, num_requests: int, width: int) -> int:
-        """Bytes that attention of so many decoding requests needs in a step, besides what prompts need.
+        """Scratch bytes of attention in a step with this many decoding requests, besides what prompts need.
 
         width: blocks of the longest text.
         """

@@ -35,7 +35,7 @@ class MeasuredDecode:
         return 0 < self.most_serial < num_sequences or self.nearest(num_sequences).splits
 
     def nearest(self, num_sequences: int) -> MeasuredSize:
-        """The smallest measured size that holds so many sequences, else the largest."""
+        """The smallest measured size that fits this many sequences, else the largest."""
         return next((size for size in self.sizes if size.num_sequences >= num_sequences), self.sizes[-1])
 
     def describe(self) -> str:

@@ -77,7 +77,7 @@ class Texts:
         return torch.stack([self.attention(row, self.q_NHQ[row : row + 1], lens[row])[0] for row in range(len(lens))])
 
     def attention(self, row: int, q_SHQ: torch.Tensor, length: int) -> torch.Tensor:
-        """Of the last `S` of `length` tokens of one request, in float64: [S, H, V]."""
+        """Attention of the last `S` of `length` tokens of one request, in float64: [S, H, V]."""
         shape, num_new = self.shape, len(q_SHQ)
         if length == 0:
             return q_SHQ.new_zeros(num_new, shape.num_heads, shape.value_size, dtype=torch.float64)

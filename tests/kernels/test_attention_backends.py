@@ -260,7 +260,7 @@ def test_a_missing_package_and_an_old_gpu_are_named(monkeypatch: pytest.MonkeyPa
 
 
 class FakeWrapper:
-    """Of FlashInfer: keeps a plan, and computes from it."""
+    """A stand-in for FlashInfer's wrappers: keeps the plan and computes from it."""
 
     def __init__(self, workspace: torch.Tensor, layout: str = "", *, use_tensor_cores: bool = False) -> None:
         assert workspace.dtype == torch.uint8
@@ -309,7 +309,7 @@ def test_what_flashinfer_is_given(shape: AttentionShape, monkeypatch: pytest.Mon
 
 
 class FakeGraph:
-    """Of cuDNN: keeps what the operation was given, and computes from it."""
+    """A stand-in for cuDNN's graph: keeps what the operation was given and computes from it."""
 
     def __init__(self, **about: Any) -> None:
         self.about, self.steps = about, list[str]()

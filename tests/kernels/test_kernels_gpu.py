@@ -285,7 +285,7 @@ def test_sums_of_ranks(num_parts: int) -> None:
     [(256, 8, 8, 4, Scoring.SIGMOID), (160, 6, 8, 3, Scoring.SOFTMAX), (64, 6, 8, 7, Scoring.SIGMOID)],
 )
 def test_choice_in_groups(num_experts: int, top_k: int, num_groups: int, top_groups: int, scoring: Scoring) -> None:
-    """Of experts whose scores differ in their last bit only, the device may take the other."""
+    """Where two scores differ only in the last bit, the device may choose the other expert."""
     best = 2 if scoring is Scoring.SIGMOID else 1
     limit = GroupLimit(num_groups=num_groups, top_groups=top_groups, best_of_group=best)
     bias_E = randn(num_experts, seed=41, dtype=torch.float32) / 10 if scoring is Scoring.SIGMOID else None

@@ -1,7 +1,7 @@
 """What each rank runs in `antiphon bench decode`: one engine, and this for every context and number of sequences:
 
     prefill until all sequences decode
-    for repeat:            serial | dual | eager         the plans by turns, in the reverse order every second time
+    for repeat:            serial | dual | eager         plans interleaved, in reverse order every other repeat
         set the plan, 2 untimed steps, meet, `steps` timed steps, drain
     replay the captured steps back to back: their time on the device, and their kernels
 
@@ -114,7 +114,7 @@ class Bench:
         self._request_ids = count()
 
     def measure(self, sequences: int, context_len: int) -> list[Cell]:
-        """All plans by turns."""
+        """All plans, interleaved."""
         plans = self._options.plans
         cells = [Cell(sequences=sequences, context_len=context_len, plan=plan) for plan in plans]
         if reason := self._too_large(sequences, context_len):

@@ -75,7 +75,7 @@ class AttentionBackend(ABC):
         return "" if self.capturable else f"the attention backend {self.name} cannot be captured"
 
     def step_bytes(self, num_requests: int, width: int) -> int:
-        """Bytes of memory that a step with so many decoding requests holds besides its results; 0 if little.
+        """Scratch bytes of a step with this many decoding requests, besides its results; 0 if negligible.
 
         width: columns of the block table.
         """

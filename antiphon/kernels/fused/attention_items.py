@@ -189,7 +189,7 @@ class Chunks:
 
     short: int
     long: int  # a multiple of `short`
-    long_from: int  # texts of so many positions have long chunks
+    long_from: int  # texts of at least this many positions have long chunks
 
     def most(self, length: int) -> int:
         """The largest number of chunks of a text with at most `length` positions."""
